@@ -1,0 +1,382 @@
+// Registers the ops through torch's stable ABI, so that one build serves every torch from 2.10 on.
+// Here tensors become views over raw memory, values are checked, outputs are allocated; the kernels
+// know nothing of torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/embedding.h"
+#include "cpu/isa.h"
+#include "host.h"
+
+#ifdef PREFIXCORE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/embedding.h"
+
+// Weak, so that the library also loads where torch has no CUDA (and the function is never called).
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace prefixcore {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// --- tensors to views -----------------------------------------------------------------------------
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected float32, bfloat16 or float16");
+  }
+}
+
+// Kernels read rows: the last dimension must be contiguous. Only what is not is copied.
+Tensor rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+ConstView const_view(const Tensor& t, const char* name) {
+  ConstView v{t.const_data_ptr(), dtype_of(t, name), {0, 0, 0}};
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) v.stride[d] = t.stride(d);
+  return v;
+}
+
+View view(Tensor& t, const char* name) {
+  View v{t.mutable_data_ptr(), dtype_of(t, name), {0, 0, 0}};
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) v.stride[d] = t.stride(d);
+  return v;
+}
+
+// [B, H, T, D] laid out as [B, T, H, D]: transposing it back for the output projection is free.
+Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim) {
+  return torch::stable::transpose(torch::stable::new_empty(like, {batch, length, heads, dim}), 1, 2);
+}
+
+Tensor empty_float(const Tensor& like, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+std::vector<int64_t> integers(const Tensor& t) {
+  std::vector<int64_t> out(t.numel());
+  const int64_t step = t.dim() ? t.stride(0) : 1;
+  if (t.scalar_type() == ScalarType::Int) {
+    const int32_t* p = static_cast<const int32_t*>(t.const_data_ptr());
+    for (size_t i = 0; i < out.size(); ++i) out[i] = p[i * step];
+  } else {
+    const int64_t* p = static_cast<const int64_t*>(t.const_data_ptr());
+    for (size_t i = 0; i < out.size(); ++i) out[i] = p[i * step];
+  }
+  return out;
+}
+
+// --- the thread pool that kernels are lent --------------------------------------------------------
+
+void run_parallel(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+cpu::Parallel pool() { return {run_parallel, static_cast<int32_t>(torch::stable::get_num_threads())}; }
+
+// --- prefix attention -----------------------------------------------------------------------------
+
+// Everything a problem points to, kept alive together.
+struct Inputs {
+  Tensor query, key, value, prefix_key, prefix_value;
+  OptionalTensor prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens;
+  std::vector<cpu::Sequence> sequences;
+
+  Inputs(Tensor q, Tensor k, Tensor v, Tensor pk, Tensor pv, OptionalTensor index, OptionalTensor lengths,
+         OptionalTensor pad, OptionalTensor m, OptionalTensor s, OptionalTensor cu)
+      : query(rows(q)), key(rows(k)), value(rows(v)), prefix_key(rows(pk)), prefix_value(rows(pv)),
+        prefix_index(index), prefix_lengths(lengths), padding(pad), mask(m), cu_seqlens(cu) {
+    if (s) sinks = torch::stable::contiguous(torch::stable::to(*s, ScalarType::Float));
+    find_sequences();
+  }
+
+  // Checks every value that the kernels index with, before any work.
+  void find_sequences() {
+    const int64_t bank = prefix_key.size(0), capacity = prefix_key.size(2);
+    std::vector<int64_t> lengths(bank, capacity);
+    if (prefix_lengths) lengths = integers(*prefix_lengths);
+    for (size_t n = 0; n < lengths.size(); ++n)
+      if (lengths[n] < 0 || lengths[n] > capacity)
+        throw std::invalid_argument("prefix_lengths[" + std::to_string(n) + "]: expected 0 to " +
+                                    std::to_string(capacity) + ", got " + std::to_string(lengths[n]));
+    const int64_t queries = query.size(2), keys = key.size(2);
+    std::vector<int64_t> ends;
+    if (cu_seqlens) {
+      ends = integers(*cu_seqlens);
+      bool rising = ends.size() >= 2 && ends.front() == 0 && ends.back() == queries;
+      for (size_t n = 1; n < ends.size(); ++n) rising = rising && ends[n - 1] <= ends[n];
+      if (!rising)
+        throw std::invalid_argument("cu_seqlens: expected a sequence rising from 0 to " + std::to_string(queries));
+    }
+    const int64_t count = cu_seqlens ? static_cast<int64_t>(ends.size()) - 1 : query.size(0);
+    std::vector<int64_t> index(count, 0);
+    if (prefix_index) index = integers(*prefix_index);
+    sequences.reserve(count);
+    for (int64_t n = 0; n < count; ++n) {
+      if (index[n] < -1 || index[n] >= bank)
+        throw std::out_of_range("prefix_index[" + std::to_string(n) + "]: expected -1 (none) to " +
+                                std::to_string(bank - 1) + ", got " + std::to_string(index[n]));
+      const int64_t length = index[n] < 0 ? 0 : lengths[index[n]];
+      if (cu_seqlens)
+        sequences.push_back({0, ends[n], ends[n + 1] - ends[n], ends[n], ends[n + 1] - ends[n], index[n], length});
+      else
+        sequences.push_back({n, 0, queries, 0, keys, index[n], length});
+    }
+  }
+
+  void fill(cpu::AttentionProblem& p, bool causal, double scale, int64_t window, double softcap) const {
+    p.sequences = sequences.data();
+    p.num_sequences = static_cast<int64_t>(sequences.size());
+    p.num_heads = query.size(1);
+    p.num_kv_heads = key.size(1);
+    p.head_dim = query.size(3);
+    p.value_dim = value.size(3);
+    p.num_prefixes = prefix_key.size(0);
+    p.prefix_capacity = prefix_key.size(2);
+    p.query = const_view(query, "query");
+    p.key = const_view(key, "key");
+    p.value = const_view(value, "value");
+    p.prefix_key = const_view(prefix_key, "prefix_key");
+    p.prefix_value = const_view(prefix_value, "prefix_value");
+    if (padding) {
+      p.padding = static_cast<const uint8_t*>(padding->const_data_ptr());
+      p.padding_stride[0] = padding->stride(0);
+      p.padding_stride[1] = padding->stride(1);
+    }
+    if (mask) {
+      const bool boolean = mask->scalar_type() == ScalarType::Bool;
+      p.mask.kind = boolean ? cpu::Mask::Kind::boolean : cpu::Mask::Kind::additive;
+      if (!boolean) p.mask.dtype = dtype_of(*mask, "attn_mask");
+      p.mask.data = mask->const_data_ptr();
+      for (int64_t d = 0; d < 4; ++d) p.mask.stride[d] = mask->stride(d);
+    }
+    if (sinks) p.sinks = static_cast<const float*>(sinks->const_data_ptr());
+    p.causal = causal;
+    p.scale = static_cast<float>(scale);
+    p.sliding_window = window;
+    p.softcap = static_cast<float>(softcap);
+  }
+};
+
+std::tuple<Tensor, Tensor> prefix_attention(
+    Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, OptionalTensor prefix_index,
+    OptionalTensor prefix_lengths, OptionalTensor padding, OptionalTensor mask, OptionalTensor sinks,
+    OptionalTensor cu_seqlens, bool is_causal, double scale, int64_t sliding_window, double softcap) {
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask,
+                      sinks, cu_seqlens);
+  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
+  Tensor out = empty_heads_last(query, batch, heads, queries, value.size(3));
+  Tensor lse = empty_float(query, {batch, heads, queries});
+  cpu::AttentionForward problem;
+  inputs.fill(problem, is_causal, scale, sliding_window, softcap);
+  problem.out = view(out, "out");
+  problem.lse = static_cast<float*>(lse.mutable_data_ptr());
+  problem.lse_stride[0] = lse.stride(0);
+  problem.lse_stride[1] = lse.stride(1);
+  cpu::kernels().attention.forward(problem, pool());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
+    Tensor prefix_key, Tensor prefix_value, OptionalTensor prefix_index, OptionalTensor prefix_lengths,
+    OptionalTensor padding, OptionalTensor mask, OptionalTensor sinks, OptionalTensor cu_seqlens, bool is_causal,
+    double scale, int64_t sliding_window, double softcap, bool needs_query, bool needs_sequence,
+    bool needs_prefix) {
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask,
+                      sinks, cu_seqlens);
+  grad_out = rows(grad_out);
+  out = rows(out);
+  lse = torch::stable::contiguous(lse);
+  if (grad_lse) grad_lse = torch::stable::contiguous(torch::stable::to(*grad_lse, ScalarType::Float));
+
+  cpu::AttentionBackward problem;
+  inputs.fill(problem, is_causal, scale, sliding_window, softcap);
+  problem.out = const_view(out, "out");
+  problem.grad_out = const_view(grad_out, "grad_out");
+  problem.lse = static_cast<const float*>(lse.const_data_ptr());
+  problem.lse_stride[0] = lse.stride(0);
+  problem.lse_stride[1] = lse.stride(1);
+  if (grad_lse) problem.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+
+  const auto nothing = [&](bool single) { return single ? empty_float(query, {0}) : torch::stable::new_empty(query, {0}); };
+  const auto like = [](const Tensor& t) { return empty_heads_last(t, t.size(0), t.size(1), t.size(2), t.size(3)); };
+  const auto float_like = [](const Tensor& t) {
+    return empty_float(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  };
+  Tensor grad_query = needs_query ? like(query) : nothing(false);
+  Tensor grad_key = needs_sequence ? like(key) : nothing(false);
+  Tensor grad_value = needs_sequence ? like(value) : nothing(false);
+  Tensor grad_prefix_key = needs_prefix ? float_like(prefix_key) : nothing(true);
+  Tensor grad_prefix_value = needs_prefix ? float_like(prefix_value) : nothing(true);
+  if (needs_query) problem.grad_query = view(grad_query, "grad_query");
+  if (needs_sequence) {
+    problem.grad_key = view(grad_key, "grad_key");
+    problem.grad_value = view(grad_value, "grad_value");
+  }
+  if (needs_prefix) {
+    problem.grad_prefix_key = static_cast<float*>(grad_prefix_key.mutable_data_ptr());
+    problem.grad_prefix_value = static_cast<float*>(grad_prefix_value.mutable_data_ptr());
+  }
+  cpu::kernels().attention.backward(problem, pool());
+  return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
+}
+
+// --- soft embedding -------------------------------------------------------------------------------
+
+// The ids as contiguous int64 (they are small: converting them costs nothing next to the rows).
+Tensor contiguous_ids(const Tensor& ids) {
+  return torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long));
+}
+
+std::string place_of(int64_t flat, const Tensor& t) {
+  std::string place;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    place = std::to_string(flat % t.size(d)) + (place.empty() ? "" : ", ") + place;
+    flat /= t.size(d);
+  }
+  return "[" + place + "]";
+}
+
+void check_ids(const Tensor& ids, const Tensor& original, int64_t vocabulary, int64_t num_virtual) {
+  const int64_t* p = static_cast<const int64_t*>(ids.const_data_ptr());
+  const int64_t bad = cpu::first_bad_id(p, ids.numel(), vocabulary + num_virtual);
+  if (bad >= 0)
+    throw std::out_of_range("input_ids" + place_of(bad, original) + " is " + std::to_string(p[bad]) +
+                            ", expected 0 <= id < " + std::to_string(vocabulary + num_virtual) + " (" +
+                            std::to_string(vocabulary) + " vocabulary rows and " + std::to_string(num_virtual) +
+                            " virtual tokens)");
+}
+
+EmbeddingForward embedding_problem(const Tensor& ids, const Tensor& weight, const Tensor& virtual_rows, Tensor& out) {
+  EmbeddingForward p;
+  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  p.count = ids.numel();
+  p.vocabulary = weight.size(0);
+  p.num_virtual = virtual_rows.size(0);
+  p.hidden = weight.size(1);
+  p.weight = const_view(weight, "weight");
+  p.virtual_rows = const_view(virtual_rows, "virtual");
+  p.out = View{out.mutable_data_ptr(), p.weight.dtype, {p.hidden, 0, 0}};
+  return p;
+}
+
+EmbeddingBackward embedding_problem(const Tensor& ids, const Tensor& grad, int64_t vocabulary, Tensor& grad_virtual) {
+  EmbeddingBackward p;
+  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  p.count = ids.numel();
+  p.vocabulary = vocabulary;
+  p.num_virtual = grad_virtual.size(0);
+  p.hidden = grad_virtual.size(1);
+  p.grad_out = ConstView{grad.const_data_ptr(), dtype_of(grad, "grad"), {p.hidden, 0, 0}};
+  p.grad_virtual = static_cast<float*>(grad_virtual.mutable_data_ptr());
+  return p;
+}
+
+Tensor empty_embedding(const Tensor& input_ids, const Tensor& weight) {
+  std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(weight.size(1));
+  return torch::stable::new_empty(weight, shape);
+}
+
+Tensor soft_embedding_cpu(Tensor input_ids, Tensor weight, Tensor virtual_rows) {
+  const Tensor ids = contiguous_ids(input_ids);
+  check_ids(ids, input_ids, weight.size(0), virtual_rows.size(0));
+  weight = rows(weight);
+  virtual_rows = rows(virtual_rows);
+  Tensor out = empty_embedding(input_ids, weight);
+  cpu::embedding_forward(embedding_problem(ids, weight, virtual_rows, out), pool());
+  return out;
+}
+
+Tensor soft_embedding_backward_cpu(Tensor grad, Tensor input_ids, int64_t vocabulary, int64_t num_virtual) {
+  const Tensor ids = contiguous_ids(input_ids);
+  check_ids(ids, input_ids, vocabulary, num_virtual);
+  grad = torch::stable::contiguous(grad);
+  Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
+  cpu::embedding_backward(embedding_problem(ids, grad, vocabulary, grad_virtual), pool());
+  return grad_virtual;
+}
+
+#ifdef PREFIXCORE_CUDA
+
+cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("prefixcore: CUDA error: ") + cudaGetErrorString(error));
+}
+
+Tensor soft_embedding_cuda(Tensor input_ids, Tensor weight, Tensor virtual_rows) {
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  const Tensor ids = contiguous_ids(input_ids);
+  weight = rows(weight);
+  virtual_rows = rows(virtual_rows);
+  Tensor out = empty_embedding(input_ids, weight);
+  check_launch(cuda::embedding_forward(embedding_problem(ids, weight, virtual_rows, out), current_stream(weight)));
+  return out;
+}
+
+Tensor soft_embedding_backward_cuda(Tensor grad, Tensor input_ids, int64_t vocabulary, int64_t num_virtual) {
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const Tensor ids = contiguous_ids(input_ids);
+  grad = torch::stable::contiguous(grad);
+  Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
+  check_launch(cuda::embedding_backward(embedding_problem(ids, grad, vocabulary, grad_virtual), current_stream(grad)));
+  return grad_virtual;
+}
+
+#endif  // PREFIXCORE_CUDA
+
+}  // namespace
+}  // namespace prefixcore
+
+STABLE_TORCH_LIBRARY(prefixcore, m) {
+  m.def(
+      "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
+      "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? padding, Tensor? mask, Tensor? sinks, "
+      "Tensor? cu_seqlens, bool is_causal, float scale, int sliding_window, float softcap) -> (Tensor, Tensor)");
+  m.def(
+      "prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor query, "
+      "Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? prefix_index, "
+      "Tensor? prefix_lengths, Tensor? padding, Tensor? mask, Tensor? sinks, Tensor? cu_seqlens, bool is_causal, "
+      "float scale, int sliding_window, float softcap, bool needs_query, bool needs_sequence, bool needs_prefix) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("soft_embedding(Tensor input_ids, Tensor weight, Tensor virtual) -> Tensor");
+  m.def("soft_embedding_backward(Tensor grad, Tensor input_ids, int vocabulary, int num_virtual) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prefixcore, CPU, m) {
+  m.impl("prefix_attention", TORCH_BOX(&prefixcore::prefix_attention));
+  m.impl("prefix_attention_backward", TORCH_BOX(&prefixcore::prefix_attention_backward));
+  m.impl("soft_embedding", TORCH_BOX(&prefixcore::soft_embedding_cpu));
+  m.impl("soft_embedding_backward", TORCH_BOX(&prefixcore::soft_embedding_backward_cpu));
+}
+
+#ifdef PREFIXCORE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(prefixcore, CUDA, m) {
+  m.impl("soft_embedding", TORCH_BOX(&prefixcore::soft_embedding_cuda));
+  m.impl("soft_embedding_backward", TORCH_BOX(&prefixcore::soft_embedding_backward_cuda));
+}
+#endif

@@ -1,0 +1,168 @@
+// The whole backward pass: units in parallel, then the sums that several units share.
+#pragma once
+
+#include "backward_reduce.h"
+#include "backward_schedule.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+class BackwardPass {
+ public:
+  explicit BackwardPass(const AttentionBackward& p)
+      : p_(p),
+        wanted_{p.grad_query.data != nullptr, p.grad_key.data != nullptr,
+                p.grad_prefix_key != nullptr && p.num_prefixes * p.prefix_capacity > 0},
+        key_width_(round_up(p.head_dim, kWidth)),
+        value_width_(round_up(p.value_dim, kWidth)),
+        prefix_size_(wanted_.prefix ? p.prefix_capacity * (key_width_ + value_width_) : 0),
+        lists_(p),
+        schedule_(p, lists_, wanted_.keys, wanted_.prefix, prefix_size_ * kFloat),
+        partials_(p.num_kv_heads * schedule_.partial_rows * (key_width_ + value_width_) * kFloat),
+        buffers_(p.num_kv_heads * schedule_.num_buffers * prefix_size_ * kFloat) {}
+
+  void run(const Parallel& parallel) {
+    const int64_t heads = p_.num_kv_heads;
+    Carver measure;
+    BackwardScratch(p_, wanted_, schedule_.scratch_rows, measure);
+    // Later parts of a sequence are the longest with causal attention: they go first.
+    auto work = [&](int64_t unit, char* memory) {
+      unit = schedule_.num_slots * heads - 1 - unit;
+      Carver carve(memory);
+      BackwardScratch scratch(p_, wanted_, schedule_.scratch_rows, carve);
+      run_unit(schedule_.slots[unit / heads], unit % heads, scratch);
+    };
+    if (wanted_.query || wanted_.keys || wanted_.prefix)
+      for_each_unit(parallel, schedule_.num_slots * heads, measure.used(), work);
+    if (schedule_.partial_rows > 0) reduce_keys(parallel);
+    if (wanted_.prefix) reduce_prefixes(parallel);
+  }
+
+ private:
+  static constexpr int64_t kFloat = sizeof(float);
+  static constexpr int64_t kReducedKeys = 128;  // a unit of the reduction of key gradients
+
+  float* partial_keys(int64_t kv_head) const {
+    return reinterpret_cast<float*>(partials_.data()) +
+           kv_head * schedule_.partial_rows * (key_width_ + value_width_);
+  }
+  float* partial_values(int64_t kv_head) const {
+    return partial_keys(kv_head) + schedule_.partial_rows * key_width_;
+  }
+  float* prefix_buffer(int64_t kv_head, int64_t buffer) const {
+    return reinterpret_cast<float*>(buffers_.data()) + (kv_head * schedule_.num_buffers + buffer) * prefix_size_;
+  }
+
+  void run_unit(const Slot& slot, int64_t kv_head, BackwardScratch& w) const {
+    float *grad_prefix_key = nullptr, *grad_prefix_value = nullptr;
+    if (wanted_.prefix && slot.prefix >= 0) {
+      grad_prefix_key = slot.buffer >= 0 ? prefix_buffer(kv_head, slot.buffer) : w.grad_prefix_key;
+      grad_prefix_value =
+          slot.buffer >= 0 ? grad_prefix_key + p_.prefix_capacity * key_width_ : w.grad_prefix_value;
+      fill_zero(grad_prefix_key, p_.prefix_capacity * key_width_);
+      fill_zero(grad_prefix_value, p_.prefix_capacity * value_width_);
+    }
+    for (int64_t i = slot.first_item; i < slot.last_item; ++i)
+      run_item(schedule_.items[i], kv_head, w, grad_prefix_key, grad_prefix_value);
+    if (grad_prefix_key != nullptr && slot.buffer < 0)
+      write_prefix(slot.prefix, kv_head, 1, grad_prefix_key, grad_prefix_value, w.query_rows, w.grad_out_rows);
+  }
+
+  void run_item(const Item& item, int64_t kv_head, BackwardScratch& w, float* grad_prefix_key,
+                float* grad_prefix_value) const {
+    const KeyList& list = lists_[item.sequence];
+    float *grad_key = nullptr, *grad_value = nullptr;
+    if (wanted_.keys) {
+      const bool shared = item.partial >= 0;
+      grad_key = shared ? partial_keys(kv_head) + item.partial * key_width_ : w.grad_key;
+      grad_value = shared ? partial_values(kv_head) + item.partial * value_width_ : w.grad_value;
+      fill_zero(grad_key, (item.keys.end - item.keys.begin) * key_width_);
+      fill_zero(grad_value, (item.keys.end - item.keys.begin) * value_width_);
+    }
+    for (int64_t block = item.first_block; block < item.last_block; ++block)
+      backward_block(p_, wanted_, item, list, kv_head, block * kLanes, w, grad_key, grad_value, grad_prefix_key,
+                     grad_prefix_value);
+    if (wanted_.keys && item.parts == 1) {
+      const Sequence& s = p_.sequences[item.sequence];
+      const float *key_sums = grad_key, *value_sums = grad_value;
+      write_key_gradient(p_.grad_key, s, list, &item, &key_sums, 1, kv_head, 0, s.key_length, p_.head_dim,
+                         key_width_, p_.scale, w.query_rows);
+      write_key_gradient(p_.grad_value, s, list, &item, &value_sums, 1, kv_head, 0, s.key_length, p_.value_dim,
+                         value_width_, 1.0f, w.grad_out_rows);
+    }
+  }
+
+  void write_prefix(int64_t prefix, int64_t kv_head, int64_t buffers, const float* keys, const float* values,
+                    float* key_row, float* value_row) const {
+    const int64_t rows = p_.prefix_capacity, place = (prefix * p_.num_kv_heads + kv_head) * rows;
+    write_prefix_gradient(p_.grad_prefix_key + place * p_.head_dim, keys, prefix_size_, buffers, rows, p_.head_dim,
+                          key_width_, p_.scale, key_row);
+    write_prefix_gradient(p_.grad_prefix_value + place * p_.value_dim, values, prefix_size_, buffers, rows,
+                          p_.value_dim, value_width_, 1.0f, value_row);
+  }
+
+  // Sequences that were cut into parts: stretches of keys in parallel, parts added in order.
+  void reduce_keys(const Parallel& parallel) const {
+    for (int64_t i = 0; i < schedule_.num_items; i += schedule_.items[i].parts) {
+      const Item* items = schedule_.items + i;
+      if (items->parts == 1) continue;
+      const Sequence& s = p_.sequences[items->sequence];
+      const int64_t stretches = ceil_div(s.key_length, kReducedKeys), parts = items->parts;
+      auto work = [&](int64_t unit, char* memory) {
+        const int64_t kv_head = unit / stretches, first = unit % stretches * kReducedKeys;
+        const int64_t last = min(first + kReducedKeys, s.key_length);
+        Carver carve(memory);
+        auto* row = carve.take<float>(max(key_width_, value_width_));
+        auto* sums = carve.take<const float*>(parts);
+        for (int64_t n = 0; n < parts; ++n) sums[n] = partial_keys(kv_head) + items[n].partial * key_width_;
+        write_key_gradient(p_.grad_key, s, lists_[items->sequence], items, sums, parts, kv_head, first, last,
+                           p_.head_dim, key_width_, p_.scale, row);
+        for (int64_t n = 0; n < parts; ++n) sums[n] = partial_values(kv_head) + items[n].partial * value_width_;
+        write_key_gradient(p_.grad_value, s, lists_[items->sequence], items, sums, parts, kv_head, first, last,
+                           p_.value_dim, value_width_, 1.0f, row);
+      };
+      Carver measure;
+      measure.take<float>(max(key_width_, value_width_));
+      measure.take<const float*>(parts);
+      for_each_unit(parallel, p_.num_kv_heads * stretches, measure.used(), work);
+    }
+  }
+
+  // Prefixes with several buffers: added in order. Prefixes that no sequence names: zeros.
+  void reduce_prefixes(const Parallel& parallel) const {
+    const int64_t heads = p_.num_kv_heads;
+    Buffer slots_memory((2 * p_.num_prefixes) * static_cast<int64_t>(sizeof(int64_t)));
+    auto* first_buffer = reinterpret_cast<int64_t*>(slots_memory.data());
+    int64_t* count = first_buffer + p_.num_prefixes;
+    for (int64_t e = 0; e < p_.num_prefixes; ++e) count[e] = 0;
+    for (int64_t i = 0; i < schedule_.num_slots; ++i) {
+      const Slot& slot = schedule_.slots[i];
+      if (slot.prefix < 0) continue;
+      if (count[slot.prefix]++ == 0) first_buffer[slot.prefix] = slot.buffer;
+    }
+    auto work = [&](int64_t unit, char* memory) {
+      const int64_t prefix = unit / heads, kv_head = unit % heads, rows = p_.prefix_capacity;
+      if (count[prefix] == 0) {
+        fill_zero(p_.grad_prefix_key + unit * rows * p_.head_dim, rows * p_.head_dim);
+        fill_zero(p_.grad_prefix_value + unit * rows * p_.value_dim, rows * p_.value_dim);
+      } else if (first_buffer[prefix] >= 0) {
+        const float* keys = prefix_buffer(kv_head, first_buffer[prefix]);
+        auto* row = reinterpret_cast<float*>(memory);
+        write_prefix(prefix, kv_head, count[prefix], keys, keys + rows * key_width_, row, row);
+      }
+    };
+    for_each_unit(parallel, p_.num_prefixes * heads, max(key_width_, value_width_) * kFloat, work);
+  }
+
+  const AttentionBackward& p_;
+  const Wanted wanted_;
+  const int64_t key_width_, value_width_, prefix_size_;  // the last in floats, of one head's prefix
+  const KeyLists lists_;
+  const BackwardSchedule schedule_;
+  const Buffer partials_, buffers_;
+};
+
+static void attention_backward(const AttentionBackward& p, const Parallel& parallel) {
+  BackwardPass(p).run(parallel);
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

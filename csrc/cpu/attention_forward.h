@@ -1,0 +1,211 @@
+// Forward: an online softmax over tiles of keys, first the prefix's, then the sequence's.
+//
+// For each block of query rows the running maximum m, denominator l and output O (all per lane, O
+// transposed) absorb one tile after another (Milakov & Gimelshein 2018; Dao et al. 2022):
+//   m' = max(m, scores),  p = 2^(scores - m'),  l' = l 2^(m - m') + sum p,  O' = O 2^(m - m') + V^T p.
+// The prefix is nothing but more keys: one pass, one softmax, no copy of it per row of the batch.
+#pragma once
+
+#include "microkernel.h"
+#include "scores.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+// Below every score, yet finite: differences with it are defined.
+constexpr float kLowest = -1e30f;
+
+struct ForwardScratch {
+  int64_t key_width, value_width;  // head sizes rounded up to whole vectors
+  float* rows;                     // [kLanes, wider of the two]
+  float* query;                    // [key_width, kLaneStride] transposed and scaled
+  float *key, *value;              // [kKeys, key_width], [kKeys, value_width]
+  float *scores, *mask;            // [kKeys, kLaneStride]
+  float* out;                      // [value_width, kLaneStride] transposed
+  float *maximum, *denominator;    // [kLanes]
+  TilePlan plan;
+  Ahead ahead;
+
+  ForwardScratch(const AttentionProblem& p, Carver& carve)
+      : key_width(round_up(p.head_dim, kWidth)), value_width(round_up(p.value_dim, kWidth)) {
+    rows = carve.take<float>(kLanes * max(key_width, value_width));
+    query = carve.take<float>(key_width * kLaneStride);
+    key = carve.take<float>(kKeys * key_width);
+    value = carve.take<float>(kKeys * value_width);
+    scores = carve.take<float>(kKeys * kLaneStride);
+    mask = carve.take<float>(p.mask.kind == Mask::Kind::none ? 0 : kKeys * kLaneStride);
+    out = carve.take<float>(value_width * kLaneStride);
+    maximum = carve.take<float>(kLanes);
+    denominator = carve.take<float>(kLanes);
+  }
+};
+
+static void begin_block(ForwardScratch& w, const AttentionProblem& p, const QueryBlock& block) {
+  alignas(64) float factor[kWidth];
+  store(factor, splat(query_factor(p)));
+  load_rows(w.rows, w.key_width, p.query, block, p.head_dim);
+  for (int64_t d = 0; d < w.key_width; d += kWidth)
+    transpose(w.query + d * kLaneStride, kLaneStride, w.rows + d, w.key_width, block.lanes, kWidth, factor);
+  for (int64_t i = 0; i < w.value_width * kLaneStride; i += kWidth) store(w.out + i, Vec{});
+  for (int i = 0; i < kLanes; ++i) {
+    // A sink is a key without a value: it only opens the denominator.
+    const float sink = p.sinks != nullptr && i < block.rows ? p.sinks[block.row[i].head] * kLog2e : -kInfinity;
+    w.maximum[i] = max(sink, kLowest);
+    w.denominator[i] = sink >= kLowest ? 1.0f : 0.0f;
+  }
+}
+
+// Absorbs the tile that lies in w.key and w.value. `first`: the output is still all zeros.
+static void absorb_tile(ForwardScratch& w, const AttentionProblem& p, int lanes, const float* mask, bool first) {
+  const TilePlan& plan = w.plan;
+  for (int n = 0; n < plan.num_runs; ++n) {
+    const Run& run = plan.run[n];
+    multiply<ALayout::rows>(run.last - run.first, run.end - run.begin, p.head_dim,
+                            w.key + run.first * w.key_width, w.key_width, w.query + run.begin, kLaneStride,
+                            w.scores + run.first * kLaneStride + run.begin, kLaneStride, false, w.ahead);
+  }
+  if (p.softcap > 0 || mask != nullptr || plan.partial) finish_scores(p, plan, w.scores, nullptr, mask);
+
+  for (int l = 0; l < lanes; l += kWidth) {
+    const Vec before = load(w.maximum + l);
+    Vec after = before;
+    for (int n = 0; n < plan.num_runs; ++n) {
+      const Run& run = plan.run[n];
+      if (l < run.begin || l >= run.end) continue;
+      for (int i = run.first; i < run.last; ++i) after = max(load(w.scores + i * kLaneStride + l), after);
+    }
+    Vec total = load(w.denominator + l);
+    if (any(after > before)) {
+      const Vec shrink = exp2(before - after);
+      total *= shrink;
+      if (!first)
+        for (int64_t d = 0; d < p.value_dim; ++d)
+          store(w.out + d * kLaneStride + l, load(w.out + d * kLaneStride + l) * shrink);
+      store(w.maximum + l, after);
+    }
+    for (int n = 0; n < plan.num_runs; ++n) {
+      const Run& run = plan.run[n];
+      if (l < run.begin || l >= run.end) continue;
+      for (int i = run.first; i < run.last; ++i) {
+        const Vec probability = exp2(load(w.scores + i * kLaneStride + l) - after);
+        store(w.scores + i * kLaneStride + l, probability);
+        total += probability;
+      }
+    }
+    store(w.denominator + l, total);
+  }
+
+  for (int n = 0; n < plan.num_runs; ++n) {
+    const Run& run = plan.run[n];
+    multiply<ALayout::columns>(p.value_dim, run.end - run.begin, run.last - run.first,
+                               w.value + run.first * w.value_width, w.value_width,
+                               w.scores + run.first * kLaneStride + run.begin, kLaneStride, w.out + run.begin,
+                               kLaneStride, true, w.ahead);
+  }
+}
+
+// Divides by the denominator and writes the block's outputs and log-sum-exps.
+static void finish_block(ForwardScratch& w, const AttentionForward& p, const QueryBlock& block) {
+  alignas(64) float lse[kLanes];
+  for (int l = 0; l < block.lanes; l += kWidth) {
+    const Vec total = load(w.denominator + l);
+    const VecInt sees = total > 0.0f;
+    store(lse + l, select(sees, (load(w.maximum + l) + log2(total)) * kLn2, splat(-kInfinity)));
+    store(w.denominator + l, select(sees, 1.0f / total, Vec{}));
+  }
+  transpose(w.rows, w.value_width, w.out, kLaneStride, w.value_width, block.lanes, w.denominator);
+  store_rows(p.out, block, w.rows, w.value_width, p.value_dim);
+  if (p.lse != nullptr)
+    for (int i = 0; i < block.rows; ++i) {
+      const Row& r = block.row[i];
+      p.lse[r.batch * p.lse_stride[0] + r.head * p.lse_stride[1] + r.token] = lse[i];
+    }
+}
+
+struct ForwardUnit {
+  const Sequence* sequence;
+  const KeyList* keys;
+  int64_t kv_head, first_row;
+  SlotRange range;  // the keys it sees
+};
+
+static void ask_for_keys(Ahead& ahead, const AttentionProblem& p, const Sequence& s, const KeyList& list,
+                         int64_t kv_head, int64_t slot, int64_t end) {
+  if (slot >= end) return;
+  const int64_t first = s.key_start + list[slot], last = s.key_start + list[min(slot + kKeys, end) - 1] + 1;
+  ahead.add_keys(p.key, s.batch, kv_head, first, last, p.head_dim);
+  ahead.add_keys(p.value, s.batch, kv_head, first, last, p.value_dim);
+}
+
+static void forward_block(const AttentionForward& p, const ForwardUnit& unit, const ForwardUnit* next,
+                          ForwardScratch& w) {
+  const Sequence& s = *unit.sequence;
+  const KeyList& list = *unit.keys;
+  const int64_t kv_head = unit.kv_head, first_row = unit.first_row;
+  const SlotRange range = unit.range;
+  QueryBlock block;
+  fill_block(block, p, s, kv_head, first_row);
+  begin_block(w, p, block);
+  w.ahead.add_block(p.out, p, s, kv_head, first_row, p.value_dim);
+  ask_for_keys(w.ahead, p, s, list, kv_head, range.begin, range.end);
+
+  bool first = true;
+  const KeyList prefix{nullptr, s.prefix >= 0 ? s.prefix_length : 0};
+  for (int64_t slot = 0; slot < prefix.count; slot += kKeys, first = false) {
+    const int keys = static_cast<int>(min<int64_t>(kKeys, prefix.count - slot));
+    load_keys(w.key, w.key_width, p.prefix_key, s.prefix, kv_head, 0, prefix, slot, keys, p.head_dim);
+    load_keys(w.value, w.value_width, p.prefix_value, s.prefix, kv_head, 0, prefix, slot, keys, p.value_dim);
+    plan_whole(w.plan, keys, block.lanes);
+    absorb_tile(w, p, block.lanes, nullptr, first);
+  }
+  for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
+    const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
+    load_keys(w.key, w.key_width, p.key, s.batch, kv_head, s.key_start, list, slot, keys, p.head_dim);
+    load_keys(w.value, w.value_width, p.value, s.batch, kv_head, s.key_start, list, slot, keys, p.value_dim);
+    ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
+    if (slot + kKeys >= range.end && next != nullptr) {
+      w.ahead.add_block(p.query, p, *next->sequence, next->kv_head, next->first_row, p.head_dim);
+      ask_for_keys(w.ahead, p, *next->sequence, *next->keys, next->kv_head, next->range.begin, next->range.end);
+    }
+    plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes);
+    const bool masked = p.mask.kind != Mask::Kind::none;
+    if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
+    absorb_tile(w, p, block.lanes, masked ? w.mask : nullptr, first);
+  }
+  finish_block(w, p, block);
+}
+
+// One unit of work: a block of rows of one sequence and one key/value head, later blocks first (with
+// causal attention they are the longest).
+static void attention_forward(const AttentionForward& p, const Parallel& parallel) {
+  const KeyLists lists(p);
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  auto blocks_of = [&](int64_t i) { return ceil_div(p.sequences[i].query_length * group, kLanes); };
+  Buffer starts((p.num_sequences + 1) * static_cast<int64_t>(sizeof(int64_t)));
+  auto* start = reinterpret_cast<int64_t*>(starts.data());  // first unit of each sequence
+  start[0] = 0;
+  for (int64_t i = 0; i < p.num_sequences; ++i) start[i + 1] = start[i] + blocks_of(i) * p.num_kv_heads;
+
+  Carver measure;
+  ForwardScratch(p, measure);
+  auto unit_at = [&](int64_t unit) {
+    int64_t low = 0, high = p.num_sequences;  // the sequence with start[low] <= unit < start[low + 1]
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (start[middle] <= unit ? low : high) = middle;
+    }
+    const Sequence& s = p.sequences[low];
+    const int64_t blocks = blocks_of(low), place = unit - start[low];
+    const int64_t first = (blocks - 1 - place % blocks) * kLanes, last = min(first + kLanes, s.query_length * group);
+    return ForwardUnit{&s, &lists[low], place / blocks, first,
+                       visible_slots(p, s, lists[low], first / group, (last - 1) / group)};
+  };
+  auto work = [&](int64_t unit, int64_t next, char* memory) {
+    Carver carve(memory);
+    ForwardScratch scratch(p, carve);
+    const ForwardUnit after = next >= 0 ? unit_at(next) : ForwardUnit{};
+    forward_block(p, unit_at(unit), next >= 0 ? &after : nullptr, scratch);
+  };
+  for_each_unit(parallel, start[p.num_sequences], measure.used(), work);
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,0 +1,23 @@
+// All CPU kernels, compiled once for each instruction set with
+//   -DPREFIXCORE_ISA=baseline | avx2 | avx512
+// and that set's flags. Everything but the table below has internal linkage or lives in a namespace
+// named after the instruction set.
+#include "isa.h"
+
+#include "attention_backward_pass.h"
+#include "attention_forward.h"
+
+#define PREFIXCORE_JOIN_(a, b) a##b
+#define PREFIXCORE_JOIN(a, b) PREFIXCORE_JOIN_(a, b)
+#define PREFIXCORE_TEXT_(a) #a
+#define PREFIXCORE_TEXT(a) PREFIXCORE_TEXT_(a)
+
+namespace prefixcore::cpu {
+
+extern const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA);
+const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA) = {
+    PREFIXCORE_TEXT(PREFIXCORE_ISA),
+    {PREFIXCORE_ISA::attention_forward, PREFIXCORE_ISA::attention_backward},
+};
+
+}  // namespace prefixcore::cpu

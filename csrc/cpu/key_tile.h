@@ -1,0 +1,84 @@
+// A tile of keys and values, packed as float32, and the plan of which lanes see which of its keys.
+//
+// Packing costs one pass over the tile and is what lets every dtype, stride and padding share one
+// microkernel. The plan is a list of runs: consecutive keys that the same lanes see. A tile inside
+// the causal triangle is one run of all lanes; on the diagonal, keys that only the later lanes see
+// form shorter runs, and the products skip the rest.
+#pragma once
+
+#include "query_block.h"
+#include "visible_keys.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+constexpr int kKeys = 64;
+
+struct Run {
+  int first, last;  // keys of the tile
+  int begin, end;   // lanes, multiples of kLaneStep
+};
+
+struct TilePlan {
+  int num_runs = 0;
+  bool partial = false;  // some key is hidden from some lane inside its run
+  Run run[kKeys];
+  int first_lane[kKeys], last_lane[kKeys];  // key i is seen by lanes [first_lane, last_lane)
+};
+
+// Every lane sees every key: the prefix.
+static void plan_whole(TilePlan& plan, int keys, int lanes) {
+  plan.num_runs = keys > 0 && lanes > 0;
+  plan.partial = false;
+  plan.run[0] = {0, keys, 0, lanes};
+}
+
+// `first_row`: the row of the sequence that lane 0 holds; the tile's keys are slots `slot` and on.
+static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Sequence& s, const KeyList& list,
+                          int64_t slot, int keys, int64_t first_row, int lanes) {
+  const int64_t group = p.num_heads / p.num_kv_heads, shift = s.key_length - s.query_length;
+  plan_whole(plan, keys, lanes);
+  auto lane_of = [&](int64_t token) {
+    return static_cast<int>(min<int64_t>(max<int64_t>(token * group - first_row, 0), lanes));
+  };
+  auto first_lane = [&](int i) { return p.causal ? lane_of(list[slot + i] - shift) : 0; };
+  auto last_lane = [&](int i) {
+    return p.sliding_window > 0 ? lane_of(list[slot + i] - shift + p.sliding_window) : lanes;
+  };
+  if (keys == 0 || (first_lane(keys - 1) == 0 && last_lane(0) == lanes)) return;
+  plan.partial = true;
+  plan.num_runs = 0;
+  for (int i = 0; i < keys; ++i) {
+    plan.first_lane[i] = first_lane(i);
+    plan.last_lane[i] = last_lane(i);
+    const int begin = plan.first_lane[i] / kLaneStep * kLaneStep;
+    const int end = static_cast<int>(round_up(plan.last_lane[i], kLaneStep));
+    if (plan.first_lane[i] >= plan.last_lane[i]) continue;
+    Run* last = plan.num_runs > 0 ? &plan.run[plan.num_runs - 1] : nullptr;
+    if (last != nullptr && last->last == i && last->begin == begin && last->end == end)
+      last->last = i + 1;
+    else
+      plan.run[plan.num_runs++] = {i, i + 1, begin, end};
+  }
+}
+
+template <DType dtype>
+static void load_keys(float* to, int64_t width, const char* from, int64_t row_stride, const KeyList& list,
+                      int64_t slot, int keys, int64_t count) {
+  for (int i = 0; i < keys; ++i)
+    load_row<dtype>(to + i * width, from + list[slot + i] * row_stride * size_of(dtype), count, width);
+}
+
+// to[keys x width] from rows of `view` at [batch, head, start + position of each slot].
+static void load_keys(float* to, int64_t width, const ConstView& view, int64_t batch, int64_t head,
+                      int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count) {
+  const int64_t stride = view.stride[2];
+  const char* from = static_cast<const char*>(view.data) +
+                     (batch * view.stride[0] + head * view.stride[1] + start * stride) * size_of(view.dtype);
+  switch (view.dtype) {
+    case DType::f32: return load_keys<DType::f32>(to, width, from, stride, list, slot, keys, count);
+    case DType::bf16: return load_keys<DType::bf16>(to, width, from, stride, list, slot, keys, count);
+    case DType::f16: return load_keys<DType::f16>(to, width, from, stride, list, slot, keys, count);
+  }
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,0 +1,94 @@
+// C[M x N] (+)= A[M x K] . B[K x N]: the one matrix product that all of attention is made of.
+//
+// A block of C stays in registers while k runs: a few of its rows (one broadcast number of A each)
+// times a few vectors of columns (one load of B each). A is read a number at a time, so it may lie
+// either way: `rows` (k contiguous, as a key tile times a query) or `columns` (i contiguous, which
+// is a transposed product without a transpose). N is a multiple of kWidth.
+#pragma once
+
+#include "ahead.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+// As much of C as the register file holds: 32 registers, or 16 on AVX2 and SSE2.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kBlockRows = 6, kBlockVectors = 4;
+#else
+constexpr int kBlockRows = 6, kBlockVectors = 2;
+#endif
+
+enum class ALayout { rows, columns };
+
+template <ALayout layout, int rows, int vectors>
+static void multiply_block(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                           float* c, int64_t c_stride, bool accumulate) {
+  Vec sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j)
+      sum[i][j] = accumulate ? load(c + i * c_stride + j * kWidth) : Vec{};
+  const float* a_row[rows];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) a_row[i] = a + i * a_stride;
+  for (int64_t k = 0; k < K; ++k) {
+    Vec b_row[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) b_row[j] = load(b + k * b_stride + j * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const Vec x = splat(layout == ALayout::rows ? a_row[i][k] : a[k * a_stride + i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) sum[i][j] += x * b_row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) store(c + i * c_stride + j * kWidth, sum[i][j]);
+}
+
+using MultiplyBlock = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+
+template <ALayout layout, int rows, int vectors>
+constexpr MultiplyBlock block_if_it_fits() {
+  if constexpr (vectors <= kBlockVectors)
+    return multiply_block<layout, rows, vectors>;
+  else
+    return nullptr;
+}
+
+// multiply_blocks<layout>[rows - 1][vectors - 1]
+template <ALayout layout>
+constexpr MultiplyBlock multiply_blocks[kBlockRows][4] = {
+#define PREFIXCORE_BLOCKS(rows)                                               \
+  {block_if_it_fits<layout, rows, 1>(), block_if_it_fits<layout, rows, 2>(),  \
+   block_if_it_fits<layout, rows, 3>(), block_if_it_fits<layout, rows, 4>()}
+    PREFIXCORE_BLOCKS(1), PREFIXCORE_BLOCKS(2), PREFIXCORE_BLOCKS(3),
+    PREFIXCORE_BLOCKS(4), PREFIXCORE_BLOCKS(5), PREFIXCORE_BLOCKS(6),
+#undef PREFIXCORE_BLOCKS
+};
+
+// Rows and vectors are shared out evenly (20 rows are 4 blocks of 5, never 3 of 6 and one of 2).
+template <ALayout layout>
+static void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_stride, const float* b,
+                     int64_t b_stride, float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
+  const int64_t vectors = N / kWidth;
+  const int64_t strips = ceil_div(vectors, kBlockVectors), blocks = ceil_div(M, kBlockRows);
+  int64_t first = 0;
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t last = vectors * (s + 1) / strips, j = first * kWidth;
+    int64_t i = 0;
+    for (int64_t r = 0; r < blocks; ++r) {
+      const int64_t end = M * (r + 1) / blocks;
+      multiply_blocks<layout>[end - i - 1][last - first - 1](
+          K, a + (layout == ALayout::rows ? i * a_stride : i), a_stride, b + j, b_stride,
+          c + i * c_stride + j, c_stride, accumulate);
+      ahead.step();
+      i = end;
+    }
+    first = last;
+  }
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,0 +1,92 @@
+// A block of query rows: what fills the lanes of every tile.
+//
+// The query heads that share one key/value head read the same keys, so they are folded together:
+// row r of a sequence is token r / G of head r % G (G heads a group). A block holds up to kLanes
+// rows; scores, probabilities and outputs are kept transposed, one row a lane, so that a maximum or
+// a sum over keys is a plain vector operation.
+#pragma once
+
+#include "attention.h"
+#include "convert.h"
+#include "transpose.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+constexpr int kLanes = 64;
+// Distance between rows of a transposed tile. Where tiles are worked on in strips narrower than a
+// row, a power of two would map the whole strip to a few cache sets.
+constexpr int kLaneStride = kWidth == 16 ? kLanes : kLanes + 16;
+// Lanes come and go in steps of this many: what one pass of the microkernel covers, 16 at most.
+constexpr int kLaneStep = kWidth == 16 ? 16 : 2 * kWidth;
+
+struct Row {
+  int64_t batch, head, token;  // indices into the query tensor
+};
+
+struct QueryBlock {
+  int rows = 0;   // of them are real
+  int lanes = 0;  // rows rounded up to kLaneStep: the rest computes on zeros and is dropped
+  Row row[kLanes];
+
+  void add(Row r) {
+    row[rows++] = r;
+    lanes = static_cast<int>(round_up(rows, kLaneStep));
+  }
+};
+
+// Rows [first, first + kLanes) of one sequence and one key/value head, as many as there are.
+static void fill_block(QueryBlock& block, const AttentionProblem& p, const Sequence& s, int64_t kv_head,
+                       int64_t first) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t last = min(first + kLanes, s.query_length * group);
+  block.rows = block.lanes = 0;
+  for (int64_t r = first; r < last; ++r)
+    block.add({s.batch, kv_head * group + r % group, s.query_start + r / group});
+}
+
+PREFIXCORE_INLINE int64_t row_offset(const int64_t (&stride)[3], const Row& r) {
+  return r.batch * stride[0] + r.head * stride[1] + r.token * stride[2];
+}
+
+template <DType dtype>
+static void load_rows(float* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
+  const char* data = static_cast<const char*>(from.data);
+  for (int i = 0; i < block.rows; ++i)
+    load_row<dtype>(to + i * width, data + row_offset(from.stride, block.row[i]) * size_of(dtype), count, width);
+  for (int64_t i = block.rows * width; i < block.lanes * width; i += kWidth) store(to + i, Vec{});
+}
+
+// to[lanes x width]: each row's `count` numbers, zeros up to `width` and in lanes without a row.
+static void load_rows(float* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
+  switch (from.dtype) {
+    case DType::f32: return load_rows<DType::f32>(to, width, from, block, count);
+    case DType::bf16: return load_rows<DType::bf16>(to, width, from, block, count);
+    case DType::f16: return load_rows<DType::f16>(to, width, from, block, count);
+  }
+}
+
+static void store_rows(const View& to, const QueryBlock& block, const float* from, int64_t width, int64_t count) {
+  char* data = static_cast<char*>(to.data);
+  for (int i = 0; i < block.rows; ++i)
+    store_row(data + row_offset(to.stride, block.row[i]) * size_of(to.dtype), to.dtype, from + i * width, count,
+              1.0f);
+}
+
+// to[lane] = sum of a[lane][:] * b[lane][:] over `width` columns.
+static void row_dots(float* to, const float* a, const float* b, int64_t width, int lanes) {
+  for (int i = 0; i < lanes; i += kWidth) {
+    Vec partial[kWidth];
+    for (int k = 0; k < kWidth; ++k) {
+      const int64_t row = (i + k) * width;
+      Vec total{};
+      for (int64_t d = 0; d < width; d += kWidth) total += load(a + row + d) * load(b + row + d);
+      partial[k] = total;
+    }
+    transpose_square<kWidth / 2>(partial);
+    Vec total{};
+    for (int k = 0; k < kWidth; ++k) total += partial[k];
+    store(to + i, total);
+  }
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

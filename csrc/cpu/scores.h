@@ -1,0 +1,88 @@
+// From products of queries and keys to scores: softcap, mask, causal and window edges.
+//
+// Scores are kept in units of log 2 (the queries are scaled by scale * log2(e) beforehand), so that
+// a probability is one exp2. A hidden key's score is -infinity, whatever it was before.
+#pragma once
+
+#include "key_tile.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+// What queries are multiplied by before the product with the keys.
+inline float query_factor(const AttentionProblem& p) {
+  return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e;
+}
+
+// Additive masks at or below this hide the key: libraries write "minus infinity" as the lowest
+// finite number, beside which a log-sum-exp would have no digits left.
+constexpr float kHidden = -1e30f;
+
+template <class Read>
+static void fill_mask(float* to, const QueryBlock& block, const Mask& mask, int64_t start, const KeyList& list,
+                      int64_t slot, int keys, Read read) {
+  for (int lane = 0; lane < block.lanes; ++lane) {
+    if (lane >= block.rows) {
+      for (int i = 0; i < keys; ++i) to[i * kLaneStride + lane] = 0;
+      continue;
+    }
+    const Row& r = block.row[lane];
+    const int64_t base = r.batch * mask.stride[0] + r.head * mask.stride[1] + r.token * mask.stride[2];
+    for (int i = 0; i < keys; ++i)
+      to[i * kLaneStride + lane] = read(base + (start + list[slot + i]) * mask.stride[3]);
+  }
+}
+
+// to[keys x kLaneStride]: what the mask adds to each score.
+static void fill_mask(float* to, const QueryBlock& block, const Mask& mask, int64_t start, const KeyList& list,
+                      int64_t slot, int keys) {
+  auto scaled = [](float x) { return x <= kHidden ? -kInfinity : x * kLog2e; };
+  if (mask.kind == Mask::Kind::boolean) {
+    const auto* data = static_cast<const uint8_t*>(mask.data);
+    fill_mask(to, block, mask, start, list, slot, keys,
+              [=](int64_t i) { return data[i] != 0 ? 0.0f : -kInfinity; });
+  } else if (mask.dtype == DType::f32) {
+    const auto* data = static_cast<const float*>(mask.data);
+    fill_mask(to, block, mask, start, list, slot, keys, [=](int64_t i) { return scaled(data[i]); });
+  } else {
+    const auto* data = static_cast<const uint16_t*>(mask.data);
+    const bool bf16 = mask.dtype == DType::bf16;
+    fill_mask(to, block, mask, start, list, slot, keys, [=](int64_t i) {
+      const VecHalf x{data[i]};
+      return scaled((bf16 ? from_bf16(x) : from_f16(x))[0]);
+    });
+  }
+}
+
+// In place. `slope` (or null) receives d(score)/d(product) of the softcap; `mask` may be null.
+static void finish_scores(const AttentionProblem& p, const TilePlan& plan, float* scores, float* slope,
+                          const float* mask) {
+  for (int n = 0; n < plan.num_runs; ++n) {
+    const Run& run = plan.run[n];
+    for (int i = run.first; i < run.last; ++i) {
+      float* row = scores + i * kLaneStride;
+      if (p.softcap > 0) {
+        for (int l = run.begin; l < run.end; l += kWidth) {
+          const Vec t = tanh(load(row + l));
+          if (slope != nullptr) store(slope + i * kLaneStride + l, 1.0f - t * t);
+          store(row + l, t * (p.softcap * kLog2e));
+        }
+      }
+      if (mask != nullptr) {
+        for (int l = run.begin; l < run.end; l += kWidth) {
+          const Vec m = load(mask + i * kLaneStride + l);
+          store(row + l, select(m == -kInfinity, m, load(row + l) + m));
+        }
+      }
+      if (plan.partial) {
+        const int first = plan.first_lane[i], last = plan.last_lane[i];
+        for (int l = run.begin; l < run.end; l += kWidth) {
+          if (first <= l && l + kWidth <= last) continue;
+          const VecInt lane = lane_index() + l;
+          store(row + l, select((lane >= first) & (lane < last), load(row + l), splat(-kInfinity)));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,0 +1,55 @@
+// Transposing float matrices a register-sized square at a time.
+#pragma once
+
+#include <utility>
+
+#include "vector.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+// Lanes picked from two vectors: lane i is lane index[i] of (a, b) laid end to end.
+template <int... index>
+PREFIXCORE_INLINE Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index...);
+#else
+  return __builtin_shuffle(a, b, VecInt{index...});
+#endif
+}
+
+// Seen as 2x2 squares of blocks `step` lanes wide, swaps the off-diagonal blocks of rows a and b.
+template <int step, int... lane>
+PREFIXCORE_INLINE void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
+  const Vec low = shuffle<((lane & step) ? kWidth + lane - step : lane)...>(a, b);
+  const Vec high = shuffle<((lane & step) ? kWidth + lane : lane + step)...>(a, b);
+  a = low;
+  b = high;
+}
+
+template <int step>
+PREFIXCORE_INLINE void transpose_square(Vec (&rows)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i)
+    if ((i & step) == 0)
+      swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kWidth>());
+  if constexpr (step > 1) transpose_square<step / 2>(rows);
+}
+
+// to[j][i] = factor[j] * from[i][j]; rows and columns are multiples of kWidth. `factor` is an array
+// along the columns of `from`, or null.
+static void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+                      int64_t columns, const float* factor) {
+  for (int64_t j = 0; j < columns; j += kWidth) {
+    const Vec f = factor != nullptr ? load(factor + j) : splat(1.0f);
+    for (int64_t i = 0; i < rows; i += kWidth) {
+      Vec square[kWidth];
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) square[k] = load(from + (i + k) * from_stride + j) * f;
+      transpose_square<kWidth / 2>(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < kWidth; ++k) store(to + (j + k) * to_stride + i, square[k]);
+    }
+  }
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,0 +1,73 @@
+// Scratch memory, and handing out work to a lent thread pool.
+#pragma once
+
+#include <new>
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace prefixcore::cpu::PREFIXCORE_ISA {
+
+constexpr int64_t kAlignment = 64;
+
+// Uninitialised memory that frees itself. Allocated by the calling thread only, never by a worker,
+// so that std::bad_alloc reaches the caller.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes)
+      : data_(bytes > 0 ? ::operator new(static_cast<size_t>(bytes), std::align_val_t(kAlignment)) : nullptr) {}
+  ~Buffer() {
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t(kAlignment));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_;
+};
+
+// Cuts aligned arrays from one piece of memory. Starting from null it only measures: the same
+// constructor then tells how much memory a scratch needs and, given that much, lays it out.
+class Carver {
+ public:
+  explicit Carver(char* base = nullptr) : base_(base) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ != nullptr ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+    return piece;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Calls work(unit, next, scratch) once for every unit below `count`; `next` is the unit that this worker
+// does after, or -1. Workers take the next unit when they
+// are done with one, so uneven units balance out; which worker does a unit never changes its result.
+template <class Work>
+static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work) {
+  if (count <= 0) return;
+  const int64_t workers = max<int64_t>(1, min<int64_t>(parallel.num_threads, count));
+  const int64_t stride = round_up(scratch_bytes, kAlignment);
+  Buffer scratch(workers * stride);
+  int64_t next = 0;
+  auto body = [&](int64_t begin, int64_t) {
+    char* own = scratch.data() + begin * stride;  // no other call starts at `begin`
+    int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    while (unit < count) {
+      const int64_t after = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      work(unit, after < count ? after : -1, own);
+      unit = after;
+    }
+  };
+  parallel(workers, body);
+}
+
+}  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,0 +1,63 @@
+"""prefixcore: the kernel core for soft prompting and prefix tuning.
+
+Three front doors:
+
+* a transformers model: :func:`attach`, :func:`load` and the ``*Config`` classes;
+* a framework of your own: :func:`prefix_attention` and :func:`soft_embedding`;
+* the command line: ``prefixcore train | generate | inspect | doctor``.
+
+Importing the package needs torch alone; everything that needs transformers, PEFT or safetensors is
+imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .ops import prefix_attention, soft_embedding, use_backend, which_backend
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .adapters import AdapterError
+    from .hf import Handle, attach, load
+    from .nn import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+
+# Public name -> the room it is imported from at first use.
+_LAZY = {
+    "PrefixTuningConfig": "nn",
+    "PromptTuningConfig": "nn",
+    "PTuningConfig": "nn",
+    "attach": "hf",
+    "load": "hf",
+    "Handle": "hf",
+    "AdapterError": "adapters",
+}
+
+__all__ = [
+    "AdapterError",
+    "Handle",
+    "PTuningConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "__version__",
+    "attach",
+    "load",
+    "prefix_attention",
+    "soft_embedding",
+    "use_backend",
+    "which_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'prefixcore' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

@@ -1,0 +1,1 @@
+"""One module a backend; none imports another. ``prefixcore.ops.select`` chooses between them."""

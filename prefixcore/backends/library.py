@@ -1,0 +1,138 @@
+"""The compiled library: loading it, and telling PyTorch what the C++ cannot.
+
+The ops are registered by the library itself, through torch's stable ABI. Registered here are their shapes under
+fake tensors (``torch.compile``) and which op is the backward of which. The backends stand on this module.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
+BUILT = LIBRARY.exists()
+
+
+def require() -> None:
+    """Raises RuntimeError, with the remedy, unless the compiled library is there."""
+    if not BUILT:
+        raise RuntimeError(
+            f"prefixcore's compiled kernels are missing ({LIBRARY.name}): build them with "
+            "'pip install --no-build-isolation -e .' in the repository, or run the slow reference with "
+            "PREFIXCORE_BACKEND=reference"
+        )
+
+
+def host() -> ModuleType:
+    """The pybind11 module of host facts: ``isa()``, ``select_isa(name)``, ``build_info()``, ..."""
+    require()
+    from .. import _host
+
+    return _host
+
+
+# --- prefix attention -----------------------------------------------------------------------------
+
+
+def _prefix_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _dim = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+def _prefix_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:11], *output)
+    ctx.options = inputs[11:]
+    ctx.set_materialize_grads(False)
+
+
+def _prefix_attention_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = (needs[0], needs[1] or needs[2], needs[3] or needs[4])
+    if grad_out is None and grad_lse is None:
+        return (None,) * 15
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.prefixcore.prefix_attention_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.options, *wanted)
+    return (*(g if need else None for g, need in zip(grads, needs[:5], strict=True)), *[None] * 10)
+
+
+def _prefix_attention_backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    needs_query, needs_sequence, needs_prefix = rest[-3:]
+
+    def like_heads_last(x: Tensor) -> Tensor:  # [B, H, T, D] laid out as [B, T, H, D]
+        batch, heads, length, dim = x.shape
+        return x.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+    none = query.new_empty(0)
+    none32 = query.new_empty(0, dtype=torch.float32)
+    return (
+        like_heads_last(query) if needs_query else none,
+        like_heads_last(key) if needs_sequence else none.clone(),
+        like_heads_last(value) if needs_sequence else none.clone(),
+        prefix_key.new_empty(prefix_key.shape, dtype=torch.float32) if needs_prefix else none32,
+        prefix_value.new_empty(prefix_value.shape, dtype=torch.float32) if needs_prefix else none32.clone(),
+    )
+
+
+# --- soft embedding -------------------------------------------------------------------------------
+
+
+def _soft_embedding_fake(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
+    return weight.new_empty(*input_ids.shape, weight.shape[1])
+
+
+def _soft_embedding_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    input_ids, weight, virtual = inputs
+    ctx.save_for_backward(input_ids)
+    ctx.vocabulary, ctx.num_virtual = weight.shape[0], virtual.shape[0]
+
+
+def _soft_embedding_backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None]:
+    if not ctx.needs_input_grad[2]:
+        return None, None, None
+    (input_ids,) = ctx.saved_tensors
+    return (
+        None,
+        None,
+        torch.ops.prefixcore.soft_embedding_backward(grad, input_ids, ctx.vocabulary, ctx.num_virtual),
+    )
+
+
+def _soft_embedding_backward_fake(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
+    return grad.new_empty(num_virtual, grad.shape[-1], dtype=torch.float32)
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "prefixcore's ops have no second derivative: take it through the reference, inside "
+        "'with prefixcore.use_backend(\"reference\")'"
+    )
+
+
+def _register() -> None:
+    torch.ops.load_library(LIBRARY)
+    library = torch.library
+    for op, fake, backward, setup in (
+        ("prefix_attention", _prefix_attention_fake, _prefix_attention_backward, _prefix_attention_setup),
+        ("prefix_attention_backward", _prefix_attention_backward_fake, _no_double_backward, None),
+        ("soft_embedding", _soft_embedding_fake, _soft_embedding_backward, _soft_embedding_setup),
+        ("soft_embedding_backward", _soft_embedding_backward_fake, _no_double_backward, None),
+    ):
+        library.register_fake(f"prefixcore::{op}", fake)
+        library.register_autograd(f"prefixcore::{op}", backward, setup_context=setup)
+
+
+if BUILT:
+    _register()

@@ -1,0 +1,302 @@
+"""What to train: the configurations of a prefix and of a soft prompt.
+
+Names are those of PEFT where PEFT has one, so that a PEFT configuration can be carried over word by word.
+Everything is checked when a configuration is made; a configuration never changes afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+TASK_TYPES = (
+    "CAUSAL_LM",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+    "FEATURE_EXTRACTION",
+)
+INITS = ("text", "vocab", "random", "zero", "tensor")
+REPARAMETERIZATIONS = ("none", "mlp", "low_rank", "random_basis")
+ENCODERS = ("MLP", "LSTM")
+_PEFT_INITS = {"TEXT": "text", "SAMPLE_VOCAB": "vocab", "RANDOM": "random"}
+
+KeyValues: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+"""One (key [Hkv, P, D], value [Hkv, P, Dv]) a layer."""
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _length(init: Any) -> int:
+    """P of a start given as tensors; shapes are checked against the model later."""
+    if isinstance(init, Tensor):
+        if init.dim() != 2:
+            raise ValueError(f"init as a tensor must be [P, width], got shape {list(init.shape)}")
+        return init.shape[0]
+    for layer, pair in enumerate(init):
+        whole = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not whole or not all(isinstance(t, Tensor) and t.dim() == 3 for t in pair):
+            raise ValueError(
+                f"init must hold a (key [Hkv, P, D], value [Hkv, P, Dv]) pair a layer; entry {layer} does not"
+            )
+    if len(init) == 0:
+        raise ValueError("init holds no layer: expected one (key, value) pair for every layer with a prefix")
+    return init[0][0].shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class _Config:
+    """What the three configurations share."""
+
+    method: ClassVar[str]
+
+    num_virtual_tokens: int | None = None
+    init: str | Tensor | KeyValues | None = None
+    init_text: str | None = None
+    seed: int | None = None
+    task_type: str | None = "CAUSAL_LM"
+    tokenizer_name_or_path: str | None = None
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_common(self) -> None:
+        if self.init is None:
+            self._set(init="vocab" if self.init_text is None else "text")
+        if isinstance(self.init, str):
+            _check_choice("init", self.init, INITS)
+        elif isinstance(self.init, (Tensor, Sequence)):
+            length = _length(self.init)
+            if self.num_virtual_tokens not in (None, length):
+                raise ValueError(
+                    f"num_virtual_tokens is {self.num_virtual_tokens} but init holds {length} of them; "
+                    "leave num_virtual_tokens out or make them equal"
+                )
+            self._set(num_virtual_tokens=length)
+        else:
+            raise ValueError(
+                f"init must be one of {', '.join(map(repr, INITS))} or tensors, got {type(self.init).__name__}"
+            )
+        if self.init == "text" and not self.init_text:
+            raise ValueError("init='text' needs init_text, a text that is not empty")
+        if self.init_text is not None and self.init != "text":
+            raise ValueError(f"init_text is only read with init='text', but init is {self.init_name!r}")
+        if self.num_virtual_tokens is not None:
+            _check_positive("num_virtual_tokens", self.num_virtual_tokens)
+        elif self.init not in ("text", "tensor"):
+            raise ValueError(
+                f"init={self.init!r} needs num_virtual_tokens (a text and tensors have a length of their own)"
+            )
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63
+        ):
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1 or None, got {self.seed!r}")
+        for name in ("init_text", "tokenizer_name_or_path"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name} must be a string or None, got {getattr(self, name)!r}")
+        if self.task_type is not None:
+            _check_choice("task_type", self.task_type, TASK_TYPES)
+
+    @property
+    def is_reparameterized(self) -> bool:
+        """Whether something else than the virtual tokens themselves is trained."""
+        return getattr(self, "reparameterization", "encoder") != "none"
+
+    @property
+    def init_name(self) -> str:
+        """The start's name; 'tensor' where it was given as tensors."""
+        return self.init if isinstance(self.init, str) else "tensor"
+
+    def settled(self, num_virtual_tokens: int) -> Self:
+        """The same with this P, and holding no tensors."""
+        return dataclasses.replace(self, num_virtual_tokens=num_virtual_tokens, init=self.init_name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it; tensors given as `init` become the word 'tensor'."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "init": self.init_name}
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTuningConfig(_Config):
+    """Train keys and values that every query of every layer sees.
+
+    Args:
+        num_virtual_tokens: P. May be left out where the start has a length of its own: a text, tensors.
+        init: how the prefix starts. "text": keys and values that the frozen model computes for `init_text`
+            (repeated or cut to P tokens); "vocab": the same for tokens drawn from the vocabulary; "random":
+            unit normal, PEFT's default; "zero"; or tensors: `[P, L*2*Hkv*D]` as PEFT stores them, or one
+            `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer. None: "text" if `init_text` is given, else
+            "vocab". "tensor" names a start whose values are kept elsewhere (in an adapter).
+        init_text: the text of `init="text"`.
+        prefix_projection: PEFT's name for `reparameterization="mlp"`.
+        encoder_hidden_size: width of the MLP's hidden layer; None: Hkv*D.
+        layers: indices of the layers that get a prefix; None: all.
+        num_frozen_tokens: the first virtual tokens are kept as they start (attention sinks).
+        reparameterization: what is trained in place of the prefix: "none", "mlp", "low_rank", "random_basis".
+        rank: of "low_rank".
+        num_basis: how many numbers "random_basis" trains in all, 10 to 1,000 as a rule.
+        seed: of random starts (None: torch's global generator) and of the frozen basis (None: 0).
+        task_type: PEFT's task type, kept in the adapter.
+        tokenizer_name_or_path: which tokenizer `init_text` was read with, kept in the adapter.
+        init_weights: PEFT's name: "zero" is `init="zero"`, None says nothing.
+
+    Raises:
+        ValueError: a value is out of range or two contradict each other.
+    """
+
+    method: ClassVar[str] = "prefix"
+
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    layers: list[int] | None = None
+    num_frozen_tokens: int = 0
+    reparameterization: str = "none"
+    rank: int = 8
+    num_basis: int = 256
+    init_weights: InitVar[str | None] = None
+
+    def __post_init__(self, init_weights: str | None) -> None:
+        if init_weights is not None:
+            if init_weights != "zero" or self.init not in (None, "zero"):
+                raise ValueError(f"init_weights must be 'zero' or None, and agree with init; got {init_weights!r}")
+            self._set(init="zero")
+        self._check_common()
+        _check_choice("reparameterization", self.reparameterization, ("none", "mlp", "low_rank", "random_basis"))
+        if self.prefix_projection:
+            if self.reparameterization not in ("none", "mlp"):
+                raise ValueError(f"prefix_projection is the MLP, but reparameterization is {self.reparameterization!r}")
+            self._set(reparameterization="mlp")
+        self._set(prefix_projection=self.reparameterization == "mlp")
+        if self.encoder_hidden_size is not None:
+            _check_positive("encoder_hidden_size", self.encoder_hidden_size)
+        _check_positive("rank", self.rank)
+        _check_positive("num_basis", self.num_basis)
+        self._check_layers()
+        self._check_frozen()
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        layers = list(self.layers) if isinstance(self.layers, Sequence) else []
+        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
+        if not layers or not whole or len(set(layers)) != len(layers):
+            raise ValueError(f"layers must be a list of distinct layer indices from 0, got {self.layers!r}")
+        self._set(layers=sorted(layers))
+
+    def _check_frozen(self) -> None:
+        frozen, tokens = self.num_frozen_tokens, self.num_virtual_tokens
+        if isinstance(frozen, bool) or not isinstance(frozen, int) or frozen < 0:
+            raise ValueError(f"num_frozen_tokens must be an integer of at least 0, got {frozen!r}")
+        if tokens is None:
+            return
+        if frozen > tokens or (frozen == tokens and self.reparameterization != "none"):
+            raise ValueError(f"num_frozen_tokens is {frozen} of {tokens} virtual tokens: none would be left to train")
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTuningConfig(_Config):
+    """Train embeddings that are put before the input.
+
+    Args:
+        num_virtual_tokens: P. May be left out where the start has a length of its own: a text, a tensor.
+        init: "text": the embeddings of `init_text` (repeated or cut to P tokens); "vocab": the embeddings of
+            tokens drawn from the vocabulary; "random": unit normal, PEFT's default; "zero"; or a tensor
+            `[P, hidden]`. None: "text" if `init_text` is given, else "vocab". "tensor" names a start whose
+            values are kept elsewhere (in an adapter).
+        init_text: the text of `init="text"`.
+        reparameterization: what is trained in place of the prompt: "none", "low_rank" or "random_basis" (an
+            MLP or LSTM is `PTuningConfig`).
+        rank, num_basis, seed, task_type, tokenizer_name_or_path: as in `PrefixTuningConfig`.
+        prompt_tuning_init, prompt_tuning_init_text: PEFT's names of `init` ("TEXT", "SAMPLE_VOCAB", "RANDOM")
+            and `init_text`.
+
+    Raises:
+        ValueError: a value is out of range or two contradict each other.
+    """
+
+    method: ClassVar[str] = "prompt"
+
+    reparameterization: str = "none"
+    rank: int = 8
+    num_basis: int = 256
+    prompt_tuning_init: InitVar[str | None] = None
+    prompt_tuning_init_text: InitVar[str | None] = None
+
+    def __post_init__(self, prompt_tuning_init: str | None, prompt_tuning_init_text: str | None) -> None:
+        if prompt_tuning_init is not None:
+            _check_choice("prompt_tuning_init", prompt_tuning_init, tuple(_PEFT_INITS))
+            init = _PEFT_INITS[prompt_tuning_init]
+            if self.init not in (None, init):
+                raise ValueError(f"prompt_tuning_init is {prompt_tuning_init!r} but init is {self.init_name!r}")
+            self._set(init=init)
+        if prompt_tuning_init_text is not None:
+            if self.init_text not in (None, prompt_tuning_init_text):
+                raise ValueError("prompt_tuning_init_text and init_text are two names for one text, and differ")
+            self._set(init_text=prompt_tuning_init_text)
+        self._check_common()
+        _check_prompt_tensor(self.init)
+        _check_choice("reparameterization", self.reparameterization, ("none", "low_rank", "random_basis"))
+        _check_positive("rank", self.rank)
+        _check_positive("num_basis", self.num_basis)
+
+
+@dataclass(frozen=True, eq=False)
+class PTuningConfig(_Config):
+    """Train a soft prompt through a small encoder (P-tuning, Liu et al. 2021, arXiv:2103.10385).
+
+    Args:
+        num_virtual_tokens, init, init_text, seed, task_type, tokenizer_name_or_path: as in
+            `PromptTuningConfig`. With `init="random"` the encoder alone makes the prompt, as in PEFT; with
+            any other start the encoder adds to it and begins at zero.
+        encoder_reparameterization_type: "MLP" (three linear layers) or "LSTM" (bidirectional, then two).
+        encoder_hidden_size: hidden width of the encoder; None: the model's hidden size.
+        encoder_num_layers: layers of the LSTM; the MLP has its three whatever this says, as in PEFT.
+        encoder_dropout: between the layers of the LSTM, while training.
+
+    Raises:
+        ValueError: a value is out of range or two contradict each other.
+    """
+
+    method: ClassVar[str] = "p-tuning"
+
+    encoder_reparameterization_type: str = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._check_common()
+        _check_prompt_tensor(self.init)
+        _check_choice("encoder_reparameterization_type", self.encoder_reparameterization_type, ENCODERS)
+        if self.encoder_hidden_size is not None:
+            _check_positive("encoder_hidden_size", self.encoder_hidden_size)
+        _check_positive("encoder_num_layers", self.encoder_num_layers)
+        dropout = self.encoder_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"encoder_dropout must be a number from 0 to below 1, got {dropout!r}")
+
+
+def _check_prompt_tensor(init: Any) -> None:
+    if not isinstance(init, (str, Tensor)):
+        raise ValueError("init of a soft prompt must be a single tensor [P, hidden], got a sequence")
+
+
+Config: TypeAlias = PrefixTuningConfig | PromptTuningConfig | PTuningConfig

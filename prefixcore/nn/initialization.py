@@ -1,0 +1,134 @@
+"""How a prefix or a soft prompt starts, as far as plain tensors tell.
+
+A text start of a prefix runs the frozen model and is found where the models are, in `prefixcore.hf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import KeyValues
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The heads of one attention layer: Hkv, D and Dv."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def key_width(self) -> int:
+        """Numbers in the key of one virtual token."""
+        return self.num_kv_heads * self.key_dim
+
+    @property
+    def width(self) -> int:
+        """Numbers in the key and the value of one virtual token."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw as from `seed`, leaving torch's global generator as it was; None: draw from that one."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def split_layers(flat: Tensor, layers: Sequence[LayerShape]) -> list[tuple[Tensor, Tensor]]:
+    """Views of `[P, sum of widths]`, PEFT's layout: a `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer.
+
+    The number at `((2*layer + kv)*Hkv + head)*D + d` belongs to the key (kv = 0) or value (1) of that layer.
+    """
+    widths = [width for s in layers for width in (s.key_width, s.width - s.key_width)]
+    if flat.dim() != 2 or flat.shape[1] != sum(widths):
+        raise ValueError(f"a flat prefix for these {len(layers)} layers is [P, {sum(widths)}], got {list(flat.shape)}")
+    heads = [
+        block.unflatten(1, (layers[i // 2].num_kv_heads, -1)).transpose(0, 1)
+        for i, block in enumerate(flat.split(widths, dim=1))
+    ]
+    return list(zip(heads[::2], heads[1::2], strict=True))
+
+
+def join_layers(pairs: KeyValues) -> Tensor:
+    """The inverse of `split_layers`: a new `[P, sum of widths]` tensor."""
+    return torch.cat([t.transpose(0, 1).flatten(1) for pair in pairs for t in pair], dim=1)
+
+
+def random_start(layers: Sequence[LayerShape], num_virtual_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Unit normal, drawn in PEFT's order, so that the same generator gives PEFT's prefix."""
+    return split_layers(torch.randn(num_virtual_tokens, sum(s.width for s in layers)), layers)
+
+
+def zero_start(layers: Sequence[LayerShape], num_virtual_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """All zero. Not a no-op: zero keys still take their share of the softmax."""
+    return split_layers(torch.zeros(num_virtual_tokens, sum(s.width for s in layers)), layers)
+
+
+def tensor_start(
+    init: Tensor | KeyValues, layers: Sequence[LayerShape], num_virtual_tokens: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Checks a start given as tensors and returns it in fp32, copied.
+
+    Args:
+        init: `[P, sum of widths]` in PEFT's layout, or one `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer.
+        layers: the shapes that it must have.
+        num_virtual_tokens: P that it must have; None: whatever it has.
+
+    Raises:
+        ValueError: a layer too many or too few, a wrong shape, integers, or a number that is not finite.
+    """
+    pairs = split_layers(init, layers) if isinstance(init, Tensor) else init
+    if len(pairs) != len(layers):
+        raise ValueError(f"expected a (key, value) pair for each of {len(layers)} layers, got {len(pairs)}")
+    tokens = num_virtual_tokens if num_virtual_tokens is not None else pairs[0][0].shape[1]
+    checked = []
+    for index, (shape, (key, value)) in enumerate(zip(layers, pairs, strict=True)):
+        for name, tensor, dim in (("key", key, shape.key_dim), ("value", value, shape.value_dim)):
+            check_tensor(f"{name} of layer entry {index}", tensor, (shape.num_kv_heads, tokens, dim))
+        checked.append((_own(key), _own(value)))
+    return checked
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `tensor` has this shape, a floating dtype, and finite numbers only."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name}: holds a number that is NaN or infinite")
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def vocab_ids(vocab_size: int, num_virtual_tokens: int, seed: int | None = None) -> Tensor:
+    """`[P]` token ids drawn from the whole vocabulary, on the CPU."""
+    with seeded(seed):
+        return torch.randint(0, vocab_size, (num_virtual_tokens,))
+
+
+def vocab_start(weight: Tensor, num_virtual_tokens: int, seed: int | None = None) -> Tensor:
+    """`[P, E]` in fp32: rows of an embedding table `[V, E]`, drawn as PEFT's SAMPLE_VOCAB does."""
+    ids = vocab_ids(weight.shape[0], num_virtual_tokens, seed)
+    return _own(weight.detach()[ids.to(weight.device)])
+
+
+def fit_ids(ids: Sequence[int], num_virtual_tokens: int | None) -> list[int]:
+    """The token ids of a text, repeated or cut to P of them as in PEFT; P None: as they are."""
+    if len(ids) == 0:
+        raise ValueError("init_text has no token: give a text that the tokenizer turns into at least one")
+    tokens = num_virtual_tokens if num_virtual_tokens is not None else len(ids)
+    return (list(ids) * -(-tokens // len(ids)))[:tokens]

@@ -1,0 +1,138 @@
+"""The trainable prefix: keys and values of virtual tokens, for every layer that gets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .config import KeyValues, PrefixTuningConfig
+from .initialization import LayerShape, random_start, seeded, split_layers, tensor_start, zero_start
+from .reparameterization import LowRank, Mlp, RandomBasis, without_autocast
+
+
+class KeyValue(nn.Module):
+    """One layer's key `[Hkv, P, D]` and value `[Hkv, P, Dv]`: parameters if `trainable`, else buffers."""
+
+    key: Tensor
+    value: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor, *, trainable: bool):
+        super().__init__()
+        for name, tensor in (("key", key), ("value", value)):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            if trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+
+class Prefix(nn.Module):
+    """Keys and values of P virtual tokens for each of `layers`, or what reparameterizes them.
+
+    Args:
+        layers: the shape of each layer that gets a prefix, in the model's order.
+        config: what to train. `num_virtual_tokens` may be None if `initial` is given.
+        initial: one `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer, where the prefix starts; kept in fp32.
+            None: `config.init` must be "random" or "zero".
+
+    Attributes:
+        shapes: `layers` as a tuple.
+        config: what is trained, its `num_virtual_tokens` set.
+        num_virtual_tokens, num_frozen_tokens: P and how many of them, from the first, never change.
+
+    Raises:
+        ValueError: no start, a start that does not fit, or a reparameterization larger than the prefix.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerShape], config: PrefixTuningConfig, initial: KeyValues | None = None
+    ) -> None:
+        super().__init__()
+        if len(layers) == 0:
+            raise ValueError("layers is empty: a prefix needs at least one layer")
+        self.shapes = tuple(layers)
+        self.num_frozen_tokens = config.num_frozen_tokens
+        if initial is not None:
+            initial = tensor_start(initial, self.shapes, config.num_virtual_tokens)
+            self.num_virtual_tokens = initial[0][0].shape[1]
+        elif config.num_virtual_tokens is not None and config.init in ("random", "zero"):
+            self.num_virtual_tokens = config.num_virtual_tokens
+        else:
+            raise ValueError(
+                f"init={config.init_name!r} needs a model to start from: give `initial`, one "
+                "(key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or take init='random' or 'zero'"
+            )
+        self.config = config.settled(self.num_virtual_tokens)
+        frozen, rows = self.num_frozen_tokens, self.num_virtual_tokens - self.num_frozen_tokens
+        if rows < 0 or (rows == 0 and config.reparameterization != "none"):
+            raise ValueError(
+                f"num_frozen_tokens is {frozen} of {self.num_virtual_tokens} virtual tokens: "
+                "none would be left to train"
+            )
+        self.layers: nn.ModuleList | None = None
+        self.frozen: nn.ModuleList | None = None
+        self.initial: nn.ModuleList | None = None
+        self.reparameterization: nn.Module | None = None
+        # An MLP without a start makes the whole prefix, as in PEFT; everything else is added to a start.
+        alone = config.reparameterization == "mlp" and initial is None
+        with seeded(config.seed):
+            if initial is None and not (alone and frozen == 0):
+                make = random_start if config.init == "random" else zero_start
+                initial = make(self.shapes, self.num_virtual_tokens)
+            if initial is not None and frozen:
+                self.frozen = _stack([(k[:, :frozen], v[:, :frozen]) for k, v in initial], trainable=False)
+                initial = [(k[:, frozen:], v[:, frozen:]) for k, v in initial]
+            if config.reparameterization == "none":
+                assert initial is not None
+                self.layers = _stack(initial, trainable=True)
+                return
+            self.reparameterization = self._reparameterize(config, rows, alone)
+            if initial is not None and not alone:
+                self.initial = _stack(initial, trainable=False)
+
+    def _reparameterize(self, config: PrefixTuningConfig, rows: int, alone: bool) -> nn.Module:
+        widths = [shape.width for shape in self.shapes]
+        if config.reparameterization == "low_rank":
+            return LowRank(rows, widths, config.rank)
+        if config.reparameterization == "random_basis":
+            return RandomBasis(rows, sum(widths), config.num_basis, config.seed or 0)
+        token_dim = max(shape.key_width for shape in self.shapes)
+        hidden = config.encoder_hidden_size or token_dim
+        begin_at_zero = not alone or config.init == "zero"
+        return Mlp(rows, token_dim, hidden, sum(widths), begin_at_zero=begin_at_zero)
+
+    @property
+    def is_reparameterized(self) -> bool:
+        """Whether something else than the prefix itself is trained."""
+        return self.reparameterization is not None
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """One contiguous `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer, differentiable."""
+        if self.reparameterization is None:
+            pairs = _pairs(self.layers)
+        else:
+            pairs = split_layers(without_autocast(self.reparameterization), self.shapes)
+            if self.initial is not None:
+                pairs = [(k + dk, v + dv) for (k, v), (dk, dv) in zip(_pairs(self.initial), pairs, strict=True)]
+        if self.frozen is not None:
+            frozen = _pairs(self.frozen)
+            pairs = [
+                (torch.cat((fk, k), 1), torch.cat((fv, v), 1)) for (fk, fv), (k, v) in zip(frozen, pairs, strict=True)
+            ]
+        return [(key.contiguous(), value.contiguous()) for key, value in pairs]
+
+    @torch.no_grad()
+    def bake(self) -> list[tuple[Tensor, Tensor]]:
+        """The final prefix, as `forward` returns it, detached and in memory of its own."""
+        return [(key.clone(), value.clone()) for key, value in self()]
+
+
+def _stack(pairs: KeyValues, *, trainable: bool) -> nn.ModuleList:
+    return nn.ModuleList(KeyValue(key, value, trainable=trainable) for key, value in pairs)
+
+
+def _pairs(stack: nn.ModuleList | None) -> list[tuple[Tensor, Tensor]]:
+    assert stack is not None
+    return [(layer.key, layer.value) for layer in stack if isinstance(layer, KeyValue)]

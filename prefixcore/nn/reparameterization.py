@@ -1,0 +1,162 @@
+"""What is trained in place of a prefix or a soft prompt.
+
+Every module here makes `rows` virtual tokens: `forward()` returns `[rows, width]`, where the width is a
+soft prompt's hidden size, or that of a prefix in PEFT's layout. Where the virtual tokens have a start of
+their own, this is added to it and begins at exactly zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """An embedding per virtual token, then linear, tanh, linear (Li & Liang 2021, arXiv:2101.00190).
+
+    Parameters have the names, shapes and order of initialization of PEFT's PrefixEncoder.
+    """
+
+    def __init__(self, rows: int, input_width: int, hidden: int, width: int, *, begin_at_zero: bool):
+        super().__init__()
+        self.embedding = nn.Embedding(rows, input_width)
+        first, last = nn.Linear(input_width, hidden), nn.Linear(hidden, width)
+        self.transform = nn.Sequential(first, nn.Tanh(), last)
+        if begin_at_zero:
+            _zero(last)
+
+    def forward(self) -> Tensor:
+        return self.transform(self.embedding.weight)
+
+
+class LowRank(nn.Module):
+    """`left [rows, rank] @ right [rank, width]` for each of `widths` (layers); `right` begins at zero.
+
+    `left` is drawn with variance 1/rank, so that a step of the optimizer in `right` moves the virtual tokens by
+    about as much as the same step in themselves would.
+    """
+
+    def __init__(self, rows: int, widths: Sequence[int], rank: int):
+        super().__init__()
+        for width in widths:
+            largest = (rows * width - 1) // (rows + width)
+            if rank > largest:
+                mend = f"take rank <= {largest}" if largest else "take another reparameterization"
+                raise ValueError(
+                    f"rank {rank} is not low for {rows} virtual tokens x {width}: it would train "
+                    f"{rank * (rows + width)} numbers in place of {rows * width}; {mend}"
+                )
+        self.left = nn.ParameterList(torch.randn(rows, rank) / math.sqrt(rank) for _ in widths)
+        self.right = nn.ParameterList(torch.zeros(rank, width) for width in widths)
+
+    def forward(self) -> Tensor:
+        return torch.cat([left @ right for left, right in zip(self.left, self.right, strict=True)], dim=1)
+
+
+class RandomBasis(nn.Module):
+    """`basis @ coefficients` with a frozen random basis: `num_basis` numbers are trained in all.
+
+    The idea is Li et al. 2018, arXiv:1804.08838. The basis is never formed, as in Fastfood (Le et al. 2013):
+    the numbers are cut into blocks of K, the power of two from `num_basis` up, and block b is
+    `flip[b] * hadamard(sign[b] * coefficients) / sqrt(num_basis)`. So the basis vectors are dense, of one
+    magnitude everywhere and orthogonal within each whole block; memory is that of the prefix. A step of the
+    optimizer moves every number of the prefix by about as much as the same step would without the basis.
+
+    `sign` and `flip` are bits of SHAKE-128 of the seed, the same on any device and with any version of torch,
+    so they are not stored.
+    """
+
+    sign: Tensor
+    flip: Tensor
+
+    def __init__(self, rows: int, width: int, num_basis: int, seed: int):
+        super().__init__()
+        size = rows * width
+        if num_basis > size:
+            raise ValueError(f"num_basis is {num_basis} but only {size} numbers are to move; take fewer")
+        self.rows, self.width, self.num_basis = rows, width, num_basis
+        self.block = 1 << (num_basis - 1).bit_length()
+        blocks = -(-size // self.block)
+        self.coefficients = nn.Parameter(torch.zeros(num_basis))
+        self.register_buffer("sign", _signs(seed, b"sign", blocks, num_basis), persistent=False)
+        self.register_buffer("flip", _signs(seed, b"flip", blocks, self.block), persistent=False)
+
+    def forward(self) -> Tensor:
+        signed = self.sign * (self.coefficients / math.sqrt(self.num_basis))
+        mixed = hadamard(nn.functional.pad(signed, (0, self.block - self.num_basis)))
+        return (self.flip * mixed).flatten()[: self.rows * self.width].view(self.rows, self.width)
+
+
+class PromptEncoder(nn.Module):
+    """P-tuning's encoder: an embedding per virtual token, then an MLP, or a bidirectional LSTM and a head.
+
+    Parameters have the names, shapes and order of initialization of PEFT's PromptEncoder.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        hidden: int,
+        *,
+        kind: str,
+        num_layers: int,
+        dropout: float,
+        begin_at_zero: bool,
+    ):
+        super().__init__()
+        self.embedding = nn.Embedding(rows, width)
+        self.lstm_head: nn.LSTM | None = None
+        steps: list[nn.Module]
+        if kind == "LSTM":
+            between = dropout if num_layers > 1 else 0.0
+            self.lstm_head = nn.LSTM(width, hidden, num_layers, dropout=between, bidirectional=True, batch_first=True)
+            steps = [nn.Linear(2 * hidden, 2 * hidden), nn.ReLU()]
+            last = nn.Linear(2 * hidden, width)
+        else:
+            steps = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+            last = nn.Linear(hidden, width)
+        self.mlp_head = nn.Sequential(*steps, last)
+        if begin_at_zero:
+            _zero(last)
+
+    def forward(self) -> Tensor:
+        tokens = self.embedding.weight.unsqueeze(0)
+        if self.lstm_head is not None:
+            tokens = self.lstm_head(tokens)[0]
+        return self.mlp_head(tokens)[0]
+
+
+def without_autocast(module: nn.Module) -> Tensor:
+    """What one of these modules makes, in its parameters' own dtype under autocast too."""
+    device = next(module.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        return module()
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The last dimension (a power of two, K) times the K x K Hadamard matrix of +-1, in K log K steps."""
+    half = 1
+    while half < x.shape[-1]:
+        low, high = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        half *= 2
+    return x
+
+
+def _signs(seed: int, purpose: bytes, rows: int, columns: int) -> Tensor:
+    """`[rows, columns]` of +-1 as int8: the bits of SHAKE-128(purpose, seed), lowest bit of a byte first."""
+    count = rows * columns
+    stream = hashlib.shake_128(b"prefixcore random basis " + purpose + seed.to_bytes(8, "little"))
+    octets = torch.frombuffer(bytearray(stream.digest(-(-count // 8))), dtype=torch.uint8)
+    bits = (octets.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return (1 - 2 * bits.flatten()[:count].to(torch.int8)).view(rows, columns)
+
+
+def _zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)

@@ -1,0 +1,100 @@
+"""The trainable soft prompt: embeddings of virtual tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import PromptTuningConfig, PTuningConfig
+from .initialization import check_tensor, seeded
+from .reparameterization import LowRank, PromptEncoder, RandomBasis, without_autocast
+
+
+class SoftPrompt(nn.Module):
+    """Embeddings `[P, hidden]` of P virtual tokens, or what reparameterizes them.
+
+    Args:
+        hidden_size: of the model's embeddings.
+        config: what to train. `num_virtual_tokens` may be None if `initial` is given.
+        initial: `[P, hidden]`, where the prompt starts; kept in fp32. None: `config.init` must be "random" or
+            "zero".
+
+    Attributes:
+        hidden_size, num_virtual_tokens: hidden and P.
+        config: what is trained, its `num_virtual_tokens` set.
+
+    Raises:
+        ValueError: no start, a start that does not fit, or a reparameterization larger than the prompt.
+    """
+
+    initial: Tensor | None
+
+    def __init__(
+        self, hidden_size: int, config: PromptTuningConfig | PTuningConfig, initial: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        if initial is not None:
+            self.num_virtual_tokens = config.num_virtual_tokens or initial.shape[0]
+            check_tensor("initial soft prompt", initial, (self.num_virtual_tokens, hidden_size))
+            start = initial.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
+        elif config.num_virtual_tokens is not None and config.init in ("random", "zero"):
+            self.num_virtual_tokens = config.num_virtual_tokens
+        else:
+            raise ValueError(
+                f"init={config.init_name!r} needs the model's embeddings: give `initial`, a tensor "
+                f"[P, {hidden_size}], or take init='random' or 'zero'"
+            )
+        rows = self.num_virtual_tokens
+        self.config = config.settled(rows)
+        self.embedding: nn.Parameter | None = None
+        self.reparameterization: nn.Module | None = None
+        self.register_buffer("initial", None)
+        with seeded(config.seed):
+            if isinstance(config, PTuningConfig):
+                self.reparameterization = PromptEncoder(
+                    rows,
+                    hidden_size,
+                    config.encoder_hidden_size or hidden_size,
+                    kind=config.encoder_reparameterization_type,
+                    num_layers=config.encoder_num_layers,
+                    dropout=config.encoder_dropout,
+                    begin_at_zero=initial is not None or config.init == "zero",
+                )
+                # Without a start the encoder makes the whole prompt, as in PEFT.
+                self.initial = None if initial is None else start
+                return
+            if initial is None:
+                make = torch.randn if config.init == "random" else torch.zeros
+                start = make(rows, hidden_size)
+            if config.reparameterization == "none":
+                self.embedding = nn.Parameter(start)
+                return
+            self.initial = start
+            if config.reparameterization == "low_rank":
+                self.reparameterization = LowRank(rows, [hidden_size], config.rank)
+            else:
+                self.reparameterization = RandomBasis(rows, hidden_size, config.num_basis, config.seed or 0)
+
+    @property
+    def is_reparameterized(self) -> bool:
+        """Whether something else than the prompt itself is trained."""
+        return self.reparameterization is not None
+
+    def forward(self) -> Tensor:
+        """`[P, hidden]`, differentiable."""
+        if self.reparameterization is None:
+            assert self.embedding is not None
+            return self.embedding
+        prompt = without_autocast(self.reparameterization)
+        return prompt if self.initial is None else self.initial + prompt
+
+    def bake(self) -> Tensor:
+        """The final prompt without dropout, detached and in memory of its own."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.enable_grad():  # without gradients an LSTM takes another kernel, which rounds otherwise
+                return self().detach().clone()
+        finally:
+            self.train(training)

@@ -1,0 +1,126 @@
+"""``prefix_attention``: attention over a learned prefix and a sequence in one softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .attention_checks import (
+    as_bank,
+    check_bank,
+    check_options,
+    check_packing,
+    check_sequence,
+    check_values,
+    split_mask,
+)
+from .reference import prefix_attention_reference
+from .select import backend_name
+
+
+@overload
+def prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None = None, prefix_value: Tensor | None = None,
+    *, prefix_index: Tensor | None = None, prefix_lengths: Tensor | None = None, attn_mask: Tensor | None = None,
+    is_causal: bool = True, scale: float | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None = None, prefix_value: Tensor | None = None,
+    *, prefix_index: Tensor | None = None, prefix_lengths: Tensor | None = None, attn_mask: Tensor | None = None,
+    is_causal: bool = True, scale: float | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    *,
+    prefix_index: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which every query sees a learned prefix and its part of the sequence.
+
+    ``softmax(scale * query @ [prefix_key; key]^T) @ [prefix_value; value]``, computed with an online softmax
+    (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135) and never by concatenating: the
+    prefix is read as one more block of keys, shared by all rows of the batch and all heads of a group. Prefix
+    tuning is Li and Liang, arXiv:2101.00190.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        key, value: ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``; H is a multiple of Hkv. ``query``, ``key`` and
+            ``value`` share one dtype (float32, bfloat16, float16; float64 runs the reference) and device, and
+            may have any strides as long as the last dimension is contiguous.
+        prefix_key, prefix_value: ``[Hkv, P, D]`` and ``[Hkv, P, Dv]``, seen by every row; or a prompt bank
+            ``[N, Hkv, P, D]`` and ``[N, Hkv, P, Dv]``; or ``None``: plain attention. In the dtype of ``query``,
+            or float32 (a master copy).
+        prefix_index: int64 or int32 ``[B]`` (packed: one a sequence): each row's entry of the bank, -1 for no
+            prefix. Needed if the bank has more than one entry.
+        prefix_lengths: int64 or int32 ``[N]``: how many virtual tokens of each entry count; the rest are
+            padding.
+        attn_mask: over the sequence's keys only. Two dimensions mean a padding mask ``[B, S]`` (bool, True is
+            visible), which has a path of its own; three or four broadcast to ``[B, H, T, S]``, bool or
+            additive. Write a mask ``[T, S]`` as ``mask[None, None]``. Gets no gradient.
+        is_causal: query i sees keys ``j <= i + S - T``: aligned bottom-right, so that the last query sees
+            every key (decoding with a cache). Note that PyTorch's SDPA aligns top-left.
+        scale: of the scores; ``1 / sqrt(D)`` if None.
+        sliding_window: query i sees keys ``j > i + S - T - sliding_window`` only. The prefix is always seen.
+        softcap: scores become ``softcap * tanh(score / softcap)``, before the mask.
+        sinks: ``[H]``: one more logit a head in the softmax's denominator. Gets no gradient.
+        cu_seqlens: int64 or int32 ``[sequences + 1]``, from 0 to T: B is 1, S is T, and each packed sequence
+            sees the prefix and itself.
+        return_lse: also return the natural log of the softmax's denominator.
+
+    Returns:
+        ``[B, H, T, Dv]`` in the dtype of ``query``, laid out as ``[B, T, H, Dv]`` so that transposing it back
+        is free; with ``return_lse`` also ``[B, H, T]`` in float32. A query that sees nothing yields zeros and
+        ``-inf``. Gradients flow from both into query, key, value, prefix_key and prefix_value, each computed
+        only where it is asked for; the prefix's are summed in float32 in a fixed order.
+
+    Raises:
+        ValueError, TypeError, IndexError: what was expected, what came, how to mend it; before any work.
+    """
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
+    check_sequence(query, key, value)
+    prefix_key, prefix_value = as_bank(query, key, value, prefix_key, prefix_value)
+    packed = 0
+    if cu_seqlens is not None:
+        packed = check_packing(query, key, cu_seqlens)
+    check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
+    padding, mask = split_mask(query, key, attn_mask)
+    check_options(query, scale, sliding_window, softcap, sinks)
+
+    arguments = (
+        query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens,
+        bool(is_causal), 1 / math.sqrt(query.shape[3]) if scale is None else float(scale),
+        sliding_window or 0, softcap or 0.0,
+    )  # fmt: skip
+    if backend_name("prefix_attention", query.device.type, query.dtype) != "reference":
+        out, lse = torch.ops.prefixcore.prefix_attention(*arguments)
+    else:
+        check_values(arguments)
+        out, lse = prefix_attention_reference(*arguments)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,90 @@
+"""Which backend an op uses: one small rule that can be asked and forced.
+
+``PREFIXCORE_BACKEND`` forces one for the whole process, :func:`use_backend` for a block of code.
+A forced backend that cannot do what it is asked raises; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from ..backends import cpu, cuda, library
+
+OPS = ("prefix_attention", "soft_embedding")
+BACKENDS = ("cpu", "cuda", "reference")
+_KERNELS = {"cpu": cpu, "cuda": cuda}
+
+_forced: str | None = os.environ.get("PREFIXCORE_BACKEND") or None
+
+
+class Choice(NamedTuple):
+    """A backend's name and, in words, why it is the one."""
+
+    name: str
+    why: str
+
+
+def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend of ``op``; see :func:`which_backend`. Cheap: every call of an op asks it."""
+    name = _forced
+    if name is None:
+        name = "cpu" if device_type == "cpu" and dtype in cpu.DTYPES else "reference"
+    elif name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r} (PREFIXCORE_BACKEND): use one of {BACKENDS}")
+    elif name != "reference" and (reason := _KERNELS[name].refuses(op, device_type, dtype)):
+        raise ValueError(f"the {name} backend was forced, but {reason}; stop forcing it, or force 'reference'")
+    if name != "reference" and not library.BUILT:
+        library.require()
+    return name
+
+
+def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
+    """The backend that ``op`` uses for tensors on ``device`` with ``dtype``, and why.
+
+    Raises ``ValueError`` for an unknown op and if a forced backend is unknown or cannot do this, and
+    ``RuntimeError`` if the compiled library that would be used is missing.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}: use one of {OPS}")
+    device_type = torch.device(device).type
+    name = backend_name(op, device_type, dtype)
+    if _forced is not None:
+        return Choice(name, "forced")
+    if name == "cpu":
+        return Choice(name, cpu.describe())
+    if device_type == "cpu":
+        return Choice(name, f"no kernel computes in {str(dtype).removeprefix('torch.')}")
+    return Choice(name, f"no kernel for {device_type} is in use yet")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces one backend (see ``BACKENDS``) inside a ``with`` block; ``None`` forces none."""
+    global _forced
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: use one of {BACKENDS}, or None")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def explain() -> list[tuple[str, str, str, str, str]]:
+    """Rows (op, device, dtype, backend, why) for what this machine has: what ``prefixcore doctor`` prints."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for op in OPS:
+        for device in devices:
+            for dtype in (*cpu.DTYPES, torch.float64):
+                try:
+                    choice = which_backend(op, device, dtype)
+                except (RuntimeError, ValueError) as error:
+                    choice = Choice("none", str(error))
+                rows.append((op, device, str(dtype).removeprefix("torch."), choice.name, choice.why))
+    return rows

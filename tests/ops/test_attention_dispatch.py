@@ -1,0 +1,187 @@
+"""How the op behaves as a citizen of PyTorch: opcheck, compile, autocast, gradcheck, strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import prefixcore
+from prefixcore.ops.reference import prefix_attention_reference
+
+from .problems import Problem, relative_error, run
+
+
+def raw_arguments(problem: Problem, grad: bool = True) -> tuple[Any, ...]:
+    """The arguments of the registered op, as the public function normalises them."""
+    t, o = problem.tensors()
+    leaves = [x.detach().requires_grad_(grad) for x in t.values()]
+    if problem.N is None:
+        leaves[3:] = [x.detach()[None].requires_grad_(grad) for x in leaves[3:]]
+    mask = o.get("attn_mask")
+    padding = mask if mask is not None and mask.dim() == 2 else None
+    return (
+        *leaves, o.get("prefix_index"), o.get("prefix_lengths"), padding, None if padding is not None else mask,
+        o.get("sinks"), o.get("cu_seqlens"), problem.is_causal, 0.2, problem.sliding_window or 0,
+        problem.softcap or 0.0,
+    )  # fmt: skip
+
+
+PROBLEMS = {
+    "plain": Problem(T=9),
+    "bank and padding": Problem(T=9, N=2, index=True, lengths=True, mask="padding"),
+    "packed, window, cap, sinks": Problem(packed=(3, 9, 1), sliding_window=4, softcap=2.0, sinks=True),
+    "bfloat16": Problem(T=9, dtype=torch.bfloat16, prefix_dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_opcheck(problem: str) -> None:
+    p = PROBLEMS[problem]
+    arguments = raw_arguments(p)
+    torch.library.opcheck(torch.ops.prefixcore.prefix_attention.default, arguments, atol=1e-2, rtol=1e-2)
+    arguments = raw_arguments(p, grad=False)
+    out, lse = torch.ops.prefixcore.prefix_attention(*arguments)
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *arguments, True, True, True)
+    torch.library.opcheck(torch.ops.prefixcore.prefix_attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_of_the_reference(softcap: float | None) -> None:
+    """The reference's own gradients against finite differences: the ground that the kernels stand on."""
+    p = Problem(
+        B=2,
+        H=4,
+        Hkv=2,
+        T=3,
+        D=3,
+        P=2,
+        N=2,
+        index=True,
+        mask="padding",
+        dtype=torch.float64,
+        softcap=softcap,
+        sinks=True,
+    )
+    tensors, options = p.tensors()
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    finite = prefixcore.prefix_attention(*leaves, **options, return_lse=True)[1].isfinite()
+
+    def f(*leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = prefixcore.prefix_attention(*leaves, **options, return_lse=True)
+        return out, torch.where(finite, lse, 0)
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.filterwarnings("ignore:Input #.* requires gradient and is not a double")
+def test_gradcheck_of_the_kernels() -> None:
+    """Finite differences in float32 are coarse, but independent of any reference."""
+    p = Problem(B=1, H=2, Hkv=1, T=4, D=4, P=3)
+    tensors, options = p.tensors()
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    assert torch.autograd.gradcheck(
+        lambda *x: prefixcore.prefix_attention(*x, **options), leaves, eps=1e-2, atol=2e-3, rtol=2e-2
+    )
+
+
+@pytest.mark.parametrize("problem", ["plain", "bank and padding", "packed, window, cap, sinks"])
+def test_compile_fullgraph(problem: str) -> None:
+    p = PROBLEMS[problem]
+    eager = run(p)
+    compiled = run(p, torch.compile(prefixcore.prefix_attention, fullgraph=True))
+    for name, expected in eager.items():
+        torch.testing.assert_close(compiled[name], expected)
+
+
+def test_compile_with_dynamic_length() -> None:
+    f = torch.compile(prefixcore.prefix_attention, fullgraph=True, dynamic=True)
+    for T in (5, 9, 33):
+        tensors, _ = Problem(T=T).tensors()
+        torch.testing.assert_close(f(**tensors), prefixcore.prefix_attention(**tensors))
+
+
+def test_autocast_computes_in_the_autocast_dtype() -> None:
+    tensors, options = Problem(T=40).tensors()
+    leaves = {n: x.requires_grad_() for n, x in tensors.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = prefixcore.prefix_attention(**leaves, **options)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in leaves.values())
+    assert relative_error(out, prefixcore.prefix_attention(**tensors, **options)) < 2e-2
+
+
+def test_no_grad_saves_nothing() -> None:
+    tensors, _ = Problem().tensors()
+    with torch.no_grad():
+        out = prefixcore.prefix_attention(**{n: x.requires_grad_() for n, x in tensors.items()})
+    assert not out.requires_grad
+
+
+def test_lse_alone_may_be_differentiated() -> None:
+    tensors, options = Problem(T=9, P=3).tensors()
+    grads = {}
+    for backend in ("cpu", "reference"):
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in tensors.items()}
+        with prefixcore.use_backend(backend):
+            prefixcore.prefix_attention(**leaves, **options, return_lse=True)[1].sum().backward()
+        grads[backend] = leaves
+    for name in ("query", "key", "prefix_key"):
+        torch.testing.assert_close(grads["cpu"][name].grad, grads["reference"][name].grad, atol=1e-5, rtol=1e-5)
+
+
+def test_second_derivative_is_refused() -> None:
+    tensors, _ = Problem().tensors()
+    key = tensors["prefix_key"].requires_grad_()
+    (grad,) = torch.autograd.grad(prefixcore.prefix_attention(**tensors).sum(), key, create_graph=True)
+    if grad.requires_grad:
+        with pytest.raises(NotImplementedError, match="reference"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_views(dtype: torch.dtype) -> None:
+    """Slices of a fused projection, an expanded batch, a last dimension that is not contiguous."""
+    qkv = torch.randn(2, 33, 3, 4, 16, dtype=dtype)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    pk, pv = torch.randn(4, 7, 16, dtype=dtype), torch.randn(7, 4, 16, dtype=dtype).transpose(0, 1)
+    want = prefixcore.prefix_attention(*(x.contiguous() for x in (q, k, v, pk, pv)))
+    assert torch.equal(prefixcore.prefix_attention(q, k, v, pk, pv), want)
+    flipped = k.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(prefixcore.prefix_attention(q, flipped, v, pk, pv), want)
+    one = q[:1].expand(2, -1, -1, -1)
+    want = prefixcore.prefix_attention(one.contiguous(), k, v, pk, pv)
+    assert torch.equal(prefixcore.prefix_attention(one, k, v, pk, pv), want)
+
+
+def test_equals_scaled_dot_product_attention_without_a_prefix() -> None:
+    tensors, _ = Problem(T=50, P=0).tensors()
+    q, k, v = (tensors[n] for n in ("query", "key", "value"))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(prefixcore.prefix_attention(q, k, v), want, atol=1e-6, rtol=1e-5)
+
+
+def test_backends_can_be_asked_and_forced() -> None:
+    for op in ("prefix_attention", "soft_embedding"):
+        assert prefixcore.which_backend(op, "cpu", torch.float32).name == "cpu"
+        assert prefixcore.which_backend(op, "cpu", torch.float64).name == "reference"
+        with prefixcore.use_backend("reference"):
+            assert prefixcore.which_backend(op, "cpu", torch.float32) == ("reference", "forced")
+    with prefixcore.use_backend("cpu"), pytest.raises(ValueError, match="float64"):
+        prefixcore.prefix_attention(*(torch.randn(1, 1, 2, 4, dtype=torch.float64) for _ in range(3)))
+    with prefixcore.use_backend("cuda"), pytest.raises(ValueError, match="no kernel for prefix_attention"):
+        prefixcore.prefix_attention(*(torch.randn(1, 1, 2, 4) for _ in range(3)))
+    with pytest.raises(ValueError, match="unknown backend"), prefixcore.use_backend("gpu"):
+        pass
+    with pytest.raises(ValueError, match="unknown op"):
+        prefixcore.which_backend("attention", "cpu", torch.float32)
+
+
+def test_reference_is_the_forced_reference() -> None:
+    arguments = raw_arguments(PROBLEMS["bank and padding"], grad=False)
+    out, lse = prefix_attention_reference(*arguments)
+    got, got_lse = torch.ops.prefixcore.prefix_attention(*arguments)
+    torch.testing.assert_close(got, out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got_lse, lse, atol=1e-5, rtol=1e-5)

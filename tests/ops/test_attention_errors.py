@@ -1,0 +1,71 @@
+"""A bad input is an error that says what was expected, what came and how to mend it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import prefixcore
+
+
+def good() -> dict[str, Any]:
+    return {
+        "query": torch.randn(2, 4, 5, 8), "key": torch.randn(2, 2, 5, 8), "value": torch.randn(2, 2, 5, 8),
+        "prefix_key": torch.randn(2, 3, 8), "prefix_value": torch.randn(2, 3, 8),
+    }  # fmt: skip
+
+
+def bank(**more: Any) -> dict[str, Any]:
+    return {"prefix_key": torch.randn(3, 2, 4, 8), "prefix_value": torch.randn(3, 2, 4, 8), **more}
+
+
+packed = {"query": torch.randn(1, 4, 5, 8), "key": torch.randn(1, 2, 5, 8), "value": torch.randn(1, 2, 5, 8)}
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "query of three dimensions": ({"query": torch.randn(4, 5, 8)}, ValueError, "query: expected four dimensions"),
+    "heads that do not divide": ({"query": torch.randn(2, 5, 5, 8)}, ValueError, "divides query's 5"),
+    "another head dim": ({"key": torch.randn(2, 2, 5, 9)}, ValueError, "key: expected"),
+    "another batch": ({"key": torch.randn(3, 2, 5, 8)}, ValueError, "key: expected"),
+    "fewer values than keys": ({"value": torch.randn(2, 2, 4, 8)}, ValueError, "value: expected"),
+    "mixed dtypes": ({"key": torch.randn(2, 2, 5, 8).bfloat16()}, TypeError, "key: expected"),
+    "integers": ({"query": torch.ones(2, 4, 5, 8, dtype=torch.long)}, TypeError, "query: expected"),
+    "half a prefix": ({"prefix_value": None}, ValueError, "both or neither"),
+    "prefix of other heads": ({"prefix_key": torch.randn(4, 3, 8)}, ValueError, "prefix_key: expected"),
+    "prefix of unequal lengths": ({"prefix_value": torch.randn(2, 4, 8)}, ValueError, "prefix_value: expected"),
+    "prefix in another half": ({"prefix_key": torch.randn(2, 3, 8).half()}, TypeError, "prefix_key: expected"),
+    "bank without index": (bank(), ValueError, "prefix_index"),
+    "index out of the bank": (bank(prefix_index=torch.tensor([0, 3])), IndexError, r"prefix_index\[1\].*got 3"),
+    "index below -1": (bank(prefix_index=torch.tensor([-2, 0])), IndexError, r"prefix_index\[0\].*got -2"),
+    "index of floats": (bank(prefix_index=torch.tensor([0.0, 1.0])), TypeError, "prefix_index"),
+    "index too short": (bank(prefix_index=torch.tensor([0])), ValueError, "prefix_index"),
+    "length beyond P": ({"prefix_lengths": torch.tensor([4])}, ValueError, r"prefix_lengths\[0\].*got 4"),
+    "negative length": ({"prefix_lengths": torch.tensor([-1])}, ValueError, r"prefix_lengths\[0\]"),
+    "mask of integers": ({"attn_mask": torch.ones(2, 5, dtype=torch.long)}, TypeError, r"mask\.bool\(\)"),
+    "mask [T, S]": ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, ValueError, r"mask\[None, None\]"),
+    "mask that does not broadcast": ({"attn_mask": torch.ones(2, 3, 5, 5)}, ValueError, "broadcasts"),
+    "mask with a gradient": ({"attn_mask": torch.ones(2, 1, 5, 5).requires_grad_()}, ValueError, "detach"),
+    "sinks a KV head": ({"sinks": torch.randn(2)}, ValueError, "sinks"),
+    "sinks with a gradient": ({"sinks": torch.randn(4).requires_grad_()}, ValueError, "sinks"),
+    "window of zero": ({"sliding_window": 0}, ValueError, "sliding_window"),
+    "negative softcap": ({"softcap": -1.0}, ValueError, "softcap"),
+    "scale not finite": ({"scale": float("nan")}, ValueError, "scale"),
+    "packed batch": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "batch of 1"),
+    "packed, not to the end": ({**packed, "cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens"),
+    "packed, falling": ({**packed, "cu_seqlens": torch.tensor([0, 4, 3, 5])}, ValueError, "cu_seqlens"),
+    "packed, empty": ({**packed, "cu_seqlens": torch.tensor([0])}, ValueError, "cu_seqlens"),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case: str, backend: str) -> None:
+    changes, kind, message = BAD[case]
+    arguments = {**good(), **changes}
+    before = {n: x.clone() for n, x in arguments.items() if isinstance(x, Tensor)}
+    with prefixcore.use_backend(backend), pytest.raises(kind, match=message):
+        prefixcore.prefix_attention(**arguments)
+    for name, x in before.items():
+        assert torch.equal(arguments[name], x), name

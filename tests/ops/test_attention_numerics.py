@@ -1,0 +1,123 @@
+"""What holds beyond the plain comparison: the same bits, large scores, what must not leak."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import prefixcore
+
+from .problems import Problem, check, run
+
+WORK = {
+    "many rows": Problem(B=5, H=6, Hkv=2, T=130, P=20),
+    "one long row": Problem(B=1, H=2, Hkv=1, T=1500, P=63, heads_last=True),
+    "bank": Problem(B=6, N=3, index=True, lengths=True, T=70),
+    "packed": Problem(packed=(5, 300, 1, 77), P=9),
+    "decode": Problem(B=8, H=8, Hkv=2, T=1, S=300, P=200),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_same_bits_for_any_number_of_threads_and_on_every_run(isa: str, work: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(WORK[work]))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            assert torch.equal(other[name], expected), name
+
+
+@pytest.mark.parametrize("gain", [100.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_scores_are_right(isa: str, gain: float, dtype: torch.dtype) -> None:
+    """At a gain of 10^4 rounding of the scores themselves decides, so only finiteness is asked there."""
+    problem = Problem(T=130, P=20, gain=gain, dtype=dtype)
+    if gain == 100.0 and dtype == torch.float32:
+        check(Problem(T=130, P=20, gain=gain, dtype=dtype, scale=0.02))  # scores around 10
+    for name, x in run(problem).items():
+        assert x.isfinite().all(), name
+
+
+def test_large_scores_are_not_slow(isa: str) -> None:
+    """Denormals in the exponential once cost a factor of twenty."""
+
+    def seconds(gain: float) -> float:
+        problem = Problem(B=2, H=4, Hkv=4, T=256, D=64, P=20, gain=gain)
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            run(problem)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    assert seconds(32.0) < 2.0 * seconds(1.0)
+
+
+def test_hidden_garbage_does_not_leak(isa: str) -> None:
+    """Keys and values that no query sees may hold anything, NaN and infinities included."""
+    tensors, _ = Problem(B=2, T=70, P=5).tensors()
+    padding = torch.arange(70) < torch.tensor([[50], [70]])
+    clean = prefixcore.prefix_attention(**tensors, attn_mask=padding)
+    dirty = {n: x.clone() for n, x in tensors.items()}
+    dirty["key"][0, :, 50:], dirty["value"][0, :, 50:] = torch.nan, torch.inf
+    leaves = {n: x.requires_grad_() for n, x in dirty.items()}
+    out = prefixcore.prefix_attention(**leaves, attn_mask=padding)
+    assert torch.equal(out, clean)
+    out.sum().backward()
+    for name, x in leaves.items():
+        assert x.grad is not None
+        assert x.grad.isfinite().all(), name
+    assert (leaves["key"].grad[0, :, 50:] == 0).all()
+
+
+def test_virtual_tokens_beyond_an_entrys_length_do_not_leak(isa: str) -> None:
+    tensors, _ = Problem(B=2, T=40, P=8, N=2).tensors()
+    tensors["prefix_key"][1, :, 3:], tensors["prefix_value"][1, :, 3:] = torch.nan, torch.inf
+    leaves = {n: x.requires_grad_() for n, x in tensors.items()}
+    out = prefixcore.prefix_attention(**leaves, prefix_index=torch.tensor([0, 1]), prefix_lengths=torch.tensor([8, 3]))
+    out.sum().backward()
+    assert out.isfinite().all()
+    for name, x in leaves.items():
+        assert x.grad is not None
+        assert x.grad.isfinite().all(), name
+
+
+def test_a_query_that_sees_nothing_yields_zeros(isa: str) -> None:
+    tensors, _ = Problem(B=1, T=5, P=0).tensors()
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    mask[0, :2] = False
+    out, lse = prefixcore.prefix_attention(**tensors, attn_mask=mask, return_lse=True)
+    assert (out[:, :, :2] == 0).all()
+    assert (lse[:, :, :2] == -torch.inf).all()
+    assert (out[:, :, 2:] != 0).any()
+
+
+def test_memory_of_the_output_is_heads_last(isa: str) -> None:
+    tensors, _ = Problem(T=9).tensors()
+    assert prefixcore.prefix_attention(**tensors).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("wanted", [("prefix_key", "prefix_value"), ("query",), ("key", "value"), ("prefix_value",)])
+def test_only_wanted_gradients(isa: str, wanted: tuple[str, ...]) -> None:
+    """Layer 0 of a frozen model wants the prefix's gradient alone; each subset equals the whole."""
+    problem = Problem(B=3, T=90, P=20)
+    whole = run(problem)
+    tensors, options = problem.tensors()
+    leaves = {n: x.requires_grad_(n in wanted) for n, x in tensors.items()}
+    out, lse = prefixcore.prefix_attention(**leaves, **options, return_lse=True)
+    g = torch.Generator().manual_seed(problem.seed + 1)
+    grad_out, grad_lse = torch.randn(out.shape, generator=g), torch.randn(lse.shape, generator=g)
+    torch.autograd.backward([out, lse], [grad_out, grad_lse])
+    for name, x in leaves.items():
+        if name in wanted:
+            assert torch.equal(x.grad, whole[f"grad_{name}"]), name
+        else:
+            assert x.grad is None

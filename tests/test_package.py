@@ -1,0 +1,117 @@
+"""The package as a whole: what importing it costs and needs, what the build says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prefixcore
+from prefixcore.backends import library
+
+ROOT = Path(prefixcore.__file__).resolve().parent.parent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+
+
+def test_import_needs_torch_alone() -> None:
+    """With everything else that is optional made unimportable."""
+    code = """
+import sys
+optional = ("transformers", "peft", "safetensors", "accelerate", "triton", "vllm", "matplotlib", "tqdm", "gguf")
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in optional:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+import torch, prefixcore
+q = torch.randn(1, 2, 3, 4)
+prefixcore.prefix_attention(q, q, q, q[0], q[0])
+prefixcore.PrefixTuningConfig(num_virtual_tokens=3)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_is_quick() -> None:
+    """No more than 0.2 s beyond torch itself, the best of three."""
+    code = """
+import json, time, torch
+start = time.perf_counter()
+import prefixcore
+print(json.dumps(time.perf_counter() - start))
+"""
+    assert min(json.loads(python(code).stdout) for _ in range(3)) < 0.2
+
+
+def test_all_public_names_exist() -> None:
+    for name in prefixcore.__all__:
+        assert getattr(prefixcore, name) is not None
+        assert name in dir(prefixcore)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        prefixcore.no_such_name  # noqa: B018
+
+
+def test_host_facts() -> None:
+    host = library.host()
+    info = host.build_info()
+    assert info["compiler"]
+    assert info["torch"]
+    assert set(host.runnable_isas()) <= set(info["compiled_isas"].split(","))
+    assert host.isa() in host.runnable_isas()
+    assert host.hardware_threads() >= 1
+
+
+def test_isa_can_be_forced_and_a_wrong_one_is_named() -> None:
+    code = "import prefixcore, torch; from prefixcore.backends import library; print(library.host().isa())"
+    for isa in library.host().runnable_isas():
+        assert python(code, PREFIXCORE_ISA=isa).stdout.strip() == isa
+    run = "import torch, prefixcore; q = torch.randn(1, 1, 2, 4); prefixcore.prefix_attention(q, q, q)"
+    result = python(run, PREFIXCORE_ISA="sse9")
+    assert result.returncode == 1
+    assert "unknown instruction set 'sse9'" in result.stderr
+    with pytest.raises(ValueError, match="unknown instruction set"):
+        library.host().select_isa("sse9")
+
+
+def test_missing_library_says_how_to_build() -> None:
+    code = """
+import torch, prefixcore
+from prefixcore.backends import library
+library.BUILT = False
+q = torch.randn(1, 1, 2, 4)
+with prefixcore.use_backend("reference"):
+    prefixcore.prefix_attention(q, q, q)
+try:
+    prefixcore.prefix_attention(q, q, q)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "pip install --no-build-isolation" in python(code).stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": "no-such-compiler"}, "'no-such-compiler' that CXX names was not found"),
+        ({"PATH": "/nowhere", "CXX": ""}, "no C++ compiler was found. Install one"),
+        ({"PREFIXCORE_CUDA": "1", "PATH": "/nowhere", "CXX": sys.executable, "CUDA_HOME": ""}, "nvcc was not found"),
+        ({"PREFIXCORE_CUDA": "yes"}, "expected 0 or 1"),
+    ],
+)
+def test_a_build_that_cannot_work_says_what_to_install(environment: dict, message: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert message in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr
