@@ -7,181 +7,172 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import expect
+from .checks import wrong
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Shapes, dtypes and devices of query, key and value."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        expect(x.dim() == 4, ValueError, name, "four dimensions [batch, heads, length, head dim]", list(x.shape))
-        expect(x.dtype.is_floating_point and x.dtype == query.dtype, TypeError, name,
-               "query's floating-point dtype", f"{x.dtype} (query has {query.dtype})")  # fmt: skip
-        expect(x.device == query.device, ValueError, name, f"device {query.device} as query", x.device)
+        if x.dim() != 4:
+            raise wrong(ValueError, name, "four dimensions [batch, heads, length, head dim]", list(x.shape))
+        if x.dtype != query.dtype or not x.dtype.is_floating_point:
+            got = f"{x.dtype} (query has {query.dtype})"
+            raise wrong(TypeError, name, "query's floating-point dtype", got)
+        if x.device != query.device:
+            raise wrong(ValueError, name, f"device {query.device} as query", x.device)
     batch, heads, _, dim = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    expect(dim > 0, ValueError, "query", "a head dim of at least 1", list(query.shape))
-    expect(kv_heads > 0 and heads % kv_heads == 0, ValueError, "key",
-           f"a number of heads that divides query's {heads}", kv_heads)  # fmt: skip
-    expect(key.shape[0] == batch and key.shape[3] == dim, ValueError, "key",
-           f"[{batch}, heads, keys, {dim}] to fit query {list(query.shape)}", list(key.shape))  # fmt: skip
-    expect(value.shape[:3] == key.shape[:3], ValueError, "value",
-           f"[{batch}, {kv_heads}, {keys}, value dim] to fit key", list(value.shape))  # fmt: skip
+    _, kv_heads, keys, _ = key.shape
+    if dim == 0:
+        raise wrong(ValueError, "query", "a head dim of at least 1", list(query.shape))
+    if kv_heads == 0 or heads % kv_heads:
+        raise wrong(ValueError, "key", f"a number of heads that divides query's {heads}", kv_heads)
+    if key.shape[0] != batch or key.shape[3] != dim:
+        expected = f"[{batch}, heads, keys, {dim}] to fit query {list(query.shape)}"
+        raise wrong(ValueError, "key", expected, list(key.shape))
+    if value.shape[:3] != key.shape[:3]:
+        expected = f"[{batch}, {kv_heads}, {keys}, value dim] to fit key"
+        raise wrong(ValueError, "value", expected, list(value.shape))
 
 
 def as_bank(
     query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The prefix as a bank [N, Hkv, P, D] (a single prefix is a bank of one, none is one of length 0)."""
-    expect((prefix_key is None) == (prefix_value is None), ValueError, "prefix_key and prefix_value",
-           "both or neither", "one of them")  # fmt: skip
+    """The prefix as a bank [N, Hkv, P, D]: a single prefix is a bank of one, none is one of length 0."""
     kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
     if prefix_key is None or prefix_value is None:
+        if prefix_key is not prefix_value:
+            raise wrong(ValueError, "prefix_key and prefix_value", "both or neither", "one of them")
         return query.new_empty(1, kv_heads, 0, dim), query.new_empty(1, kv_heads, 0, value_dim)
     if prefix_key.dim() == 3 and prefix_value.dim() == 3:
         prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
     for name, x, width in (("prefix_key", prefix_key, dim), ("prefix_value", prefix_value, value_dim)):
-        fits = x.dim() == 4 and x.shape[1] == kv_heads and x.shape[3] == width
-        expect(
-            fits,
-            ValueError,
-            name,
-            f"[{kv_heads}, P, {width}] or a bank [N, {kv_heads}, P, {width}]",
-            list(x.shape),
-        )
-        expect(x.dtype in (query.dtype, torch.float32), TypeError, name, f"{query.dtype} or float32", x.dtype)
-        expect(x.device == query.device, ValueError, name, f"device {query.device} as query", x.device)
-    expect(prefix_key.shape[:3] == prefix_value.shape[:3], ValueError, "prefix_value",
-           f"as many entries and virtual tokens as prefix_key {list(prefix_key.shape)}",
-           list(prefix_value.shape))  # fmt: skip
-    expect(prefix_key.dtype == prefix_value.dtype, TypeError, "prefix_value", f"{prefix_key.dtype} as prefix_key",
-           prefix_value.dtype)  # fmt: skip
-    expect(
-        prefix_key.shape[0] > 0,
-        ValueError,
-        "prefix_key",
-        "a bank of at least one entry",
-        list(prefix_key.shape),
-    )
+        if x.dim() != 4 or x.shape[1] != kv_heads or x.shape[3] != width:
+            expected = f"[{kv_heads}, P, {width}] or a bank [N, {kv_heads}, P, {width}]"
+            raise wrong(ValueError, name, expected, list(x.shape))
+        if x.dtype != query.dtype and x.dtype != torch.float32:
+            raise wrong(TypeError, name, f"{query.dtype} or float32", x.dtype)
+        if x.device != query.device:
+            raise wrong(ValueError, name, f"device {query.device} as query", x.device)
+    if prefix_value.shape[:3] != prefix_key.shape[:3]:
+        expected = f"as many entries and virtual tokens as prefix_key {list(prefix_key.shape)}"
+        raise wrong(ValueError, "prefix_value", expected, list(prefix_value.shape))
+    if prefix_value.dtype != prefix_key.dtype:
+        raise wrong(TypeError, "prefix_value", f"{prefix_key.dtype} as prefix_key", prefix_value.dtype)
+    if prefix_key.shape[0] == 0:
+        raise wrong(ValueError, "prefix_key", "a bank of at least one entry", list(prefix_key.shape))
     return prefix_key, prefix_value
 
 
-def check_integers(name: str, x: Tensor, length: int, meaning: str, device: torch.device) -> None:
-    expect(x.dtype in (torch.int64, torch.int32), TypeError, name, "int64 or int32", x.dtype)
-    expect(x.dim() == 1 and x.shape[0] == length, ValueError, name, f"[{length}] ({meaning})", list(x.shape))
-    expect(x.device == device, ValueError, name, f"device {device} as query", x.device)
+def _check_integers(name: str, x: Tensor, length: int, meaning: str, device: torch.device) -> None:
+    if x.dtype not in _INTEGERS:
+        raise wrong(TypeError, name, "int64 or int32", x.dtype)
+    if x.dim() != 1 or x.shape[0] != length:
+        raise wrong(ValueError, name, f"[{length}] ({meaning})", list(x.shape))
+    if x.device != device:
+        raise wrong(ValueError, name, f"device {device} as query", x.device)
 
 
 def check_bank(
     query: Tensor, prefix_key: Tensor, prefix_index: Tensor | None, prefix_lengths: Tensor | None, packed: int
 ) -> None:
+    """The bank's index and lengths; ``packed`` is the number of packed sequences, 0 for a batch."""
     bank = prefix_key.shape[0]
     if prefix_index is not None:
         length, meaning = (packed, "one a packed sequence") if packed else (query.shape[0], "one a batch row")
-        check_integers("prefix_index", prefix_index, length, meaning, query.device)
-    else:
-        expect(
-            bank == 1,
-            ValueError,
-            "prefix_index",
-            f"one entry a row to choose from the {bank} of the bank",
-            None,
-        )
+        _check_integers("prefix_index", prefix_index, length, meaning, query.device)
+    elif bank != 1:
+        raise wrong(ValueError, "prefix_index", f"one entry a row to choose from the {bank} of the bank", None)
     if prefix_lengths is not None:
-        check_integers("prefix_lengths", prefix_lengths, bank, "one a bank entry", query.device)
+        _check_integers("prefix_lengths", prefix_lengths, bank, "one a bank entry", query.device)
 
 
 def check_packing(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> int:
     """How many sequences are packed."""
-    expect(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2, ValueError, "cu_seqlens",
-           "[sequences + 1], starting at 0 and ending at T", list(cu_seqlens.shape))  # fmt: skip
-    check_integers("cu_seqlens", cu_seqlens, cu_seqlens.shape[0], "sequences + 1", query.device)
-    expect(query.shape[0] == 1, ValueError, "query", "a batch of 1 with cu_seqlens", list(query.shape))
-    expect(key.shape[2] == query.shape[2], ValueError, "key",
-           f"as many keys as queries ({query.shape[2]}) with cu_seqlens", key.shape[2])  # fmt: skip
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        expected = "[sequences + 1], starting at 0 and ending at T"
+        raise wrong(ValueError, "cu_seqlens", expected, list(cu_seqlens.shape))
+    _check_integers("cu_seqlens", cu_seqlens, cu_seqlens.shape[0], "sequences + 1", query.device)
+    if query.shape[0] != 1:
+        raise wrong(ValueError, "query", "a batch of 1 with cu_seqlens", list(query.shape))
+    if key.shape[2] != query.shape[2]:
+        raise wrong(ValueError, "key", f"as many keys as queries ({query.shape[2]}) with cu_seqlens", key.shape[2])
     return cu_seqlens.shape[0] - 1
 
 
 def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as ``(padding [B, S] bool, mask [B, H, T, S])``, one of them None."""
+    """The mask as ``(padding [B, S] bool, mask [B, H, T, S])``, at most one of them not None."""
     if attn_mask is None:
         return None, None
-    (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    expect(attn_mask.dtype == torch.bool or attn_mask.dtype.is_floating_point, TypeError, "attn_mask",
-           "bool (True is visible) or additive floating point", attn_mask.dtype,
-           "turn a mask of 0 and 1 into mask.bool()")  # fmt: skip
-    expect(
-        attn_mask.device == query.device,
-        ValueError,
-        "attn_mask",
-        f"device {query.device} as query",
-        attn_mask.device,
-    )
-    expect(not attn_mask.requires_grad, ValueError, "attn_mask", "a constant (no gradient is computed for it)",
-           "a tensor that requires a gradient", "pass attn_mask.detach()")  # fmt: skip
-    shape = tuple(attn_mask.shape)
+    (batch, heads, queries, _), keys, shape = query.shape, key.shape[2], list(attn_mask.shape)
+    boolean = attn_mask.dtype == torch.bool
+    if not boolean and not attn_mask.dtype.is_floating_point:
+        expected = "bool (True is visible) or additive floating point"
+        raise wrong(TypeError, "attn_mask", expected, attn_mask.dtype, "turn a mask of 0 and 1 into mask.bool()")
+    if attn_mask.device != query.device:
+        raise wrong(ValueError, "attn_mask", f"device {query.device} as query", attn_mask.device)
+    if attn_mask.requires_grad:
+        expected, got = "a constant (no gradient is computed for it)", "a tensor that requires a gradient"
+        raise wrong(ValueError, "attn_mask", expected, got, "pass attn_mask.detach()")
     if attn_mask.dim() == 2:
-        expect(shape in ((batch, keys), (1, keys)), ValueError, "attn_mask",
-               f"a padding mask [{batch}, {keys}] (two dimensions are [B, S])", list(shape),
-               "write a mask [T, S] as mask[None, None]")  # fmt: skip
+        if shape not in ([batch, keys], [1, keys]):
+            expected = f"a padding mask [{batch}, {keys}] (two dimensions are [B, S])"
+            raise wrong(ValueError, "attn_mask", expected, shape, "write a mask [T, S] as mask[None, None]")
         attn_mask = attn_mask[:, None, None, :]
-    fits = 2 < attn_mask.dim() <= 4 and all(
-        have in (1, want) for have, want in zip(reversed(attn_mask.shape), (keys, queries, heads, batch), strict=False)
-    )
-    expect(
-        fits,
-        ValueError,
-        "attn_mask",
-        f"a shape that broadcasts to {[batch, heads, queries, keys]}",
-        list(shape),
-    )
-    if attn_mask.dtype == torch.bool and attn_mask.dim() == 4 and attn_mask.shape[1:3] == (1, 1):
+    sizes = zip(reversed(attn_mask.shape), (keys, queries, heads, batch), strict=False)
+    if not 2 < attn_mask.dim() <= 4 or any(have not in (1, want) for have, want in sizes):
+        expected = f"a shape that broadcasts to {[batch, heads, queries, keys]}"
+        raise wrong(ValueError, "attn_mask", expected, shape)
+    if boolean and attn_mask.dim() == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
         return attn_mask[:, 0, 0, :].expand(batch, keys), None
-    if attn_mask.dtype not in (torch.bool, torch.float32, torch.float64) and attn_mask.dtype != query.dtype:
-        attn_mask = attn_mask.float()
-    if attn_mask.dtype == torch.float64 and query.dtype != torch.float64:
+    if not boolean and attn_mask.dtype != query.dtype and query.dtype != torch.float64:
         attn_mask = attn_mask.float()
     return None, attn_mask.expand(batch, heads, queries, keys)
 
 
 def check_options(
-    query: Tensor,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, scale: float | None, sliding_window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> None:
-    expect(scale is None or math.isfinite(scale), ValueError, "scale", "a finite number", scale)
-    expect(sliding_window is None or sliding_window > 0, ValueError, "sliding_window", "at least 1, or None",
-           sliding_window)  # fmt: skip
-    expect(softcap is None or softcap > 0, ValueError, "softcap", "more than 0, or None", softcap)
-    if sinks is not None:
-        expect(sinks.dim() == 1 and sinks.shape[0] == query.shape[1], ValueError, "sinks",
-               f"one logit a head [{query.shape[1]}]", list(sinks.shape))  # fmt: skip
-        expect(sinks.dtype.is_floating_point, TypeError, "sinks", "floating point", sinks.dtype)
-        expect(sinks.device == query.device, ValueError, "sinks", f"device {query.device} as query", sinks.device)
-        expect(not (sinks.requires_grad and torch.is_grad_enabled()), ValueError, "sinks",
-               "a constant (no gradient is computed for it)", "a tensor that requires a gradient",
-               "freeze it with requires_grad_(False)")  # fmt: skip
+    """The options that change the scores."""
+    if scale is not None and not math.isfinite(scale):
+        raise wrong(ValueError, "scale", "a finite number", scale)
+    if sliding_window is not None and sliding_window <= 0:
+        raise wrong(ValueError, "sliding_window", "at least 1, or None", sliding_window)
+    if softcap is not None and softcap <= 0:
+        raise wrong(ValueError, "softcap", "more than 0, or None", softcap)
+    if sinks is None:
+        return
+    if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
+        raise wrong(ValueError, "sinks", f"one logit a head [{query.shape[1]}]", list(sinks.shape))
+    if not sinks.dtype.is_floating_point:
+        raise wrong(TypeError, "sinks", "floating point", sinks.dtype)
+    if sinks.device != query.device:
+        raise wrong(ValueError, "sinks", f"device {query.device} as query", sinks.device)
+    if sinks.requires_grad and torch.is_grad_enabled():
+        expected, got = "a constant (no gradient is computed for it)", "a tensor that requires a gradient"
+        raise wrong(ValueError, "sinks", expected, got, "freeze it with requires_grad_(False)")
 
 
-def check_values(arguments: tuple) -> None:
-    """The checks that read tensors; the kernels make them themselves."""
-    prefix_key, prefix_index, prefix_lengths, cu_seqlens = (
-        arguments[3],
-        arguments[5],
-        arguments[6],
-        arguments[10],
-    )
+def check_values(
+    queries: int,
+    prefix_key: Tensor,
+    prefix_index: Tensor | None,
+    prefix_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """The checks that read tensors, for the reference: the kernels make them themselves."""
     if torch.compiler.is_compiling():
         return
     bank, capacity = prefix_key.shape[0], prefix_key.shape[2]
-    if prefix_index is not None:
-        for place, entry in enumerate(prefix_index.tolist()):
-            expect(-1 <= entry < bank, IndexError, f"prefix_index[{place}]", f"-1 (none) to {bank - 1}", entry)
-    if prefix_lengths is not None:
-        for place, length in enumerate(prefix_lengths.tolist()):
-            expect(0 <= length <= capacity, ValueError, f"prefix_lengths[{place}]", f"0 to {capacity}", length)
+    for place, entry in enumerate([] if prefix_index is None else prefix_index.tolist()):
+        if not -1 <= entry < bank:
+            raise wrong(IndexError, f"prefix_index[{place}]", f"-1 (none) to {bank - 1}", entry)
+    for place, length in enumerate([] if prefix_lengths is None else prefix_lengths.tolist()):
+        if not 0 <= length <= capacity:
+            raise wrong(ValueError, f"prefix_lengths[{place}]", f"0 to {capacity}", length)
     if cu_seqlens is not None:
-        ends, total = cu_seqlens.tolist(), arguments[0].shape[2]
+        ends = cu_seqlens.tolist()
         rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
-        expect(ends[0] == 0 and ends[-1] == total and rising, ValueError, "cu_seqlens",
-               f"a sequence rising from 0 to {total}", ends)  # fmt: skip
+        if ends[0] != 0 or ends[-1] != queries or not rising:
+            raise wrong(ValueError, "cu_seqlens", f"a sequence rising from 0 to {queries}", ends)

@@ -1,11 +1,13 @@
-"""Argument checks: an error says what was expected, what came and, where it helps, how to mend it."""
+"""Argument errors: what was expected, what came and, where it helps, how to mend it.
+
+Checks are written ``if bad: raise wrong(...)`` so that a good call never pays for the words.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def expect(condition: bool, kind: type[Exception], name: str, expected: str, got: Any, hint: str = "") -> None:
-    """Raises ``kind`` unless ``condition`` holds."""
-    if not condition:
-        raise kind(f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+def wrong(kind: type[Exception], name: str, expected: str, got: Any, hint: str = "") -> Exception:
+    """The exception to raise for the argument ``name``."""
+    return kind(f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))

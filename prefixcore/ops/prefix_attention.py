@@ -106,21 +106,20 @@ def prefix_attention(
 
     check_sequence(query, key, value)
     prefix_key, prefix_value = as_bank(query, key, value, prefix_key, prefix_value)
-    packed = 0
-    if cu_seqlens is not None:
-        packed = check_packing(query, key, cu_seqlens)
+    packed = 0 if cu_seqlens is None else check_packing(query, key, cu_seqlens)
     check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
     padding, mask = split_mask(query, key, attn_mask)
     check_options(query, scale, sliding_window, softcap, sinks)
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[3])
 
     arguments = (
         query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens,
-        bool(is_causal), 1 / math.sqrt(query.shape[3]) if scale is None else float(scale),
-        sliding_window or 0, softcap or 0.0,
+        is_causal, scale, sliding_window or 0, softcap or 0.0,
     )  # fmt: skip
     if backend_name("prefix_attention", query.device.type, query.dtype) != "reference":
         out, lse = torch.ops.prefixcore.prefix_attention(*arguments)
     else:
-        check_values(arguments)
+        check_values(query.shape[2], prefix_key, prefix_index, prefix_lengths, cu_seqlens)
         out, lse = prefix_attention_reference(*arguments)
     return (out, lse) if return_lse else out

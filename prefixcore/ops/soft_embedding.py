@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import expect
+from .checks import wrong
 from .reference import soft_embedding_reference
 from .select import backend_name
 
@@ -29,16 +29,18 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
         IndexError: an id outside ``[0, V + N)``, with its value and place.
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a table that wants a gradient.
     """
-    expect(input_ids.dtype in (torch.int64, torch.int32), TypeError,
-           "input_ids", "int64 or int32", input_ids.dtype, "convert it with .long()")  # fmt: skip
-    expect(weight.dim() == 2, ValueError, "weight", "a table [V, E]", list(weight.shape))
-    expect(virtual.dim() == 2 and virtual.shape[1] == weight.shape[1], ValueError,
-           "virtual", f"[N, E] with E = {weight.shape[1]} as in weight", list(virtual.shape))  # fmt: skip
-    expect(weight.dtype.is_floating_point, TypeError, "weight", "a floating-point dtype", weight.dtype)
-    expect(virtual.dtype in (weight.dtype, torch.float32), TypeError,
-           "virtual", f"{weight.dtype} as weight, or float32", virtual.dtype)  # fmt: skip
-    expect(weight.device == input_ids.device == virtual.device, ValueError, "input_ids, weight and virtual",
-           "one device", [str(x.device) for x in (input_ids, weight, virtual)])  # fmt: skip
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise wrong(TypeError, "input_ids", "int64 or int32", input_ids.dtype, "convert it with .long()")
+    if weight.dim() != 2 or not weight.dtype.is_floating_point:
+        got = f"{list(weight.shape)} of {weight.dtype}"
+        raise wrong(ValueError, "weight", "a table [V, E] in a floating-point dtype", got)
+    if virtual.dim() != 2 or virtual.shape[1] != weight.shape[1]:
+        raise wrong(ValueError, "virtual", f"[N, E] with E = {weight.shape[1]} as in weight", list(virtual.shape))
+    if virtual.dtype != weight.dtype and virtual.dtype != torch.float32:
+        raise wrong(TypeError, "virtual", f"{weight.dtype} as weight, or float32", virtual.dtype)
+    if not weight.device == input_ids.device == virtual.device:
+        devices = [str(x.device) for x in (input_ids, weight, virtual)]
+        raise wrong(ValueError, "input_ids, weight and virtual", "one device", devices)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "weight requires a gradient, but soft_embedding trains virtual tokens alone and never the table: "

@@ -121,12 +121,12 @@ def run(problem: Problem, attention: Callable[..., Any] = prefixcore.prefix_atte
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """By norm, in float64; infinities must stand in the same places."""
-    got, want = got.double(), want.double()
+    got, want = got.detach().double(), want.detach().double()
     infinite = want.isinf()
     assert torch.equal(got.isinf(), infinite)
     got, want = got.masked_fill(infinite, 0), want.masked_fill(infinite, 0)
     assert not got.isnan().any()
-    return float((got - want).detach().norm() / want.norm().clamp(min=1e-30))
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
 def check(problem: Problem, slack: float = 1.0) -> None:
