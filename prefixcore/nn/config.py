@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import Tensor
@@ -69,9 +69,9 @@ class _Config:
     num_virtual_tokens: int | None = None
     init: str | Tensor | KeyValues | None = None
     init_text: str | None = None
-    seed: int | None = None
-    task_type: str | None = "CAUSAL_LM"
-    tokenizer_name_or_path: str | None = None
+    seed: int | None = field(default=None, kw_only=True)
+    task_type: str | None = field(default="CAUSAL_LM", kw_only=True)
+    tokenizer_name_or_path: str | None = field(default=None, kw_only=True)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -130,7 +130,7 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it; tensors given as `init` become the word 'tensor'."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         return {**values, "init": self.init_name}
 
 
@@ -179,7 +179,7 @@ class PrefixTuningConfig(_Config):
                 raise ValueError(f"init_weights must be 'zero' or None, and agree with init; got {init_weights!r}")
             self._set(init="zero")
         self._check_common()
-        _check_choice("reparameterization", self.reparameterization, ("none", "mlp", "low_rank", "random_basis"))
+        _check_choice("reparameterization", self.reparameterization, REPARAMETERIZATIONS)
         if self.prefix_projection:
             if self.reparameterization not in ("none", "mlp"):
                 raise ValueError(f"prefix_projection is the MLP, but reparameterization is {self.reparameterization!r}")

@@ -1,0 +1,7 @@
+"""The one exception of reading and writing adapters."""
+
+from __future__ import annotations
+
+
+class AdapterError(ValueError):
+    """An adapter can't be read, written or used with a model; the message names the file and the field."""

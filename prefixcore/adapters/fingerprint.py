@@ -1,0 +1,121 @@
+"""Which base model an adapter belongs to: facts of its architecture and a digest of sampled weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+
+SAMPLES = 32
+"""Numbers sampled from each weight, evenly from the first to the last."""
+
+_CONFIG_FACTS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+_FACTS = ("class", *_CONFIG_FACTS, "num_parameters")
+
+# A digest is taken in a dtype that rounding from any of these leads to; float16 and bfloat16 can't stand for
+# each other.
+_DIGESTS = {
+    "bfloat16": (torch.float64, torch.float32, torch.bfloat16),
+    "float16": (torch.float64, torch.float32, torch.float16),
+}
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What identifies a base model: JSON-able, well under a second for a few hundred million parameters.
+
+    Args:
+        model: a transformers model, or any module. A submodule `prefixcore` is left out.
+
+    Returns:
+        `name_or_path` (for people, never compared), `class`, the dimensions its config knows, `num_parameters`,
+        and `weights`: SHA-256 digests of evenly sampled weights rounded to "bfloat16" and to "float16", as far
+        as the model's dtypes allow. The same weights loaded in float32 or in bfloat16 share a digest.
+
+    Raises:
+        AdapterError: a weight has no data (it is on the meta device).
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    weights = list(_base_weights(model))
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return {
+        "name_or_path": getattr(model, "name_or_path", None) or None,
+        "class": type(model).__name__,
+        **{name: getattr(config, name, None) for name in _CONFIG_FACTS},
+        "num_parameters": sum(weight.numel() for _, weight in weights),
+        "weights": _digests(weights),
+    }
+
+
+def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
+    """Checks that an adapter trained for `expected` may be used with `actual`.
+
+    Raises:
+        AdapterError: naming the first field that differs. A field that `expected` lacks is not compared.
+    """
+    for field in _FACTS:
+        if field in expected and expected[field] != actual.get(field):
+            raise AdapterError(
+                f"base_model.{field}: the adapter was trained for {expected[field]!r}, this model has "
+                f"{actual.get(field)!r}; load the model it was trained for ({_name(expected)})"
+            )
+    wanted, found = expected.get("weights") or {}, actual.get("weights") or {}
+    common = [dtype for dtype in wanted if dtype in found]
+    if wanted and not common:
+        raise AdapterError(
+            f"base_model.weights: the adapter knows its model by weights rounded to {' or '.join(wanted)}, but "
+            f"this model was loaded in another dtype; load it in float32 or in {next(iter(wanted))}"
+        )
+    for dtype in common:
+        if wanted[dtype] != found[dtype]:
+            raise AdapterError(
+                "base_model.weights: the model has the right architecture but other weights than the one the "
+                f"adapter was trained for ({_name(expected)})"
+            )
+
+
+def _name(fingerprint: Mapping[str, Any]) -> str:
+    return str(fingerprint.get("name_or_path") or "its name is not known")
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in model.named_parameters():
+        if name.split(".", 1)[0] == "prefixcore":
+            continue
+        if weight.is_meta:
+            raise AdapterError(f"{name} is on the meta device: load the model's weights before taking a fingerprint")
+        yield name, weight.detach()
+
+
+def _digests(weights: list[tuple[str, Tensor]]) -> dict[str, str]:
+    dtypes = {weight.dtype for _, weight in weights if weight.is_floating_point()}
+    names = [name for name, allowed in _DIGESTS.items() if dtypes <= set(allowed)]
+    hashes = {name: hashlib.sha256() for name in names}
+    for name, weight in weights:
+        sample = _sample(weight)
+        for dtype, digest in hashes.items():
+            digest.update(f"{name} {list(weight.shape)}".encode())
+            rounded = sample.to(getattr(torch, dtype)) if sample.is_floating_point() else sample
+            digest.update(rounded.contiguous().view(torch.uint8).numpy().tobytes())
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Up to SAMPLES numbers of a weight, on the CPU."""
+    count = min(SAMPLES, weight.numel())
+    places = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
+    return weight.reshape(-1)[places].cpu()

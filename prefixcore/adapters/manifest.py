@@ -1,0 +1,175 @@
+"""What is known about an adapter, beside its values: the file `prefixcore_manifest.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import Config, LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+from ..version import __version__
+from .errors import AdapterError
+from .fingerprint import fingerprint
+
+FORMAT_VERSION = 1
+_CONFIGS = {config.method: config for config in (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "method": (str,),
+    "config": (dict,),
+    "base_model": (dict,),
+    "libraries": (dict,),
+    "peft_type": (str, type(None)),
+    "files": (dict,),
+    "task": (str, type(None)),
+    "tokenizer": (dict, type(None)),
+    "layers": (list, type(None)),
+    "layer_shapes": (list, type(None)),
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about an adapter.
+
+    Attributes:
+        method: "prefix", "prompt" or "p-tuning".
+        config: the fields of the configuration it was trained with; tensors given as `init` are not in it.
+        base_model: the `fingerprint` of the model it was trained for.
+        libraries: versions of what wrote it.
+        task: in a person's words, what it does.
+        tokenizer: class, name and vocabulary size of the tokenizer, if one was given.
+        layers: of a prefix, the indices of the layers that have one.
+        layer_shapes: of a prefix, `[Hkv, D, Dv]` of each of these layers.
+        peft_type: PEFT's name of the method, if PEFT's files can express the adapter.
+        files: size and SHA-256 of each tensor file. These two are filled in when the adapter is written.
+    """
+
+    method: str
+    config: dict[str, Any]
+    base_model: dict[str, Any]
+    libraries: dict[str, str]
+    task: str | None = None
+    tokenizer: dict[str, Any] | None = None
+    layers: list[int] | None = None
+    layer_shapes: list[list[int]] | None = None
+    peft_type: str | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls,
+        model: nn.Module,
+        config: Config,
+        layer_shapes: Sequence[LayerShape] | None = None,
+        *,
+        task: str | None = None,
+        tokenizer: Any = None,
+    ) -> Manifest:
+        """The manifest of an adapter for `model`.
+
+        Args:
+            model: the base model; its fingerprint is taken now.
+            config: what was trained.
+            layer_shapes: of each layer with a prefix, in the model's order; None for a soft prompt.
+            task: in a person's words, what the adapter does.
+            tokenizer: a transformers tokenizer.
+        """
+        prefix = isinstance(config, PrefixTuningConfig)
+        if prefix != (layer_shapes is not None):
+            raise ValueError("layer_shapes: expected for a prefix, and for nothing else")
+        layers = None
+        if isinstance(config, PrefixTuningConfig) and layer_shapes is not None:
+            layers = config.layers or list(range(len(layer_shapes)))
+            if len(layers) != len(layer_shapes):
+                raise ValueError(f"layer_shapes: expected one for each of layers {layers}, got {len(layer_shapes)}")
+        return cls(
+            method=config.method,
+            config=config.to_dict(),
+            base_model=fingerprint(model),
+            libraries=_libraries(),
+            task=task,
+            tokenizer=None if tokenizer is None else _describe(tokenizer),
+            layers=layers,
+            layer_shapes=[list(dataclasses.astuple(s)) for s in layer_shapes] if layer_shapes else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """The inverse of `to_dict`.
+
+        Raises:
+            AdapterError: naming a field that is missing, unknown, of a wrong type, or contradicts another.
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise AdapterError(
+                f"format_version: expected {FORMAT_VERSION}, got {version!r}; read it with the version of "
+                "prefixcore that wrote it"
+            )
+        for name, types in _TYPES.items():
+            if name not in values:
+                raise AdapterError(f"{name}: missing")
+            if not isinstance(values[name], types):
+                raise AdapterError(f"{name}: expected {types[0].__name__}, got {type(values[name]).__name__}")
+        if not isinstance(values["base_model"].get("weights", {}), dict):
+            raise AdapterError("base_model.weights: expected digests by dtype")
+        unknown = sorted(set(values) - set(_TYPES))
+        if unknown:
+            raise AdapterError(f"{unknown[0]}: unknown field")
+        manifest = cls(**{name: value for name, value in values.items() if name != "format_version"})
+        manifest._check_layers(manifest.make_config())
+        return manifest
+
+    def make_config(self) -> Config:
+        """The configuration; the start of one that was given as tensors is "tensor"."""
+        if self.method not in _CONFIGS:
+            raise AdapterError(f"method: expected one of {', '.join(_CONFIGS)}, got {self.method!r}")
+        try:
+            return _CONFIGS[self.method](**self.config)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"config: {error}") from error
+
+    def make_layer_shapes(self) -> list[LayerShape]:
+        """The shape of each layer that has a prefix; none for a soft prompt."""
+        return [LayerShape(*shape) for shape in self.layer_shapes or []]
+
+    def _check_layers(self, config: Config) -> None:
+        if not isinstance(config, PrefixTuningConfig):
+            if self.layers is not None or self.layer_shapes is not None:
+                raise AdapterError("layers: a soft prompt has none")
+            return
+        shapes, layers = self.layer_shapes, self.layers
+        if not shapes or not all(isinstance(s, list) and len(s) == 3 and _positive(*s) for s in shapes):
+            raise AdapterError(f"layer_shapes: expected [Hkv, D, Dv] for each layer with a prefix, got {shapes!r}")
+        if layers != (config.layers or list(range(len(shapes)))) or len(layers) != len(shapes):
+            raise AdapterError(f"layers: {layers!r} does not agree with config.layers and layer_shapes")
+
+
+def _positive(*values: Any) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+
+
+def _libraries() -> dict[str, str]:
+    versions = {"prefixcore": __version__, "torch": str(torch.__version__)}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["transformers"] = importlib.metadata.version("transformers")
+    return versions
+
+
+def _describe(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "class": type(tokenizer).__name__,
+        "name_or_path": getattr(tokenizer, "name_or_path", None) or None,
+        "vocab_size": len(tokenizer),
+    }

@@ -1,0 +1,122 @@
+"""An adapter in memory, and the module made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn import Config, LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
+from .errors import AdapterError
+from .manifest import Manifest
+from .peft import Values
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder holds, read and checked.
+
+    Attributes:
+        config: what it was trained with, its `num_virtual_tokens` set; a module made from the adapter has a
+            `config` of its own, which says what that module trains.
+        tensors: the baked virtual tokens, fp32 on the CPU: of a prefix, one `(key [Hkv, P, D],
+            value [Hkv, P, Dv])` for each layer that has one; of a soft prompt, `[P, hidden]`.
+        manifest: None for an adapter that PEFT wrote.
+        training_state: the `state_dict` of a reparameterised module, by which its training goes on exactly.
+        peft_config: what `adapter_config.json` says; None where PEFT can't express the adapter.
+    """
+
+    config: Config
+    tensors: Values
+    manifest: Manifest | None = None
+    training_state: dict[str, Tensor] | None = None
+    peft_config: dict[str, Any] | None = None
+
+    @property
+    def layer_shapes(self) -> list[LayerShape]:
+        """The shape of each layer that has a prefix; none for a soft prompt."""
+        if isinstance(self.tensors, Tensor):
+            return []
+        return [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in self.tensors]
+
+    @property
+    def layers(self) -> list[int]:
+        """The indices of the layers that have a prefix; none for a soft prompt."""
+        if self.manifest is not None and self.manifest.layers is not None:
+            return self.manifest.layers
+        return list(range(len(self.layer_shapes)))
+
+
+def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPrompt:
+    """The module of an adapter, on the CPU.
+
+    Args:
+        adapter: from `read_adapter`.
+        trainable: True: the module that was saved, parameter for parameter and bit for bit, so that training goes
+            on; for an adapter without its training state (one that PEFT wrote), a module that trains the virtual
+            tokens themselves. False: a frozen module of the baked virtual tokens.
+
+    Raises:
+        AdapterError: the training state does not belong to the adapter.
+    """
+    if not trainable:
+        module = _make(_plain(adapter.config), adapter.tensors)
+        return module.requires_grad_(False)
+    state = adapter.training_state
+    if state is None:
+        return _make(_plain(adapter.config), adapter.tensors)
+    # A module that was given a start keeps it; one that makes everything itself (as PEFT's do) has none.
+    started = any(name.split(".", 1)[0] == "initial" for name in state)
+    try:
+        module = _make(adapter.config, adapter.tensors, started=started)
+    except ValueError as error:
+        raise AdapterError(f"config: {error}") from error
+    _check_state(module.state_dict(), state)
+    module.load_state_dict(state)
+    _check_baked(module.bake(), adapter.tensors)
+    return module
+
+
+def _make(config: Config, values: Values, *, started: bool = True) -> Prefix | SoftPrompt:
+    if isinstance(config, PrefixTuningConfig):
+        assert not isinstance(values, Tensor)
+        shapes = [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in values]
+        return Prefix(shapes, config, values if started else None)
+    assert isinstance(values, Tensor)
+    return SoftPrompt(values.shape[1], config, values if started else None)
+
+
+def _plain(config: Config) -> Config:
+    """The configuration that trains the virtual tokens themselves."""
+    if isinstance(config, PTuningConfig):
+        return PromptTuningConfig(
+            num_virtual_tokens=config.num_virtual_tokens,
+            init="tensor",
+            task_type=config.task_type,
+            tokenizer_name_or_path=config.tokenizer_name_or_path,
+        )
+    if isinstance(config, PrefixTuningConfig):
+        return dataclasses.replace(config, reparameterization="none", prefix_projection=False)
+    return dataclasses.replace(config, reparameterization="none")
+
+
+def _check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    for name in sorted(expected.keys() ^ state.keys()):
+        what = "missing" if name in expected else "unknown tensor"
+        raise AdapterError(f"{name}: {what}; the file does not belong to this adapter's config")
+    for name, tensor in state.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            raise AdapterError(f"{name}: expected shape {list(wanted.shape)}, got {list(tensor.shape)}")
+
+
+def _check_baked(made: Values, values: Values) -> None:
+    """What the training state makes must be what the adapter holds, up to another machine's rounding."""
+    ours = [made] if isinstance(made, Tensor) else [t for pair in made for t in pair]
+    theirs = [values] if isinstance(values, Tensor) else [t for pair in values for t in pair]
+    for one, other in zip(ours, theirs, strict=True):
+        if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * max(1e-6, other.abs().max().item())):
+            raise AdapterError("the training state does not make the virtual tokens that the adapter holds")

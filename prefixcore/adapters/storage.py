@@ -1,0 +1,96 @@
+"""One file of an adapter: JSON and safetensors, read with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import AdapterError
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@contextmanager
+def at(path: Path) -> Iterator[None]:
+    """Puts the file's name in front of an AdapterError raised inside."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, indent=2, sort_keys=True).encode()
+
+
+def load_json(path: Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def describe(blob: bytes) -> dict[str, Any]:
+    """Size and SHA-256, by which `check_file` knows the file again."""
+    return {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+
+
+def check_file(path: Path, described: Mapping[str, Any]) -> None:
+    """Raises AdapterError unless the file is the one that was described."""
+    if not path.is_file():
+        raise AdapterError(f"{path}: missing")
+    size = path.stat().st_size
+    if size != described["bytes"]:
+        raise AdapterError(f"{path}: {size} bytes in place of {described['bytes']}: truncated or another file")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != described["sha256"]:
+        raise AdapterError(f"{path}: SHA-256 differs from the manifest's: damaged or another file")
+
+
+def load_tensors(path: Path, shapes: Mapping[str, list[int]] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own, on the CPU.
+
+    Args:
+        path: the file.
+        shapes: the names and shapes that it must have, no more and no less; they are looked at before any number
+            is read, and the numbers become fp32. None: anything goes, in its own dtype.
+
+    Raises:
+        AdapterError: naming the file, and the tensor whose name, shape, dtype or numbers are wrong.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file, at(path):
+            names = list(file.keys())
+            _check_header({name: file.get_slice(name) for name in names}, shapes)
+            dtype = None if shapes is None else torch.float32
+            tensors = {name: file.get_tensor(name).to(dtype=dtype, copy=True) for name in names}
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AdapterError(f"{path}: not a whole safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{path}: {name}: holds a number that is NaN or infinite")
+    return tensors
+
+
+def _check_header(found: Mapping[str, Any], shapes: Mapping[str, list[int]] | None) -> None:
+    if shapes is not None:
+        for name in sorted(found.keys() ^ shapes.keys()):
+            raise AdapterError(f"{name}: {'missing' if name in shapes else 'unknown tensor'}")
+    for name, tensor in found.items():
+        if tensor.get_dtype() not in _DTYPES:
+            raise AdapterError(f"{name}: expected one of the dtypes {', '.join(_DTYPES)}, got {tensor.get_dtype()}")
+        if shapes is not None and tensor.get_shape() != shapes[name]:
+            raise AdapterError(f"{name}: expected shape {shapes[name]}, got {tensor.get_shape()}")

@@ -1,0 +1,172 @@
+"""The prefix: where it starts, what is trained, what stays frozen, what it gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from prefixcore.nn import LayerShape, Prefix, PrefixTuningConfig, join_layers
+
+SHAPES = [LayerShape(2, 8, 8), LayerShape(1, 6, 4)]
+P = 5
+ALL = ["none", "mlp", "low_rank", "random_basis"]
+
+
+def _initial():
+    generator = torch.Generator().manual_seed(11)
+    return [
+        (
+            torch.randn(s.num_kv_heads, P, s.key_dim, generator=generator),
+            torch.randn(s.num_kv_heads, P, s.value_dim, generator=generator),
+        )
+        for s in SHAPES
+    ]
+
+
+def _config(name, **options):
+    return PrefixTuningConfig(P, **{"reparameterization": name, "rank": 2, "num_basis": 12, "seed": 0, **options})
+
+
+def _same(one, other):
+    return all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("name", ALL)
+def test_begins_exactly_at_the_start_and_moves_with_a_step(name, frozen):
+    initial = _initial()
+    prefix = Prefix(SHAPES, _config(name, num_frozen_tokens=frozen), initial)
+    assert _same(prefix(), initial)
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for pair in prefix() for t in pair)
+    optimizer = torch.optim.SGD(prefix.parameters(), lr=0.01)
+    target = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v in initial]
+    before = _distance(prefix(), target)
+    before.backward()
+    optimizer.step()
+    assert _distance(prefix(), target) < before
+    for (key, value), (k0, v0) in zip(prefix(), initial, strict=True):
+        assert torch.equal(key[:, :frozen], k0[:, :frozen])
+        assert torch.equal(value[:, :frozen], v0[:, :frozen])
+        assert not torch.equal(key[:, frozen:], k0[:, frozen:])
+        assert not torch.equal(value[:, frozen:], v0[:, frozen:])
+
+
+def _distance(pairs, target):
+    return (join_layers(pairs) - join_layers(target)).pow(2).sum()
+
+
+def test_one_parameter_a_tensor_and_the_gradient_goes_there():
+    prefix = Prefix(SHAPES, _config("none"), _initial())
+    assert [name for name, _ in prefix.named_parameters()] == [
+        "layers.0.key",
+        "layers.0.value",
+        "layers.1.key",
+        "layers.1.value",
+    ]
+    assert not prefix.is_reparameterized
+    key, _ = prefix()[1]
+    (key * 3).sum().backward()
+    assert torch.equal(prefix.layers[1].key.grad, torch.full((1, P, 6), 3.0))
+    assert prefix.layers[0].key.grad is None
+
+
+@pytest.mark.parametrize(("name", "count"), [("low_rank", 2 * (5 + 32) + 2 * (5 + 10)), ("random_basis", 12)])
+def test_how_many_numbers_are_trained(name, count):
+    prefix = Prefix(SHAPES, _config(name), _initial())
+    assert prefix.is_reparameterized
+    assert sum(p.numel() for p in prefix.parameters()) == count
+
+
+@pytest.mark.parametrize("frozen", [0, 2, P])
+@pytest.mark.parametrize("init", ["random", "zero"])
+@pytest.mark.parametrize("name", ALL)
+def test_starts_that_need_no_model(name, init, frozen):
+    if frozen == P and name != "none":
+        with pytest.raises(ValueError, match="none would be left"):
+            _config(name, init=init, num_frozen_tokens=frozen)
+        return
+    before = torch.get_rng_state()
+    prefix = Prefix(SHAPES, _config(name, init=init, num_frozen_tokens=frozen))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert _same(prefix(), Prefix(SHAPES, _config(name, init=init, num_frozen_tokens=frozen))())
+    numbers = join_layers(prefix())
+    assert numbers.shape == (P, 32 + 10)
+    assert numbers.any() == (init == "random")
+    assert not any(parameter.shape[0] == 0 for parameter in prefix.parameters())
+
+
+def test_random_is_unit_normal():
+    prefix = Prefix([LayerShape(4, 32, 32)] * 4, PrefixTuningConfig(32, init="random", seed=0))
+    numbers = join_layers(prefix())
+    assert numbers.mean().abs() < 0.02
+    assert (numbers.std() - 1).abs() < 0.02
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bake_is_forward_in_memory_of_its_own(name):
+    prefix = Prefix(SHAPES, _config(name, num_frozen_tokens=1), _initial())
+    baked = prefix.bake()
+    assert _same(baked, prefix())
+    assert not any(t.requires_grad for pair in baked for t in pair)
+    with torch.no_grad():
+        for pair in baked:
+            for tensor in pair:
+                tensor.zero_()
+    assert _same(prefix(), _initial())
+
+
+def test_the_start_is_not_shared_with_the_caller():
+    initial = _initial()
+    prefix = Prefix(SHAPES, _config("none"), initial)
+    initial[0][0].zero_()
+    assert _same(prefix(), _initial())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_state_dict_and_deepcopy_carry_everything(name):
+    prefix = Prefix(SHAPES, _config(name, num_frozen_tokens=2), _initial())
+    with torch.no_grad():
+        for parameter in prefix.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    other = Prefix(SHAPES, _config(name, num_frozen_tokens=2), [(k * 2, v * 2) for k, v in _initial()])
+    assert not _same(prefix(), other())
+    other.load_state_dict(prefix.state_dict())
+    assert _same(prefix(), other())
+    assert _same(prefix(), copy.deepcopy(prefix)())
+
+
+def test_config_is_settled():
+    prefix = Prefix(SHAPES, PrefixTuningConfig(init_text="five tokens"), _initial())
+    assert prefix.config.num_virtual_tokens == prefix.num_virtual_tokens == P
+    tensors = PrefixTuningConfig(init=_initial())
+    assert Prefix(SHAPES, tensors, tensors.init).config.init == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("config", "initial", "message"),
+    [
+        (PrefixTuningConfig(P), None, "needs a model"),
+        (PrefixTuningConfig(init_text="a"), None, "needs a model"),
+        (PrefixTuningConfig(P + 1), "pairs", r"expected shape \[2, 6, 8\]"),
+        (PrefixTuningConfig(init_text="a", num_frozen_tokens=P + 1), "pairs", "none would be left"),
+        (PrefixTuningConfig(P, init="zero", reparameterization="low_rank", rank=50), None, "take rank <="),
+        (PrefixTuningConfig(P, init="zero", reparameterization="random_basis", num_basis=999), None, "take fewer"),
+    ],
+)
+def test_refused(config, initial, message):
+    with pytest.raises(ValueError, match=message):
+        Prefix(SHAPES, config, _initial() if initial else None)
+
+
+def test_no_layers():
+    with pytest.raises(ValueError, match="at least one layer"):
+        Prefix([], PrefixTuningConfig(P, init="zero"))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_compiles_as_one_graph(name):
+    prefix = Prefix(SHAPES, _config(name, num_frozen_tokens=1), _initial())
+    compiled = torch.compile(prefix, fullgraph=True, backend="aot_eager")
+    assert _same(compiled(), prefix())
