@@ -1,0 +1,8 @@
+"""Prefixes and soft prompts on transformers models: attach, train, generate, save, load, detach."""
+
+from .attaching import attach
+from .families import FAMILIES
+from .handle import Handle, attached
+from .loading import load
+
+__all__ = ["FAMILIES", "Handle", "attach", "attached", "load"]

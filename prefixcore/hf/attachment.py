@@ -1,0 +1,66 @@
+"""What a prefix and a soft prompt have in common once they are attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..nn import Prefix, SoftPrompt
+from .families import position_limit
+from .patch import Patch
+
+
+class Attachment:
+    """What connects a trainable module to a model.
+
+    Attributes:
+        model, module: the two.
+        handle: what the user holds.
+        enabled: False while the model is to compute as if nothing were attached.
+        num_virtual_tokens: P.
+        limit: positions that the model has learned; None: it computes them.
+        patch: what was changed in the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, module: Prefix | SoftPrompt) -> None:
+        self.model = model
+        self.module: Any = module
+        self.handle: Any = None
+        self.enabled = True
+        self.num_virtual_tokens = module.num_virtual_tokens
+        self.limit = position_limit(model)
+        self.patch = Patch(model)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes as if nothing were attached."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @property
+    def device(self) -> torch.device:
+        """Where the virtual tokens are kept."""
+        tensors: Iterator[Tensor] = (t for kind in (self.module.parameters, self.module.buffers) for t in kind())
+        return next(tensors).device
+
+    def evaluate(self) -> Any:
+        """What the module computes, in its own precision: autocast would round what is added up over many steps."""
+        kind = self.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            return self.module()
+
+
+def refuse_replicas(module: nn.Module) -> None:
+    """Raises RuntimeError under `torch.nn.DataParallel`, whose replicas share what a forward keeps."""
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "torch.nn.DataParallel is not supported: start one process a device (torchrun or accelerate launch)"
+        )

@@ -1,0 +1,137 @@
+"""The attention function that transformers calls in place of its own while a prefix is attached."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..ops import prefix_attention
+
+ATTENTION = "prefixcore"
+"""The name of the function in transformers' attention and mask interfaces."""
+
+SLOT = "_prefixcore"
+"""The attribute of an attention module that holds its slot."""
+
+Pair = tuple[Tensor, Tensor]
+"""A prefix of one layer: key [Hkv, P, D] and value [Hkv, P, Dv]."""
+
+
+class PrefixSlot:
+    """Where an attention module finds its layer's prefix.
+
+    Two entries, because a forward without gradients may come between a forward and its backward, and gradient
+    checkpointing reads the slot again in the backward: what it reads then must still be the differentiable one.
+
+    Copies and pickles start empty: the values belong to one forward of one model, and the next forward fills them.
+    """
+
+    __slots__ = ("differentiable", "baked")
+
+    def __init__(self) -> None:
+        self.differentiable: Pair | None = None
+        self.baked: Pair | None = None
+
+    def __reduce__(self) -> tuple[type[PrefixSlot], tuple[()]]:
+        return PrefixSlot, ()
+
+
+def prefix_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    cache: Any = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over the module's prefix, if it has a slot, and the sequence.
+
+    Args:
+        module: the attention module; without a slot (another model that shares the config) no prefix is seen.
+        query: [B, H, T, D], after the rotary embedding.
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], after the cache.
+        attention_mask: what `prefixcore.hf.mask` made: None, a padding mask [B, S], or four dimensions that say
+            everything there is to say about visibility; or the caller's own mask of four dimensions.
+        dropout: of a frozen model's attention weights; not applied (`attach` warns).
+        scaling, sliding_window, softcap: as the op's.
+        is_causal: overrides `module.is_causal`.
+        s_aux: [H], attention sinks.
+        cu_seq_lens_q, cu_seq_lens_k: of a packed batch; a mask that comes along says the same and is dropped.
+        position_bias, head_mask, cache, output_attentions: refused.
+
+    Returns:
+        [B, T, H, Dv], contiguous, and None for the weights.
+
+    Raises:
+        NotImplementedError: an argument that the op has no place for, named.
+        RuntimeError: the module was called outside its model's forward.
+    """
+    if position_bias is not None or head_mask is not None or cache is not None or output_attentions:
+        _refuse(position_bias=position_bias, head_mask=head_mask, cache=cache, output_attentions=output_attentions)
+
+    prefix_key = prefix_value = None
+    slot = module.__dict__.get(SLOT)
+    if slot is not None:
+        pair = slot.differentiable if torch.is_grad_enabled() else slot.baked
+        if pair is None:
+            raise RuntimeError(
+                f"{type(module).__name__} was called outside its model's forward, which evaluates the prefix: "
+                "call the model that the prefix is attached to"
+            )
+        prefix_key, prefix_value = pair
+        if prefix_key.device != query.device:  # a model spread over several devices
+            prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
+
+    if cu_seq_lens_q is not None:
+        attention_mask = None
+    if attention_mask is not None and attention_mask.dim() == 4:  # says everything: causality and window included
+        is_causal, sliding_window = False, None
+    elif is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        attn_mask=attention_mask,
+        is_causal=is_causal,
+        scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        cu_seqlens=cu_seq_lens_q,
+    )
+    return out.transpose(1, 2), None
+
+
+def _refuse(**arguments: Any) -> NoReturn:
+    names = [name for name, value in arguments.items() if value is not None and value is not False]
+    reasons = {
+        "position_bias": "a bias of the scores by position has no meaning for virtual tokens",
+        "head_mask": "heads cannot be masked one by one",
+        "cache": "continuous batching (paged caches) is not supported; use generate without it",
+        "output_attentions": "attention weights are never formed; leave output_attentions out, or detach first",
+    }
+    raise NotImplementedError(
+        "prefix attention cannot honour " + "; ".join(f"{name}: {reasons[name]}" for name in names)
+    )
+
+
+AttentionInterface.register(ATTENTION, prefix_attention_forward)

@@ -1,0 +1,179 @@
+"""Which attention modules of a model reach transformers' attention interface, and what their heads look like.
+
+Nothing is guessed from names or configurations: the model reads a few tokens through a recording attention function.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from ..nn import LayerShape
+from .attention import ATTENTION, prefix_attention_forward
+from .families import known, text_config
+from .mask import prefix_mask
+from .patch import frozen_run
+from .positions import argument_names
+
+RECORDING = "prefixcore_recording"
+
+_ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+
+_UNDERSTOOD = {
+    "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cu_seq_lens_q",
+    "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "past_key_values", "cache_position",
+    "output_hidden_states", "return_dict",
+}  # fmt: skip
+"""Arguments of an attention call that the op honours, or that do not concern it."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call of a forward.
+
+    Attributes:
+        module, name: the attention module and its name in the model.
+        num_heads: H.
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], as attention sees them.
+        kwargs: the other arguments.
+    """
+
+    module: nn.Module
+    name: str
+    num_heads: int
+    key: Tensor
+    value: Tensor
+    kwargs: dict[str, Any]
+
+    @property
+    def shape(self) -> LayerShape:
+        """Hkv, D and Dv."""
+        return LayerShape(self.key.shape[1], self.key.shape[3], self.value.shape[3])
+
+
+_calls: ContextVar[list[tuple[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]]] | None] = ContextVar(
+    "prefixcore_calls", default=None
+)
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    calls = _calls.get()
+    if calls is not None:
+        calls.append((module, query, key, value, kwargs))
+    return prefix_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(RECORDING, _record)
+AttentionMaskInterface.register(RECORDING, prefix_mask)
+
+
+def record(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
+    """The attention calls of one forward over `input_ids` [B, T], in order; the model is left as it was."""
+    names = {module: name for name, module in model.named_modules()}
+    token = _calls.set([])
+    try:
+        with frozen_run(model, RECORDING):
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+        calls = _calls.get()
+    finally:
+        _calls.reset(token)
+    return [AttentionCall(m, names[m], q.shape[1], k, v, kw) for m, q, k, v, kw in calls or ()]
+
+
+def discover(model: PreTrainedModel) -> list[AttentionCall]:
+    """The self-attention layers of the text decoder, in order, each checked to be one that a prefix fits.
+
+    Raises:
+        NotImplementedError: no layer, not every layer, or a layer in a way that is not understood.
+    """
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(f"{kind} is an encoder-decoder; prefixes are for decoders so far ({known()})")
+    calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    if not calls:
+        raise NotImplementedError(
+            f"{kind} does not run its attention through transformers' attention interface, so a prefix cannot reach "
+            f"it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: {known()}"
+        )
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    expected = sum(kind in _ATTENDING for kind in kinds)
+    modules = {call.module for call in calls}
+    if len(modules) != expected or len(calls) != expected:
+        raise NotImplementedError(
+            f"{kind} has {expected} attention layers, but {len(modules)} attention modules were reached in "
+            f"{len(calls)} calls; a prefix must reach each layer once. Known families: {known()}"
+        )
+    for call in calls:
+        _check(call)
+    _check_windows(config, [call.kwargs.get("sliding_window") for call in calls])
+    return calls
+
+
+def _check(call: AttentionCall) -> None:
+    strange = {
+        name
+        for name, value in call.kwargs.items()
+        if value is not None and value is not False and name not in _UNDERSTOOD
+    }
+    if strange:
+        raise NotImplementedError(
+            f"{call.name} calls attention with {', '.join(sorted(strange))}, which prefix attention does not know"
+        )
+    is_causal = call.kwargs.get("is_causal")
+    if not (getattr(call.module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotImplementedError(f"{call.name} is not causal; prefixes are for decoders so far ({known()})")
+    if call.num_heads % call.shape.num_kv_heads:
+        raise NotImplementedError(
+            f"{call.name} has {call.num_heads} query heads on {call.shape.num_kv_heads} key heads, an uneven group"
+        )
+
+
+def _check_windows(config: Any, windows: list[int | None]) -> None:
+    """The mask leaves a sliding window to the attention function, which must therefore be told the same window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind in _ATTENDING]
+    kinds = kinds or ["sliding_attention"] * len(windows)
+    told = [window if kind == "sliding_attention" else None for kind in kinds]
+    for layer, (expected, found) in enumerate(zip(told, windows, strict=True)):
+        if expected != found:
+            raise NotImplementedError(
+                f"attention layer {layer} of {config.model_type} should have the sliding window {expected}, but tells "
+                f"its attention function {found}; known families: {known()}"
+            )
+
+
+def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrainedModel:
+    """The innermost model that holds every one of these layers and takes positions.
+
+    Raises:
+        NotImplementedError: none takes `position_ids`.
+    """
+    paths = [call.name.split(".") for call in calls]
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))
+    for end in range(shared, -1, -1):
+        module = model.get_submodule(".".join(paths[0][:end]))
+        if isinstance(module, PreTrainedModel) and "position_ids" in argument_names(module):
+            return module
+    raise NotImplementedError(
+        f"{type(model).__name__} takes no position_ids, so the sequence cannot be placed after the prefix; "
+        f"known families: {known()}"
+    )
+
+
+def check_reached(backbone: PreTrainedModel, calls: list[AttentionCall]) -> None:
+    """Raises NotImplementedError unless the attention of `backbone` was switched to prefix attention."""
+    configs: list[Any] = [backbone.config, *(c.module.config for c in calls if hasattr(c.module, "config"))]
+    for config in configs:
+        if config._attn_implementation != ATTENTION:
+            raise NotImplementedError(
+                f"{type(backbone).__name__} keeps its attention implementation {config._attn_implementation!r}; "
+                f"known families: {known()}"
+            )

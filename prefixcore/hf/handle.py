@@ -1,0 +1,132 @@
+"""What `attach` and `load` return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..adapters import Manifest, write_adapter
+from ..nn import Config, LayerShape, Prefix, SoftPrompt
+from ..ops import which_backend
+from ..ops.select import Choice
+from .patch import ATTACHMENT
+from .prefix import PrefixAttachment
+from .soft_prompt import SoftPromptAttachment
+
+
+class Handle:
+    """A prefix or a soft prompt on a model. As a context manager it detaches at the end of the block.
+
+    Attributes:
+        model: the model, changed in place.
+        config: what is attached.
+        module: the trainable module, also `model.prefixcore` while attached.
+        tokenizer: the tokenizer that `attach` was given, for the manifest; or None, also in a copy.
+    """
+
+    def __init__(
+        self,
+        attachment: PrefixAttachment | SoftPromptAttachment,
+        config: Config,
+        layer_shapes: list[LayerShape],
+        tokenizer: Any = None,
+    ) -> None:
+        self._attachment = attachment
+        attachment.handle = self
+        self._layer_shapes = layer_shapes
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model takes its handle along, but not a tokenizer, which may be large or not picklable.
+        return {**self.__dict__, "tokenizer": None}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._attachment.model
+
+    @property
+    def module(self) -> Prefix | SoftPrompt:
+        return self._attachment.module
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model still carries what this handle stands for."""
+        return self.model.__dict__.get(ATTACHMENT) is self._attachment
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return self._attachment.num_virtual_tokens
+
+    @property
+    def num_trainable(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the prefix, the soft prompt, or what reparameterizes it: give them to the optimizer."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same with their names in `module`."""
+        return self.module.named_parameters()
+
+    def bake(self) -> list[tuple[Tensor, Tensor]] | Tensor:
+        """The final values in copies: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or the prompt [P, E]."""
+        return self.module.bake()
+
+    def backend(self) -> Choice:
+        """Which backend the op behind this handle uses for this model, and why."""
+        op = "prefix_attention" if isinstance(self.module, Prefix) else "soft_embedding"
+        return which_backend(op, self.model.device, self.model.dtype)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A block in which the model computes as if nothing were attached."""
+        return self._attachment.disabled()
+
+    def save(self, directory: str | Path, *, task: str | None = None) -> Path:
+        """Writes the adapter: PEFT's two files, the manifest, and the training state where there is more than values.
+
+        Args:
+            directory: a new folder, or an adapter's, which is replaced as a whole.
+            task: what it was trained for, in words; for the manifest.
+
+        Returns:
+            The folder.
+        """
+        shapes = self._layer_shapes or None
+        manifest = Manifest.create(self.model, self.config, shapes, task=task, tokenizer=self.tokenizer)
+        write_adapter(directory, module=self.module, config=self.config, manifest=manifest)
+        return Path(directory)
+
+    def detach(self) -> None:
+        """Puts the model back to what it was before. The handle keeps the values: `save` and `bake` still work."""
+        self._attachment.patch.undo()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "" if self.is_attached else ", detached"
+        return (
+            f"Handle({self.config.method} on {type(self.model).__name__}, {self.num_virtual_tokens} virtual tokens, "
+            f"{self.num_trainable:,} trainable{state})"
+        )
+
+
+def attached(model: PreTrainedModel) -> Handle | None:
+    """The handle of what is attached to `model`, also if the model is a copy of an attached one; None: nothing is."""
+    attachment = model.__dict__.get(ATTACHMENT)
+    return None if attachment is None else attachment.handle

@@ -1,0 +1,95 @@
+"""How a prefix or a soft prompt starts where that takes the model: from a text, or from tokens of the vocabulary.
+
+A good start is most of what prefix tuning needs (Li & Liang 2021, section 7.4: real words beat random numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..nn import LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, fit_ids, tensor_start, vocab_ids
+from ..nn.initialization import check_tensor
+from .discover import record
+from .families import position_limit, text_config
+from .patch import frozen_run
+
+
+def prefix_start(
+    model: PreTrainedModel,
+    config: PrefixTuningConfig,
+    layers: Sequence[int],
+    shapes: Sequence[LayerShape],
+    tokenizer: Any = None,
+) -> list[tuple[Tensor, Tensor]] | None:
+    """One (key [Hkv, P, D], value [Hkv, P, Dv]) for each of `layers`, or None where `Prefix` starts by itself.
+
+    The keys and values of a text are what the frozen model computes for it at positions 0 to P-1, so that a fresh
+    prefix does what the text in front of the input would do.
+    """
+    if config.init is not None and not isinstance(config.init, str):
+        return tensor_start(config.init, shapes, config.num_virtual_tokens)
+    ids = start_ids(model, config, tokenizer)
+    if ids is None:
+        return None
+    limit = position_limit(model)
+    if limit is not None and len(ids) >= limit:
+        raise ValueError(f"{len(ids)} virtual tokens leave no room: the model has learned {limit} positions")
+    calls = record(model, torch.tensor([ids], device=model.device))
+    return [(calls[layer].key[0].float(), calls[layer].value[0].float()) for layer in layers]
+
+
+def prompt_start(
+    model: PreTrainedModel, config: PromptTuningConfig | PTuningConfig, width: int, tokenizer: Any = None
+) -> Tensor | None:
+    """Embeddings [P, E], or None where `SoftPrompt` starts by itself."""
+    if isinstance(config.init, Tensor):
+        check_tensor("init", config.init, (config.num_virtual_tokens or config.init.shape[0], width))
+        return config.init
+    ids = start_ids(model, config, tokenizer)
+    if ids is None:
+        return None
+    embed = model.get_input_embeddings()
+    with frozen_run(model):
+        # Through the module, not its table: what it returns is what the model gets, scaled where it scales.
+        return embed(torch.tensor(ids, device=next(embed.parameters()).device)).float()
+
+
+def start_ids(
+    model: PreTrainedModel, config: PrefixTuningConfig | PromptTuningConfig | PTuningConfig, tokenizer: Any = None
+) -> list[int] | None:
+    """The P token ids that `config` starts from, or None if it starts from none."""
+    vocabulary = text_config(model).vocab_size
+    if config.init == "vocab":
+        assert config.num_virtual_tokens is not None
+        return vocab_ids(vocabulary, config.num_virtual_tokens, config.seed).tolist()
+    if config.init == "text":
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer(config)
+        ids = fit_ids(tokenizer(config.init_text)["input_ids"], config.num_virtual_tokens)
+        if max(ids) >= vocabulary:
+            raise ValueError(
+                f"init_text has the token id {max(ids)}, but the model's vocabulary has {vocabulary}: "
+                "this tokenizer is another model's"
+            )
+        return ids
+    if config.init == "tensor":
+        raise ValueError(
+            "init='tensor' stands for values that are kept elsewhere: give the tensors themselves as init, or load "
+            "the adapter with prefixcore.load"
+        )
+    return None
+
+
+def _tokenizer(config: PrefixTuningConfig | PromptTuningConfig | PTuningConfig) -> Any:
+    if config.tokenizer_name_or_path is None:
+        raise ValueError(
+            "init='text' needs a tokenizer: attach(model, config, tokenizer=tokenizer), or set "
+            "tokenizer_name_or_path in the config"
+        )
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path)

@@ -1,0 +1,92 @@
+"""`load`: attach an adapter that was saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..adapters import Adapter, AdapterError, compare_fingerprints, fingerprint, make_module, read_adapter
+from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
+from .attaching import attach_prefix, attach_soft_prompt, check_model, reach, reach_input
+from .discover import AttentionCall
+from .handle import Handle
+
+
+def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False) -> Handle:
+    """Attaches the adapter in `directory`, ours or one that PEFT wrote, to the model that it was trained for.
+
+    Args:
+        model: as for `attach`.
+        directory: the adapter's folder.
+        trainable: True: go on training exactly where it stopped (the optimizer's state aside), reparameterization
+            included; an adapter that PEFT wrote goes on from its values. False: the values, frozen.
+
+    Returns:
+        The handle, as of `attach`.
+
+    Raises:
+        AdapterError: a file or field that is missing, damaged or foreign, or another model's adapter; named.
+        TypeError, ValueError, NotImplementedError: as of `attach`.
+        In every case the model is left as it was.
+    """
+    check_model(model)
+    adapter = read_adapter(directory)
+    if adapter.manifest is not None:
+        compare_fingerprints(adapter.manifest.base_model, fingerprint(model))
+    module = make_module(adapter, trainable=trainable)
+    if isinstance(adapter.config, PrefixTuningConfig):
+        assert isinstance(module, Prefix)
+        calls, backbone = reach(model)
+        config = _config(adapter.config, module)
+        assert isinstance(config, PrefixTuningConfig)
+        return attach_prefix(model, backbone, _fitting(adapter, calls, directory), module, config)
+    assert not isinstance(module, Prefix)
+    width = reach_input(model)
+    if module.hidden_size != width:
+        raise AdapterError(
+            f"{directory}: its virtual tokens have {module.hidden_size} numbers, but the model's embeddings have "
+            f"{width}; it was trained for another model"
+        )
+    config = _config(adapter.config, module)
+    assert not isinstance(config, PrefixTuningConfig)
+    return attach_soft_prompt(model, module, config)
+
+
+def _fitting(adapter: Adapter, calls: list[AttentionCall], directory: str | Path) -> list[AttentionCall]:
+    """The attention layers that the adapter is for."""
+    if adapter.manifest is None and len(adapter.layers) != len(calls):
+        raise AdapterError(
+            f"{directory}: it has a prefix for {len(adapter.layers)} layers, but the model has {len(calls)} attention "
+            "layers; it was trained for another model"
+        )
+    if max(adapter.layers) >= len(calls):
+        raise AdapterError(
+            f"{directory}: it has a prefix for layer {max(adapter.layers)}, but the model has {len(calls)} attention "
+            "layers"
+        )
+    chosen = [calls[layer] for layer in adapter.layers]
+    for layer, shape, call in zip(adapter.layers, adapter.layer_shapes, chosen, strict=True):
+        if shape != call.shape:
+            raise AdapterError(
+                f"{directory}: the prefix of layer {layer} is for {shape}, but the model has {call.shape}; "
+                "it was trained for another model"
+            )
+    return chosen
+
+
+def _config(config: Config, module: Prefix | SoftPrompt) -> Config:
+    """What describes `module`: values alone, where it was made from values alone."""
+    if module.is_reparameterized:
+        return config
+    if isinstance(config, PTuningConfig):
+        return PromptTuningConfig(
+            num_virtual_tokens=config.num_virtual_tokens,
+            init="tensor",
+            task_type=config.task_type,
+            tokenizer_name_or_path=config.tokenizer_name_or_path,
+        )
+    if isinstance(config, PrefixTuningConfig):
+        return dataclasses.replace(config, reparameterization="none", prefix_projection=False)
+    return dataclasses.replace(config, reparameterization="none")

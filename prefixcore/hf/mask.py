@@ -1,0 +1,84 @@
+"""The mask function that transformers calls while a prefix is attached.
+
+Masks speak about the sequence only: the prefix is seen by every query. Where the structure is causal or a sliding
+window, it goes to the attention function by itself (`module.is_causal`, the `sliding_window` argument), and what is
+left is at most a padding mask [B, S]. Anything else (static caches, packed rows without `cu_seq_lens`, custom mask
+functions, chunks) becomes the boolean mask of four dimensions that transformers builds for SDPA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from .attention import ATTENTION
+
+
+def prefix_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None, a padding mask [B, S] (True is visible), or a mask [B, 1, T, S] that says everything.
+
+    Args:
+        batch_size, q_length, kv_length: B, T, S.
+        q_offset, kv_offset: position of the first query and of the first key.
+        attention_mask: padding mask [B, >= S] of the whole sequence.
+        local_size: window or chunk size, where the structure has one.
+        allow_is_causal_skip: whether transformers says that `mask_function` is the plain structure.
+        config: the model's.
+        kwargs: what transformers' own `sdpa_mask` needs besides.
+    """
+    structural = allow_is_causal_skip and _ends_together(q_length, kv_length, q_offset, kv_offset)
+    if not structural or not _is_plain(local_size, config):
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            # A mask left out here would be read as "keys and queries end together", which they do not.
+            allow_is_causal_skip=False,
+            config=config,
+            **kwargs,
+        )
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+    # Once a forward, not once a layer. Compiled code may not look at values, and keeps the mask.
+    if not is_tracing(padding) and bool(padding.all()):
+        return None
+    return padding
+
+
+def _ends_together(q_length: int, kv_length: int, q_offset: Any, kv_offset: int) -> bool:
+    """Whether the last query stands at the last key, as the op assumes. A static cache has room after it, and
+    tells its length as a tensor."""
+    return isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+
+
+def _is_plain(local_size: int | None, config: Any) -> bool:
+    """Whether the structure is causal, with or without a sliding window. A chunk has a size too, but no argument
+    that would tell the attention function."""
+    if local_size is None:
+        return True
+    return getattr(config, "attention_chunk_size", None) is None and local_size == getattr(
+        config, "sliding_window", None
+    )
+
+
+AttentionMaskInterface.register(ATTENTION, prefix_mask)

@@ -1,0 +1,65 @@
+"""Positions: where the sequence stands when P virtual tokens come before it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The names of the arguments of `module.forward` in order, `*args` and `**kwargs` left out."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind not in kinds]
+
+
+def by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call as keywords."""
+    if len(args) > len(names):
+        raise TypeError(f"forward takes {len(names)} positional arguments, got {len(args)}")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def query_length(kwargs: dict[str, Any]) -> int:
+    """T of a call."""
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        raise ValueError("the model needs input_ids [B, T] or inputs_embeds [B, T, E]")
+    return tokens.shape[1]
+
+
+def past_length(kwargs: dict[str, Any]) -> int | Tensor:
+    """How many tokens the cache of a call holds; a static cache tells it as a tensor."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def shift_positions(kwargs: dict[str, Any], shift: int, limit: int | None) -> None:
+    """Adds `shift` to the positions of a call, in place; those that transformers would count are made explicit.
+
+    Raises:
+        ValueError: the model has learned positions for `limit` tokens and the call needs more.
+    """
+    positions = kwargs.get("position_ids")
+    past, length = past_length(kwargs), query_length(kwargs)
+    if positions is None:
+        ids = kwargs.get("input_ids")
+        device = (ids if ids is not None else kwargs["inputs_embeds"]).device
+        positions = (torch.arange(length, device=device) + past).unsqueeze(0)
+    kwargs["position_ids"] = positions + shift
+    if limit is not None and past + length + shift > limit:
+        # Padding makes rows longer than their positions: only now is it worth looking at the values.
+        check_limit(int(kwargs["position_ids"].max()) + 1, shift, limit)
+
+
+def check_limit(needed: int, num_virtual_tokens: int, limit: int) -> None:
+    """Raises ValueError if more positions are needed than the model has learned."""
+    if needed > limit:
+        raise ValueError(
+            f"the model has learned {limit} positions, but this input needs {needed}: {num_virtual_tokens} virtual "
+            f"tokens and {needed - num_virtual_tokens} of its own; shorten the input to at most "
+            f"{limit - num_virtual_tokens} tokens, or use fewer virtual tokens"
+        )

@@ -1,0 +1,246 @@
+"""A soft prompt attached to a model: virtual tokens put into every input, and taken out of every output."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from ..nn import SoftPrompt
+from ..ops import soft_embedding
+from .attachment import Attachment, refuse_replicas
+from .layout import Layout
+from .positions import argument_names, by_name, check_limit, past_length, query_length
+
+_LAYOUT = "_prefixcore_layout"
+"""The attribute of the embeddings of an input that got its prompt."""
+
+_PROMPT = "_prefixcore_prompt"
+"""The attribute of a cache that says which soft prompt it starts with."""
+
+_PER_TOKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "token_type_ids"}
+
+
+class SoftPromptAttachment(Attachment):
+    """What connects a `SoftPrompt` to a model.
+
+    The prompt enters with the first tokens of a sequence, as embeddings. With a cache it stays there, so that later
+    calls only have their mask and positions moved. Loss and labels are those of the longer sequence, whose labels at
+    virtual tokens are -100, as in PEFT: the first text token is predicted from the last virtual one.
+    """
+
+    def __init__(self, model: PreTrainedModel, module: SoftPrompt) -> None:
+        super().__init__(model, module)
+        self.names = argument_names(model)
+        self.key = uuid.uuid4().hex  # what its caches are known by
+        backbone = model.base_model
+        self.backbone_names = argument_names(backbone)
+        try:
+            self.patch.freeze()
+            self.patch.add_module(module, self)
+            if backbone is not model:
+                self.patch.before(backbone, self.before_backbone)
+            self.patch.before(model, self.before_forward)
+            self.patch.after(model, self.after_forward)
+        except BaseException:
+            self.patch.undo()
+            raise
+
+    def before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The hook before each forward of the model."""
+        if not self.enabled:
+            return args, kwargs
+        refuse_replicas(model)
+        kwargs = by_name(self.names, args, kwargs)
+        _check_arguments(kwargs)
+        past = past_length(kwargs)
+        if past == 0:
+            self._start(kwargs)
+        else:
+            self._go_on(kwargs, int(past))
+        return (), kwargs
+
+    def before_backbone(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook before each forward of the decoder inside: was the prompt put in?"""
+        if not self.enabled:
+            return
+        kwargs = by_name(self.backbone_names, args, kwargs)
+        if past_length(kwargs) == 0 and not hasattr(kwargs.get("inputs_embeds"), _LAYOUT):
+            raise RuntimeError(
+                f"{type(backbone).__name__} was called without the soft prompt, which is put in when the model that it "
+                f"is attached to ({type(self.model).__name__}) is called as model(...), not model.forward(...)"
+            )
+
+    def after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The hook after each forward of the model: outputs get the length that the caller knows."""
+        layout = getattr(kwargs.get("inputs_embeds"), _LAYOUT, None)
+        if layout is None:
+            return output
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, Cache):
+            setattr(cache, _PROMPT, self.key)
+        return _cut(output, layout)
+
+    def _start(self, kwargs: dict[str, Any]) -> None:
+        """Puts the prompt into the arguments of a call that starts a sequence, in place."""
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (ids is None) == (embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        tokens = ids if ids is not None else embeds
+        assert tokens is not None
+        (rows, length), virtual = tokens.shape[:2], self.num_virtual_tokens
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        cache = kwargs.get("past_key_values")
+        layout = Layout.of(mask, rows, length, virtual)
+        if cache is not None and layout.lead is not None and bool((layout.lead == length).any()):
+            raise ValueError(
+                "a row of the first call with a cache is all padding, so there is no place yet for its soft prompt: "
+                "raise prefill_chunk_size above the longest padding, or leave it out"
+            )
+        if positions is not None and mask is None and bool((positions.diff(dim=-1) < 0).any()):
+            raise NotImplementedError(
+                "position_ids restart within a row (a packed batch): a soft prompt is put in once a row; "
+                "pad the sequences into rows of their own, or attach a prefix, which every packed sequence sees"
+            )
+
+        if mask is not None:
+            kwargs["attention_mask"] = layout.fill(mask, 1)
+        if positions is not None:
+            positions = positions.expand(rows, -1)
+            prompt = layout.first(positions) + torch.arange(virtual, device=positions.device)
+            kwargs["position_ids"] = layout.insert(positions + virtual, prompt)
+        elif layout.lead is not None and "position_ids" in self.names:
+            kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
+        if self.limit is not None and virtual + length > self.limit:
+            given = kwargs.get("position_ids")
+            check_limit(virtual + length if given is None else int(given.max()) + 1, virtual, self.limit)
+        if kwargs.get("labels") is not None:
+            kwargs["labels"] = layout.fill(kwargs["labels"], -100)
+        if kwargs.get("token_type_ids") is not None:
+            types = kwargs["token_type_ids"]
+            kwargs["token_type_ids"] = layout.insert(types, layout.first(types).expand(-1, virtual))
+        if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > length:
+            kwargs["logits_to_keep"] = 0
+        kwargs["input_ids"] = None
+        kwargs["inputs_embeds"] = self._embed(layout, ids, embeds)
+        setattr(kwargs["inputs_embeds"], _LAYOUT, layout)
+        if isinstance(cache, Cache):
+            setattr(cache, _PROMPT, self.key)
+
+    def _embed(self, layout: Layout, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """Embeddings [B, P + T, E] of an input with its prompt."""
+        virtual = self.evaluate()
+        embed: Any = self.model.get_input_embeddings()
+        if ids is not None and ids.numel():
+            size = embed.weight.shape[0]
+            low, high = torch.aminmax(ids)
+            if int(low) < 0 or int(high) >= size:
+                raise IndexError(f"input_ids must be from 0 to {size - 1}, got {int(low)} to {int(high)}")
+            if _is_plain_table(embed):
+                names = torch.arange(size, size + layout.virtual, device=ids.device, dtype=ids.dtype)
+                placed = layout.insert(ids, names.expand(layout.rows, -1))
+                weight = embed.weight
+                return soft_embedding(placed, weight, virtual.to(weight.device))
+        if embeds is None:
+            embeds = embed(ids)
+        virtual = virtual.to(device=embeds.device, dtype=embeds.dtype)
+        return layout.insert(embeds, virtual.expand(layout.rows, -1, -1))
+
+    def _go_on(self, kwargs: dict[str, Any], past: int) -> None:
+        """Moves the mask and the positions of a call whose cache starts with the prompt, in place."""
+        virtual, cache = self.num_virtual_tokens, kwargs["past_key_values"]
+        if getattr(cache, _PROMPT, None) != self.key:
+            raise ValueError(
+                f"the cache holds {past} tokens but does not start with this soft prompt: start it with the prompt "
+                "attached, or detach"
+            )
+        seen = past + query_length(kwargs)
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        told = None
+        if mask is not None:
+            told = mask.shape[1]
+            # A row's prompt stands after its padding, which the mask of the whole sequence shows.
+            kwargs["attention_mask"] = Layout.of(mask, mask.shape[0], told, virtual).fill(mask, 1)
+        elif positions is not None and self._may_look(positions, cache, query_length(kwargs)):
+            told = int(positions.max()) + 1
+        if told is not None and told + virtual != seen:
+            raise ValueError(
+                f"the mask or the positions speak of {told} tokens, but cache and input hold {seen - virtual} besides "
+                f"the {virtual} virtual ones; generate cannot go on from a cache that holds a soft prompt (it cuts the "
+                "input by the length of the cache): pass the whole text without the cache, or attach a prefix"
+            )
+        if positions is not None:
+            kwargs["position_ids"] = positions + virtual
+        if self.limit is not None and seen > self.limit:
+            given = kwargs.get("position_ids")
+            check_limit(seen if given is None else int(given.max()) + 1, virtual, self.limit)
+
+    @staticmethod
+    def _may_look(positions: Tensor, cache: Cache, length: int) -> bool:
+        """Whether to look at the values of positions, which makes a GPU wait: not in each step of a plain generate."""
+        return positions.device.type == "cpu" or length > 1 or getattr(cache, "_is_user_defined", False)
+
+
+def _is_plain_table(embed: nn.Module) -> bool:
+    """Whether the embedding is a look-up and nothing else: no scaling, no hooks, no other forward."""
+    return (
+        type(embed).forward is nn.Embedding.forward
+        and "forward" not in embed.__dict__
+        and not embed._forward_hooks
+        and not embed._forward_pre_hooks
+        and embed.max_norm is None
+        and not embed.weight.requires_grad
+    )
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """Raises for arguments that a soft prompt cannot be put into."""
+    cache, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    if cache is not None and cache.is_compileable:
+        raise NotImplementedError(
+            "a static cache has no room for the virtual tokens of a soft prompt: generate with a dynamic cache "
+            "(leave cache_implementation out), or attach a prefix, which needs no room"
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise NotImplementedError(
+            "a soft prompt needs attention_mask as a padding mask [B, T]: a mask made for the input alone says nothing "
+            "about the virtual tokens"
+        )
+    if positions is not None and positions.dim() != 2:
+        raise NotImplementedError(f"a soft prompt needs position_ids [B, T], got {list(positions.shape)}")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            "a packed batch (cu_seq_lens_q): a soft prompt is put in once a row; pad the sequences into rows of their "
+            "own, or attach a prefix, which every packed sequence sees"
+        )
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise NotImplementedError(
+            "a soft prompt needs logits_to_keep as a number of last tokens, got a tensor of places"
+        )
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor) or tokens.shape[1] < 2:  # one token: its shape tells nothing
+        return
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and name not in _PER_TOKEN and value.shape[:2] == tokens.shape[:2]:
+            raise NotImplementedError(f"{name} has a value a token, and none is known for virtual tokens")
+
+
+def _cut(output: Any, layout: Layout) -> Any:
+    """`output` with every tensor [B, P + T, ...] in it cut to [B, T, ...]; a cache keeps what it holds."""
+    if isinstance(output, Tensor):
+        if output.dim() > 1 and output.shape[:2] == (layout.rows, layout.virtual + layout.length):
+            return layout.cut(output)
+        return output
+    if isinstance(output, dict):  # transformers' ModelOutput
+        for name in list(output):
+            output[name] = _cut(output[name], layout)
+        return output
+    if isinstance(output, (tuple, list)):
+        return type(output)(_cut(item, layout) for item in output)
+    return output

@@ -1,0 +1,88 @@
+"""Does an attached model do what it should? The check that a model of an unknown family has to pass.
+
+A prefix made of the keys and values of a text, or a prompt made of its embeddings, must have the effect of the text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
+from .discover import AttentionCall, record
+from .families import known, text_config
+from .patch import frozen_run
+from .prefix import PrefixAttachment
+from .soft_prompt import SoftPromptAttachment
+
+_TEXT, _REST = 3, 4
+
+_TOLERANCE = 0.05
+"""How much of the text's effect may be missing. Rounding in bfloat16 leaves about a hundredth."""
+
+
+def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list[AttentionCall]) -> None:
+    """Raises NotImplementedError unless a prefix on these layers acts as the text it was made of."""
+    ids = _some_tokens(model)
+    found = record(model, ids[:, :_TEXT])
+    initial = [(call.key[0], call.value[0]) for call in found]
+    module = Prefix([call.shape for call in calls], PrefixTuningConfig(init=initial), initial).to(model.device)
+
+    def run(tokens: Tensor) -> Tensor:
+        with frozen_run(model):
+            return backbone(input_ids=tokens, use_cache=False)[0]
+
+    expected, without = run(ids)[:, _TEXT:], run(ids[:, _TEXT:])
+    attachment = PrefixAttachment(model, backbone, module, calls)
+    try:
+        got = run(ids[:, _TEXT:])
+    finally:
+        attachment.patch.undo()
+    _compare(model, "prefix", expected, got, without)
+
+
+def verify_soft_prompt(model: PreTrainedModel, width: int) -> None:
+    """Raises NotImplementedError unless a soft prompt acts as the text whose embeddings it has."""
+    ids = _some_tokens(model)
+
+    def run(tokens: Tensor) -> Tensor:
+        with frozen_run(model):
+            return model(input_ids=tokens, use_cache=False)[0]
+
+    with frozen_run(model):
+        initial = model.get_input_embeddings()(ids[0, :_TEXT]).float()
+    module = SoftPrompt(width, PromptTuningConfig(init=initial), initial).to(model.device)
+    expected, without = run(ids), run(ids[:, _TEXT:])
+    if expected.shape[:2] != ids.shape:
+        raise NotImplementedError(
+            f"{type(model).__name__} does not return one output a token ({list(expected.shape)}), which a soft prompt "
+            f"needs so far; known families: {known()}"
+        )
+    attachment = SoftPromptAttachment(model, module)
+    try:
+        got = run(ids[:, _TEXT:])
+    finally:
+        attachment.patch.undo()
+    _compare(model, "soft prompt", expected[:, _TEXT:], got, without)
+
+
+def _some_tokens(model: PreTrainedModel) -> Tensor:
+    """[1, 7] ids spread over the vocabulary, its ends left out."""
+    count = _TEXT + _REST
+    vocabulary = text_config(model).vocab_size
+    ids = torch.arange(1, count + 1, device=model.device) * vocabulary // (count + 1)
+    return ids.clamp(max=vocabulary - 1).unsqueeze(0)
+
+
+def _compare(model: PreTrainedModel, what: str, expected: Tensor, got: Any, without: Tensor) -> None:
+    effect = (expected - without).float().norm()
+    missing = (expected - got).float().norm()
+    if not missing <= _TOLERANCE * effect:
+        raise NotImplementedError(
+            f"a {what} on {type(model).__name__} does not act as the text it was made of (off by {float(missing):.3g}, "
+            f"where the text changes the output by {float(effect):.3g}), so this family is not supported; known "
+            f"families: {known()}"
+        )

@@ -1,0 +1,67 @@
+"""A compiled model with virtual tokens: one graph for a prefix, and never a stale value."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+import prefixcore
+from prefixcore import PrefixTuningConfig, PromptTuningConfig
+
+from .models import make, padded, tokens
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+def test_a_prefix_in_one_graph() -> None:
+    model, batch = make("llama"), padded("left")
+    config = PrefixTuningConfig(num_virtual_tokens=4, init="random", reparameterization="mlp", num_frozen_tokens=1)
+    handle = prefixcore.attach(model, config)
+    model(**batch).loss.backward()
+    expected = [p.grad.clone() for p in handle.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(**batch).loss.backward()
+    for got, reference in zip(handle.parameters(), expected, strict=True):
+        torch.testing.assert_close(got.grad, reference, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        for _ in range(3):  # the values of now, not those of when it was compiled or called last
+            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-5)
+            for parameter in handle.parameters():
+                parameter.add_(0.3)
+
+
+def test_a_soft_prompt() -> None:
+    model, batch = make("llama"), padded("left")
+    handle = prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=4))
+    expected = model(**batch)
+    expected.loss.backward()
+    gradient = handle.module.embedding.grad.clone()
+    model.zero_grad()
+    got = torch.compile(model, backend="eager")(**batch)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    got.loss.backward()
+    torch.testing.assert_close(handle.module.embedding.grad, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_generate_with_a_static_cache_and_a_compiled_step() -> None:
+    """What generate does by itself on a GPU."""
+    model, ids = make("gpt2"), tokens(2, 5)
+    prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=4, init="random"))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    compile_config = CompileConfig(backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    got = model.generate(ids, cache_implementation="static", compile_config=compile_config, **options)
+    assert torch.equal(got, expected)

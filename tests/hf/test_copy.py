@@ -1,0 +1,149 @@
+"""Copies, pickles and saved models of an attached model do what one would expect of any model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import prefixcore
+from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+from prefixcore.hf import attached
+
+from .models import assert_same, make, padded, state, tokens
+
+CONFIGS = [
+    PrefixTuningConfig(num_virtual_tokens=4),
+    PrefixTuningConfig(num_virtual_tokens=4, reparameterization="mlp", num_frozen_tokens=1),
+    PromptTuningConfig(num_virtual_tokens=4),
+    PTuningConfig(num_virtual_tokens=4),
+]
+
+
+def pickled(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_is_attached_and_independent(config: Any, duplicate: Any) -> None:
+    model, batch = make("llama"), padded("left")
+    bare = state(model)
+    handle = prefixcore.attach(model, config)
+    out = model(**batch)  # leaves a graph that cannot be copied
+    with torch.no_grad():
+        model(**batch)
+    other = duplicate(model)
+    copied = attached(other)
+    assert copied is not None
+    assert copied.model is other
+    assert copied.module is other.prefixcore
+    assert torch.equal(other(**batch).logits, out.logits)
+
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(1.0)
+    assert not torch.equal(other(**batch).logits, out.logits)
+    assert torch.equal(model(**batch).logits, out.logits)
+
+    copied.detach()
+    assert attached(other) is None
+    assert attached(model) is not None
+    assert_same(bare["state_dict"], state(other)["state_dict"])
+    assert_same(bare["requires_grad"], state(other)["requires_grad"])
+    assert_same(bare["hooks"], state(other)["hooks"])
+    assert_same(bare["attributes"], state(other)["attributes"])
+    assert other.config._attn_implementation == "sdpa"
+    assert torch.equal(model(**batch).logits, out.logits)
+    handle.detach()
+    assert torch.equal(model(**batch).logits, other(**batch).logits)
+
+
+def test_a_tokenizer_that_cannot_be_pickled_is_in_nobodys_way() -> None:
+    model = make("llama")
+    prefixcore.attach(model, CONFIGS[0], tokenizer=lambda text: text)
+    copied = attached(pickled(model))
+    assert copied is not None
+    assert copied.tokenizer is None
+
+
+def test_the_handle_of_a_model() -> None:
+    model = make("llama")
+    assert attached(model) is None
+    handle = prefixcore.attach(model, CONFIGS[0])
+    assert attached(model) is handle
+
+
+def test_a_pickle_is_read_by_a_process_that_has_not_imported_prefixcore(tmp_path: Path) -> None:
+    model, ids = make("llama"), tokens(1, 5)
+    prefixcore.attach(model, CONFIGS[0])
+    torch.save((model, ids, model(ids).logits), tmp_path / "model.pt")
+    code = f"""
+import torch
+model, ids, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+torch.testing.assert_close(model(ids).logits, expected)
+"""
+    root = Path(prefixcore.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_save_pretrained_writes_the_base_model_and_the_virtual_tokens(config: Any, tmp_path: Path) -> None:
+    """Nothing is lost (Trainer resumes from it) and the folder loads without prefixcore, as the base model."""
+    model, batch = make("llama"), padded("left")
+    expected = model(**batch).logits
+    prefixcore.attach(model, config)
+    with_tokens = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    assert "prefixcore" not in (tmp_path / "config.json").read_text()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-6, atol=1e-6)
+
+    other = make("llama", seed=8)
+    prefixcore.attach(other, config)
+    from safetensors.torch import load_file
+
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    torch.testing.assert_close(other(**batch).logits, with_tokens, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_state_dict_round_trip(config: Any) -> None:
+    model, batch = make("llama"), padded("left")
+    prefixcore.attach(model, config)
+    expected, saved = model(**batch).logits, copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model(**batch)
+        for parameter in model.prefixcore.parameters():
+            parameter.add_(1.0)
+    assert not torch.equal(model(**batch).logits, expected)
+    model.load_state_dict(saved)
+    assert torch.equal(model(**batch).logits, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_to_another_dtype_and_back(config: Any) -> None:
+    model, batch = make("llama"), padded("left")
+    handle = prefixcore.attach(model, config)
+    expected = model(**batch).logits
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        low = model(**batch).logits
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - expected).norm() < 0.2 * expected.norm()
+    model(**batch).loss.backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in handle.parameters())

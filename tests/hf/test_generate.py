@@ -1,0 +1,189 @@
+"""`generate` with a prefix: every way of decoding that the bare model has."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, set_seed
+
+import prefixcore
+from prefixcore import PrefixTuningConfig, PromptTuningConfig
+
+from .models import FAMILIES, Tokenizer, make, padded, tokens
+
+TEXT = "abcdef"
+BOTH = [PrefixTuningConfig(init_text=TEXT), PromptTuningConfig(init_text=TEXT)]
+
+
+def text_and(ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat((torch.tensor([Tokenizer()(TEXT)["input_ids"]]).expand(ids.shape[0], -1), ids), 1)
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    return {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, **changes}
+
+
+def may_refuse(config: Any) -> AbstractContextManager[Any]:
+    """Older transformers cut the cache to the length of the text when a draft fails, which would cut a soft prompt's
+    text short: that must be an error. Newer ones remove so many tokens."""
+    if config.method == "prompt" and "tokens_to_remove" not in inspect.signature(DynamicCache.crop).parameters:
+        return pytest.raises(ValueError, match="a cache that holds a soft prompt")
+    return nullcontext()
+
+
+@pytest.mark.parametrize("config", BOTH)
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "top_k": 20, "temperature": 0.8},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"use_cache": False},
+        {"prefill_chunk_size": 2},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=lambda way: "-".join(way),
+)
+def test_as_the_text_itself(config: Any, way: dict[str, Any]) -> None:
+    """The bare model continues [text][ids]; with the text attached it continues [ids] in the same way."""
+    model, ids = make("llama"), tokens(1 if "prompt_lookup_num_tokens" in way else 2, 7)
+    set_seed(5)
+    expected = model.generate(text_and(ids), **options(**way))[:, len(TEXT) :]
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    set_seed(5)
+    with may_refuse(config) if "prompt_lookup_num_tokens" in way else nullcontext():
+        assert torch.equal(model.generate(ids, **options(**way)), expected)
+
+
+@pytest.mark.parametrize("config", BOTH)
+def test_with_an_assistant(config: Any) -> None:
+    model, assistant, ids = make("llama"), make("llama", seed=9, num_hidden_layers=1), tokens(1, 7)
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    expected = model.generate(ids, **options())
+    with may_refuse(config):
+        assert torch.equal(model.generate(ids, assistant_model=assistant, **options()), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_static_cache(family: str, side: str) -> None:
+    model, batch = make(family), padded(side)
+    del batch["labels"]
+    prefixcore.attach(model, BOTH[0], tokenizer=Tokenizer())
+    expected = model.generate(**batch, **options())
+    assert torch.equal(model.generate(**batch, **options(cache_implementation="static")), expected)
+
+
+@pytest.mark.parametrize("new", [1, 2, 9])
+def test_static_cache_of_every_length(new: int) -> None:
+    """With one new token the cache is exactly as long as the prompt."""
+    model, batch = make("mistral", sliding_window=5), padded("left")
+    del batch["labels"]
+    prefixcore.attach(model, BOTH[0], tokenizer=Tokenizer())
+    expected = model.generate(**batch, **options(max_new_tokens=new))
+    got = model.generate(**batch, **options(max_new_tokens=new, cache_implementation="static"))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_is_that_of_each_row_alone(family: str) -> None:
+    model, batch = make(family), padded("left")
+    del batch["labels"]
+    prefixcore.attach(model, BOTH[0], tokenizer=Tokenizer())
+    together = model.generate(**batch, **options())
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        alone = batch["input_ids"][row : row + 1, mask]
+        assert torch.equal(together[row, 9:], model.generate(alone, **options())[0, alone.shape[1] :])
+
+
+def test_the_cache_holds_the_sequence_alone() -> None:
+    model, ids = make("llama"), tokens(2, 7)
+    prefixcore.attach(model, BOTH[0], tokenizer=Tokenizer())
+    out = model.generate(ids, return_dict_in_generate=True, **options())
+    assert out.past_key_values.get_seq_length() == ids.shape[1] + 9
+
+
+def test_going_on_from_a_cache() -> None:
+    """A second question after the first answer, without reading the first again."""
+    model, ids, more = make("llama"), tokens(1, 7), tokens(1, 4, seed=2)
+    prefixcore.attach(model, BOTH[0], tokenizer=Tokenizer())
+    first = model.generate(ids, return_dict_in_generate=True, **options())
+    question = torch.cat((first.sequences, more), 1)
+    expected = model.generate(question, **options())
+    assert torch.equal(model.generate(question, past_key_values=first.past_key_values, **options()), expected)
+
+
+def test_a_soft_prompt_does_not_go_on_from_a_cache_in_silence() -> None:
+    """generate would cut the new text by P tokens too many."""
+    model, ids, more = make("llama"), tokens(1, 7), tokens(1, 12, seed=2)
+    prefixcore.attach(model, BOTH[1], tokenizer=Tokenizer())
+    first = model.generate(ids, return_dict_in_generate=True, **options())
+    for length in (1, len(TEXT) - 1, len(TEXT), len(TEXT) + 1, 12):
+        question = torch.cat((first.sequences, more[:, :length]), 1)
+        with pytest.raises(ValueError, match="cannot go on from a cache"):
+            model.generate(question, past_key_values=first.past_key_values, **options())
+
+
+def test_a_soft_prompt_refuses_a_static_cache_and_a_foreign_one() -> None:
+    model, ids = make("llama"), tokens(1, 7)
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    prefixcore.attach(model, BOTH[1], tokenizer=Tokenizer())
+    with pytest.raises(NotImplementedError, match="static cache has no room"):
+        model.generate(ids, **options(cache_implementation="static"))
+    with pytest.raises(ValueError, match="does not start with this soft prompt"):
+        model(tokens(1, 1), past_key_values=cache)
+
+
+def test_a_soft_prompt_refuses_the_cache_of_another() -> None:
+    model, ids = make("llama"), tokens(1, 7)
+    caches = []
+    for seed in (1, 2):
+        with prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=6, seed=seed)) as handle:
+            caches.append(model(ids, use_cache=True).past_key_values)
+            model(tokens(1, 1), past_key_values=caches[-1])
+            if len(caches) == 2:
+                with pytest.raises(ValueError, match="does not start with this soft prompt"):
+                    model(tokens(1, 1), past_key_values=caches[0])
+            assert handle.is_attached
+
+
+@pytest.mark.parametrize("config", BOTH)
+def test_from_embeddings(config: Any) -> None:
+    model, ids = make("llama"), tokens(2, 7)
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    embeds = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **options())[:, 7:]
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options()), expected)
+
+
+@pytest.mark.parametrize("config", BOTH)
+def test_a_loop_of_ones_own(config: Any) -> None:
+    """Token by token with a cache, without explicit positions or masks."""
+    model, ids = make("llama"), tokens(2, 7)
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    expected = model.generate(ids, **options())
+    got, cache, step = ids, None, ids
+    for _ in range(10):
+        out = model(step, past_key_values=cache, use_cache=True)
+        step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        got = torch.cat((got, step), 1)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("config", BOTH)
+def test_under_inference_mode_and_then_trained(config: Any) -> None:
+    model, ids = make("llama"), tokens(2, 7)
+    handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    with torch.inference_mode():
+        before = model.generate(ids, **options())
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD(handle.parameters(), lr=5.0).step()
+    after = model.generate(ids, **options())
+    assert not torch.equal(before, after)

@@ -1,0 +1,286 @@
+"""Training on an attached model: with a loop of one's own and with Trainer, checkpointed and in half precision."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments
+
+import prefixcore
+from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+
+from .models import FAMILIES, Tokenizer, make, padded, tokens
+
+CONFIGS = [
+    PrefixTuningConfig(init_text="abcd"),
+    PrefixTuningConfig(init_text="abcd", reparameterization="mlp", num_frozen_tokens=1),
+    PromptTuningConfig(init_text="abcd"),
+    PTuningConfig(num_virtual_tokens=4, init_text="abcd", encoder_reparameterization_type="LSTM"),
+]
+
+
+def weights_hash(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("prefixcore."):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def gradients(handle: prefixcore.Handle) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in handle.parameters()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_few_steps_lower_the_loss_and_touch_no_weight(family: str, config: Any) -> None:
+    model, batch = make(family), padded("left")
+    before = weights_hash(model)
+    handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=2e-2)
+    losses = []
+    model.train()
+    for _ in range(8):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    assert weights_hash(model) == before
+    assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("prefixcore."))
+    handle.detach()
+    assert weights_hash(model) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gradient_checkpointing(family: str, config: Any) -> None:
+    model, batch = make(family), padded("left")
+    handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    model.train()
+    model(**batch).loss.backward()
+    expected = gradients(handle)
+    model.zero_grad()
+
+    model.gradient_checkpointing_enable()
+    loss = model(**batch).loss
+    with torch.no_grad():
+        model(**batch)  # between a forward and its backward, as when a callback evaluates
+    loss.backward()
+    for got, reference in zip(gradients(handle), expected, strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-7)
+
+
+def test_reentrant_checkpointing_is_refused_for_a_prefix_and_works_for_a_prompt() -> None:
+    reentrant = {"use_reentrant": True}
+    model, batch = make("llama"), padded("left")
+    handle = prefixcore.attach(model, CONFIGS[1], tokenizer=Tokenizer())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+    model.train()
+    with pytest.raises(RuntimeError, match="'use_reentrant': False"):
+        model(**batch)
+    model.eval()
+    model(**batch)
+    handle.detach()
+
+    model = make("llama").train()
+    handle = prefixcore.attach(model, CONFIGS[2], tokenizer=Tokenizer())
+    model(**batch).loss.backward()
+    expected = gradients(handle)
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+    model(**batch).loss.backward()
+    torch.testing.assert_close(gradients(handle), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_autocast(family: str, config: Any) -> None:
+    """Near the fp32 gradient, in fp32, and the virtual tokens themselves are not rounded."""
+    model, batch = make(family), padded("left")
+    handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    model(**batch).loss.backward()
+    expected = torch.cat([g.flatten() for g in gradients(handle)])
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(**batch)
+    assert out.logits.dtype == torch.bfloat16 or family == "gpt_oss"
+    out.loss.backward()
+    got = torch.cat([g.flatten() for g in gradients(handle)])
+    assert got.dtype == torch.float32
+    assert (got - expected).norm() < 0.1 * expected.norm()
+
+
+def test_autocast_does_not_round_a_reparameterized_prefix() -> None:
+    model, ids = make("llama"), tokens(2, 6)
+    handle = prefixcore.attach(model, CONFIGS[1], tokenizer=Tokenizer())
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_()
+    seen = []
+    from prefixcore.hf.attention import SLOT
+
+    slot = model.model.layers[0].self_attn.__dict__[SLOT]
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(slot.differentiable[0]))
+    model(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids)
+    assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_with_fp32_virtual_tokens(family: str, config: Any, dtype: torch.dtype) -> None:
+    reference, batch = make(family), padded("left")
+    model = make(family).to(dtype)
+    for m in (reference, model):
+        handle = prefixcore.attach(m, config, tokenizer=Tokenizer())
+        assert all(p.dtype == torch.float32 for p in handle.parameters())
+        out = m(**batch)
+        out.loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in handle.parameters())
+    assert out.logits.dtype == dtype
+    difference = (out.logits.float() - reference(**batch).logits).norm() / out.logits.float().norm()
+    assert difference < (0.15 if dtype == torch.bfloat16 else 0.02)
+
+
+def _dataset(rows: int) -> list[dict[str, torch.Tensor]]:
+    ids = tokens(rows, 8)
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+
+
+def _arguments(path: Path, **changes: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 2e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 1,
+    }
+    return TrainingArguments(output_dir=str(path), **{**options, **changes})
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_trainer(config: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Trains, evaluates and predicts; lengths of predictions and labels agree; no weight moves."""
+    model, data = make("llama"), _dataset(8)
+    before = weights_hash(model)
+    handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    start = [p.detach().clone() for p in handle.parameters()]
+    trainer = Trainer(model, _arguments(tmp_path, **changes), train_dataset=data, eval_dataset=data[:4])
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < first
+    prediction = trainer.predict(data[:4])
+    assert prediction.predictions.shape[:2] == prediction.label_ids.shape == (4, 8)
+    assert weights_hash(model) == before
+    assert any(not torch.equal(a, b) for a, b in zip(start, handle.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_trainer_resumes_from_its_checkpoint(config: Any, tmp_path: Path) -> None:
+    """Two and two steps are four steps: Trainer's checkpoint holds the virtual tokens, next to the weights."""
+    data = _dataset(8)
+    options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = make("llama")
+    handle = prefixcore.attach(whole, config, tokenizer=Tokenizer())
+    Trainer(whole, _arguments(tmp_path / "whole", **options), train_dataset=data).train()
+    expected = [p.detach().clone() for p in handle.parameters()]
+
+    half = make("llama")
+    prefixcore.attach(half, config, tokenizer=Tokenizer())
+    Trainer(half, _arguments(tmp_path / "half", **options, max_steps=2), train_dataset=data).train()
+    resumed = make("llama")
+    handle = prefixcore.attach(resumed, config, tokenizer=Tokenizer())
+    trainer = Trainer(resumed, _arguments(tmp_path / "half", **options), train_dataset=data)
+    trainer.train(resume_from_checkpoint=True)
+    for got, reference in zip(handle.parameters(), expected, strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trainer_checkpoint_is_still_the_base_model(tmp_path: Path) -> None:
+    model, ids = make("llama"), tokens(2, 6)
+    expected = model(ids).logits
+    prefixcore.attach(model, CONFIGS[0], tokenizer=Tokenizer())
+    Trainer(model, _arguments(tmp_path), train_dataset=_dataset(4)).save_model(str(tmp_path / "saved"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert again.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_data_parallel_is_refused() -> None:
+    model = make("llama")
+    prefixcore.attach(model, CONFIGS[0], tokenizer=Tokenizer())
+    replica = model._replicate_for_data_parallel()
+    inner = model.model._replicate_for_data_parallel()
+    replica._modules["model"] = inner
+    with pytest.raises(RuntimeError, match="one process a device"):
+        replica(tokens(1, 4))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_distributed_data_parallel(config: Any, tmp_path: Path) -> None:
+    model, batch = make("llama"), padded("left")
+    handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    model(**batch).loss.backward()
+    expected = gradients(handle)
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        torch.nn.parallel.DistributedDataParallel(model)(**batch).loss.backward()
+        torch.testing.assert_close(gradients(handle), expected, rtol=1e-6, atol=1e-8)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_gradients_accumulate_over_forwards() -> None:
+    model, one, two = make("llama"), padded("left"), padded("right")
+    for config in CONFIGS[:3]:
+        with prefixcore.attach(model, config, tokenizer=Tokenizer()) as handle:
+            (model(**one).loss + model(**two).loss).backward()
+            together = gradients(handle)
+            model.zero_grad()
+            model(**one).loss.backward()
+            model(**two).loss.backward()
+            torch.testing.assert_close(gradients(handle), together, rtol=1e-5, atol=1e-7)
+
+
+def test_a_prefix_is_evaluated_once_a_forward_and_not_again_while_it_stays() -> None:
+    model, ids = make("llama"), tokens(1, 5)
+    handle = prefixcore.attach(model, CONFIGS[1], tokenizer=Tokenizer())
+    calls = []
+    handle.module.reparameterization.register_forward_hook(lambda *_: calls.append(1))
+
+    def count(run: Any) -> int:
+        calls.clear()
+        run()
+        return len(calls)
+
+    generate = lambda: model.generate(ids, max_new_tokens=6, eos_token_id=None)  # noqa: E731
+    assert count(lambda: model(ids, labels=ids).loss.backward()) == 1
+    assert count(generate) == 1
+    assert count(generate) == 0
+    before = generate()
+    with torch.no_grad():
+        next(iter(handle.parameters())).add_(5.0)
+        handle.module.reparameterization.transform[2].weight.add_(5.0)
+    assert count(generate) == 1
+    assert not torch.equal(before, generate())
+    handle.module.load_state_dict(handle.module.state_dict())
+    assert count(generate) == 1
+    # A step whose optimizer tells nobody (it writes through .data) is noticed too: a forward with gradients came first.
+    model(ids, labels=ids)
+    handle.module.reparameterization.transform[2].weight.data.sub_(5.0)
+    assert count(generate) == 1
