@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,9 @@ def write_adapter(directory: str | Path, *, module: Prefix | SoftPrompt, config:
     target = Path(directory).absolute()
     check_target(target)
     _check_parts(module, config, manifest)
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.state_dict().values()):
+        # Cast along with its model: what a file's numbers make must not depend on the dtype it was computed in.
+        module = copy.deepcopy(module).float()
     baked = module.bake()
     values: Values = _host(baked) if isinstance(baked, Tensor) else [(_host(k), _host(v)) for k, v in baked]
     files: dict[str, bytes | None] = {STATE_FILE: None, PEFT_FILE: None}

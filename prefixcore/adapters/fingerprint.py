@@ -53,7 +53,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return {
-        "name_or_path": getattr(model, "name_or_path", None) or None,
+        "name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "class": type(model).__name__,
         **{name: getattr(config, name, None) for name in _CONFIG_FACTS},
         "num_parameters": sum(weight.numel() for _, weight in weights),

@@ -80,7 +80,12 @@ class Manifest:
             layer_shapes: of each layer with a prefix, in the model's order; None for a soft prompt.
             task: in a person's words, what the adapter does.
             tokenizer: a transformers tokenizer.
+
+        Raises:
+            TypeError, ValueError: a task that is no text; layer shapes that do not fit `config`.
         """
+        if not isinstance(task, (str, type(None))):
+            raise TypeError(f"task: expected a text or None, got {type(task).__name__}")
         prefix = isinstance(config, PrefixTuningConfig)
         if prefix != (layer_shapes is not None):
             raise ValueError("layer_shapes: expected for a prefix, and for nothing else")
@@ -170,6 +175,6 @@ def _libraries() -> dict[str, str]:
 def _describe(tokenizer: Any) -> dict[str, Any]:
     return {
         "class": type(tokenizer).__name__,
-        "name_or_path": getattr(tokenizer, "name_or_path", None) or None,
-        "vocab_size": len(tokenizer),
+        "name_or_path": str(getattr(tokenizer, "name_or_path", None) or "") or None,
+        "vocab_size": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
     }

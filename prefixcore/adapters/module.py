@@ -69,7 +69,9 @@ def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPr
     if state is None:
         return _make(_plain(adapter.config), adapter.tensors)
     # A module that was given a start keeps it; one that makes everything itself (as PEFT's do) has none.
-    started = any(name.split(".", 1)[0] == "initial" for name in state)
+    needs_start = adapter.config.init_name not in ("random", "zero")
+    started = needs_start or any(name.split(".", 1)[0] == "initial" for name in state)
+    _check_encoder(adapter, state, started)
     try:
         module = _make(adapter.config, adapter.tensors, started=started)
     except ValueError as error:
@@ -101,6 +103,22 @@ def _plain(config: Config) -> Config:
     if isinstance(config, PrefixTuningConfig):
         return dataclasses.replace(config, reparameterization="none", prefix_projection=False)
     return dataclasses.replace(config, reparameterization="none")
+
+
+def _check_encoder(adapter: Adapter, state: dict[str, Tensor], started: bool) -> None:
+    """An encoder may be of any size: it must be that of the state's tensors, before memory is taken for it."""
+    config = adapter.config
+    if isinstance(config, PTuningConfig):
+        if config.encoder_reparameterization_type == "LSTM" and config.encoder_num_layers > len(state):
+            raise AdapterError(f"config.encoder_num_layers: {config.encoder_num_layers}, but the file has fewer")
+    elif not (isinstance(config, PrefixTuningConfig) and config.reparameterization == "mlp"):
+        return
+    try:
+        with torch.device("meta"):
+            expected = _make(config, adapter.tensors, started=started).state_dict()
+    except (ValueError, OverflowError, RuntimeError) as error:
+        raise AdapterError(f"config: {error}") from error
+    _check_state(expected, state)
 
 
 def _check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .errors import AdapterError
 
+_LONGEST_JSON = 4 * 2**20
+"""Bytes; a thousand times what an adapter needs. Parsed, a longer one could fill the memory."""
+
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -35,6 +38,10 @@ def load_json(path: Path) -> dict[str, Any] | None:
     """The object that a JSON file holds; None if there is no such file."""
     if not path.exists():
         return None
+    if not path.is_file():  # reading from a device or a pipe might never end
+        raise AdapterError(f"{path}: not a file")
+    if (size := path.stat().st_size) > _LONGEST_JSON:
+        raise AdapterError(f"{path}: expected at most {_LONGEST_JSON} bytes, got {size}")
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

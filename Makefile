@@ -1,0 +1,65 @@
+# Two commands: `make demo` and `make test`. Each makes the environment it needs in $(VENV), once.
+#
+#   PYTHON=python3.12 make test     another Python, 3.10 or newer
+#   TORCH=torch==2.12.0 make test   another torch, 2.10 or newer
+#   make test ARGS="-k prefix"      options for pytest;  make demo ARGS="--seeds 3"  for the demo
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    train a soft prompt and a prefix on a real model (under ten minutes on two cores)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff, mypy and clang-format, changing nothing"
+	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make clean   remove the environment and what was built"
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m bench.demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+clean:
+	rm -rf $(VENV) build *.egg-info prefixcore/*.so
+
+# Installed again whenever what is built, or what is depended on, has changed. The package is compiled against
+# the torch that stands in the environment, so torch and the build tools come first and there is no build
+# isolation; naming torch again in the second call keeps pip from trading it for another.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(CSRC)
+	$(BIN)/python -m pip install "$(TORCH)" "setuptools>=77" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --no-build-isolation "$(TORCH)" -e ".[hf,bench,dev]"
+	@touch $@
+
+$(VENV)/.created:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	    echo "prefixcore: '$(PYTHON)' was not found. Install Python 3.10 or newer, or name one: make PYTHON=..."; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "prefixcore: Python 3.10 or newer is needed; '$(PYTHON)' is $$("$(PYTHON)" -V). Name another: make PYTHON=..."; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "prefixcore: '$(PYTHON)' has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	    echo "prefixcore: '$(PYTHON)' has no C headers. On Debian and Ubuntu: apt-get install python3-dev"; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || command -v clang++ >/dev/null || command -v c++ >/dev/null || { \
+	    echo "prefixcore: no C++ compiler was found. On Debian and Ubuntu: apt-get install g++; elsewhere point CXX at one"; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@

@@ -1,0 +1,104 @@
+"""Seconds a step: the bare frozen model, PEFT and prefixcore, measured in turn in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prefixcore.training import collate, tokenize
+from prefixcore.training.data import pad_id
+
+from . import methods
+from .methods import BARE_NAME, PEFT_NAME, PREFIX_NAME, SOFT_PROMPT_NAME
+from .task import END, Task
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds a step by the method's name, and what it was measured at."""
+
+    seconds: dict[str, float]
+    batch_size: int
+    length: int
+    rounds: int
+    threads: int
+
+
+def interleave(steps: Mapping[str, Step], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Run every step once a round, each round starting one further along, and return the seconds of each.
+
+    Taking turns means that whatever else the machine does falls on all of them alike.
+    """
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            began = time.perf_counter()
+            steps[name]()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_size: int = 8) -> Timing:
+    """Time whole training steps on one batch of the task: forward, backward and AdamW.
+
+    The bare model's step is a forward and the gradient of its input embeddings, without any virtual token. All four
+    models share one set of frozen weights.
+    """
+    import prefixcore
+
+    batch = collate(tokenize(tokenizer, task.training[:batch_size], end=END), pad_id(tokenizer))
+    with ExitStack() as stack:
+        steps: dict[str, Step] = {BARE_NAME: bare_step(methods.shared_copy(model), batch)}
+        peft = methods.peft_model(model, tokenizer, seed=0)
+        steps[PEFT_NAME] = training_step(peft, [p for p in peft.parameters() if p.requires_grad], batch)
+        for name, config in (
+            (PREFIX_NAME, methods.prefix_config(0)),
+            (SOFT_PROMPT_NAME, methods.soft_prompt_config(0)),
+        ):
+            twin: Any = methods.shared_copy(model)
+            handle = stack.enter_context(prefixcore.attach(twin, config, tokenizer=tokenizer))
+            steps[name] = training_step(twin, list(handle.parameters()), batch)
+        seconds = interleave(steps, rounds=rounds)
+    return Timing(
+        {name: statistics.median(values) for name, values in seconds.items()},
+        batch_size=batch_size,
+        length=batch["input_ids"].shape[1],
+        rounds=rounds,
+        threads=torch.get_num_threads(),
+    )
+
+
+def bare_step(model: Any, batch: Mapping[str, torch.Tensor]) -> Step:
+    """Forward and the gradient of the input embeddings, with every weight frozen."""
+    model.requires_grad_(False).train()
+    rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+
+    def step() -> None:
+        embeddings = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        model(inputs_embeds=embeddings, use_cache=False, **rest).loss.backward()
+
+    return step
+
+
+def training_step(model: Any, parameters: Sequence[torch.nn.Parameter], batch: Mapping[str, torch.Tensor]) -> Step:
+    """A whole training step: forward, backward and AdamW on `parameters`."""
+    model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(use_cache=False, **batch).loss.backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,141 @@
+"""Say what an adapter is: method, shapes, base model, how it was trained. Needs no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import OK, UserError, table, user_errors
+from .record import CURVE, read_record
+
+if TYPE_CHECKING:
+    from ..adapters import Adapter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prefixcore inspect`."""
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder that prefixcore or PEFT wrote")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the whole adapter, with every check that loading it makes, and print what is known."""
+    folder = arguments.adapter
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected one that prefixcore or PEFT wrote")
+
+    from ..adapters import AdapterError, read_adapter
+
+    with user_errors(AdapterError):
+        facts = describe(folder, read_adapter(folder))
+    if arguments.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        print(table(rows(facts)))
+    return OK
+
+
+def describe(folder: Path, adapter: Adapter) -> dict[str, Any]:
+    """What is known about an adapter, as JSON can hold it."""
+    from torch import Tensor
+
+    tensors, manifest = adapter.tensors, adapter.manifest
+    if isinstance(tensors, Tensor):
+        values, hidden_size = [tensors], tensors.shape[1]
+    else:
+        values, hidden_size = [tensor for pair in tensors for tensor in pair], None
+    return {
+        "folder": str(folder),
+        "written_by": "PEFT" if manifest is None else f"prefixcore {manifest.libraries.get('prefixcore')}",
+        "loads_in_peft": adapter.peft_config is not None,
+        "method": adapter.config.method,
+        "task": manifest.task if manifest else None,
+        "num_virtual_tokens": adapter.config.num_virtual_tokens,
+        "numbers": sum(tensor.numel() for tensor in values),
+        "layers": adapter.layers or None,
+        "layer_shapes": [[s.num_kv_heads, s.key_dim, s.value_dim] for s in adapter.layer_shapes] or None,
+        "hidden_size": hidden_size,
+        "norm": sum(float(tensor.double().square().sum()) for tensor in values) ** 0.5,
+        "config": adapter.config.to_dict(),
+        "can_be_resumed_exactly": adapter.training_state is not None
+        or getattr(adapter.config, "reparameterization", "mlp") == "none",
+        "base_model": manifest.base_model if manifest else None,
+        "tokenizer": manifest.tokenizer if manifest else None,
+        "libraries": manifest.libraries if manifest else None,
+        "peft_config": adapter.peft_config,
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+        "training": read_record(folder) or None,
+    }
+
+
+def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The facts that a person wants to see first, a line each."""
+    config = {name: value for name, value in facts["config"].items() if value not in (None, False)}
+    start = config["init"] + (f": {config['init_text']!r}" if "init_text" in config else "")
+    found = [
+        ("adapter", facts["folder"]),
+        ("method", facts["method"] + (f", for {facts['task']}" if facts["task"] else "")),
+        ("virtual tokens", f"{facts['num_virtual_tokens']}, {facts['numbers']:,} numbers in all"),
+        ("where", placement(facts)),
+        ("start", start),
+        ("reparameterization", str(config.get("reparameterization") or config.get("encoder_reparameterization_type"))),
+        (
+            "written by",
+            facts["written_by"] + (", PEFT can load it" if facts["loads_in_peft"] else ", PEFT cannot hold it"),
+        ),
+    ]
+    if facts["base_model"]:
+        found.append(("base model", base_model(facts["base_model"])))
+    elif facts["peft_config"]:
+        found.append(("base model", str(facts["peft_config"].get("base_model_name_or_path"))))
+    if facts["libraries"]:
+        found.append(("libraries", ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())))
+    found += trained(facts["training"] or {})
+    sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in facts["files"].items())
+    return [*found, ("files", sizes)]
+
+
+def placement(facts: dict[str, Any]) -> str:
+    """Which layers or embeddings the virtual tokens stand in."""
+    if facts["layers"] is None:
+        return f"embeddings before the input, hidden size {facts['hidden_size']}"
+    shapes = {tuple(shape) for shape in facts["layer_shapes"]}
+    if len(shapes) == 1:
+        heads, key, value = next(iter(shapes))
+        size = f"{heads} key/value heads of {key}" + (f" and {value}" if value != key else "")
+    else:
+        size = "heads of several sizes"
+    return f"{len(facts['layers'])} layers ({ranges(facts['layers'])}), {size}"
+
+
+def ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` as `0-2, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+
+
+def base_model(facts: dict[str, Any]) -> str:
+    """Name, class and size of the base model, from its fingerprint."""
+    size = f"{facts.get('class')}, {facts.get('num_parameters', 0):,} parameters"
+    name = facts.get("name_or_path")
+    return f"{name} ({size})" if name else size
+
+
+def trained(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the adapter was trained and how it did, from its record."""
+    found = []
+    losses = record.get("train_loss") or []
+    if losses:
+        how = "stopped early, " if record.get("interrupted") else ""
+        found.append(("training", f"{how}{len(losses)} steps on {record.get('data')}; curve in {CURVE}"))
+    for name, result in (record.get("held_out") or {}).items():
+        text = f"loss {result['loss']:.3f}, exact match {result['exact_match']:.1%} of {result['examples']}"
+        found.append((f"held out, {name}", text))
+    return found

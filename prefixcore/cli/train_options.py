@@ -1,0 +1,162 @@
+"""The options of `prefixcore train`, and the configuration that they make."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .common import UserError, add_model_arguments, plain_escapes, positive, user_errors
+
+METHODS = ("prefix", "prompt", "p-tuning")
+LEARNING_RATES = {"prefix": 2e-3, "prompt": 5e-3, "p-tuning": 1e-3}
+
+# Option -> the methods that it means something for.
+SPECIAL = {
+    "reparameterization": ("prefix", "prompt"),
+    "rank": ("prefix", "prompt"),
+    "num_basis": ("prefix", "prompt"),
+    "prefix_projection": ("prefix",),
+    "layers": ("prefix",),
+    "num_frozen_tokens": ("prefix",),
+    "encoder_hidden_size": ("prefix", "p-tuning"),
+    "encoder_reparameterization_type": ("p-tuning",),
+}
+START = ("num_virtual_tokens", "init", "init_text")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare every option."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="JSON lines with the fields prompt and completion",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="ADAPTER", help="folder to write the adapter to")
+    parser.add_argument("--method", choices=METHODS, help="what to train (not with --resume)")
+    parser.add_argument("--resume", type=Path, metavar="ADAPTER", help="go on training this adapter")
+
+    start = parser.add_argument_group("virtual tokens and how they start")
+    start.add_argument(
+        "--num-virtual-tokens", type=positive, metavar="P", help="default: as many as --init-text has, else 20"
+    )
+    start.add_argument(
+        "--init-text",
+        type=plain_escapes,
+        metavar="TEXT",
+        help="start from this text: an instruction, with examples for a prefix",
+    )
+    start.add_argument(
+        "--init", choices=("text", "vocab", "random", "zero"), help="default: text with --init-text, else vocab"
+    )
+    start.add_argument(
+        "--num-frozen-tokens", type=positive, metavar="N", help="the first N tokens of a prefix stay as they start"
+    )
+    start.add_argument("--layers", type=layer_list, metavar="0,1,...", help="layers that get a prefix (default: all)")
+
+    inside = parser.add_argument_group("what is trained in place of the virtual tokens")
+    inside.add_argument(
+        "--reparameterization",
+        choices=("none", "mlp", "low_rank", "random_basis"),
+        help="default: none; mlp for a prefix only",
+    )
+    inside.add_argument(
+        "--prefix-projection", action="store_true", default=None, help="PEFT's name for --reparameterization mlp"
+    )
+    inside.add_argument("--rank", type=positive, help="of low_rank")
+    inside.add_argument("--num-basis", type=positive, metavar="N", help="how many numbers random_basis trains in all")
+    inside.add_argument(
+        "--encoder-hidden-size", type=positive, metavar="N", help="of the mlp, or of p-tuning's encoder"
+    )
+    inside.add_argument(
+        "--encoder-reparameterization-type", choices=("MLP", "LSTM"), help="p-tuning's encoder (default: MLP)"
+    )
+
+    loop = parser.add_argument_group("training")
+    length = loop.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps")
+    length.add_argument("--epochs", type=float, metavar="N", help="passes over the data (default: 5)")
+    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
+    loop.add_argument("--lr", type=float, metavar="RATE", help=f"AdamW's learning rate (default: {rates})")
+    loop.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    loop.add_argument("--warmup-steps", type=int, default=0, metavar="N", help="default: 0")
+    loop.add_argument("--schedule", choices=("constant", "linear"), default="constant", help="default: constant")
+    loop.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default: 0")
+    loop.add_argument("--max-grad-norm", type=float, metavar="X", help="default: no limit")
+    loop.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="of the start, the order and the split (default: 0)"
+    )
+
+    text = parser.add_argument_group("examples and evaluation")
+    text.add_argument(
+        "--end",
+        type=plain_escapes,
+        metavar="TEXT",
+        help=r"text that closes a completion, such as '\n' (default: the end-of-sequence token)",
+    )
+    text.add_argument("--max-length", type=positive, metavar="N", help="most tokens of an example (default: no limit)")
+    text.add_argument("--skip-too-long", action="store_true", help="leave out longer examples instead of stopping")
+    held = text.add_mutually_exclusive_group()
+    held.add_argument("--eval-data", type=Path, metavar="FILE.jsonl", help="held-out examples")
+    held.add_argument(
+        "--eval-fraction", type=float, default=0.1, metavar="X", help="share of --data held out; 0: none (default: 0.1)"
+    )
+    text.add_argument(
+        "--eval-every", type=positive, metavar="N", help="steps between held-out losses (default: a fifth of the run)"
+    )
+    text.add_argument(
+        "--eval-limit", type=positive, default=256, metavar="N", help="most held-out examples to score (default: 256)"
+    )
+
+
+def layer_list(text: str) -> list[int]:
+    """An argparse type: layer indices with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layer numbers like 0,1,2, got {text!r}") from None
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def option(name: str) -> str:
+    """The option that sets the attribute `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def build_config(arguments: argparse.Namespace) -> Any:
+    """The configuration to attach, or None with `--resume` (the adapter has its own).
+
+    Raises:
+        UserError: options that contradict each other, or that the method has no use for.
+    """
+    given = {name: getattr(arguments, name) for name in (*START, *SPECIAL) if getattr(arguments, name) is not None}
+    if arguments.resume is not None:
+        if arguments.method is not None or given:
+            named = "--method" if arguments.method is not None else option(next(iter(given)))
+            raise UserError(f"{named} cannot be given with --resume: the adapter says what it is; leave it out")
+        return None
+    if arguments.method is None:
+        raise UserError(f"--method is missing: one of {', '.join(METHODS)} (or --resume ADAPTER)")
+    for name in given:
+        if name in SPECIAL and arguments.method not in SPECIAL[name]:
+            raise UserError(
+                f"{option(name)} is for --method {' or '.join(SPECIAL[name])}, not {arguments.method}; leave it out"
+            )
+    if "init_text" not in given:
+        given.setdefault("num_virtual_tokens", 20)
+
+    from ..nn import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+
+    configs = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig, "p-tuning": PTuningConfig}
+    with user_errors(ValueError):
+        return configs[arguments.method](**given, seed=arguments.seed, tokenizer_name_or_path=str(arguments.model))

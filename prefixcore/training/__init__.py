@@ -1,0 +1,31 @@
+"""Training virtual tokens: examples, the loop, held-out evaluation and the picture of it."""
+
+from __future__ import annotations
+
+from .curve import Curve, write_curve
+from .data import DataError, Example, TokenizedExample, collate, read_jsonl, split, tokenize
+from .evaluate import Evaluation, evaluate, held_out_loss, predict
+from .loop import TrainingOptions, TrainingRecord, fit, train
+from .weights import base_parameters, weights_digest
+
+__all__ = [
+    "Curve",
+    "DataError",
+    "Evaluation",
+    "Example",
+    "TokenizedExample",
+    "TrainingOptions",
+    "TrainingRecord",
+    "base_parameters",
+    "collate",
+    "evaluate",
+    "fit",
+    "held_out_loss",
+    "predict",
+    "read_jsonl",
+    "split",
+    "tokenize",
+    "train",
+    "weights_digest",
+    "write_curve",
+]

@@ -1,0 +1,197 @@
+"""Examples: read from JSONL, tokenised, collated with labels on the completion only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IGNORED = -100
+"""The label that transformers' loss leaves out."""
+
+
+class DataError(ValueError):
+    """The training data cannot be used; the message names the file, the line and the field."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: after `prompt` the model should say `completion`. `place` says where it came from."""
+
+    prompt: str
+    completion: str
+    place: str = "example"
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """Token ids of an `Example`: those read (`prompt_ids`) and those learnt (`completion_ids`)."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """Read one example a line, `{"prompt": str, "completion": str}`; blank lines are passed over.
+
+    The whole file is checked before anything is returned. Further fields are ignored.
+
+    Raises:
+        DataError: no such file, not UTF-8, a line that is not a JSON object, a field that is missing,
+            not a string, or empty (`completion`), or no example at all. The message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; expected JSON lines with the fields prompt and completion")
+    examples = []
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    examples.append(_example(line, f"{path}, line {number}"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not examples:
+        raise DataError(f'{path}: no examples; expected lines like {{"prompt": "...", "completion": "..."}}')
+    return examples
+
+
+def _example(line: str, place: str) -> Example:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: expected a JSON object, got {_json_name(record)}")
+    for field in ("prompt", "completion"):
+        if field not in record:
+            raise DataError(f"{place}: the field {field!r} is missing (found: {', '.join(record) or 'none'})")
+        if not isinstance(record[field], str):
+            raise DataError(f"{place}: the field {field!r} must be a string, got {_json_name(record[field])}")
+    if not record["completion"]:
+        raise DataError(f"{place}: the field 'completion' is empty; there is nothing to learn from it")
+    return Example(record["prompt"], record["completion"], place)
+
+
+def _json_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Shuffle by `seed` and set `fraction` of the examples aside: `(training, held out)`.
+
+    Examples with the same prompt stay on one side, so that nothing held out is ever trained on. A
+    fraction above 0 holds out at least one prompt and leaves at least one.
+
+    Raises:
+        DataError: the fraction is not in [0, 1), or there are too few different prompts to split.
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.prompt, []).append(example)
+    if fraction == 0:
+        return list(examples), []
+    if len(groups) < 2:
+        raise DataError(
+            f"{len(examples)} examples have {len(groups)} different prompts, too few to hold any out; "
+            "give more data, a held-out file of its own, or a held-out fraction of 0"
+        )
+    prompts = list(groups)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    held_out = [example for i in order[:aside] for example in groups[prompts[i]]]
+    training = [example for i in order[aside:] for example in groups[prompts[i]]]
+    return training, held_out
+
+
+def tokenize(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    end: str | None = None,
+    max_length: int | None = None,
+) -> list[TokenizedExample]:
+    """Turn text into ids. Prompt and completion are tokenised apart, as they are when generating.
+
+    Args:
+        tokenizer: a transformers tokenizer; its own rule decides on special tokens before the prompt.
+        examples: what to tokenise.
+        end: text that closes every completion, added where it is not there yet; None: the tokenizer's
+            end-of-sequence token, if it has one.
+        max_length: the most tokens an example may have, or None for no limit.
+
+    Raises:
+        DataError: an example has no prompt token, no completion token, or too many tokens in all.
+    """
+    tokenized = []
+    for example in examples:
+        completion = example.completion
+        if end is not None and not completion.endswith(end):
+            completion += end
+        prompt_ids = list(tokenizer(example.prompt)["input_ids"])
+        completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        if end is None and tokenizer.eos_token_id is not None:
+            completion_ids.append(tokenizer.eos_token_id)
+        if not prompt_ids:
+            raise DataError(f"{example.place}: the prompt has no token; there is nothing to continue from")
+        if not completion_ids:
+            raise DataError(f"{example.place}: the completion has no token; there is nothing to learn from it")
+        item = TokenizedExample(prompt_ids, completion_ids)
+        if max_length is not None and item.length > max_length:
+            raise DataError(
+                f"{example.place}: {item.length} tokens, more than the limit of {max_length}; "
+                "shorten the example or raise the limit"
+            )
+        tokenized.append(item)
+    return tokenized
+
+
+def collate(examples: Sequence[TokenizedExample], pad_token_id: int, *, side: str = "right") -> dict[str, torch.Tensor]:
+    """Pad examples into one batch.
+
+    Returns:
+        `input_ids`, `attention_mask` (1 = token, 0 = padding) and `labels`, each int64 `[B, T]`; labels
+        are `IGNORED` on prompt and padding.
+    """
+    longest = max(example.length for example in examples)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for example in examples:
+        padding = longest - example.length
+        for name, values, pad in (
+            ("input_ids", example.prompt_ids + example.completion_ids, pad_token_id),
+            ("attention_mask", [1] * example.length, 0),
+            ("labels", [IGNORED] * len(example.prompt_ids) + example.completion_ids, IGNORED),
+        ):
+            fill = [pad] * padding
+            rows[name].append(fill + values if side == "left" else values + fill)
+    return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def batches(
+    examples: Sequence[TokenizedExample], batch_size: int, pad_token_id: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield training batches for ever: every epoch a new order from `seed`, the short last batch kept."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        for start in range(0, len(order), batch_size):
+            yield collate([examples[i] for i in order[start : start + batch_size]], pad_token_id)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's, else its end of sequence, else 0 (padding is masked anyway)."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0

@@ -1,0 +1,132 @@
+"""Held-out evaluation: the loss of the right answer, and whether the model gives it by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import IGNORED, Example, TokenizedExample, collate, pad_id
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss`: nats per completion token. `exact_match`: the share, 0 to 1, of answers that are right to the
+    letter (white space around them aside). `answers`: what the model said, one for each example."""
+
+    loss: float
+    exact_match: float
+    answers: list[str]
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[torch.device]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+def held_out_loss(
+    model: nn.Module, examples: Sequence[TokenizedExample], pad_token_id: int, *, batch_size: int = 16
+) -> float:
+    """Mean loss in nats over every completion token of `examples`, each token counting the same."""
+    total, tokens = 0.0, 0
+    with _in_eval_mode(model) as device:
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], pad_token_id)
+            # A model predicts from the token before: a label on the very first token is never scored.
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            total += float(model(**batch, use_cache=False).loss) * count
+            tokens += count
+    return total / tokens
+
+
+def predict(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    end: str | None = None,
+    batch_size: int = 64,
+    **generate_options: Any,
+) -> list[str]:
+    """Continue each prompt, greedily unless `generate_options` say otherwise, in left-padded batches.
+
+    Args:
+        model: a transformers causal language model, with or without virtual tokens.
+        tokenizer: the model's.
+        prompts: texts, tokenised as in training.
+        max_new_tokens: the most tokens to add.
+        end: text at which the answer is cut (and generation stops); None: the end-of-sequence token.
+        batch_size: prompts at once.
+
+    Returns:
+        The text after each prompt, without `end`.
+    """
+    padding = pad_id(tokenizer)
+    options: dict[str, Any] = {"do_sample": False, **generate_options}
+    if end:
+        options.update(stop_strings=[end], tokenizer=tokenizer)
+    answers = []
+    with _in_eval_mode(model) as device:
+        for start in range(0, len(prompts), batch_size):
+            rows = [
+                TokenizedExample(list(tokenizer(prompt)["input_ids"]), [])
+                for prompt in prompts[start : start + batch_size]
+            ]
+            batch = collate(rows, padding, side="left")
+            width = batch["input_ids"].shape[1]
+            generated = model.generate(  # type: ignore[operator]
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding,
+                **options,
+            )
+            for row in generated[:, width:]:
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                answers.append(text.split(end)[0] if end else text)
+    return answers
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedExample],
+    *,
+    end: str | None = None,
+) -> Evaluation:
+    """Held-out loss and greedy exact match on `examples` (`tokenized`: the same ones, from `tokenize`).
+
+    An answer may be one token longer than the longest right one: a longer answer cannot be right.
+    """
+    longest = max(len(example.completion_ids) for example in tokenized)
+    answers = predict(model, tokenizer, [example.prompt for example in examples], max_new_tokens=longest + 1, end=end)
+    return Evaluation(
+        loss=held_out_loss(model, tokenized, pad_id(tokenizer)),
+        exact_match=exact_match(answers, examples, end),
+        answers=answers,
+    )
+
+
+def exact_match(answers: Sequence[str], examples: Sequence[Example], end: str | None = None) -> float:
+    """Share of `answers` equal to their example's completion, white space around both aside."""
+    right = sum(is_right(answer, example, end) for answer, example in zip(answers, examples, strict=True))
+    return right / len(examples)
+
+
+def is_right(answer: str, example: Example, end: str | None = None) -> bool:
+    """Whether `answer` is the example's completion (cut at `end`), white space around both aside."""
+    expected = example.completion.split(end)[0] if end else example.completion
+    return answer.strip() == expected.strip()

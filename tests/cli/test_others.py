@@ -1,0 +1,170 @@
+"""`prefixcore generate`, `inspect` and `doctor`."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+
+from prefixcore.adapters import read_adapter
+from prefixcore.cli.inspect import ranges
+from prefixcore.ops import explain
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, model_folder, data):
+    from prefixcore.__main__ import main
+
+    out = tmp_path_factory.mktemp("adapters") / "swap"
+    arguments = ["train", "--model", model_folder, "--data", data, "--out", out, "--end", "\\n"]
+    arguments += ["--method", "prefix", "--init-text", "ab -> ba\n", "--steps", 3]
+    assert main([str(argument) for argument in arguments]) == 0
+    return out
+
+
+@pytest.fixture
+def generate(prefixcore, model_folder, adapter):
+    def call(*options):
+        return prefixcore("generate", "--model", model_folder, "--adapter", adapter, *options)
+
+    return call
+
+
+def test_one_line_for_each_prompt(generate, monkeypatch):
+    code, out, _ = generate("--prompt", "av ->", "--prompt", "bw ->", "--max-new-tokens", 4)
+    assert code == 0
+    assert len(out.splitlines()) == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("av ->\n\nbw ->\n"))
+    assert generate("--max-new-tokens", 4) == (0, out, "")
+
+
+def test_json_keeps_prompt_and_completion(generate):
+    code, out, _ = generate("--prompt", "av ->", "--json", "--max-new-tokens", 4)
+    assert code == 0
+    record = json.loads(out)
+    assert record["prompt"] == "av ->"
+    assert 0 < len(record["completion"]) <= 4
+
+
+def test_sampling_follows_the_seed(generate):
+    options = ["--prompt", "av ->", "--sample", "--temperature", 2.0, "--json", "--max-new-tokens", 12]
+    first, again, other = (generate(*options, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_beam_search(generate):
+    assert generate("--prompt", "av ->", "--num-beams", 3, "--max-new-tokens", 4)[0] == 0
+
+
+def test_the_adapter_makes_a_difference_and_nothing_stays_behind(adapter):
+    from prefixcore.hf import load
+
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    ids = tokenizer("av ->", return_tensors="pt")["input_ids"]
+    bare = model(ids).logits
+    with load(model, adapter):
+        assert not torch.allclose(model(ids).logits, bare)
+    assert torch.equal(model(ids).logits, bare)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--prompt", ""], "there is no prompt"),
+        (["--prompt", "a", "--temperature", 0.5], "with --sample only"),
+        (["--prompt", "a", "--sample", "--temperature", 0], "--temperature must be above 0"),
+        (["--prompt", "a", "--sample", "--top-p", 1.5], "--top-p must be"),
+        (["--prompt", "a", "--adapter", "nowhere"], "--adapter nowhere is not a folder"),
+        (["--prompt", "a", "--model", "./nowhere"], "--model ./nowhere is not a folder"),
+    ],
+)
+def test_errors_are_one_clear_line(generate, options, expected):
+    code, out, err = generate(*options)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("prefixcore generate: error: ")
+    assert expected in line
+
+
+def test_another_model_is_refused(generate, tmp_path):
+    other = tmp_path / "other"
+    tiny.model(seed=1).save_pretrained(other)
+    tiny.tokenizer().save_pretrained(other)
+    code, out, err = generate("--prompt", "a", "--model", other)
+    assert (code, out) == (2, "")
+    assert "weights" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_inspect_says_what_an_adapter_is(prefixcore, adapter):
+    code, out, err = prefixcore("inspect", adapter)
+    assert (code, err) == (0, "")
+    for text in ("prefix", "9, 1,152 numbers", "2 layers (0-1), 2 key/value heads of 16", "'ab -> ba\\n'"):
+        assert text in out
+    assert "31,008 parameters" in out
+    assert "3 steps on" in out
+    assert "held out, after training" in out
+
+
+def test_inspect_as_json_holds_everything(prefixcore, adapter):
+    code, out, _ = prefixcore("inspect", adapter, "--json")
+    facts = json.loads(out)
+    values = [tensor for pair in read_adapter(adapter).tensors for tensor in pair]
+    assert code == 0
+    assert facts["numbers"] == sum(tensor.numel() for tensor in values) == 1152
+    assert facts["norm"] == pytest.approx(torch.cat([v.flatten() for v in values]).norm().item(), rel=1e-5)
+    assert facts["layer_shapes"] == [[2, 16, 16]] * 2
+    assert facts["can_be_resumed_exactly"]
+    assert facts["files"]["adapter_model.safetensors"] > 4 * 1152
+    assert facts["training"]["end"] == "\n"
+
+
+def test_inspect_reads_what_peft_wrote(prefixcore, tmp_path):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    get_peft_model(tiny.model(), config).save_pretrained(tmp_path / "theirs")
+    code, out, err = prefixcore("inspect", tmp_path / "theirs")
+    assert code == 0, err
+    assert "PEFT" in out
+    assert "6, 768 numbers in all" in out
+
+
+def test_inspect_refuses_what_is_not_whole(prefixcore, adapter, tmp_path):
+    code, _, err = prefixcore("inspect", tmp_path / "nothing")
+    assert code == 2
+    assert "is not a folder" in err
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in adapter.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    (broken / "adapter_model.safetensors").write_bytes(whole[:-40])
+    code, out, err = prefixcore("inspect", broken)
+    assert (code, out) == (2, "")
+    assert "adapter_model.safetensors" in err
+    assert "Traceback" not in err
+
+
+def test_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_doctor_says_what_was_compiled_and_what_would_run(prefixcore):
+    code, out, err = prefixcore("doctor")
+    assert (code, err) == (0, "")
+    assert f"torch                   {torch.__version__}" in out
+    assert "in use; compiled in:" in out
+    lines = [line.split() for line in out.splitlines()]
+    for op, device, dtype, backend, _ in explain():
+        assert [op, device, dtype, backend] in [line[:4] for line in lines]
+
+
+def test_the_module_and_its_help_do_not_open_transformers():
+    code = "import sys; from prefixcore.__main__ import parser; parser(); print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
