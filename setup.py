@@ -155,7 +155,7 @@ class NinjaBuild(build_ext):
         result = subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(temp), *jobs])
         if result.returncode:
             fail(
-                "compiling failed; the compiler's message stands above. GCC 11 or Clang 15 and newer are known to work."
+                "compiling failed; the compiler's message stands above. GCC 11, GCC 12 and Clang 16 are known to work."
             )
 
 

@@ -39,8 +39,7 @@ DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default:
-      throw std::invalid_argument(std::string(name) + ": expected float32, bfloat16 or float16");
+    default: throw std::invalid_argument(std::string(name) + ": expected float32, bfloat16 or float16");
   }
 }
 
@@ -102,8 +101,16 @@ struct Inputs {
 
   Inputs(Tensor q, Tensor k, Tensor v, Tensor pk, Tensor pv, OptionalTensor index, OptionalTensor lengths,
          OptionalTensor pad, OptionalTensor m, OptionalTensor s, OptionalTensor cu)
-      : query(rows(q)), key(rows(k)), value(rows(v)), prefix_key(rows(pk)), prefix_value(rows(pv)),
-        prefix_index(index), prefix_lengths(lengths), padding(pad), mask(m), cu_seqlens(cu) {
+      : query(rows(q)),
+        key(rows(k)),
+        value(rows(v)),
+        prefix_key(rows(pk)),
+        prefix_value(rows(pv)),
+        prefix_index(index),
+        prefix_lengths(lengths),
+        padding(pad),
+        mask(m),
+        cu_seqlens(cu) {
     if (s) sinks = torch::stable::contiguous(torch::stable::to(*s, ScalarType::Float));
     find_sequences();
   }
@@ -176,12 +183,13 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> prefix_attention(
-    Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, OptionalTensor prefix_index,
-    OptionalTensor prefix_lengths, OptionalTensor padding, OptionalTensor mask, OptionalTensor sinks,
-    OptionalTensor cu_seqlens, bool is_causal, double scale, int64_t sliding_window, double softcap) {
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask,
-                      sinks, cu_seqlens);
+std::tuple<Tensor, Tensor> prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key,
+                                            Tensor prefix_value, OptionalTensor prefix_index,
+                                            OptionalTensor prefix_lengths, OptionalTensor padding, OptionalTensor mask,
+                                            OptionalTensor sinks, OptionalTensor cu_seqlens, bool is_causal,
+                                            double scale, int64_t sliding_window, double softcap) {
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
+                      cu_seqlens);
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
   Tensor out = empty_heads_last(query, batch, heads, queries, value.size(3));
   Tensor lse = empty_float(query, {batch, heads, queries});
@@ -199,10 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
     Tensor prefix_key, Tensor prefix_value, OptionalTensor prefix_index, OptionalTensor prefix_lengths,
     OptionalTensor padding, OptionalTensor mask, OptionalTensor sinks, OptionalTensor cu_seqlens, bool is_causal,
-    double scale, int64_t sliding_window, double softcap, bool needs_query, bool needs_sequence,
-    bool needs_prefix) {
-  const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask,
-                      sinks, cu_seqlens);
+    double scale, int64_t sliding_window, double softcap, bool needs_query, bool needs_sequence, bool needs_prefix) {
+  const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
+                      cu_seqlens);
   grad_out = rows(grad_out);
   out = rows(out);
   lse = torch::stable::contiguous(lse);
@@ -217,11 +224,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   problem.lse_stride[1] = lse.stride(1);
   if (grad_lse) problem.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
 
-  const auto nothing = [&](bool single) { return single ? empty_float(query, {0}) : torch::stable::new_empty(query, {0}); };
-  const auto like = [](const Tensor& t) { return empty_heads_last(t, t.size(0), t.size(1), t.size(2), t.size(3)); };
-  const auto float_like = [](const Tensor& t) {
-    return empty_float(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  const auto nothing = [&](bool single) {
+    return single ? empty_float(query, {0}) : torch::stable::new_empty(query, {0});
   };
+  const auto like = [](const Tensor& t) { return empty_heads_last(t, t.size(0), t.size(1), t.size(2), t.size(3)); };
+  const auto float_like = [](const Tensor& t) { return empty_float(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); };
   Tensor grad_query = needs_query ? like(query) : nothing(false);
   Tensor grad_key = needs_sequence ? like(key) : nothing(false);
   Tensor grad_value = needs_sequence ? like(value) : nothing(false);
@@ -243,9 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
 // --- soft embedding -------------------------------------------------------------------------------
 
 // The ids as contiguous int64 (they are small: converting them costs nothing next to the rows).
-Tensor contiguous_ids(const Tensor& ids) {
-  return torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long));
-}
+Tensor contiguous_ids(const Tensor& ids) { return torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long)); }
 
 std::string place_of(int64_t flat, const Tensor& t) {
   std::string place;
@@ -325,7 +330,8 @@ cudaStream_t current_stream(const Tensor& t) {
 }
 
 void check_launch(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("prefixcore: CUDA error: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("prefixcore: CUDA error: ") + cudaGetErrorString(error));
 }
 
 Tensor soft_embedding_cuda(Tensor input_ids, Tensor weight, Tensor virtual_rows) {

@@ -2,14 +2,14 @@
 // library, because pybind11 modules are bound to one Python version and that library is not.
 //
 // The facts live in the op library (one copy of the dispatch state); this module asks it.
+#include "host.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <thread>
 #include <vector>
-
-#include "host.h"
 
 namespace py = pybind11;
 
@@ -41,6 +41,5 @@ PYBIND11_MODULE(_host, m) {
         return info;
       },
       "What was compiled in, by which compiler, against which torch.");
-  m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); },
-        "Hardware threads of this machine.");
+  m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Hardware threads of this machine.");
 }

@@ -24,8 +24,8 @@ class Ahead {
 
   // The rows of `view` that one block of queries reads or writes.
   template <class AnyView>
-  void add_block(const AnyView& view, const AttentionProblem& p, const Sequence& s, int64_t kv_head,
-                 int64_t first_row, int64_t width) {
+  void add_block(const AnyView& view, const AttentionProblem& p, const Sequence& s, int64_t kv_head, int64_t first_row,
+                 int64_t width) {
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int64_t first = first_row / group, last = min(ceil_div(first_row + kLanes, group), s.query_length);
     for (int64_t g = 0; g < group; ++g) {
@@ -42,29 +42,29 @@ class Ahead {
         view.stride[2] * size_of(view.dtype), last - first, width * size_of(view.dtype));
   }
 
+  template <int lines = 16>
   PREFIXCORE_INLINE void step() {
-    if (current_ < count_) ask();
+    if (current_ < count_) ask(lines);
   }
 
  private:
-  static constexpr int kPieces = 24, kLines = 16;
+  static constexpr int kPieces = 24;
   struct Piece {
     const char* row;
     int64_t stride, rows, bytes;
   };
 
-  __attribute__((noinline)) void ask() {
+  // Up to `lines` cache lines, less at the end of a row.
+  __attribute__((noinline)) void ask(int lines) {
     const Piece& piece = piece_[current_];
-    for (int i = 0; i < kLines; ++i) {
-      __builtin_prefetch(piece.row + row_ * piece.stride + byte_, 0, 2);
-      byte_ += 64;
-      if (byte_ < piece.bytes) continue;
-      byte_ = 0;
-      if (++row_ < piece.rows) continue;
-      row_ = 0;
-      if (++current_ == count_) current_ = count_ = 0;
-      return;
-    }
+    const char* row = piece.row + row_ * piece.stride;
+    const int64_t stop = min(byte_ + lines * int64_t{64}, piece.bytes);
+    for (; byte_ < stop; byte_ += 64) __builtin_prefetch(row + byte_, 0, 2);
+    if (byte_ < piece.bytes) return;
+    byte_ = 0;
+    if (++row_ < piece.rows) return;
+    row_ = 0;
+    if (++current_ == count_) current_ = count_ = 0;
   }
 
   Piece piece_[kPieces];

@@ -24,8 +24,8 @@ struct Sequence {
 struct Mask {
   enum class Kind : int32_t { none, boolean, additive };
   Kind kind = Kind::none;
-  DType dtype = DType::f32;   // of an additive mask
-  const void* data = nullptr; // boolean: one byte an element, nonzero = visible
+  DType dtype = DType::f32;          // of an additive mask
+  const void* data = nullptr;        // boolean: one byte an element, nonzero = visible
   int64_t stride[4] = {0, 0, 0, 0};  // [B, H, T, S]
 };
 
@@ -55,13 +55,13 @@ struct AttentionProblem {
 };
 
 struct AttentionForward : AttentionProblem {
-  View out;              // [B, H, T, Dv], dtype of query
-  float* lse = nullptr;  // natural log of the denominator; -inf where a query sees nothing
+  View out;                        // [B, H, T, Dv], dtype of query
+  float* lse = nullptr;            // natural log of the denominator; -inf where a query sees nothing
   int64_t lse_stride[2] = {0, 0};  // [B, H, T], contiguous along T
 };
 
 struct AttentionBackward : AttentionProblem {
-  ConstView out, grad_out;      // [B, H, T, Dv]
+  ConstView out, grad_out;          // [B, H, T, Dv]
   const float* lse = nullptr;       // [B, H, T]
   const float* grad_lse = nullptr;  // [B, H, T] with the strides of lse; null: no gradient came
   int64_t lse_stride[2] = {0, 0};
@@ -69,10 +69,10 @@ struct AttentionBackward : AttentionProblem {
   // Each gradient is wanted if and only if its data pointer is set (grad_key and grad_value
   // together, the two prefix gradients together). All of them are written whole: nothing has to
   // be zeroed before. Tokens outside every sequence do not exist (cu_seqlens covers all of T).
-  View grad_query;  // [B, H, T, D], dtype of query
-  View grad_key, grad_value;                // [B, Hkv, S, D], dtype of key
-  float* grad_prefix_key = nullptr;         // [N, Hkv, P, D] contiguous, summed over batch and group
-  float* grad_prefix_value = nullptr;       // [N, Hkv, P, Dv]
+  View grad_query;                     // [B, H, T, D], dtype of query
+  View grad_key, grad_value;           // [B, Hkv, S, D], dtype of key
+  float* grad_prefix_key = nullptr;    // [N, Hkv, P, D] contiguous, summed over batch and group
+  float* grad_prefix_value = nullptr;  // [N, Hkv, P, Dv]
 };
 
 // Each instruction set compiles one such table from the same source.

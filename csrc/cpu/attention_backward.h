@@ -18,16 +18,18 @@ struct Wanted {
 
 struct BackwardScratch {
   int64_t key_width, value_width;
-  float *query_rows, *grad_out_rows;     // [kLanes, key_width], [kLanes, value_width]
-  float *query, *grad_out;               // the same transposed; the query scaled
-  float* grad_query;                     // [key_width, kLaneStride] transposed
-  float *key, *value;                    // [kKeys, key_width], [kKeys, value_width]
-  float *probability, *grad_score;       // [kKeys, kLaneStride]
-  float *slope, *mask;                   // [kKeys, kLaneStride] of softcap and mask
-  float *lse, *delta;                    // [kLanes], lse in units of log 2
-  float *grad_key, *grad_value;          // of a sequence that is one item: [keys, key_width], ...
+  float *query_rows, *grad_out_rows;           // [kLanes, key_width], [kLanes, value_width]
+  float *query, *grad_out;                     // the same transposed; the query scaled
+  float* grad_query;                           // [key_width, kLaneStride] transposed
+  float *key, *value;                          // room for a packed tile: [kKeys, key_width], ...
+  float *probability, *grad_score;             // [kKeys, kLaneStride]
+  float *slope, *mask;                         // [kKeys, kLaneStride] of softcap and mask
+  float *lse, *delta;                          // [kLanes], lse in units of log 2
+  float *grad_key, *grad_value;                // of a sequence that is one item: [keys, key_width], ...
   float *grad_prefix_key, *grad_prefix_value;  // of a prefix that is one slot: [P, key_width], ...
+  TileRows k, v;                               // the tile at hand
   TilePlan plan;
+  Ahead ahead;
 
   BackwardScratch(const AttentionProblem& p, const Wanted& wanted, int64_t key_rows, Carver& carve)
       : key_width(round_up(p.head_dim, kWidth)), value_width(round_up(p.value_dim, kWidth)) {
@@ -76,7 +78,7 @@ static void begin_block(BackwardScratch& w, const AttentionBackward& p, const Qu
   }
 }
 
-// The tile in w.key and w.value. Gradients are added to grad_query in w and, if not null, to
+// The tile w.k, w.v. Gradients are added to grad_query in w and, if not null, to
 // grad_key [keys, key_width] and grad_value [keys, value_width], all still without `scale`.
 static void backward_tile(BackwardScratch& w, const AttentionBackward& p, bool wants_query, const float* mask,
                           float* grad_key, float* grad_value) {
@@ -85,10 +87,10 @@ static void backward_tile(BackwardScratch& w, const AttentionBackward& p, bool w
     const Run& run = plan.run[n];
     const int64_t keys = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin;
-    multiply<ALayout::rows>(keys, lanes, p.head_dim, w.key + run.first * w.key_width, w.key_width,
-                            w.query + run.begin, kLaneStride, w.probability + place, kLaneStride, false);
-    multiply<ALayout::rows>(keys, lanes, p.value_dim, w.value + run.first * w.value_width, w.value_width,
-                            w.grad_out + run.begin, kLaneStride, w.grad_score + place, kLaneStride, false);
+    multiply<ALayout::rows>(keys, lanes, p.head_dim, w.k.data + run.first * w.k.stride, w.k.stride, w.query + run.begin,
+                            kLaneStride, w.probability + place, kLaneStride, false, w.ahead);
+    multiply<ALayout::rows>(keys, lanes, p.value_dim, w.v.data + run.first * w.v.stride, w.v.stride,
+                            w.grad_out + run.begin, kLaneStride, w.grad_score + place, kLaneStride, false, w.ahead);
   }
   const bool capped = p.softcap > 0;
   if (capped || mask != nullptr || plan.partial) finish_scores(p, plan, w.probability, w.slope, mask);
@@ -113,50 +115,76 @@ static void backward_tile(BackwardScratch& w, const AttentionBackward& p, bool w
     const int64_t keys = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin;
     if (wants_query)
-      multiply<ALayout::columns>(p.head_dim, lanes, keys, w.key + run.first * w.key_width, w.key_width,
-                                 w.grad_score + place, kLaneStride, w.grad_query + run.begin, kLaneStride, true);
+      multiply<ALayout::columns>(p.head_dim, lanes, keys, w.k.data + run.first * w.k.stride, w.k.stride,
+                                 w.grad_score + place, kLaneStride, w.grad_query + run.begin, kLaneStride, true,
+                                 w.ahead);
     if (grad_key == nullptr) continue;
     multiply<ALayout::rows>(keys, w.value_width, lanes, w.probability + place, kLaneStride,
                             w.grad_out_rows + run.begin * w.value_width, w.value_width,
-                            grad_value + run.first * w.value_width, w.value_width, true);
+                            grad_value + run.first * w.value_width, w.value_width, true, w.ahead);
     multiply<ALayout::rows>(keys, w.key_width, lanes, w.grad_score + place, kLaneStride,
-                            w.query_rows + run.begin * w.key_width, w.key_width,
-                            grad_key + run.first * w.key_width, w.key_width, true);
+                            w.query_rows + run.begin * w.key_width, w.key_width, grad_key + run.first * w.key_width,
+                            w.key_width, true, w.ahead);
   }
 }
 
-static void backward_block(const AttentionBackward& p, const Wanted& wanted, const Item& item, const KeyList& list,
-                           int64_t kv_head, int64_t first_row, BackwardScratch& w, float* grad_key,
-                           float* grad_value, float* grad_prefix_key, float* grad_prefix_value) {
+struct BackwardBlock {
+  const Item* item;
+  int64_t kv_head, first_row;
+};
+
+// Asks for what the block `next` will read first, and for what the block before it will write.
+static void ask_for_block(Ahead& ahead, const AttentionBackward& p, const BackwardBlock& next) {
+  const Sequence& s = p.sequences[next.item->sequence];
+  if (s.query_length == 0) return;
+  ahead.add_block(p.query, p, s, next.kv_head, next.first_row, p.head_dim);
+  ahead.add_block(p.grad_out, p, s, next.kv_head, next.first_row, p.value_dim);
+  ahead.add_block(p.out, p, s, next.kv_head, next.first_row, p.value_dim);
+}
+
+// Where the gradients of keys collect: rows of key_width and value_width floats.
+struct KeySums {
+  float *key, *value;
+};
+
+static void backward_block(const AttentionBackward& p, const Wanted& wanted, const BackwardBlock& place,
+                           const BackwardBlock* next, const KeyList& list, const KeySums& sums,
+                           const KeySums& prefix_sums, BackwardScratch& w) {
+  const Item& item = *place.item;
   const Sequence& s = p.sequences[item.sequence];
-  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t group = p.num_heads / p.num_kv_heads, kv_head = place.kv_head, first_row = place.first_row;
   QueryBlock block;
   fill_block(block, p, s, kv_head, first_row);
   begin_block(w, p, block);
+  SlotRange range{0, 0};
+  if (wanted.query || wanted.keys)
+    range = visible_slots(p, s, list, first_row / group, (first_row + block.rows - 1) / group);
+  ask_for_keys(w.ahead, p, s, list, kv_head, range.begin, range.end);
+  if (wanted.query) w.ahead.add_block(p.grad_query, p, s, kv_head, first_row, p.head_dim);
 
   const KeyList prefix{nullptr, s.prefix >= 0 && (wanted.query || wanted.prefix) ? s.prefix_length : 0};
   for (int64_t slot = 0; slot < prefix.count; slot += kKeys) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, prefix.count - slot));
-    load_keys(w.key, w.key_width, p.prefix_key, s.prefix, kv_head, 0, prefix, slot, keys, p.head_dim);
-    load_keys(w.value, w.value_width, p.prefix_value, s.prefix, kv_head, 0, prefix, slot, keys, p.value_dim);
+    w.k = tile_rows(w.key, w.key_width, p.prefix_key, s.prefix, kv_head, 0, prefix, slot, keys, p.head_dim, true);
+    w.v =
+        tile_rows(w.value, w.value_width, p.prefix_value, s.prefix, kv_head, 0, prefix, slot, keys, p.value_dim, true);
     plan_whole(w.plan, keys, block.lanes);
-    backward_tile(w, p, wanted.query, nullptr, wanted.prefix ? grad_prefix_key + slot * w.key_width : nullptr,
-                  wanted.prefix ? grad_prefix_value + slot * w.value_width : nullptr);
+    backward_tile(w, p, wanted.query, nullptr, wanted.prefix ? prefix_sums.key + slot * w.key_width : nullptr,
+                  wanted.prefix ? prefix_sums.value + slot * w.value_width : nullptr);
   }
-  SlotRange range{0, 0};
-  if (wanted.query || wanted.keys)
-    range = visible_slots(p, s, list, first_row / group, (first_row + block.rows - 1) / group);
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    load_keys(w.key, w.key_width, p.key, s.batch, kv_head, s.key_start, list, slot, keys, p.head_dim);
-    load_keys(w.value, w.value_width, p.value, s.batch, kv_head, s.key_start, list, slot, keys, p.value_dim);
+    w.k = tile_rows(w.key, w.key_width, p.key, s.batch, kv_head, s.key_start, list, slot, keys, p.head_dim, true);
+    w.v =
+        tile_rows(w.value, w.value_width, p.value, s.batch, kv_head, s.key_start, list, slot, keys, p.value_dim, true);
+    ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
+    if (slot + kKeys >= range.end && next != nullptr) ask_for_block(w.ahead, p, *next);
     plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes);
     const bool masked = p.mask.kind != Mask::Kind::none;
     if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
-    const int64_t place = slot - item.keys.begin;
-    backward_tile(w, p, wanted.query, masked ? w.mask : nullptr,
-                  wanted.keys ? grad_key + place * w.key_width : nullptr,
-                  wanted.keys ? grad_value + place * w.value_width : nullptr);
+    const int64_t row = slot - item.keys.begin;
+    backward_tile(w, p, wanted.query, masked ? w.mask : nullptr, wanted.keys ? sums.key + row * w.key_width : nullptr,
+                  wanted.keys ? sums.value + row * w.value_width : nullptr);
   }
   if (wanted.query) {
     alignas(64) float scale[kLanes];

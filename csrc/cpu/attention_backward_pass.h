@@ -25,11 +25,16 @@ class BackwardPass {
     Carver measure;
     BackwardScratch(p_, wanted_, schedule_.scratch_rows, measure);
     // Later parts of a sequence are the longest with causal attention: they go first.
-    auto work = [&](int64_t unit, char* memory) {
-      unit = schedule_.num_slots * heads - 1 - unit;
+    const int64_t last = schedule_.num_slots * heads - 1;
+    auto first_block = [&](int64_t unit) {
+      const Item* item = schedule_.items + schedule_.slots[(last - unit) / heads].first_item;
+      return BackwardBlock{item, (last - unit) % heads, item->first_block * kLanes};
+    };
+    auto work = [&](int64_t unit, int64_t next, char* memory) {
       Carver carve(memory);
       BackwardScratch scratch(p_, wanted_, schedule_.scratch_rows, carve);
-      run_unit(schedule_.slots[unit / heads], unit % heads, scratch);
+      const BackwardBlock after = next >= 0 ? first_block(next) : BackwardBlock{};
+      run_unit(schedule_.slots[(last - unit) / heads], (last - unit) % heads, next >= 0 ? &after : nullptr, scratch);
     };
     if (wanted_.query || wanted_.keys || wanted_.prefix)
       for_each_unit(parallel, schedule_.num_slots * heads, measure.used(), work);
@@ -42,50 +47,55 @@ class BackwardPass {
   static constexpr int64_t kReducedKeys = 128;  // a unit of the reduction of key gradients
 
   float* partial_keys(int64_t kv_head) const {
-    return reinterpret_cast<float*>(partials_.data()) +
-           kv_head * schedule_.partial_rows * (key_width_ + value_width_);
+    return reinterpret_cast<float*>(partials_.data()) + kv_head * schedule_.partial_rows * (key_width_ + value_width_);
   }
-  float* partial_values(int64_t kv_head) const {
-    return partial_keys(kv_head) + schedule_.partial_rows * key_width_;
-  }
+  float* partial_values(int64_t kv_head) const { return partial_keys(kv_head) + schedule_.partial_rows * key_width_; }
   float* prefix_buffer(int64_t kv_head, int64_t buffer) const {
     return reinterpret_cast<float*>(buffers_.data()) + (kv_head * schedule_.num_buffers + buffer) * prefix_size_;
   }
 
-  void run_unit(const Slot& slot, int64_t kv_head, BackwardScratch& w) const {
-    float *grad_prefix_key = nullptr, *grad_prefix_value = nullptr;
+  void run_unit(const Slot& slot, int64_t kv_head, const BackwardBlock* after, BackwardScratch& w) const {
+    KeySums sums{nullptr, nullptr};
     if (wanted_.prefix && slot.prefix >= 0) {
-      grad_prefix_key = slot.buffer >= 0 ? prefix_buffer(kv_head, slot.buffer) : w.grad_prefix_key;
-      grad_prefix_value =
-          slot.buffer >= 0 ? grad_prefix_key + p_.prefix_capacity * key_width_ : w.grad_prefix_value;
-      fill_zero(grad_prefix_key, p_.prefix_capacity * key_width_);
-      fill_zero(grad_prefix_value, p_.prefix_capacity * value_width_);
+      sums = {w.grad_prefix_key, w.grad_prefix_value};
+      if (slot.buffer >= 0) {
+        float* buffer = prefix_buffer(kv_head, slot.buffer);
+        sums = {buffer, buffer + p_.prefix_capacity * key_width_};
+      }
+      fill_zero(sums.key, p_.prefix_capacity * key_width_);
+      fill_zero(sums.value, p_.prefix_capacity * value_width_);
     }
-    for (int64_t i = slot.first_item; i < slot.last_item; ++i)
-      run_item(schedule_.items[i], kv_head, w, grad_prefix_key, grad_prefix_value);
-    if (grad_prefix_key != nullptr && slot.buffer < 0)
-      write_prefix(slot.prefix, kv_head, 1, grad_prefix_key, grad_prefix_value, w.query_rows, w.grad_out_rows);
+    for (int64_t i = slot.first_item; i < slot.last_item; ++i) {
+      const Item* items = schedule_.items;
+      const BackwardBlock next{items + i + 1, kv_head, i + 1 < slot.last_item ? items[i + 1].first_block * kLanes : 0};
+      run_item(items[i], kv_head, i + 1 < slot.last_item ? &next : after, sums, w);
+    }
+    if (sums.key != nullptr && slot.buffer < 0)
+      write_prefix(slot.prefix, kv_head, 1, sums.key, sums.value, w.query_rows, w.grad_out_rows);
   }
 
-  void run_item(const Item& item, int64_t kv_head, BackwardScratch& w, float* grad_prefix_key,
-                float* grad_prefix_value) const {
+  void run_item(const Item& item, int64_t kv_head, const BackwardBlock* after, const KeySums& prefix_sums,
+                BackwardScratch& w) const {
+    const Sequence& s = p_.sequences[item.sequence];
     const KeyList& list = lists_[item.sequence];
-    float *grad_key = nullptr, *grad_value = nullptr;
+    KeySums sums{nullptr, nullptr};
     if (wanted_.keys) {
-      const bool shared = item.partial >= 0;
-      grad_key = shared ? partial_keys(kv_head) + item.partial * key_width_ : w.grad_key;
-      grad_value = shared ? partial_values(kv_head) + item.partial * value_width_ : w.grad_value;
-      fill_zero(grad_key, (item.keys.end - item.keys.begin) * key_width_);
-      fill_zero(grad_value, (item.keys.end - item.keys.begin) * value_width_);
+      sums = {w.grad_key, w.grad_value};
+      if (item.partial >= 0)
+        sums = {partial_keys(kv_head) + item.partial * key_width_,
+                partial_values(kv_head) + item.partial * value_width_};
+      fill_zero(sums.key, (item.keys.end - item.keys.begin) * key_width_);
+      fill_zero(sums.value, (item.keys.end - item.keys.begin) * value_width_);
     }
-    for (int64_t block = item.first_block; block < item.last_block; ++block)
-      backward_block(p_, wanted_, item, list, kv_head, block * kLanes, w, grad_key, grad_value, grad_prefix_key,
-                     grad_prefix_value);
+    for (int64_t block = item.first_block; block < item.last_block; ++block) {
+      const bool last = block + 1 == item.last_block;
+      const BackwardBlock place{&item, kv_head, block * kLanes}, next{&item, kv_head, (block + 1) * kLanes};
+      backward_block(p_, wanted_, place, last ? after : &next, list, sums, prefix_sums, w);
+    }
     if (wanted_.keys && item.parts == 1) {
-      const Sequence& s = p_.sequences[item.sequence];
-      const float *key_sums = grad_key, *value_sums = grad_value;
-      write_key_gradient(p_.grad_key, s, list, &item, &key_sums, 1, kv_head, 0, s.key_length, p_.head_dim,
-                         key_width_, p_.scale, w.query_rows);
+      const float *key_sums = sums.key, *value_sums = sums.value;
+      write_key_gradient(p_.grad_key, s, list, &item, &key_sums, 1, kv_head, 0, s.key_length, p_.head_dim, key_width_,
+                         p_.scale, w.query_rows);
       write_key_gradient(p_.grad_value, s, list, &item, &value_sums, 1, kv_head, 0, s.key_length, p_.value_dim,
                          value_width_, 1.0f, w.grad_out_rows);
     }
@@ -107,7 +117,7 @@ class BackwardPass {
       if (items->parts == 1) continue;
       const Sequence& s = p_.sequences[items->sequence];
       const int64_t stretches = ceil_div(s.key_length, kReducedKeys), parts = items->parts;
-      auto work = [&](int64_t unit, char* memory) {
+      auto work = [&](int64_t unit, int64_t, char* memory) {
         const int64_t kv_head = unit / stretches, first = unit % stretches * kReducedKeys;
         const int64_t last = min(first + kReducedKeys, s.key_length);
         Carver carve(memory);
@@ -139,7 +149,7 @@ class BackwardPass {
       if (slot.prefix < 0) continue;
       if (count[slot.prefix]++ == 0) first_buffer[slot.prefix] = slot.buffer;
     }
-    auto work = [&](int64_t unit, char* memory) {
+    auto work = [&](int64_t unit, int64_t, char* memory) {
       const int64_t prefix = unit / heads, kv_head = unit % heads, rows = p_.prefix_capacity;
       if (count[prefix] == 0) {
         fill_zero(p_.grad_prefix_key + unit * rows * p_.head_dim, rows * p_.head_dim);
@@ -160,9 +170,5 @@ class BackwardPass {
   const BackwardSchedule schedule_;
   const Buffer partials_, buffers_;
 };
-
-static void attention_backward(const AttentionBackward& p, const Parallel& parallel) {
-  BackwardPass(p).run(parallel);
-}
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

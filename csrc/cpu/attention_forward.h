@@ -7,6 +7,7 @@
 #pragma once
 
 #include "microkernel.h"
+#include "prefix_groups.h"
 #include "scores.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
@@ -18,10 +19,11 @@ struct ForwardScratch {
   int64_t key_width, value_width;  // head sizes rounded up to whole vectors
   float* rows;                     // [kLanes, wider of the two]
   float* query;                    // [key_width, kLaneStride] transposed and scaled
-  float *key, *value;              // [kKeys, key_width], [kKeys, value_width]
+  float *key, *value;              // room for a packed tile: [kKeys, key_width], [kKeys, value_width]
   float *scores, *mask;            // [kKeys, kLaneStride]
   float* out;                      // [value_width, kLaneStride] transposed
   float *maximum, *denominator;    // [kLanes]
+  TileRows k, v;                   // the tile at hand
   TilePlan plan;
   Ahead ahead;
 
@@ -39,7 +41,8 @@ struct ForwardScratch {
   }
 };
 
-static void begin_block(ForwardScratch& w, const AttentionProblem& p, const QueryBlock& block) {
+// `sinks` may be null: parts of a softmax that is merged later leave the sink to the merge.
+static void begin_block(ForwardScratch& w, const AttentionProblem& p, const QueryBlock& block, const float* sinks) {
   alignas(64) float factor[kWidth];
   store(factor, splat(query_factor(p)));
   load_rows(w.rows, w.key_width, p.query, block, p.head_dim);
@@ -48,19 +51,19 @@ static void begin_block(ForwardScratch& w, const AttentionProblem& p, const Quer
   for (int64_t i = 0; i < w.value_width * kLaneStride; i += kWidth) store(w.out + i, Vec{});
   for (int i = 0; i < kLanes; ++i) {
     // A sink is a key without a value: it only opens the denominator.
-    const float sink = p.sinks != nullptr && i < block.rows ? p.sinks[block.row[i].head] * kLog2e : -kInfinity;
+    const float sink = sinks != nullptr && i < block.rows ? sinks[block.row[i].head] * kLog2e : -kInfinity;
     w.maximum[i] = max(sink, kLowest);
     w.denominator[i] = sink >= kLowest ? 1.0f : 0.0f;
   }
 }
 
-// Absorbs the tile that lies in w.key and w.value. `first`: the output is still all zeros.
+// Absorbs the tile w.k, w.v. `first`: the output is still all zeros.
 static void absorb_tile(ForwardScratch& w, const AttentionProblem& p, int lanes, const float* mask, bool first) {
   const TilePlan& plan = w.plan;
   for (int n = 0; n < plan.num_runs; ++n) {
     const Run& run = plan.run[n];
-    multiply<ALayout::rows>(run.last - run.first, run.end - run.begin, p.head_dim,
-                            w.key + run.first * w.key_width, w.key_width, w.query + run.begin, kLaneStride,
+    multiply<ALayout::rows>(run.last - run.first, run.end - run.begin, p.head_dim, w.k.data + run.first * w.k.stride,
+                            w.k.stride, w.query + run.begin, kLaneStride,
                             w.scores + run.first * kLaneStride + run.begin, kLaneStride, false, w.ahead);
   }
   if (p.softcap > 0 || mask != nullptr || plan.partial) finish_scores(p, plan, w.scores, nullptr, mask);
@@ -96,10 +99,24 @@ static void absorb_tile(ForwardScratch& w, const AttentionProblem& p, int lanes,
 
   for (int n = 0; n < plan.num_runs; ++n) {
     const Run& run = plan.run[n];
-    multiply<ALayout::columns>(p.value_dim, run.end - run.begin, run.last - run.first,
-                               w.value + run.first * w.value_width, w.value_width,
-                               w.scores + run.first * kLaneStride + run.begin, kLaneStride, w.out + run.begin,
-                               kLaneStride, true, w.ahead);
+    multiply<ALayout::columns>(
+        p.value_dim, run.end - run.begin, run.last - run.first, w.v.data + run.first * w.v.stride, w.v.stride,
+        w.scores + run.first * kLaneStride + run.begin, kLaneStride, w.out + run.begin, kLaneStride, true, w.ahead);
+  }
+}
+
+// Absorbs slots [range) of a prefix, first of all tiles: the output is still all zeros.
+static void absorb_prefix(ForwardScratch& w, const AttentionProblem& p, int64_t prefix, int64_t kv_head,
+                          const KeyList& list, SlotRange range, int lanes) {
+  for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
+    const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
+    w.k = tile_rows(w.key, w.key_width, p.prefix_key, prefix, kv_head, 0, list, slot, keys, p.head_dim, true);
+    w.v = tile_rows(w.value, w.value_width, p.prefix_value, prefix, kv_head, 0, list, slot, keys, p.value_dim, true);
+    const int64_t next = slot + keys, end = min(next + kKeys, range.end);
+    w.ahead.add_keys(p.prefix_key, prefix, kv_head, next, end, p.head_dim);
+    w.ahead.add_keys(p.prefix_value, prefix, kv_head, next, end, p.value_dim);
+    plan_whole(w.plan, keys, lanes);
+    absorb_tile(w, p, lanes, nullptr, slot == range.begin);
   }
 }
 
@@ -128,14 +145,6 @@ struct ForwardUnit {
   SlotRange range;  // the keys it sees
 };
 
-static void ask_for_keys(Ahead& ahead, const AttentionProblem& p, const Sequence& s, const KeyList& list,
-                         int64_t kv_head, int64_t slot, int64_t end) {
-  if (slot >= end) return;
-  const int64_t first = s.key_start + list[slot], last = s.key_start + list[min(slot + kKeys, end) - 1] + 1;
-  ahead.add_keys(p.key, s.batch, kv_head, first, last, p.head_dim);
-  ahead.add_keys(p.value, s.batch, kv_head, first, last, p.value_dim);
-}
-
 static void forward_block(const AttentionForward& p, const ForwardUnit& unit, const ForwardUnit* next,
                           ForwardScratch& w) {
   const Sequence& s = *unit.sequence;
@@ -144,23 +153,18 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   const SlotRange range = unit.range;
   QueryBlock block;
   fill_block(block, p, s, kv_head, first_row);
-  begin_block(w, p, block);
+  begin_block(w, p, block, p.sinks);
   w.ahead.add_block(p.out, p, s, kv_head, first_row, p.value_dim);
   ask_for_keys(w.ahead, p, s, list, kv_head, range.begin, range.end);
 
-  bool first = true;
-  const KeyList prefix{nullptr, s.prefix >= 0 ? s.prefix_length : 0};
-  for (int64_t slot = 0; slot < prefix.count; slot += kKeys, first = false) {
-    const int keys = static_cast<int>(min<int64_t>(kKeys, prefix.count - slot));
-    load_keys(w.key, w.key_width, p.prefix_key, s.prefix, kv_head, 0, prefix, slot, keys, p.head_dim);
-    load_keys(w.value, w.value_width, p.prefix_value, s.prefix, kv_head, 0, prefix, slot, keys, p.value_dim);
-    plan_whole(w.plan, keys, block.lanes);
-    absorb_tile(w, p, block.lanes, nullptr, first);
-  }
+  const KeyList prefix{nullptr, prefix_of(s) >= 0 ? s.prefix_length : 0};
+  absorb_prefix(w, p, s.prefix, kv_head, prefix, {0, prefix.count}, block.lanes);
+  bool first = prefix.count == 0;
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    load_keys(w.key, w.key_width, p.key, s.batch, kv_head, s.key_start, list, slot, keys, p.head_dim);
-    load_keys(w.value, w.value_width, p.value, s.batch, kv_head, s.key_start, list, slot, keys, p.value_dim);
+    w.k = tile_rows(w.key, w.key_width, p.key, s.batch, kv_head, s.key_start, list, slot, keys, p.head_dim, true);
+    w.v =
+        tile_rows(w.value, w.value_width, p.value, s.batch, kv_head, s.key_start, list, slot, keys, p.value_dim, true);
     ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
     if (slot + kKeys >= range.end && next != nullptr) {
       w.ahead.add_block(p.query, p, *next->sequence, next->kv_head, next->first_row, p.head_dim);
@@ -176,7 +180,7 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
 
 // One unit of work: a block of rows of one sequence and one key/value head, later blocks first (with
 // causal attention they are the longest).
-static void attention_forward(const AttentionForward& p, const Parallel& parallel) {
+static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
   const KeyLists lists(p);
   const int64_t group = p.num_heads / p.num_kv_heads;
   auto blocks_of = [&](int64_t i) { return ceil_div(p.sequences[i].query_length * group, kLanes); };

@@ -6,7 +6,7 @@
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 // Adds up `count` rows, `stride` apart, in order.
-static const float* sum_rows(float* to, const float* from, int64_t stride, int64_t count, int64_t width) {
+static const float* add_rows(float* to, const float* from, int64_t stride, int64_t count, int64_t width) {
   if (count == 1) return from;
   for (int64_t d = 0; d < width; d += kWidth) {
     Vec total = load(from + d);
@@ -52,7 +52,7 @@ static void write_key_gradient(const View& to, const Sequence& s, const KeyList&
 static void write_prefix_gradient(float* to, const float* from, int64_t stride, int64_t buffers, int64_t rows,
                                   int64_t count, int64_t width, float scale, float* row) {
   for (int64_t i = 0; i < rows; ++i)
-    store_row(to + i * count, DType::f32, sum_rows(row, from + i * width, stride, buffers, width), count, scale);
+    store_row(to + i * count, DType::f32, add_rows(row, from + i * width, stride, buffers, width), count, scale);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

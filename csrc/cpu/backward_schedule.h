@@ -8,6 +8,7 @@
 // way.
 #pragma once
 
+#include "prefix_groups.h"
 #include "query_block.h"
 #include "visible_keys.h"
 
@@ -16,21 +17,21 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 struct Item {
   int64_t sequence;
   int64_t first_block, last_block;
-  SlotRange keys;         // that these queries see
-  int64_t part, parts;    // which piece of the sequence, of how many
-  int64_t partial;        // where its part of the key gradients lies, in rows; -1: the worker's scratch
+  SlotRange keys;       // that these queries see
+  int64_t part, parts;  // which piece of the sequence, of how many
+  int64_t partial;      // where its part of the key gradients lies, in rows; -1: the worker's scratch
   double cost;
 };
 
 struct Slot {
-  int64_t prefix;               // entry of the bank, or -1
+  int64_t prefix;  // entry of the bank, or -1
   int64_t first_item, last_item;
-  int64_t buffer;               // which buffer of prefix gradients; -1: the only slot of its prefix
+  int64_t buffer;  // which buffer of prefix gradients; -1: the only slot of its prefix
 };
 
 class BackwardSchedule {
  public:
-  static constexpr int64_t kUnits = 64;         // aimed at
+  static constexpr int64_t kUnits = 64;          // aimed at
   static constexpr int64_t kRowsPerPart = 1024;  // a part costs its keys' gradients once more
   static constexpr int64_t kBufferBytes = 64 << 20;
 
@@ -69,23 +70,14 @@ class BackwardSchedule {
     return num_items;
   }
 
-  static int64_t prefix_of(const Sequence& s) { return s.prefix_length > 0 ? max<int64_t>(s.prefix, -1) : -1; }
-
-  // Sorted by prefix, keeping the order of sequences: a counting sort.
   void fill_items(const KeyLists& lists, bool wants_keys) {
-    const int64_t prefixes = problem_.num_prefixes;
-    Buffer counts((prefixes + 2) * static_cast<int64_t>(sizeof(int64_t)));
-    auto* next = reinterpret_cast<int64_t*>(counts.data());
-    for (int64_t e = 0; e < prefixes + 2; ++e) next[e] = 0;
-    for (int64_t i = 0; i < problem_.num_sequences; ++i)
-      next[prefix_of(problem_.sequences[i]) + 2] += parts_of(problem_.sequences[i], wants_keys);
-    for (int64_t e = 0; e <= prefixes; ++e) next[e + 1] += next[e];
-    for (int64_t i = 0; i < problem_.num_sequences; ++i) {
-      const Sequence& s = problem_.sequences[i];
-      const int64_t parts = parts_of(s, wants_keys);
-      int64_t& place = next[prefix_of(s) + 1];
-      for (int64_t part = 0; part < parts; ++part) items[place++] = make_item(lists[i], i, part, parts, wants_keys);
-    }
+    const PrefixGroups groups(problem_);
+    Item* next = items;
+    for (int64_t prefix = -1; prefix < groups.num_prefixes(); ++prefix)
+      for (const int64_t* i = groups.begin(prefix); i != groups.end(prefix); ++i) {
+        const int64_t parts = parts_of(problem_.sequences[*i], wants_keys);
+        for (int64_t part = 0; part < parts; ++part) *next++ = make_item(lists[*i], *i, part, parts, wants_keys);
+      }
   }
 
   Item make_item(const KeyList& list, int64_t sequence, int64_t part, int64_t parts, bool wants_keys) {
@@ -94,8 +86,7 @@ class BackwardSchedule {
     Item item{sequence, blocks * part / parts, blocks * (part + 1) / parts, {0, 0}, part, parts, -1, 0};
     const int64_t first_row = item.first_block * kLanes;
     const int64_t last_row = min(item.last_block * kLanes, s.query_length * group) - 1;
-    if (last_row >= first_row)
-      item.keys = visible_slots(problem_, s, list, first_row / group, last_row / group);
+    if (last_row >= first_row) item.keys = visible_slots(problem_, s, list, first_row / group, last_row / group);
     const int64_t keys = item.keys.end - item.keys.begin;
     item.cost = static_cast<double>(last_row - first_row + 1) * static_cast<double>(keys + s.prefix_length) + 1;
     if (parts > 1 && wants_keys) {
@@ -112,8 +103,7 @@ class BackwardSchedule {
     for (int64_t i = 0; i < num_items; ++i) total += items[i].cost;
     const int64_t heads = problem_.num_kv_heads;
     double aim = static_cast<double>(ceil_div(kUnits, heads));
-    if (prefix_bytes > 0)
-      aim = min(aim, static_cast<double>(kBufferBytes) / static_cast<double>(prefix_bytes * heads));
+    if (prefix_bytes > 0) aim = min(aim, static_cast<double>(kBufferBytes) / static_cast<double>(prefix_bytes * heads));
     for (int64_t first = 0, last; first < num_items; first = last) {
       const int64_t prefix = prefix_of(problem_.sequences[items[first].sequence]);
       double cost = 0;

@@ -40,9 +40,9 @@ PREFIXCORE_INLINE VecHalf to_f16(Vec x) {
   const VecBits normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
   // Adding 0.5 puts the last bit of a denormal half at the last bit of the float: the addition rounds.
   const VecBits tiny = (VecBits)((Vec)size + 0.5f) - 0x3f000000u;
-  VecBits half = size < 0x38800000u ? tiny : normal;          // below 2^-14
+  VecBits half = size < 0x38800000u ? tiny : normal;  // below 2^-14
   const VecBits infinity = VecBits{} + 0x7c00u, nan = VecBits{} + 0x7e00u;
-  half = size >= 0x477ff000u ? infinity : half;               // 65520 and more
+  half = size >= 0x477ff000u ? infinity : half;  // 65520 and more
   half = size > 0x7f800000u ? nan : half;
   return __builtin_convertvector(half | sign, VecHalf);
 }

@@ -52,8 +52,7 @@ const Kernels* find(const char* name) {
   }
   std::string known;
   for (int i = 0; i < count; ++i) known += std::string(i ? ", " : "") + list[i].kernels->isa;
-  throw std::runtime_error(std::string("unknown instruction set '") + name + "' (PREFIXCORE_ISA): use one of " +
-                           known);
+  throw std::runtime_error(std::string("unknown instruction set '") + name + "' (PREFIXCORE_ISA): use one of " + known);
 }
 
 }  // namespace

@@ -2,10 +2,9 @@
 //   -DPREFIXCORE_ISA=baseline | avx2 | avx512
 // and that set's flags. Everything but the table below has internal linkage or lives in a namespace
 // named after the instruction set.
-#include "isa.h"
-
 #include "attention_backward_pass.h"
-#include "attention_forward.h"
+#include "attention_decode.h"
+#include "isa.h"
 
 #define PREFIXCORE_JOIN_(a, b) a##b
 #define PREFIXCORE_JOIN(a, b) PREFIXCORE_JOIN_(a, b)
@@ -13,6 +12,18 @@
 #define PREFIXCORE_TEXT(a) PREFIXCORE_TEXT_(a)
 
 namespace prefixcore::cpu {
+namespace PREFIXCORE_ISA {
+
+static void attention_forward(const AttentionForward& p, const Parallel& parallel) {
+  if (DecodePass::fits(p))
+    DecodePass(p).run(parallel);
+  else
+    forward_pass(p, parallel);
+}
+
+static void attention_backward(const AttentionBackward& p, const Parallel& parallel) { BackwardPass(p).run(parallel); }
+
+}  // namespace PREFIXCORE_ISA
 
 extern const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA);
 const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA) = {

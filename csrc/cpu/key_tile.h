@@ -1,12 +1,12 @@
-// A tile of keys and values, packed as float32, and the plan of which lanes see which of its keys.
+// A tile of keys and values as float32, and the plan of which lanes see which of its keys.
 //
-// Packing costs one pass over the tile and is what lets every dtype, stride and padding share one
-// microkernel. The plan is a list of runs: consecutive keys that the same lanes see. A tile inside
-// the causal triangle is one run of all lanes; on the diagonal, keys that only the later lanes see
-// form shorter runs, and the products skip the rest.
+// float32 keys without padding are read where they lie; everything else is packed into float32 rows
+// first, so that every dtype, stride and padding shares one microkernel. The plan is a list of runs: consecutive keys
+// that the same lanes see. A tile inside the causal triangle is one run of all lanes; on the diagonal, keys that only
+// the later lanes see form shorter runs, and the products skip the rest.
 #pragma once
 
-#include "query_block.h"
+#include "ahead.h"
 #include "visible_keys.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
@@ -62,15 +62,15 @@ static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Seque
 }
 
 template <DType dtype>
-static void load_keys(float* to, int64_t width, const char* from, int64_t row_stride, const KeyList& list,
-                      int64_t slot, int keys, int64_t count) {
+static void load_keys(float* to, int64_t width, const char* from, int64_t row_stride, const KeyList& list, int64_t slot,
+                      int keys, int64_t count) {
   for (int i = 0; i < keys; ++i)
     load_row<dtype>(to + i * width, from + list[slot + i] * row_stride * size_of(dtype), count, width);
 }
 
 // to[keys x width] from rows of `view` at [batch, head, start + position of each slot].
-static void load_keys(float* to, int64_t width, const ConstView& view, int64_t batch, int64_t head,
-                      int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count) {
+static void load_keys(float* to, int64_t width, const ConstView& view, int64_t batch, int64_t head, int64_t start,
+                      const KeyList& list, int64_t slot, int keys, int64_t count) {
   const int64_t stride = view.stride[2];
   const char* from = static_cast<const char*>(view.data) +
                      (batch * view.stride[0] + head * view.stride[1] + start * stride) * size_of(view.dtype);
@@ -79,6 +79,31 @@ static void load_keys(float* to, int64_t width, const ConstView& view, int64_t b
     case DType::bf16: return load_keys<DType::bf16>(to, width, from, stride, list, slot, keys, count);
     case DType::f16: return load_keys<DType::f16>(to, width, from, stride, list, slot, keys, count);
   }
+}
+
+// A tile of keys or values: float32 rows, `stride` apart.
+struct TileRows {
+  const float* data;
+  int64_t stride;
+};
+
+// In place if that is allowed and possible, else packed into `room` [keys x width].
+static TileRows tile_rows(float* room, int64_t width, const ConstView& view, int64_t batch, int64_t head, int64_t start,
+                          const KeyList& list, int64_t slot, int keys, int64_t count, bool in_place) {
+  if (in_place && view.dtype == DType::f32 && list.position == nullptr)
+    return {static_cast<const float*>(view.data) + row_offset(view.stride, {batch, head, start + slot}),
+            view.stride[2]};
+  load_keys(room, width, view, batch, head, start, list, slot, keys, count);
+  return {room, width};
+}
+
+// Asks for the keys and values of the tile that starts at `slot`.
+static void ask_for_keys(Ahead& ahead, const AttentionProblem& p, const Sequence& s, const KeyList& list,
+                         int64_t kv_head, int64_t slot, int64_t end) {
+  if (slot >= end) return;
+  const int64_t first = s.key_start + list[slot], last = s.key_start + list[min(slot + kKeys, end) - 1] + 1;
+  ahead.add_keys(p.key, s.batch, kv_head, first, last, p.head_dim);
+  ahead.add_keys(p.value, s.batch, kv_head, first, last, p.value_dim);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

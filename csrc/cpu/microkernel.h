@@ -20,14 +20,13 @@ constexpr int kBlockRows = 6, kBlockVectors = 2;
 enum class ALayout { rows, columns };
 
 template <ALayout layout, int rows, int vectors>
-static void multiply_block(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                           float* c, int64_t c_stride, bool accumulate) {
+static void multiply_block(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                           int64_t c_stride, bool accumulate) {
   Vec sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j)
-      sum[i][j] = accumulate ? load(c + i * c_stride + j * kWidth) : Vec{};
+    for (int j = 0; j < vectors; ++j) sum[i][j] = accumulate ? load(c + i * c_stride + j * kWidth) : Vec{};
   const float* a_row[rows];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) a_row[i] = a + i * a_stride;
@@ -61,9 +60,9 @@ constexpr MultiplyBlock block_if_it_fits() {
 // multiply_blocks<layout>[rows - 1][vectors - 1]
 template <ALayout layout>
 constexpr MultiplyBlock multiply_blocks[kBlockRows][4] = {
-#define PREFIXCORE_BLOCKS(rows)                                               \
-  {block_if_it_fits<layout, rows, 1>(), block_if_it_fits<layout, rows, 2>(),  \
-   block_if_it_fits<layout, rows, 3>(), block_if_it_fits<layout, rows, 4>()}
+#define PREFIXCORE_BLOCKS(rows)                                                                                   \
+  {block_if_it_fits<layout, rows, 1>(), block_if_it_fits<layout, rows, 2>(), block_if_it_fits<layout, rows, 3>(), \
+   block_if_it_fits<layout, rows, 4>()}
     PREFIXCORE_BLOCKS(1), PREFIXCORE_BLOCKS(2), PREFIXCORE_BLOCKS(3),
     PREFIXCORE_BLOCKS(4), PREFIXCORE_BLOCKS(5), PREFIXCORE_BLOCKS(6),
 #undef PREFIXCORE_BLOCKS
@@ -81,10 +80,10 @@ static void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_
     int64_t i = 0;
     for (int64_t r = 0; r < blocks; ++r) {
       const int64_t end = M * (r + 1) / blocks;
-      multiply_blocks<layout>[end - i - 1][last - first - 1](
-          K, a + (layout == ALayout::rows ? i * a_stride : i), a_stride, b + j, b_stride,
-          c + i * c_stride + j, c_stride, accumulate);
-      ahead.step();
+      multiply_blocks<layout>[end - i - 1][last - first - 1](K, a + (layout == ALayout::rows ? i* a_stride : i),
+                                                             a_stride, b + j, b_stride, c + i* c_stride + j, c_stride,
+                                                             accumulate);
+      ahead.step<32>();
       i = end;
     }
     first = last;

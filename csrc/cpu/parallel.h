@@ -15,8 +15,7 @@ struct Parallel {
   template <class Body>
   void operator()(int64_t count, Body& body) const {
     if (count > 0)
-      run(count, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
-          &body);
+      run(count, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
   }
 };
 

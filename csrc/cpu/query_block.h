@@ -40,8 +40,7 @@ static void fill_block(QueryBlock& block, const AttentionProblem& p, const Seque
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t last = min(first + kLanes, s.query_length * group);
   block.rows = block.lanes = 0;
-  for (int64_t r = first; r < last; ++r)
-    block.add({s.batch, kv_head * group + r % group, s.query_start + r / group});
+  for (int64_t r = first; r < last; ++r) block.add({s.batch, kv_head * group + r % group, s.query_start + r / group});
 }
 
 PREFIXCORE_INLINE int64_t row_offset(const int64_t (&stride)[3], const Row& r) {
@@ -68,8 +67,7 @@ static void load_rows(float* to, int64_t width, const ConstView& from, const Que
 static void store_rows(const View& to, const QueryBlock& block, const float* from, int64_t width, int64_t count) {
   char* data = static_cast<char*>(to.data);
   for (int i = 0; i < block.rows; ++i)
-    store_row(data + row_offset(to.stride, block.row[i]) * size_of(to.dtype), to.dtype, from + i * width, count,
-              1.0f);
+    store_row(data + row_offset(to.stride, block.row[i]) * size_of(to.dtype), to.dtype, from + i * width, count, 1.0f);
 }
 
 // to[lane] = sum of a[lane][:] * b[lane][:] over `width` columns.
@@ -82,10 +80,7 @@ static void row_dots(float* to, const float* a, const float* b, int64_t width, i
       for (int64_t d = 0; d < width; d += kWidth) total += load(a + row + d) * load(b + row + d);
       partial[k] = total;
     }
-    transpose_square<kWidth / 2>(partial);
-    Vec total{};
-    for (int k = 0; k < kWidth; ++k) total += partial[k];
-    store(to + i, total);
+    store(to + i, sum_rows(partial));
   }
 }
 

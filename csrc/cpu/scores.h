@@ -9,48 +9,58 @@
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 // What queries are multiplied by before the product with the keys.
-inline float query_factor(const AttentionProblem& p) {
-  return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e;
-}
+inline float query_factor(const AttentionProblem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e; }
 
 // Additive masks at or below this hide the key: libraries write "minus infinity" as the lowest
 // finite number, beside which a log-sum-exp would have no digits left.
 constexpr float kHidden = -1e30f;
 
-template <class Read>
-static void fill_mask(float* to, const QueryBlock& block, const Mask& mask, int64_t start, const KeyList& list,
-                      int64_t slot, int keys, Read read) {
-  for (int lane = 0; lane < block.lanes; ++lane) {
-    if (lane >= block.rows) {
-      for (int i = 0; i < keys; ++i) to[i * kLaneStride + lane] = 0;
-      continue;
-    }
-    const Row& r = block.row[lane];
-    const int64_t base = r.batch * mask.stride[0] + r.head * mask.stride[1] + r.token * mask.stride[2];
-    for (int i = 0; i < keys; ++i)
-      to[i * kLaneStride + lane] = read(base + (start + list[slot + i]) * mask.stride[3]);
-  }
-}
-
-// to[keys x kLaneStride]: what the mask adds to each score.
-static void fill_mask(float* to, const QueryBlock& block, const Mask& mask, int64_t start, const KeyList& list,
-                      int64_t slot, int keys) {
+// Calls use(read), where read(offset) is what one element of the mask adds to a score.
+template <class Use>
+PREFIXCORE_INLINE void read_mask(const Mask& mask, Use use) {
   auto scaled = [](float x) { return x <= kHidden ? -kInfinity : x * kLog2e; };
   if (mask.kind == Mask::Kind::boolean) {
     const auto* data = static_cast<const uint8_t*>(mask.data);
-    fill_mask(to, block, mask, start, list, slot, keys,
-              [=](int64_t i) { return data[i] != 0 ? 0.0f : -kInfinity; });
+    use([=](int64_t i) { return data[i] != 0 ? 0.0f : -kInfinity; });
   } else if (mask.dtype == DType::f32) {
     const auto* data = static_cast<const float*>(mask.data);
-    fill_mask(to, block, mask, start, list, slot, keys, [=](int64_t i) { return scaled(data[i]); });
+    use([=](int64_t i) { return scaled(data[i]); });
   } else {
     const auto* data = static_cast<const uint16_t*>(mask.data);
     const bool bf16 = mask.dtype == DType::bf16;
-    fill_mask(to, block, mask, start, list, slot, keys, [=](int64_t i) {
+    use([=](int64_t i) {
       const VecHalf x{data[i]};
       return scaled((bf16 ? from_bf16(x) : from_f16(x))[0]);
     });
   }
+}
+
+inline int64_t mask_offset(const Mask& mask, const Row& r) {
+  return r.batch * mask.stride[0] + r.head * mask.stride[1] + r.token * mask.stride[2];
+}
+
+// to[keys x kLaneStride]: what the mask adds to each score of a transposed tile.
+static void fill_mask(float* to, const QueryBlock& block, const Mask& mask, int64_t start, const KeyList& list,
+                      int64_t slot, int keys) {
+  read_mask(mask, [&](auto read) {
+    for (int lane = 0; lane < block.rows; ++lane) {
+      const int64_t base = mask_offset(mask, block.row[lane]);
+      for (int i = 0; i < keys; ++i)
+        to[i * kLaneStride + lane] = read(base + (start + list[slot + i]) * mask.stride[3]);
+    }
+  });
+  for (int lane = block.rows; lane < block.lanes; ++lane)
+    for (int i = 0; i < keys; ++i) to[i * kLaneStride + lane] = 0;
+}
+
+// to[keys rounded up to kWidth]: the same for one row, keys side by side.
+static void fill_mask_row(float* to, const Row& row, const Mask& mask, int64_t start, const KeyList& list, int64_t slot,
+                          int keys) {
+  read_mask(mask, [&](auto read) {
+    const int64_t base = mask_offset(mask, row);
+    for (int i = 0; i < keys; ++i) to[i] = read(base + (start + list[slot + i]) * mask.stride[3]);
+  });
+  for (int i = keys; i < round_up(keys, kWidth); ++i) to[i] = 0;
 }
 
 // In place. `slope` (or null) receives d(score)/d(product) of the softcap; `mask` may be null.

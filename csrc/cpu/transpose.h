@@ -30,9 +30,22 @@ template <int step>
 PREFIXCORE_INLINE void transpose_square(Vec (&rows)[kWidth]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i)
-    if ((i & step) == 0)
-      swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kWidth>());
+    if ((i & step) == 0) swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kWidth>());
   if constexpr (step > 1) transpose_square<step / 2>(rows);
+}
+
+// Lane i of the result is the sum of all lanes of rows[i].
+template <int step = kWidth / 2>
+PREFIXCORE_INLINE Vec sum_rows(Vec (&rows)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < step; ++i) {
+    swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kWidth>());
+    rows[i] += rows[i + step];
+  }
+  if constexpr (step > 1)
+    return sum_rows<step / 2>(rows);
+  else
+    return rows[0];
 }
 
 // to[j][i] = factor[j] * from[i][j]; rows and columns are multiples of kWidth. `factor` is an array

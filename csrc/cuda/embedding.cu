@@ -1,7 +1,7 @@
-#include "embedding.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "embedding.h"
 
 namespace prefixcore::cuda {
 namespace {

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+HIDDEN = -1e30
+"""An additive mask at or below this hides the key: libraries write minus infinity as the lowest finite number."""
+
+
 def prefix_attention_reference(
     query: Tensor,  # [B, H, T, D]
     key: Tensor,  # [B, Hkv, S, D]
@@ -69,7 +73,7 @@ def prefix_attention_reference(
     if padding is not None:
         visible = visible & padding[:, None, None, :]
     if mask is not None:
-        visible = visible & (mask if mask.dtype == torch.bool else mask != -torch.inf)
+        visible = visible & (mask if mask.dtype == torch.bool else mask > HIDDEN)
     in_prefix = torch.arange(capacity, device=query.device) < lengths[:, None]  # [B, P]
     visible = torch.cat([in_prefix[:, None, None, :].expand(*visible.shape[:3], capacity), visible], -1)
 
@@ -80,7 +84,7 @@ def prefix_attention_reference(
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None and mask.dtype != torch.bool:
-        bias = torch.where(mask == -torch.inf, 0, mask.to(compute))
+        bias = torch.where(mask > HIDDEN, mask.to(compute), 0)
         scores = scores + torch.cat([bias.new_zeros(*bias.shape[:3], capacity), bias], -1)
     scores = scores.masked_fill(~visible, -torch.inf)
 

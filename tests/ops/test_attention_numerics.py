@@ -47,18 +47,23 @@ def test_large_scores_are_right(isa: str, gain: float, dtype: torch.dtype) -> No
 
 
 def test_large_scores_are_not_slow(isa: str) -> None:
-    """Denormals in the exponential once cost a factor of twenty."""
+    """Denormals in the exponential once cost a factor of twenty. Processor time: others do not lengthen it."""
+    threads = torch.get_num_threads()
 
     def seconds(gain: float) -> float:
         problem = Problem(B=2, H=4, Hkv=4, T=256, D=64, P=20, gain=gain)
         best = float("inf")
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             run(problem)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
-    assert seconds(32.0) < 2.0 * seconds(1.0)
+    torch.set_num_threads(1)
+    try:
+        assert seconds(32.0) < 1.5 * seconds(1.0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_hidden_garbage_does_not_leak(isa: str) -> None:
@@ -98,6 +103,19 @@ def test_a_query_that_sees_nothing_yields_zeros(isa: str) -> None:
     assert (out[:, :, :2] == 0).all()
     assert (lse[:, :, :2] == -torch.inf).all()
     assert (out[:, :, 2:] != 0).any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_lowest_finite_number_hides_as_minus_infinity_does(isa: str, backend: str) -> None:
+    tensors, _ = Problem(B=1, T=5, P=0).tensors()
+    hide = torch.ones(1, 1, 5, 5).tril(-1) == 0  # the first query sees nothing at all
+    with prefixcore.use_backend(backend):
+        low, infinite = (
+            prefixcore.prefix_attention(**tensors, attn_mask=torch.zeros(1, 1, 5, 5).masked_fill(hide, value))
+            for value in (torch.finfo(torch.float32).min, -torch.inf)
+        )
+    assert torch.equal(low, infinite)
+    assert (low[:, :, 0] == 0).all()
 
 
 def test_memory_of_the_output_is_heads_last(isa: str) -> None:
