@@ -116,7 +116,7 @@ def _check_encoder(adapter: Adapter, state: dict[str, Tensor], started: bool) ->
     try:
         with torch.device("meta"):
             expected = _make(config, adapter.tensors, started=started).state_dict()
-    except (ValueError, OverflowError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # TypeError: torch, of a size beyond an int64
         raise AdapterError(f"config: {error}") from error
     _check_state(expected, state)
 

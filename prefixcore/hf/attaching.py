@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -51,11 +50,11 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
         shapes = [calls[i].shape for i in chosen]
         initial = prefix_start(model, config, chosen, shapes, tokenizer)
         module = Prefix(shapes, config, initial)
-        return attach_prefix(model, backbone, [calls[i] for i in chosen], module, config, tokenizer)
+        return attach_prefix(model, backbone, [calls[i] for i in chosen], module, tokenizer)
     if isinstance(config, (PromptTuningConfig, PTuningConfig)):
         width = reach_input(model)
         prompt = SoftPrompt(width, config, prompt_start(model, config, width, tokenizer))
-        return attach_soft_prompt(model, prompt, config, tokenizer)
+        return attach_soft_prompt(model, prompt, tokenizer)
     raise TypeError(
         f"config must be a PrefixTuningConfig, PromptTuningConfig or PTuningConfig, got {type(config).__name__}"
     )
@@ -134,7 +133,6 @@ def attach_prefix(
     backbone: PreTrainedModel,
     calls: list[AttentionCall],
     module: Prefix,
-    config: PrefixTuningConfig,
     tokenizer: Any = None,
 ) -> Handle:
     """Attaches a prefix that exists."""
@@ -143,24 +141,15 @@ def attach_prefix(
         _warn_of_dropout(model)
     module.to(calls[0].key.device).train(model.training)
     attachment = PrefixAttachment(model, backbone, module, calls)
-    return Handle(attachment, _settled(config, module), [call.shape for call in calls], tokenizer)
+    return Handle(attachment, [call.shape for call in calls], tokenizer)
 
 
-def attach_soft_prompt(
-    model: PreTrainedModel, module: SoftPrompt, config: PromptTuningConfig | PTuningConfig, tokenizer: Any = None
-) -> Handle:
+def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: Any = None) -> Handle:
     """Attaches a soft prompt that exists."""
     _check_room(model, module.num_virtual_tokens)
     embed: Any = model.get_input_embeddings()
     module.to(embed.weight.device).train(model.training)
-    return Handle(SoftPromptAttachment(model, module), _settled(config, module), [], tokenizer)
-
-
-def _settled(config: Any, module: Prefix | SoftPrompt) -> Any:
-    """`config` with the number of virtual tokens that a text turned out to have."""
-    if config.num_virtual_tokens is not None:
-        return config
-    return replace(config, num_virtual_tokens=module.num_virtual_tokens)
+    return Handle(SoftPromptAttachment(model, module), [], tokenizer)
 
 
 def _check_room(model: PreTrainedModel, num_virtual_tokens: int) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import Prefix, SoftPrompt
@@ -44,18 +43,6 @@ class Attachment:
             yield
         finally:
             self.enabled = before
-
-    @property
-    def device(self) -> torch.device:
-        """Where the virtual tokens are kept."""
-        tensors: Iterator[Tensor] = (t for kind in (self.module.parameters, self.module.buffers) for t in kind())
-        return next(tensors).device
-
-    def evaluate(self) -> Any:
-        """What the module computes, in its own precision: autocast would round what is added up over many steps."""
-        kind = self.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            return self.module()
 
 
 def refuse_replicas(module: nn.Module) -> None:

@@ -25,22 +25,20 @@ class Handle:
 
     Attributes:
         model: the model, changed in place.
-        config: what is attached.
         module: the trainable module, also `model.prefixcore` while attached.
+        config: what `module` trains: P is set, and a start given as tensors is the word "tensor".
         tokenizer: the tokenizer that `attach` was given, for the manifest; or None, also in a copy.
     """
 
     def __init__(
         self,
         attachment: PrefixAttachment | SoftPromptAttachment,
-        config: Config,
         layer_shapes: list[LayerShape],
         tokenizer: Any = None,
     ) -> None:
         self._attachment = attachment
         attachment.handle = self
         self._layer_shapes = layer_shapes
-        self.config = config
         self.tokenizer = tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -54,6 +52,10 @@ class Handle:
     @property
     def module(self) -> Prefix | SoftPrompt:
         return self._attachment.module
+
+    @property
+    def config(self) -> Config:
+        return self.module.config
 
     @property
     def is_attached(self) -> bool:

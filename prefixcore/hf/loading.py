@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..adapters import Adapter, AdapterError, compare_fingerprints, fingerprint, make_module, read_adapter
-from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
+from ..nn import Prefix, PrefixTuningConfig
 from .attaching import attach_prefix, attach_soft_prompt, check_model, reach, reach_input
 from .discover import AttentionCall
 from .handle import Handle
@@ -39,9 +38,7 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
     if isinstance(adapter.config, PrefixTuningConfig):
         assert isinstance(module, Prefix)
         calls, backbone = reach(model)
-        config = _config(adapter.config, module)
-        assert isinstance(config, PrefixTuningConfig)
-        return attach_prefix(model, backbone, _fitting(adapter, calls, directory), module, config)
+        return attach_prefix(model, backbone, _fitting(adapter, calls, directory), module)
     assert not isinstance(module, Prefix)
     width = reach_input(model)
     if module.hidden_size != width:
@@ -49,9 +46,7 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
             f"{directory}: its virtual tokens have {module.hidden_size} numbers, but the model's embeddings have "
             f"{width}; it was trained for another model"
         )
-    config = _config(adapter.config, module)
-    assert not isinstance(config, PrefixTuningConfig)
-    return attach_soft_prompt(model, module, config)
+    return attach_soft_prompt(model, module)
 
 
 def _fitting(adapter: Adapter, calls: list[AttentionCall], directory: str | Path) -> list[AttentionCall]:
@@ -74,19 +69,3 @@ def _fitting(adapter: Adapter, calls: list[AttentionCall], directory: str | Path
                 "it was trained for another model"
             )
     return chosen
-
-
-def _config(config: Config, module: Prefix | SoftPrompt) -> Config:
-    """What describes `module`: values alone, where it was made from values alone."""
-    if module.is_reparameterized:
-        return config
-    if isinstance(config, PTuningConfig):
-        return PromptTuningConfig(
-            num_virtual_tokens=config.num_virtual_tokens,
-            init="tensor",
-            task_type=config.task_type,
-            tokenizer_name_or_path=config.tokenizer_name_or_path,
-        )
-    if isinstance(config, PrefixTuningConfig):
-        return dataclasses.replace(config, reparameterization="none", prefix_projection=False)
-    return dataclasses.replace(config, reparameterization="none")

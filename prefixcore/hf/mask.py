@@ -40,6 +40,9 @@ def prefix_mask(
         allow_is_causal_skip: whether transformers says that `mask_function` is the plain structure.
         config: the model's.
         kwargs: what transformers' own `sdpa_mask` needs besides.
+
+    Raises:
+        ValueError: the padding mask is shorter than the sequence.
     """
     structural = allow_is_causal_skip and _ends_together(q_length, kv_length, q_offset, kv_offset)
     if not structural or not _is_plain(local_size, config):
@@ -58,6 +61,11 @@ def prefix_mask(
         )
     if attention_mask is None:
         return None
+    if attention_mask.shape[1] < kv_offset + kv_length:
+        raise ValueError(
+            f"attention_mask: expected a padding mask of all {kv_offset + kv_length} tokens, those in the cache "
+            f"included, got {list(attention_mask.shape)}"
+        )
     padding = attention_mask[:, kv_offset : kv_offset + kv_length]
     # Once a forward, not once a layer. Compiled code may not look at values, and keeps the mask.
     if not is_tracing(padding) and bool(padding.all()):

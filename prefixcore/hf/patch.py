@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ MODULE = "prefixcore"
 
 ATTACHMENT = "_prefixcore_attachment"
 """The attribute of an attached model that says what is attached."""
+
+
+_patches: WeakSet[Patch] = WeakSet()
+"""The patches in force, of all models: two models may share one configuration."""
 
 
 class Patch:
@@ -41,7 +46,10 @@ class Patch:
 
     def set_attention(self, backbone: PreTrainedModel, name: str) -> None:
         """Lets the attention of `backbone` run through the function registered as `name`."""
-        self.attention = attention_implementations(backbone)
+        # A configuration that another patch has switched already goes back to what it was before that.
+        before = {id(config): former for patch in _patches for config, former in patch.attention}
+        self.attention = [(c, before.get(id(c), former)) for c, former in attention_implementations(backbone)]
+        _patches.add(self)
         backbone.set_attn_implementation(name)
 
     def add_module(self, module: nn.Module, attachment: Any) -> None:
@@ -73,7 +81,9 @@ class Patch:
         if MODULE in self.model._modules:
             delattr(self.model, MODULE)
         self.model.__dict__.pop(ATTACHMENT, None)
-        restore_attention(self.attention)
+        _patches.discard(self)
+        in_use = {id(config) for patch in _patches for config, _ in patch.attention}
+        restore_attention([(config, former) for config, former in self.attention if id(config) not in in_use])
         self.attention = []
         for parameter, flag in self.frozen:
             parameter.requires_grad_(flag)

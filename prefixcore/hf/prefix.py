@@ -99,7 +99,7 @@ class PrefixAttachment(Attachment):
     def _fill_slots(self) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             self._baked = None  # a training step may follow
-            for slot, pair in zip(self.slots, self.evaluate(), strict=True):
+            for slot, pair in zip(self.slots, self.module(), strict=True):
                 slot.differentiable = pair
             return
         for slot, pair in zip(self.slots, self._baked_values(), strict=True):
@@ -110,11 +110,11 @@ class PrefixAttachment(Attachment):
     def _baked_values(self) -> list[Pair]:
         """The prefix without its graph, computed anew only where something it is made of has changed."""
         if torch.compiler.is_compiling():  # compiled code has no addresses to compare, and computes it each time
-            return [(key.detach(), value.detach()) for key, value in self.evaluate()]
+            return [(key.detach(), value.detach()) for key, value in self.module()]
         if self._baked is None or self._state != [(t.data_ptr(), t._version) for t in self._sources]:
             # Ordinary tensors even in inference mode: a later forward may need them in a graph.
             with torch.inference_mode(False), torch.no_grad():
-                self._baked = [(key.detach(), value.detach()) for key, value in self.evaluate()]
+                self._baked = [(key.detach(), value.detach()) for key, value in self.module()]
             self._sources = [*self.module.parameters(), *self.module.buffers()]
             self._state = [(t.data_ptr(), t._version) for t in self._sources]
         return self._baked

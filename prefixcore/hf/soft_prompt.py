@@ -96,6 +96,8 @@ class SoftPromptAttachment(Attachment):
         (rows, length), virtual = tokens.shape[:2], self.num_virtual_tokens
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         cache = kwargs.get("past_key_values")
+        if mask is not None and mask.shape[1] < length:
+            raise ValueError(f"attention_mask: expected a padding mask of all {length} tokens, got {list(mask.shape)}")
         layout = Layout.of(mask, rows, length, virtual)
         if cache is not None and layout.lead is not None and bool((layout.lead == length).any()):
             raise ValueError(
@@ -134,7 +136,7 @@ class SoftPromptAttachment(Attachment):
 
     def _embed(self, layout: Layout, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """Embeddings [B, P + T, E] of an input with its prompt."""
-        virtual = self.evaluate()
+        virtual = self.module()
         embed: Any = self.model.get_input_embeddings()
         if ids is not None and ids.numel():
             size = embed.weight.shape[0]
@@ -224,6 +226,8 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
         )
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if isinstance(tokens, Tensor) and tokens.dim() < 2:
+        raise ValueError(f"the model needs input_ids [B, T] or inputs_embeds [B, T, E], got {list(tokens.shape)}")
     if not isinstance(tokens, Tensor) or tokens.shape[1] < 2:  # one token: its shape tells nothing
         return
     for name, value in kwargs.items():
@@ -232,9 +236,12 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
 
 
 def _cut(output: Any, layout: Layout) -> Any:
-    """`output` with every tensor [B, P + T, ...] in it cut to [B, T, ...]; a cache keeps what it holds."""
+    """`output` with every tensor [B, P + T] or [B, P + T, ...] in it cut to the caller's T.
+
+    Attention weights [B, H, P + T, P + T] keep what they say about the prompt, and a cache what it holds.
+    """
     if isinstance(output, Tensor):
-        if output.dim() > 1 and output.shape[:2] == (layout.rows, layout.virtual + layout.length):
+        if output.dim() in (2, 3) and output.shape[:2] == (layout.rows, layout.virtual + layout.length):
             return layout.cut(output)
         return output
     if isinstance(output, dict):  # transformers' ModelOutput

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ class PromptEncoder(nn.Module):
 def without_autocast(module: nn.Module) -> Tensor:
     """What one of these modules makes, in its parameters' own dtype under autocast too."""
     device = next(module.parameters()).device
-    with torch.autocast(device.type, enabled=False):
+    with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         return module()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .checks import wrong
+from .checks import check_tensor, wrong
 
 _INTEGERS = (torch.int64, torch.int32)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
+_LARGEST = torch.finfo(torch.float32).max  # scores are computed in float32
 
 
 def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -45,6 +45,8 @@ def as_bank(
         if prefix_key is not prefix_value:
             raise wrong(ValueError, "prefix_key and prefix_value", "both or neither", "one of them")
         return query.new_empty(1, kv_heads, 0, dim), query.new_empty(1, kv_heads, 0, value_dim)
+    check_tensor("prefix_key", prefix_key)
+    check_tensor("prefix_value", prefix_value)
     if prefix_key.dim() == 3 and prefix_value.dim() == 3:
         prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
     for name, x, width in (("prefix_key", prefix_key, dim), ("prefix_value", prefix_value, value_dim)):
@@ -52,7 +54,8 @@ def as_bank(
             expected = f"[{kv_heads}, P, {width}] or a bank [N, {kv_heads}, P, {width}]"
             raise wrong(ValueError, name, expected, list(x.shape))
         if x.dtype != query.dtype and x.dtype != torch.float32:
-            raise wrong(TypeError, name, f"{query.dtype} or float32", x.dtype)
+            expected = "torch.float32" if query.dtype == torch.float32 else f"{query.dtype} or torch.float32"
+            raise wrong(TypeError, name, expected, x.dtype)
         if x.device != query.device:
             raise wrong(ValueError, name, f"device {query.device} as query", x.device)
     if prefix_value.shape[:3] != prefix_key.shape[:3]:
@@ -66,6 +69,7 @@ def as_bank(
 
 
 def _check_integers(name: str, x: Tensor, length: int, meaning: str, device: torch.device) -> None:
+    check_tensor(name, x)
     if x.dtype not in _INTEGERS:
         raise wrong(TypeError, name, "int64 or int32", x.dtype)
     if x.dim() != 1 or x.shape[0] != length:
@@ -90,6 +94,7 @@ def check_bank(
 
 def check_packing(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> int:
     """How many sequences are packed."""
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         expected = "[sequences + 1], starting at 0 and ending at T"
         raise wrong(ValueError, "cu_seqlens", expected, list(cu_seqlens.shape))
@@ -105,6 +110,7 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
     """The mask as ``(padding [B, S] bool, mask [B, H, T, S])``, at most one of them not None."""
     if attn_mask is None:
         return None, None
+    check_tensor("attn_mask", attn_mask)
     (batch, heads, queries, _), keys, shape = query.shape, key.shape[2], list(attn_mask.shape)
     boolean = attn_mask.dtype == torch.bool
     if not boolean and not attn_mask.dtype.is_floating_point:
@@ -112,7 +118,7 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
         raise wrong(TypeError, "attn_mask", expected, attn_mask.dtype, "turn a mask of 0 and 1 into mask.bool()")
     if attn_mask.device != query.device:
         raise wrong(ValueError, "attn_mask", f"device {query.device} as query", attn_mask.device)
-    if attn_mask.requires_grad:
+    if attn_mask.requires_grad and torch.is_grad_enabled():
         expected, got = "a constant (no gradient is computed for it)", "a tensor that requires a gradient"
         raise wrong(ValueError, "attn_mask", expected, got, "pass attn_mask.detach()")
     if attn_mask.dim() == 2:
@@ -132,17 +138,31 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
 
 
 def check_options(
-    query: Tensor, scale: float | None, sliding_window: int | None, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
-    """The options that change the scores."""
-    if scale is not None and not math.isfinite(scale):
+    """The options that change the scores. Comparisons that NaN fails, and that compiled code can make."""
+    if not isinstance(is_causal, bool):
+        raise wrong(TypeError, "is_causal", "True or False", repr(is_causal))
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if x is not None and not isinstance(x, _NUMBERS):
+            raise wrong(TypeError, name, "a number, or None", type(x).__name__)
+    if scale is not None and not -_LARGEST <= scale <= _LARGEST:
         raise wrong(ValueError, "scale", "a finite number", scale)
-    if sliding_window is not None and sliding_window <= 0:
-        raise wrong(ValueError, "sliding_window", "at least 1, or None", sliding_window)
-    if softcap is not None and softcap <= 0:
-        raise wrong(ValueError, "softcap", "more than 0, or None", softcap)
+    if softcap is not None and not 0 < softcap <= _LARGEST:
+        raise wrong(ValueError, "softcap", "a finite number more than 0, or None", softcap)
+    if sliding_window is not None:
+        if isinstance(sliding_window, bool) or not isinstance(sliding_window, (int, torch.SymInt)):
+            raise wrong(TypeError, "sliding_window", "an integer, or None", repr(sliding_window))
+        if sliding_window <= 0:
+            raise wrong(ValueError, "sliding_window", "at least 1, or None", sliding_window)
     if sinks is None:
         return
+    check_tensor("sinks", sinks)
     if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
         raise wrong(ValueError, "sinks", f"one logit a head [{query.shape[1]}]", list(sinks.shape))
     if not sinks.dtype.is_floating_point:
@@ -162,7 +182,7 @@ def check_values(
     cu_seqlens: Tensor | None,
 ) -> None:
     """The checks that read tensors, for the reference: the kernels make them themselves."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or prefix_key.is_meta:
         return
     bank, capacity = prefix_key.shape[0], prefix_key.shape[2]
     for place, entry in enumerate([] if prefix_index is None else prefix_index.tolist()):

@@ -7,7 +7,38 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+_functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of which the stubs know little
+
 
 def wrong(kind: type[Exception], name: str, expected: str, got: Any, hint: str = "") -> Exception:
     """The exception to raise for the argument ``name``."""
     return kind(f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Raises TypeError unless `x` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise wrong(TypeError, name, "a tensor", type(x).__name__)
+
+
+def check_derivatives(op: str) -> None:
+    """Raises NotImplementedError where the kernels' derivatives would be lost: they are known to ``backward`` alone.
+
+    Without this, forward-mode differentiation would silently take every derivative for zero.
+    """
+    if torch.compiler.is_compiling():
+        return
+    stack = _functorch.get_interpreter_stack()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0  # also inside torch.func.jvp
+    if stack is None and not forward_mode:
+        return
+    if forward_mode or any(level.key().name == "Grad" for level in stack):
+        got = "forward-mode differentiation" if forward_mode else "torch.func.grad or vjp"
+        raise NotImplementedError(
+            f"{op}: expected the gradient to be taken by backward() or torch.autograd.grad, got {got}, which the "
+            "kernels have no rule for; take it through the reference, inside "
+            "'with prefixcore.use_backend(\"reference\")'"
+        )

@@ -17,8 +17,12 @@ from .attention_checks import (
     check_values,
     split_mask,
 )
+from .checks import check_derivatives, check_tensor
 from .reference import prefix_attention_reference
 from .select import backend_name
+
+_ENDLESS = 2**31 - 1
+"""A sliding window that no sequence fills; the kernels count with larger ones past the end of an int64."""
 
 
 @overload
@@ -80,7 +84,8 @@ def prefix_attention(
             padding.
         attn_mask: over the sequence's keys only. Two dimensions mean a padding mask ``[B, S]`` (bool, True is
             visible), which has a path of its own; three or four broadcast to ``[B, H, T, S]``, bool or
-            additive. Write a mask ``[T, S]`` as ``mask[None, None]``. Gets no gradient.
+            additive (at or below -1e30, as at minus infinity, the key is hidden). Write a mask ``[T, S]`` as
+            ``mask[None, None]``. Gets no gradient.
         is_causal: query i sees keys ``j <= i + S - T``: aligned bottom-right, so that the last query sees
             every key (decoding with a cache). Note that PyTorch's SDPA aligns top-left.
         scale: of the scores; ``1 / sqrt(D)`` if None.
@@ -99,8 +104,11 @@ def prefix_attention(
 
     Raises:
         ValueError, TypeError, IndexError: what was expected, what came, how to mend it; before any work.
+        NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
     """
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
@@ -109,15 +117,16 @@ def prefix_attention(
     packed = 0 if cu_seqlens is None else check_packing(query, key, cu_seqlens)
     check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
     padding, mask = split_mask(query, key, attn_mask)
-    check_options(query, scale, sliding_window, softcap, sinks)
+    check_options(query, is_causal, scale, sliding_window, softcap, sinks)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
 
     arguments = (
         query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens,
-        is_causal, scale, sliding_window or 0, softcap or 0.0,
+        is_causal, scale, min(sliding_window or 0, _ENDLESS), softcap or 0.0,
     )  # fmt: skip
     if backend_name("prefix_attention", query.device.type, query.dtype) != "reference":
+        check_derivatives("prefix_attention")
         out, lse = torch.ops.prefixcore.prefix_attention(*arguments)
     else:
         check_values(query.shape[2], prefix_key, prefix_index, prefix_lengths, cu_seqlens)

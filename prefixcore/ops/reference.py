@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 HIDDEN = -1e30
 """An additive mask at or below this hides the key: libraries write minus infinity as the lowest finite number."""
 

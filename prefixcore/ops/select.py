@@ -46,11 +46,13 @@ def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
 def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     """The backend that ``op`` uses for tensors on ``device`` with ``dtype``, and why.
 
-    Raises ``ValueError`` for an unknown op and if a forced backend is unknown or cannot do this, and
-    ``RuntimeError`` if the compiled library that would be used is missing.
+    Raises ``TypeError`` if ``dtype`` is not one, ``ValueError`` for an unknown op and if a forced backend is unknown
+    or cannot do this, and ``RuntimeError`` if the compiled library that would be used is missing.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}: use one of {OPS}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     device_type = torch.device(device).type
     name = backend_name(op, device_type, dtype)
     if _forced is not None:
@@ -64,7 +66,11 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces one backend (see ``BACKENDS``) inside a ``with`` block; ``None`` forces none."""
+    """Forces one backend (see ``BACKENDS``) inside a ``with`` block; ``None`` forces none.
+
+    For the whole process while the block runs, not for its thread alone: threads that force different backends at
+    the same time are in each other's way.
+    """
     global _forced
     if name is not None and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: use one of {BACKENDS}, or None")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import wrong
+from .checks import check_derivatives, check_tensor, wrong
 from .reference import soft_embedding_reference
 from .select import backend_name
 
@@ -28,7 +28,10 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     Raises:
         IndexError: an id outside ``[0, V + N)``, with its value and place.
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a table that wants a gradient.
+        NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
     """
+    for name, x in (("input_ids", input_ids), ("weight", weight), ("virtual", virtual)):
+        check_tensor(name, x)
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise wrong(TypeError, "input_ids", "int64 or int32", input_ids.dtype, "convert it with .long()")
     if weight.dim() != 2 or not weight.dtype.is_floating_point:
@@ -47,6 +50,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
             "freeze it with weight.requires_grad_(False), or pass weight.detach()"
         )
     if backend_name("soft_embedding", weight.device.type, weight.dtype) != "reference":
+        check_derivatives("soft_embedding")
         return torch.ops.prefixcore.soft_embedding(input_ids, weight, virtual)
     _check_range(input_ids, weight.shape[0] + virtual.shape[0], weight.shape[0])
     return soft_embedding_reference(input_ids, weight, virtual)
@@ -54,7 +58,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
 
 def _check_range(input_ids: Tensor, limit: int, vocabulary: int) -> None:
     """Raises the IndexError that the kernels raise themselves."""
-    if torch.compiler.is_compiling() or input_ids.numel() == 0:
+    if torch.compiler.is_compiling() or input_ids.is_meta or input_ids.numel() == 0:
         return
     bad = ((input_ids < 0) | (input_ids >= limit)).nonzero()
     if len(bad):

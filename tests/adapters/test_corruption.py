@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefixcore.adapters import AdapterError, read_adapter
+from prefixcore.adapters.storage import describe
 
 from .models import SHAPES, UNEVEN, contents, flat, save
 
@@ -269,3 +271,43 @@ def test_a_training_state_of_another_shape_seed_or_config(copy_of, models, tmp_p
     config = json.loads((tmp_path / "basis" / MANIFEST).read_text())["config"]
     _rewrite(tmp_path / "basis", MANIFEST, config={**config, "seed": 2})
     assert "does not make the virtual tokens" in _refused(tmp_path / "basis", STATE)
+
+
+@pytest.mark.parametrize("size", [10**7, 10**12, 10**30])
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("uneven", "encoder_hidden_size"), ("prompt", "encoder_hidden_size"), ("prompt", "encoder_num_layers")],
+)
+def test_an_encoder_of_any_size_takes_no_memory(kind, field, size, copy_of):
+    """What a manifest claims is held against the state's tensors before a module of that size is made."""
+    folder = copy_of(kind)
+    config = json.loads((folder / MANIFEST).read_text())["config"]
+    _rewrite(folder, MANIFEST, config={**config, field: size})
+    _refused(folder, STATE)
+
+
+def test_a_state_without_its_start_is_named(copy_of):
+    folder = copy_of("prompt")
+    state = load_file(folder / STATE)
+    del state["initial"]
+    save_file(state, folder / STATE)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][STATE] = describe((folder / STATE).read_bytes())
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert "initial: missing" in _refused(folder, STATE)
+
+
+@pytest.mark.parametrize("name", [PEFT, MANIFEST])
+@pytest.mark.parametrize("what", ["too long", "folder", "pipe", "device"])
+def test_json_that_is_endless_or_no_file_is_not_read(name, what, copy_of):
+    path = copy_of("peft" if name == PEFT else "ours") / name
+    path.unlink()
+    if what == "too long":
+        path.write_bytes(b'{"a": [' + b"1," * 2**21 + b"1]}")
+    elif what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert ("at most" if what == "too long" else "not a file") in _refused(path.parent, name)

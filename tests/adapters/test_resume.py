@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from prefixcore.adapters import Manifest, make_module, read_adapter, write_adapter
+from prefixcore.nn import PrefixTuningConfig
 
 from .models import CONFIGS, SHAPES, UNEVEN, flat, same, save
+from .models import make_module as moved_module
 
 
 def _train(module, optimizer, steps):
@@ -81,3 +83,18 @@ def test_what_is_in_use_can_be_saved_again(name, llama, tmp_path):
     again = read_adapter(tmp_path / "two")
     assert same(again.tensors, adapter.tensors)
     assert again.config.to_dict() == plain.config.to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_module_cast_along_with_its_model_can_be_saved(name, dtype, llama, tmp_path):
+    """What is baked is what the file's numbers make in fp32, so that training can go on from them."""
+    config = CONFIGS[name]
+    shapes = SHAPES["llama"] if isinstance(config, PrefixTuningConfig) else None
+    module = moved_module(config, shapes or []).to(dtype)
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    write_adapter(tmp_path / "a", module=module, config=config, manifest=Manifest.create(llama, config, shapes))
+    adapter = read_adapter(tmp_path / "a")
+    assert same(make_module(adapter, trainable=True).bake(), adapter.tensors)
+    assert all(torch.equal(before[key], tensor) for key, tensor in module.state_dict().items())
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}

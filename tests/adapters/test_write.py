@@ -256,3 +256,23 @@ def test_manifest_describes_the_tokenizer_and_survives_json(llama):
     manifest = Manifest.create(llama, CONFIGS["prompt"], tokenizer=tiny.tokenizer())
     assert manifest.tokenizer["vocab_size"] == len(tiny.CHARACTERS) + 2
     assert Manifest.from_dict(manifest.to_dict()) == dataclasses.replace(manifest)
+
+
+class _NoTokenizer:
+    """Nothing but a name, and that not a string."""
+
+    name_or_path = Path("somewhere")
+
+
+def test_a_strange_tokenizer_is_no_reason_to_lose_a_training(llama, tmp_path):
+    manifest = Manifest.create(llama, CONFIGS["prompt"], tokenizer=_NoTokenizer())
+    write_adapter(
+        tmp_path / "a", module=make_module(CONFIGS["prompt"], []), config=CONFIGS["prompt"], manifest=manifest
+    )
+    described = read_adapter(tmp_path / "a").manifest.tokenizer
+    assert described == {"class": "_NoTokenizer", "name_or_path": "somewhere", "vocab_size": None}
+
+
+def test_a_task_is_a_text(llama):
+    with pytest.raises(TypeError, match="task: expected a text or None, got int"):
+        Manifest.create(llama, CONFIGS["prompt"], task=5)

@@ -320,6 +320,23 @@ def test_a_model_that_shares_the_configuration_is_not_touched() -> None:
     assert torch.equal(other(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_prefixes_on_one_configuration_are_detached_in_any_order(first: int) -> None:
+    config = make("llama").config
+    torch.manual_seed(0)
+    models = [transformers.LlamaForCausalLM(config).eval() for _ in range(2)]
+    batch, attention = padded("left"), config._attn_implementation
+    bare = [model(**batch).logits for model in models]
+    handles = [prefixcore.attach(model, CONFIGS[1]) for model in models]
+    attached = [model(**batch).logits for model in models]
+    handles[first].detach()
+    assert torch.equal(models[1 - first](**batch).logits, attached[1 - first])  # not lost, and no error
+    torch.testing.assert_close(models[first](**batch).logits, bare[first], rtol=1e-5, atol=1e-5)
+    handles[1 - first].detach()
+    assert config._attn_implementation == attention
+    assert all(torch.equal(model(**batch).logits, logits) for model, logits in zip(models, bare, strict=True))
+
+
 @pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3]])
 @pytest.mark.parametrize("where", ["add_module", "before"])
 def test_an_error_while_patching_leaves_the_model_untouched(
@@ -414,3 +431,9 @@ def test_which_backend_runs_can_be_asked() -> None:
             assert handle.backend() == prefixcore.which_backend(op, "cpu", torch.float32)
             with prefixcore.use_backend("reference"):
                 assert handle.backend().name == "reference"
+
+
+def test_a_handle_keeps_no_second_copy_of_a_start() -> None:
+    handle = prefixcore.attach(make("llama"), PromptTuningConfig(init=torch.randn(3, 32)))
+    assert handle.config.init == "tensor"
+    assert handle.config.num_virtual_tokens == 3

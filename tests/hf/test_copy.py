@@ -147,3 +147,13 @@ def test_to_another_dtype_and_back(config: Any) -> None:
     assert (low.float() - expected).norm() < 0.2 * expected.norm()
     model(**batch).loss.backward()
     assert all(p.grad.dtype == torch.bfloat16 for p in handle.parameters())
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if isinstance(c, PrefixTuningConfig)])
+def test_on_the_meta_device_a_prefix_has_shapes_alone(config: Any) -> None:
+    model, batch = make("llama"), padded("none")
+    prefixcore.attach(model, config)
+    expected = model(batch["input_ids"]).logits.shape
+    logits = model.to("meta")(batch["input_ids"].to("meta")).logits
+    assert logits.is_meta
+    assert logits.shape == expected

@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 import prefixcore
-from prefixcore import PrefixTuningConfig
+from prefixcore import PrefixTuningConfig, PromptTuningConfig
 from prefixcore.hf import attention
 
 from .models import make, padded, tokens
@@ -126,7 +126,10 @@ def test_a_mask_of_ones_own() -> None:
     assert not torch.allclose(both_ways, expected, atol=1e-3)
 
 
-def test_a_mask_that_is_too_short_is_an_error() -> None:
-    model, ids = attach("llama"), tokens(2, 6)
-    with pytest.raises(ValueError, match="attn_mask"):
-        model(ids, attention_mask=torch.tensor([[1, 1, 0], [0, 1, 1]]))
+@pytest.mark.parametrize("mask", [[[1] * 5] * 2, [[1, 1, 0, 0, 0], [0, 1, 1, 1, 1]]])
+@pytest.mark.parametrize("config", [PrefixTuningConfig(3, init="random"), PromptTuningConfig(3, init="random")])
+def test_a_mask_that_is_too_short_is_an_error(config: Any, mask: Any) -> None:
+    model = make("llama")
+    prefixcore.attach(model, config)
+    with pytest.raises(ValueError, match=r"attention_mask: expected .* all 6 tokens.*got \[2, 5\]"):
+        model(tokens(2, 6), attention_mask=torch.tensor(mask))

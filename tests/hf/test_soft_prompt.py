@@ -62,6 +62,21 @@ def test_lengths_that_coincide_are_not_confused() -> None:
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_weights_keep_what_they_say_about_the_prompt() -> None:
+    """P + T = H here: heads are not the sequence."""
+    model = make("llama", attn_implementation="eager", num_attention_heads=P + 3, num_key_value_heads=P + 3)
+    attach(model)
+    for weights in model(tokens(2, 3), output_attentions=True).attentions:
+        assert weights.shape == (2, P + 3, P + 3, P + 3)
+
+
+def test_ids_without_a_batch_are_refused() -> None:
+    model = make("llama")
+    attach(model)
+    with pytest.raises(ValueError, match=r"input_ids \[B, T\].*got \[6\]"):
+        model(tokens(1, 6)[0])
+
+
 def test_hidden_states_are_those_of_the_text() -> None:
     model, ids = make("llama"), tokens(2, 6)
     expected = model(torch.cat((text_ids(2), ids), 1), output_hidden_states=True).hidden_states

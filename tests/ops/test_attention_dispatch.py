@@ -185,3 +185,80 @@ def test_reference_is_the_forced_reference() -> None:
     got, got_lse = torch.ops.prefixcore.prefix_attention(*arguments)
     torch.testing.assert_close(got, out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got_lse, lse, atol=1e-5, rtol=1e-5)
+
+
+def test_scale_and_softcap_may_vary_in_compiled_code() -> None:
+    """Numbers that change become symbols, which the argument checks must be able to compare."""
+    torch._dynamo.reset()
+    t, _ = Problem(T=9).tensors()
+    compiled = torch.compile(
+        lambda t, scale, cap: prefixcore.prefix_attention(**t, scale=scale, softcap=cap),
+        fullgraph=True,
+        backend="eager",
+    )
+    for scale, cap in ((0.1, 1.0), (0.2, 2.0), (0.3, 3.0)):
+        want = prefixcore.prefix_attention(**t, scale=scale, softcap=cap)
+        torch.testing.assert_close(compiled(t, scale, cap), want)
+
+
+@pytest.mark.parametrize("window", [2**31, 2**62, 2**63 - 1, 2**70])
+def test_a_window_without_end_is_no_window(window: int) -> None:
+    t, _ = Problem(T=9).tensors()
+    with_window = prefixcore.prefix_attention(**t, sliding_window=window)
+    torch.testing.assert_close(with_window, prefixcore.prefix_attention(**t))
+
+
+def _attend(t: dict[str, torch.Tensor]) -> Any:
+    return lambda prefix_key: prefixcore.prefix_attention(**{**t, "prefix_key": prefix_key}).sin().sum()
+
+
+def _embed(t: dict[str, torch.Tensor]) -> Any:
+    return lambda rows: prefixcore.soft_embedding(torch.arange(4), torch.ones(2, t["prefix_key"].shape[2]), rows).sum()
+
+
+@pytest.mark.parametrize("op", [_attend, _embed])
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "dual", "vmap of grad"])
+def test_derivatives_that_would_be_lost_are_refused(op: Any, transform: str) -> None:
+    """Forward mode would take every derivative for zero; the reference has them all."""
+    t, _ = Problem(T=9).tensors()
+    f, x = op(t), t["prefix_key"] if op is _attend else t["prefix_key"][0, :2]
+
+    def derivative() -> Any:
+        if transform == "grad":
+            return torch.func.grad(f)(x)
+        if transform == "vjp":
+            return torch.func.vjp(f, x)[0]
+        if transform == "jvp":
+            return torch.func.jvp(f, (x,), (x,))[1]
+        if transform == "vmap of grad":
+            return torch.func.vmap(torch.func.grad(f))(torch.stack([x, x]))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            return torch.autograd.forward_ad.unpack_dual(f(dual)).tangent
+
+    with pytest.raises(NotImplementedError, match=r"use_backend\(\"reference\"\)"):
+        derivative()
+    with prefixcore.use_backend("reference"):
+        assert derivative().abs().max() > 0
+
+
+def test_vmap_is_a_loop() -> None:
+    t, _ = Problem(T=9).tensors()
+    queries = torch.stack([t["query"], 2 * t["query"]])
+    mapped = torch.func.vmap(lambda query: prefixcore.prefix_attention(**{**t, "query": query}))(queries)
+    torch.testing.assert_close(mapped[1], prefixcore.prefix_attention(**{**t, "query": queries[1]}))
+
+
+def test_on_the_meta_device_there_are_shapes_alone() -> None:
+    t, _ = Problem(T=9).tensors()
+    out = prefixcore.prefix_attention(**{name: x.to("meta") for name, x in t.items()})
+    assert out.is_meta
+    assert out.shape == prefixcore.prefix_attention(**t).shape
+    rows = prefixcore.soft_embedding(*(x.to("meta") for x in (torch.arange(3), torch.ones(2, 8), torch.ones(1, 8))))
+    assert rows.is_meta
+    assert rows.shape == (3, 8)
+
+
+def test_which_backend_wants_a_dtype() -> None:
+    with pytest.raises(TypeError, match=r"dtype: expected a torch\.dtype, got 'float32'"):
+        prefixcore.which_backend("prefix_attention", "cpu", "float32")  # type: ignore[arg-type]

@@ -94,6 +94,9 @@ def test_an_id_out_of_range_names_its_place(bad: int, backend: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
+        ({"input_ids": [1, 2]}, TypeError, "input_ids: expected a tensor, got list"),
+        ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+        ({"virtual": None}, TypeError, "virtual: expected a tensor, got NoneType"),
         ({"input_ids": torch.zeros(3)}, TypeError, r"\.long\(\)"),
         ({"weight": torch.randn(4)}, ValueError, "weight"),
         ({"virtual": torch.randn(2, 5)}, ValueError, "E = 4"),
