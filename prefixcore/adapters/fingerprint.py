@@ -23,7 +23,8 @@ _CONFIG_FACTS = (
     "head_dim",
     "vocab_size",
 )
-_FACTS = ("class", *_CONFIG_FACTS, "num_parameters")
+FACTS = ("class", *_CONFIG_FACTS, "num_parameters")
+"""The fields that decide whether a model has the right architecture."""
 
 # A digest is taken in a dtype that rounding from any of these leads to; float16 and bfloat16 can't stand for
 # each other.
@@ -61,14 +62,26 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def check_fingerprint(value: Mapping[str, Any]) -> None:
+    """Raises AdapterError, naming the field, unless `value` is one that `fingerprint` could have returned.
+
+    Without this, an adapter whose fingerprint was cut short would fit every model.
+    """
+    for field in (*FACTS, "weights"):
+        if field not in value:
+            raise AdapterError(f"base_model.{field}: missing")
+    if not isinstance(value["weights"], dict):
+        raise AdapterError("base_model.weights: expected digests by dtype")
+
+
 def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
     """Checks that an adapter trained for `expected` may be used with `actual`.
 
     Raises:
-        AdapterError: naming the first field that differs. A field that `expected` lacks is not compared.
+        AdapterError: naming the first field that differs.
     """
-    for field in _FACTS:
-        if field in expected and expected[field] != actual.get(field):
+    for field in FACTS:
+        if expected[field] != actual.get(field):
             raise AdapterError(
                 f"base_model.{field}: the adapter was trained for {expected[field]!r}, this model has "
                 f"{actual.get(field)!r}; load the model it was trained for ({_name(expected)})"

@@ -15,7 +15,7 @@ from torch import nn
 from ..nn import Config, LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from ..version import __version__
 from .errors import AdapterError
-from .fingerprint import fingerprint
+from .fingerprint import check_fingerprint, fingerprint
 
 FORMAT_VERSION = 1
 _CONFIGS = {config.method: config for config in (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)}
@@ -127,8 +127,7 @@ class Manifest:
                 raise AdapterError(f"{name}: missing")
             if not isinstance(values[name], types):
                 raise AdapterError(f"{name}: expected {types[0].__name__}, got {type(values[name]).__name__}")
-        if not isinstance(values["base_model"].get("weights", {}), dict):
-            raise AdapterError("base_model.weights: expected digests by dtype")
+        check_fingerprint(values["base_model"])
         unknown = sorted(set(values) - set(_TYPES))
         if unknown:
             raise AdapterError(f"{unknown[0]}: unknown field")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefixcore.adapters import AdapterError, read_adapter
+from prefixcore.adapters.fingerprint import FACTS
 from prefixcore.adapters.storage import describe
 
 from .models import SHAPES, UNEVEN, contents, flat, save
@@ -225,7 +226,9 @@ def _rewrite(folder: Path, name: str, **changes):
         ({"method": "p-tuning"}, "config: "),
         ({"surprise": 1}, "surprise: unknown field"),
         ({"peft_type": None}, "peft_type: None, but that of adapter_config.json is 'CARTRIDGE'"),
-        ({"base_model": {"weights": "abc"}}, "base_model.weights: expected digests"),
+        ({"base_model": {}}, "base_model.class: missing"),
+        ({"base_model": dict.fromkeys(FACTS)}, "base_model.weights: missing"),
+        ({"base_model": {**dict.fromkeys(FACTS), "weights": "abc"}}, "base_model.weights: expected digests"),
         ({"config": {}}, "config: "),
         ({"config": {"num_virtual_tokens": 5, "no_such": 1}}, "config: "),
         ({"config": {"num_virtual_tokens": 5, "rank": "many"}}, "config: rank must be"),
