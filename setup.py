@@ -11,6 +11,7 @@ semicolon-separated list (default ``80;90;100``); ``MAX_JOBS`` limits parallel c
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -69,13 +70,18 @@ def find_nvcc(torch_has_cuda: bool) -> str | None:
     return nvcc or None
 
 
-def import_or_fail(module: str):
-    try:
-        return __import__(module)
-    except ImportError:
-        fail(f"building needs {module}, which this environment lacks. Install what the library will run with and "
-             "build in the same environment:\n    pip install torch setuptools ninja pybind11\n"
-             "    pip install --no-build-isolation .")  # fmt: skip
+BUILD_TOOLS = ("torch", "ninja", "pybind11")
+
+
+def require_build_tools() -> None:
+    """Before pip resolves anything: a build without torch at hand would otherwise fail after downloading it."""
+    missing = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(
+            f"building needs {', '.join(missing)}, which this environment lacks. Install what the library will run "
+            "with and build in the same environment:\n    pip install torch setuptools ninja pybind11\n"
+            "    pip install --no-build-isolation ."
+        )
 
 
 class NinjaBuild(build_ext):
@@ -87,7 +93,9 @@ class NinjaBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
-        torch, ninja, pybind11 = (import_or_fail(name) for name in ("torch", "ninja", "pybind11"))
+        import ninja
+        import pybind11
+        import torch
         from ninja.ninja_syntax import Writer
 
         compiler, nvcc = find_compiler(), find_nvcc(torch.version.cuda is not None)
@@ -170,6 +178,9 @@ def _first_line(command: list[str]) -> str:
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     return lines[0] if lines else command[0]
 
+
+if {"dist_info", "bdist_wheel", "editable_wheel", "build", "build_ext", "install"} & set(sys.argv):
+    require_build_tools()
 
 setup(
     ext_modules=[Extension("prefixcore._kernels", sources=[]), Extension("prefixcore._host", sources=[])],

@@ -115,3 +115,18 @@ def test_a_build_that_cannot_work_says_what_to_install(environment: dict, messag
     assert result.returncode != 0
     assert message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_a_build_without_torch_stops_at_once() -> None:
+    """As in pip's isolated build environments, which ask for the metadata before they resolve anything."""
+    code = """
+import importlib.util, runpy, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+sys.argv = ["setup.py", "dist_info"]
+runpy.run_path("setup.py")
+"""
+    result = python(code)
+    assert result.returncode != 0
+    assert "building needs torch" in result.stderr
+    assert "pip install torch setuptools ninja pybind11" in result.stderr
