@@ -2,7 +2,7 @@
 
 Three front doors:
 
-* a transformers model: :func:`attach`, :func:`load` and the ``*Config`` classes;
+* a transformers model: :func:`attach`, :func:`load`, the ``*Config`` classes, :class:`PackedCollator`;
 * a framework of your own: :func:`prefix_attention` and :func:`soft_embedding`;
 * the command line: ``prefixcore train | generate | inspect | doctor``.
 
@@ -19,7 +19,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import AdapterError
-    from .hf import Handle, attach, load
+    from .hf import Handle, PackedCollator, attach, load
     from .nn import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
@@ -30,6 +30,7 @@ _LAZY = {
     "attach": "hf",
     "load": "hf",
     "Handle": "hf",
+    "PackedCollator": "hf",
     "AdapterError": "adapters",
 }
 
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterError",
     "Handle",
     "PTuningConfig",
+    "PackedCollator",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "__version__",

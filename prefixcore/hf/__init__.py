@@ -4,5 +4,6 @@ from .attaching import attach
 from .families import FAMILIES
 from .handle import Handle, attached
 from .loading import load
+from .packing import PackedCollator
 
-__all__ = ["FAMILIES", "Handle", "attach", "attached", "load"]
+__all__ = ["FAMILIES", "Handle", "PackedCollator", "attach", "attached", "load"]

@@ -71,14 +71,15 @@ def prefix_attention_forward(
         scaling, sliding_window, softcap: as the op's.
         is_causal: overrides `module.is_causal`.
         s_aux: [H], attention sinks.
-        cu_seq_lens_q, cu_seq_lens_k: of a packed batch; a mask that comes along says the same and is dropped.
+        cu_seq_lens_q, cu_seq_lens_k: of a packed batch; a mask that comes along says the same, or is the empty one
+            of `prefixcore.hf.packing`, and is dropped.
         position_bias, head_mask, cache, output_attentions: refused.
 
     Returns:
         [B, T, H, Dv], contiguous, and None for the weights.
 
     Raises:
-        NotImplementedError: an argument that the op has no place for, named.
+        NotImplementedError: an argument that the op has no place for, named; a packed batch without its lengths.
         RuntimeError: the module was called outside its model's forward.
     """
     if position_bias is not None or head_mask is not None or cache is not None or output_attentions:
@@ -99,6 +100,11 @@ def prefix_attention_forward(
 
     if cu_seq_lens_q is not None:
         attention_mask = None
+    elif attention_mask is not None and attention_mask.shape[-1] == 0:
+        raise NotImplementedError(
+            f"{type(module).__name__} is called without the cu_seq_lens_q that its model got, so sequences cannot be "
+            "packed in this model: pad them into rows of their own"
+        )
     if attention_mask is not None and attention_mask.dim() == 4:  # says everything: causality and window included
         is_causal, sliding_window = False, None
     elif is_causal is None:

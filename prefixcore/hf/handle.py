@@ -15,7 +15,9 @@ from ..adapters import Manifest, write_adapter
 from ..nn import Config, LayerShape, Prefix, SoftPrompt
 from ..ops import which_backend
 from ..ops.select import Choice
+from .families import is_known
 from .patch import ATTACHMENT
+from .positions import argument_names
 from .prefix import PrefixAttachment
 from .soft_prompt import SoftPromptAttachment
 
@@ -66,6 +68,12 @@ class Handle:
     def num_virtual_tokens(self) -> int:
         """P."""
         return self._attachment.num_virtual_tokens
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether `PackedCollator` suits: a prefix, on a known family, whose head computes the logits asked for."""
+        has_prefix = isinstance(self._attachment, PrefixAttachment)
+        return has_prefix and is_known(self.model) and "logits_to_keep" in argument_names(self.model)
 
     @property
     def num_trainable(self) -> int:

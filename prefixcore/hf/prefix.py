@@ -15,6 +15,7 @@ from ..nn import Prefix
 from .attachment import Attachment, refuse_replicas
 from .attention import ATTENTION, Pair
 from .discover import AttentionCall, check_reached
+from .packing import leave_mask_to_lengths
 from .patch import attention_implementations, restore_attention
 from .positions import argument_names, by_name, shift_positions
 
@@ -62,6 +63,8 @@ class PrefixAttachment(Attachment):
         self._check(backbone, kwargs)
         self._fill_slots()
         kwargs = by_name(self.names, args, kwargs)
+        if kwargs.get("cu_seq_lens_q") is not None:
+            leave_mask_to_lengths(kwargs)
         shift_positions(kwargs, self.num_virtual_tokens, self.limit)
         return (), kwargs
 

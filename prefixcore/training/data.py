@@ -178,15 +178,36 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int, *, side: st
     return {name: torch.tensor(values) for name, values in rows.items()}
 
 
-def batches(
-    examples: Sequence[TokenizedExample], batch_size: int, pad_token_id: int, seed: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield training batches for ever: every epoch a new order from `seed`, the short last batch kept."""
+def pack(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+    """Put examples end to end into one batch without padding: what `prefixcore.PackedCollator` makes of them."""
+    from ..hf import PackedCollator
+
+    return PackedCollator()(
+        [
+            {
+                "input_ids": example.prompt_ids + example.completion_ids,
+                "labels": [IGNORED] * len(example.prompt_ids) + example.completion_ids,
+            }
+            for example in examples
+        ]
+    )
+
+
+def make_batch(
+    examples: Sequence[TokenizedExample], pad_token_id: int, *, packed: bool, device: torch.device
+) -> dict[str, Any]:
+    """Examples as arguments for a model on `device`, packed or padded on the right."""
+    batch = pack(examples) if packed else collate(examples, pad_token_id)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def batches(examples: Sequence[TokenizedExample], batch_size: int, seed: int) -> Iterator[list[TokenizedExample]]:
+    """Yield the examples of each step for ever: every epoch a new order from `seed`, the short last batch kept."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
         for start in range(0, len(order), batch_size):
-            yield collate([examples[i] for i in order[start : start + batch_size]], pad_token_id)
+            yield [examples[i] for i in order[start : start + batch_size]]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import IGNORED, Example, TokenizedExample, collate, pad_id
+from .data import IGNORED, Example, TokenizedExample, collate, make_batch, pad_id
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,23 @@ def _in_eval_mode(model: nn.Module) -> Iterator[torch.device]:
 
 
 def held_out_loss(
-    model: nn.Module, examples: Sequence[TokenizedExample], pad_token_id: int, *, batch_size: int = 16
+    model: nn.Module,
+    examples: Sequence[TokenizedExample],
+    pad_token_id: int,
+    *,
+    batch_size: int = 16,
+    packed: bool = False,
 ) -> float:
-    """Mean loss in nats over every completion token of `examples`, each token counting the same."""
+    """Mean loss in nats over every completion token of `examples`, each token counting the same.
+
+    `packed`: without padding, as in `fit`; the same loss but for rounding.
+    """
     total, tokens = 0.0, 0
     with _in_eval_mode(model) as device:
         for start in range(0, len(examples), batch_size):
-            batch = collate(examples[start : start + batch_size], pad_token_id)
+            batch = make_batch(examples[start : start + batch_size], pad_token_id, packed=packed, device=device)
             # A model predicts from the token before: a label on the very first token is never scored.
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             total += float(model(**batch, use_cache=False).loss) * count
             tokens += count
     return total / tokens

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .data import TokenizedExample, batches, pad_id
+from .data import TokenizedExample, batches, make_batch, pad_id
 from .evaluate import held_out_loss
 
 
@@ -122,6 +122,7 @@ def train(
     *,
     held_out: Sequence[TokenizedExample] = (),
     options: TrainingOptions | None = None,
+    packed: bool | None = None,
     **progress: Any,
 ) -> TrainingRecord:
     """Train what `prefixcore.attach` put on a model.
@@ -132,6 +133,8 @@ def train(
         examples: what to learn, from `tokenize`.
         held_out: examples that are never trained on; only their loss is followed.
         options: how to train.
+        packed: batches without padding, and logits for the completions alone: the same losses but for rounding, in
+            less time. None: where `handle.can_pack`. A soft prompt is trained with padded batches.
         progress: `show_progress` and `on_held_out`, as in `fit`.
 
     Returns:
@@ -145,6 +148,7 @@ def train(
         held_out=held_out,
         pad_token_id=pad_id(tokenizer),
         options=options,
+        packed=handle.can_pack if packed is None else packed,
         **progress,
     )
 
@@ -157,6 +161,7 @@ def fit(
     held_out: Sequence[TokenizedExample] = (),
     pad_token_id: int = 0,
     options: TrainingOptions | None = None,
+    packed: bool = False,
     show_progress: bool | None = None,
     on_held_out: Callable[[int, float], None] | None = None,
 ) -> TrainingRecord:
@@ -168,6 +173,7 @@ def fit(
         examples, held_out: tokenised examples; see `train`.
         pad_token_id: fills short rows of a batch.
         options: how to train.
+        packed: give the model packed batches (see `prefixcore.PackedCollator`) in place of padded ones.
         show_progress: a progress bar on standard error; None: only on a terminal.
         on_held_out: called with `(step, loss)` after each held-out loss.
 
@@ -186,12 +192,12 @@ def fit(
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
     scheduler = LambdaLR(optimizer, options.factor)
     record = TrainingRecord(options)
-    source = batches(examples, options.batch_size, pad_token_id, options.seed)
+    source = batches(examples, options.batch_size, options.seed)
     device = trained[0].device
 
     def follow(step: int) -> None:
         if held_out:
-            loss = held_out_loss(model, held_out, pad_token_id)
+            loss = held_out_loss(model, held_out, pad_token_id, packed=packed)
             record.held_out_loss.append((step, loss))
             if on_held_out is not None:
                 on_held_out(step, loss)
@@ -207,7 +213,7 @@ def fit(
             model.train()
             while record.steps_done < options.steps and not stopping():
                 began = time.perf_counter()
-                batch = {name: tensor.to(device) for name, tensor in next(source).items()}
+                batch = make_batch(next(source), pad_token_id, packed=packed, device=device)
                 loss = _step(model, batch, trained, optimizer, scheduler, options)
                 record.step_seconds.append(time.perf_counter() - began)
                 record.train_loss.append((record.steps_done + 1, loss))
@@ -226,7 +232,7 @@ def fit(
 
 def _step(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Any],
     trained: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,

@@ -42,6 +42,22 @@ def test_a_prefix_in_one_graph() -> None:
                 parameter.add_(0.3)
 
 
+def test_a_packed_batch_in_one_graph() -> None:
+    model = make("mistral", sliding_window=3)
+    handle = prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=4, init="random"))
+    parts = [tokens(1, length, seed=length)[0] for length in (5, 2, 7)]
+    batch = prefixcore.PackedCollator()([{"input_ids": part, "labels": part} for part in parts])
+    expected = model(**batch, use_cache=False)
+    expected.loss.backward()
+    gradients = [p.grad.clone() for p in handle.parameters()]
+    model.zero_grad()
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch, use_cache=False)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    got.loss.backward()
+    for parameter, reference in zip(handle.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, reference, rtol=1e-5, atol=1e-7)
+
+
 def test_a_soft_prompt() -> None:
     model, batch = make("llama"), padded("left")
     handle = prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prefixcore.training import DataError, Example, TokenizedExample, collate, read_jsonl, split, tokenize
-from prefixcore.training.data import IGNORED, batches, pad_id
+from prefixcore.training.data import IGNORED, batches, make_batch, pad_id
 from tests import tiny
 
 
@@ -139,16 +139,28 @@ def test_labels_are_on_the_completion_only():
     assert left["labels"].tolist()[0] == [IGNORED, IGNORED, IGNORED, 7]
 
 
+def test_packed_or_padded_the_same_is_learnt():
+    rows = [TokenizedExample([5, 6], [7]), TokenizedExample([8], [9, 10, 11])]
+    packed, padded = (make_batch(rows, 0, packed=packed, device=torch.device("cpu")) for packed in (True, False))
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11]]
+    assert packed["cu_seq_lens_q"].tolist() == [0, 3, 7]
+    assert packed["logits_to_keep"].tolist() == [1, 3, 4, 5, 6]
+    assert packed["labels"].tolist() == [[IGNORED, 7, 9, 10, 11]]
+    assert {name: tensor.tolist() for name, tensor in padded.items()} == {
+        name: tensor.tolist() for name, tensor in collate(rows, 0).items()
+    }
+
+
 def test_every_epoch_sees_every_example_once_in_a_new_order():
     rows = [TokenizedExample([i], [100 + i]) for i in range(7)]
-    source = batches(rows, batch_size=3, pad_token_id=0, seed=1)
-    epochs = [[next(source)["input_ids"][:, 0] for _ in range(3)] for _ in range(2)]
-    orders = [torch.cat(epoch).tolist() for epoch in epochs]
+    source = batches(rows, batch_size=3, seed=1)
+    epochs = [[next(source) for _ in range(3)] for _ in range(2)]
+    orders = [[row.prompt_ids[0] for batch in epoch for row in batch] for epoch in epochs]
     assert [len(batch) for batch in epochs[0]] == [3, 3, 1]
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert orders[0] != orders[1]
-    again = batches(rows, batch_size=3, pad_token_id=0, seed=1)
-    assert next(again)["input_ids"][:, 0].tolist() == orders[0][:3]
+    again = batches(rows, batch_size=3, seed=1)
+    assert next(again) == epochs[0][0]
 
 
 def test_padding_falls_back_to_the_end_of_sequence():
