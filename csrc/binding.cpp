@@ -89,7 +89,16 @@ void run_parallel(int64_t count, void (*body)(void*, int64_t, int64_t), void* co
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-cpu::Parallel pool() { return {run_parallel, static_cast<int32_t>(torch::stable::get_num_threads())}; }
+void run_alone(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, count); }
+
+// Waking the pool costs microseconds, and milliseconds on a busy machine: less work than this is done by the calling
+// thread. Kernels give the same bits either way.
+constexpr double kWorthSharing = 1 << 20;  // multiplications
+
+cpu::Parallel pool(double multiplications) {
+  if (multiplications < kWorthSharing) return {run_alone, 1};
+  return {run_parallel, static_cast<int32_t>(torch::stable::get_num_threads())};
+}
 
 // --- prefix attention -----------------------------------------------------------------------------
 
@@ -149,6 +158,14 @@ struct Inputs {
     }
   }
 
+  // Of one of the products over queries and keys, as if nothing were masked.
+  double multiplications() const {
+    double pairs = 0;
+    for (const cpu::Sequence& s : sequences)
+      pairs += static_cast<double>(s.query_length) * static_cast<double>(s.key_length + s.prefix_length);
+    return pairs * static_cast<double>(query.size(1) * query.size(3));
+  }
+
   void fill(cpu::AttentionProblem& p, bool causal, double scale, int64_t window, double softcap) const {
     p.sequences = sequences.data();
     p.num_sequences = static_cast<int64_t>(sequences.size());
@@ -199,7 +216,7 @@ std::tuple<Tensor, Tensor> prefix_attention(Tensor query, Tensor key, Tensor val
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
   problem.lse_stride[0] = lse.stride(0);
   problem.lse_stride[1] = lse.stride(1);
-  cpu::kernels().attention.forward(problem, pool());
+  cpu::kernels().attention.forward(problem, pool(2 * inputs.multiplications()));
   return {out, lse};
 }
 
@@ -243,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     problem.grad_prefix_key = static_cast<float*>(grad_prefix_key.mutable_data_ptr());
     problem.grad_prefix_value = static_cast<float*>(grad_prefix_value.mutable_data_ptr());
   }
-  cpu::kernels().attention.backward(problem, pool());
+  cpu::kernels().attention.backward(problem, pool(5 * inputs.multiplications()));
   return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
 }
 
@@ -296,6 +313,8 @@ EmbeddingBackward embedding_problem(const Tensor& ids, const Tensor& grad, int64
   return p;
 }
 
+constexpr double kCopy = 8;  // copying a number takes as long as this many multiplications
+
 Tensor empty_embedding(const Tensor& input_ids, const Tensor& weight) {
   std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
   shape.push_back(weight.size(1));
@@ -308,7 +327,8 @@ Tensor soft_embedding_cpu(Tensor input_ids, Tensor weight, Tensor virtual_rows) 
   weight = rows(weight);
   virtual_rows = rows(virtual_rows);
   Tensor out = empty_embedding(input_ids, weight);
-  cpu::embedding_forward(embedding_problem(ids, weight, virtual_rows, out), pool());
+  const double numbers = static_cast<double>(out.numel());
+  cpu::embedding_forward(embedding_problem(ids, weight, virtual_rows, out), pool(kCopy * numbers));
   return out;
 }
 
@@ -317,7 +337,8 @@ Tensor soft_embedding_backward_cpu(Tensor grad, Tensor input_ids, int64_t vocabu
   check_ids(ids, input_ids, vocabulary, num_virtual);
   grad = torch::stable::contiguous(grad);
   Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
-  cpu::embedding_backward(embedding_problem(ids, grad, vocabulary, grad_virtual), pool());
+  const double numbers = static_cast<double>(grad.numel());
+  cpu::embedding_backward(embedding_problem(ids, grad, vocabulary, grad_virtual), pool(kCopy * numbers));
   return grad_virtual;
 }
 
