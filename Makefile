@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes the environment it needs in $(VENV), once.
+# `make demo`, `make test` and `make bench`. Each makes the environment it needs in $(VENV), once.
 #
 #   PYTHON=python3.12 make test     another Python, 3.10 or newer
 #   TORCH=torch==2.12.0 make test   another torch, 2.10 or newer
@@ -13,11 +13,12 @@ ARGS ?=
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench bench-quick lint format clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (under ten minutes on two cores)"
 	@echo "make test    run the tests"
+	@echo "make bench   measure everything beside its references (an hour); make bench-quick: the heart of it (five minutes)"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove the environment and what was built"
@@ -27,6 +28,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: SCALE := full
+bench-quick: SCALE := quick
+bench bench-quick: $(VENV)/.installed
+	@mkdir -p bench/out
+	PREFIXCORE_BENCH=$(SCALE) $(BIN)/python -m pytest bench -W ignore::FutureWarning -W ignore::UserWarning \
+	    --benchmark-columns=min,median,rounds --benchmark-json=bench/out/$(SCALE).json $(ARGS)
+	$(BIN)/python -m bench.report show bench/out/$(SCALE).json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,60 @@
+"""What every benchmark shares: the stamp in the JSON, and the fixture that times in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from . import machine, timing
+
+Measure = Callable[..., dict[str, Any]]
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    """The stamp goes into the JSON beside what pytest-benchmark notes itself."""
+    machine_info["prefixcore"] = machine.stamp()
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Measure:
+    """``measure(table, case, candidate, references, **facts)``: times in turns and notes the row of a table.
+
+    ``table`` names the table of bench/README.md that the figures go to, ``case`` is what the row is about and
+    ``facts`` are further figures that were not timed here.
+    """
+
+    def run(
+        table: str,
+        case: Mapping[str, Any],
+        candidate: timing.Call,
+        references: Mapping[str, timing.Call],
+        **facts: Any,
+    ) -> dict[str, Any]:
+        benchmark.group = table
+        benchmark.extra_info.update(table=table, case=dict(case), **facts)
+        return timing.interleaved(benchmark, candidate, references)
+
+    return run
+
+
+@pytest.fixture
+def note(benchmark: Any) -> Callable[..., None]:
+    """``note(table, case, call, **facts)``: notes figures that are not times; ``call`` is run once more, timed."""
+
+    def run(table: str, case: Mapping[str, Any], call: timing.Call, **facts: Any) -> None:
+        benchmark.group = table
+        benchmark.extra_info.update(table=table, case=dict(case), **facts)
+        benchmark.pedantic(call, rounds=1, iterations=1)
+
+    return run
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

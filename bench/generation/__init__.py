@@ -1,0 +1,1 @@
+"""Greedy generation on attached models."""

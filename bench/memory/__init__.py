@@ -1,0 +1,1 @@
+"""Bytes saved for the backward, and peak resident memory."""

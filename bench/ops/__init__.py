@@ -1,0 +1,1 @@
+"""The two ops beside what people run today."""

@@ -1,0 +1,142 @@
+"""Pictures from results: how cost grows, and where the targets stand. Each carries a digest of what it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .runs import FOLDER, Machine, Row
+from .tables import in_order, shape
+from .targets import attention as attention_target
+
+DIGEST = "prefixcore-digest"
+COLOURS = {
+    "candidate": "#c1272d",
+    "bare": "#444444",
+    "bare model": "#444444",
+    "concatenated": "#1f77b4",
+    "PEFT prefix": "#1f77b4",
+    "merged": "#8c8c2a",
+}
+LABELS = {
+    "candidate": "prefixcore",
+    "bare": "no prefix (R0; the bare model)",
+    "concatenated": "PEFT's way (R1; PEFT)",
+    "merged": "two flash calls merged (R2)",
+}
+AXES = {
+    "T": "T, sequence length",
+    "P": "P, virtual tokens",
+    "B": "B, rows",
+    "N": "N, prefixes in the bank",
+    "threads": "threads",
+    "layers": "layers (a whole step)",
+}
+
+
+def growth(machine: Machine) -> dict[str, dict[str, list[list[float]]]]:
+    """Axis to name to [[value, ms], ...] of the sweeps."""
+    series: dict[str, dict[str, list[list[float]]]] = {}
+    rows: Sequence[Row] = [*machine.tables.get("attention sweep", ()), *machine.tables.get("layers", ())]
+    for row in sorted(rows, key=lambda row: row.case["value"]):
+        for name in ("candidate", *row.references):
+            lines = series.setdefault(row.case["axis"], {})
+            lines.setdefault(name, []).append([row.case["value"], round(1000 * row.seconds(name), 4)])
+    return series
+
+
+def ratios(machine: Machine) -> list[dict[str, Any]]:
+    """Forward and backward of the shapes with targets: ratio, spread and target over R0."""
+    isa = machine.stamps[0]["isa"]
+    bars = []
+    for row in in_order(machine.tables.get("attention", ())):
+        if row.case["backward"]:
+            target = attention_target(row.case, "bare", isa)
+            bars.append(
+                {
+                    "label": f"{shape(row.case)} {row.case['dtype']}",
+                    "over": {name: round(row.worst(name), 3) for name in ("bare", "concatenated", "merged")},
+                    "target": target.bound if target else None,
+                }
+            )
+    return bars
+
+
+def shown(machine: Machine) -> dict[str, Any]:
+    """File name to what the picture shows; nothing where nothing was measured."""
+    pictures = {f"{machine.slug}-growth.png": growth(machine), f"{machine.slug}-attention.png": ratios(machine)}
+    return {name: content for name, content in pictures.items() if content}
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digest_in(path: Path) -> str | None:
+    """The digest that a picture carries."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
+def draw(machine: Machine, folder: Path = FOLDER) -> list[Path]:
+    """Draw what is not there yet as it should be; returns the paths of all pictures."""
+    paths = []
+    for name, content in shown(machine).items():
+        path = folder / name
+        paths.append(path)
+        if not path.exists() or digest_in(path) != digest(content):
+            figure = draw_growth(content) if isinstance(content, dict) else draw_ratios(content)
+            figure.savefig(path, dpi=110, bbox_inches="tight", metadata={DIGEST: digest(content)})
+    return paths
+
+
+def draw_growth(series: dict[str, dict[str, list[list[float]]]]) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+    axes_here = [axis for axis in AXES if axis in series]
+    columns = min(3, len(axes_here))
+    lines = -(-len(axes_here) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
+    for place, axis in enumerate(axes_here, start=1):
+        plot = figure.add_subplot(lines, columns, place)
+        for name, points in series[axis].items():
+            xs, ys = zip(*points, strict=True)
+            plot.plot(xs, ys, marker="o", markersize=3, color=COLOURS[name])
+        plot.set_xscale("log", base=2)
+        plot.set_yscale("log")
+        plot.set_xticks(xs, [f"{x:g}" for x in xs])
+        plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        plot.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        plot.minorticks_off()
+        plot.set_xlabel(AXES[axis])
+        plot.set_ylabel("ms")
+        plot.grid(alpha=0.3)
+    keys = [Line2D([], [], color=COLOURS[name], marker="o", markersize=3, label=LABELS[name]) for name in LABELS]
+    figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_ratios(bars: list[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.45 * len(bars) + 1), layout="constrained")
+    plot = figure.add_subplot()
+    for place, bar in enumerate(bars):
+        for k, (name, value) in enumerate(bar["over"].items()):
+            plot.barh(place + (k - 1) * 0.27, value, height=0.25, color=COLOURS[name], label=LABELS[name])
+        if bar["target"] is not None:
+            plot.plot([bar["target"]] * 2, [place - 0.4, place - 0.14], color="black", linewidth=2)
+    plot.axvline(1, color="black", linewidth=0.8)
+    plot.set_yticks(range(len(bars)), [bar["label"] for bar in bars], fontsize=8)
+    plot.invert_yaxis()
+    plot.set_xlabel("our time, forward and backward, over the reference's (black mark: target over R0; 1: as fast)")
+    handles, labels = plot.get_legend_handles_labels()
+    plot.legend(handles[:3], labels[:3], fontsize=8)
+    return figure

@@ -1,0 +1,60 @@
+"""The whole suite end to end on toy shapes, and what it does with a kernel that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import pictures, runs, tables
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    file = folder / "raw.json"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--benchmark-json={file}", *options]
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    environment = {**os.environ, "PREFIXCORE_BENCH": "smoke", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done, json.loads(file.read_text(encoding="utf-8") or "{}") if file.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    done, raw = run(tmp_path_factory.mktemp("smoke"), "bench")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return raw
+
+
+def test_every_table_and_picture_has_its_benchmark(smoke: dict) -> None:
+    measured = {benchmark["extra_info"]["table"] for benchmark in smoke["benchmarks"]}
+    assert measured == {*tables.TABLES, *tables.PICTURES} - {"flex"}  # compiling is left out of a smoke run
+
+
+def test_its_results_can_be_shown_and_drawn(smoke: dict, tmp_path: Path) -> None:
+    smoke["machine_info"]["prefixcore"]["scale"] = "quick"
+    (machine,) = runs.machines([runs.trimmed(smoke)])
+    text = tables.sections(machine)
+    for name in set(machine.tables) - set(tables.PICTURES):
+        assert f"### {tables.TABLES[name][0]}" in text
+    assert len(pictures.draw(machine, tmp_path)) == 2
+
+
+def test_a_wrong_kernel_reports_nothing(tmp_path: Path) -> None:
+    (tmp_path / "wrong_kernel.py").write_text(
+        "import prefixcore, torch\n"
+        "right = prefixcore.prefix_attention\n"
+        "def wrong(query, *args, **options):\n"
+        "    return right(query, *args, **options) * (1.0 if query.dtype == torch.float64 else 1.001)\n"
+        "prefixcore.prefix_attention = wrong\n",
+        encoding="utf-8",
+    )
+    done, raw = run(tmp_path, "-p", "wrong_kernel", "bench/ops/test_attention.py", "-k", "test_rows and fp32")
+    assert done.returncode == 1
+    assert "prefix_attention is wrong, so nothing is reported" in done.stdout
+    assert raw.get("benchmarks", []) == []
