@@ -226,7 +226,8 @@ def stamp_lines(machine: Machine) -> str:
     return (
         f"{first['cpu']}; {first['cores']} cores, {first['threads']} threads, {first['memory_gib']} GiB; "
         f"kernels {first['isa']}, PyTorch {first['torch_isa']}. {versions}; compiled by {first['compiler']}. "
-        f"Commit {commits}. {runs} sitting{'s' if runs > 1 else ''} ({first['scale']}, {first['time'].replace('T', ' ')}); "
+        f"Commit {commits}. {runs} sitting{'s' if runs > 1 else ''} "
+        f"({first['scale']}, {first['time'].replace('T', ' ')}); "
         f"load average before {loads}."
     )
 
