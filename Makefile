@@ -18,7 +18,7 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (under ten minutes on two cores)"
 	@echo "make test    run the tests"
-	@echo "make bench   measure everything beside its references (an hour); make bench-quick: the heart of it (five minutes)"
+	@echo "make bench   measure everything beside its references (an hour); make bench-quick: the heart of it (six minutes)"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove the environment and what was built"
