@@ -30,7 +30,18 @@ def start(model_folder, data, out, steps):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # Tests that run in the background of a shell inherit "ignore SIGINT" from it, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def interrupt(process):
+    """Sends Ctrl-C; returns what came on standard error until the process ended."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=60)[1]
+    finally:
+        process.kill()  # no effect on a process that has ended
 
 
 def wait_for(process, text):
@@ -53,8 +64,7 @@ def test_ctrl_c_while_training_saves_what_there_is(model_folder, data, tmp_path)
     with start(model_folder, data, out, steps=1_000_000) as process:
         wait_for(process, "held out, at the start")
         time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        err = interrupt(process)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "steps; saved what there is to" in err
@@ -70,8 +80,7 @@ def test_ctrl_c_before_training_writes_nothing(model_folder, data, tmp_path):
     out = tmp_path / "adapter"
     with start(model_folder, data, out, steps=1_000_000) as process:
         wait_for(process, "examples to train on")
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        err = interrupt(process)
     assert process.returncode == 130
     assert "Traceback" not in err
     # The signal may come a moment before or after the loop takes over.
