@@ -158,7 +158,15 @@ def test_a_signal_ends_the_training_after_a_whole_step(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_is_not_held_back():
+@pytest.fixture
+def plain_ctrl_c():
+    """Python's own handler, also where the tests run in the background of a shell, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_not_held_back(plain_ctrl_c):
     with stop_on_signal() as stopping:
         signal.raise_signal(signal.SIGINT)
         assert stopping()
