@@ -43,6 +43,13 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+// Every one of torch::stable's functions looks an operator up by its name, boxes its arguments and dispatches: a
+// microsecond, which a small call feels. So they are called where there is something to do, and not to find out.
+
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+Tensor as_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
 // Kernels read rows: the last dimension must be contiguous. Only what is not is copied.
 Tensor rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
@@ -55,19 +62,44 @@ ConstView const_view(const Tensor& t, const char* name) {
   return v;
 }
 
+// A prefix without a bank's dimension is a bank of one.
+ConstView bank_view(const Tensor& t, const char* name) {
+  const ConstView v = const_view(t, name);
+  return t.dim() == 4 ? v : ConstView{v.data, v.dtype, {0, v.stride[0], v.stride[1]}};
+}
+
 View view(Tensor& t, const char* name) {
   View v{t.mutable_data_ptr(), dtype_of(t, name), {0, 0, 0}};
   for (int64_t d = 0; d + 1 < t.dim(); ++d) v.stride[d] = t.stride(d);
   return v;
 }
 
-// [B, H, T, D] laid out as [B, T, H, D]: transposing it back for the output projection is free.
-Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {batch, length, heads, dim}), 1, 2);
+int32_t type_of(const Tensor& t) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
 }
 
-Tensor empty_float(const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+// A new contiguous tensor on the device of `like`.
+Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype,
+                                                   nullptr, nullptr, 0, nullptr, &handle));
+  return Tensor(handle);
+}
+
+// [B, H, T, D] laid out as [B, T, H, D]: transposing it back for the output projection is free.
+Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim) {
+  const Tensor memory = empty(like, type_of(like), {batch, length, heads, dim});
+  const int64_t sizes[] = {batch, heads, length, dim};
+  const int64_t strides[] = {memory.stride(0), memory.stride(2), memory.stride(1), memory.stride(3)};
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 4, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_float(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty(like, aoti_torch_dtype_float32(), sizes);
 }
 
 std::vector<int64_t> integers(const Tensor& t) {
@@ -108,8 +140,9 @@ struct Inputs {
   OptionalTensor prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens;
   std::vector<cpu::Sequence> sequences;
 
-  Inputs(Tensor q, Tensor k, Tensor v, Tensor pk, Tensor pv, OptionalTensor index, OptionalTensor lengths,
-         OptionalTensor pad, OptionalTensor m, OptionalTensor s, OptionalTensor cu)
+  Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk, const Tensor& pv,
+         const OptionalTensor& index, const OptionalTensor& lengths, const OptionalTensor& pad, const OptionalTensor& m,
+         const OptionalTensor& s, const OptionalTensor& cu)
       : query(rows(q)),
         key(rows(k)),
         value(rows(v)),
@@ -120,13 +153,17 @@ struct Inputs {
         padding(pad),
         mask(m),
         cu_seqlens(cu) {
-    if (s) sinks = torch::stable::contiguous(torch::stable::to(*s, ScalarType::Float));
+    if (s) sinks = as_contiguous(as_type(*s, ScalarType::Float));
     find_sequences();
   }
 
+  // A single prefix has no dimension for the bank.
+  int64_t bank() const { return prefix_key.dim() == 4 ? prefix_key.size(0) : 1; }
+  int64_t capacity() const { return prefix_key.size(prefix_key.dim() - 2); }
+
   // Checks every value that the kernels index with, before any work.
   void find_sequences() {
-    const int64_t bank = prefix_key.size(0), capacity = prefix_key.size(2);
+    const int64_t bank = this->bank(), capacity = this->capacity();
     std::vector<int64_t> lengths(bank, capacity);
     if (prefix_lengths) lengths = integers(*prefix_lengths);
     for (size_t n = 0; n < lengths.size(); ++n)
@@ -173,13 +210,13 @@ struct Inputs {
     p.num_kv_heads = key.size(1);
     p.head_dim = query.size(3);
     p.value_dim = value.size(3);
-    p.num_prefixes = prefix_key.size(0);
-    p.prefix_capacity = prefix_key.size(2);
+    p.num_prefixes = bank();
+    p.prefix_capacity = capacity();
     p.query = const_view(query, "query");
     p.key = const_view(key, "key");
     p.value = const_view(value, "value");
-    p.prefix_key = const_view(prefix_key, "prefix_key");
-    p.prefix_value = const_view(prefix_value, "prefix_value");
+    p.prefix_key = bank_view(prefix_key, "prefix_key");
+    p.prefix_value = bank_view(prefix_value, "prefix_value");
     if (padding) {
       p.padding = static_cast<const uint8_t*>(padding->const_data_ptr());
       p.padding_stride[0] = padding->stride(0);
@@ -200,11 +237,12 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> prefix_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key,
-                                            Tensor prefix_value, OptionalTensor prefix_index,
-                                            OptionalTensor prefix_lengths, OptionalTensor padding, OptionalTensor mask,
-                                            OptionalTensor sinks, OptionalTensor cu_seqlens, bool is_causal,
-                                            double scale, int64_t sliding_window, double softcap) {
+std::tuple<Tensor, Tensor> prefix_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& prefix_key, const Tensor& prefix_value,
+                                            const OptionalTensor& prefix_index, const OptionalTensor& prefix_lengths,
+                                            const OptionalTensor& padding, const OptionalTensor& mask,
+                                            const OptionalTensor& sinks, const OptionalTensor& cu_seqlens,
+                                            bool is_causal, double scale, int64_t sliding_window, double softcap) {
   const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
                       cu_seqlens);
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
@@ -221,16 +259,17 @@ std::tuple<Tensor, Tensor> prefix_attention(Tensor query, Tensor key, Tensor val
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
-    Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
-    Tensor prefix_key, Tensor prefix_value, OptionalTensor prefix_index, OptionalTensor prefix_lengths,
-    OptionalTensor padding, OptionalTensor mask, OptionalTensor sinks, OptionalTensor cu_seqlens, bool is_causal,
-    double scale, int64_t sliding_window, double softcap, bool needs_query, bool needs_sequence, bool needs_prefix) {
+    Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& prefix_key, const Tensor& prefix_value, const OptionalTensor& prefix_index,
+    const OptionalTensor& prefix_lengths, const OptionalTensor& padding, const OptionalTensor& mask,
+    const OptionalTensor& sinks, const OptionalTensor& cu_seqlens, bool is_causal, double scale, int64_t sliding_window,
+    double softcap, bool needs_query, bool needs_sequence, bool needs_prefix) {
   const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
                       cu_seqlens);
   grad_out = rows(grad_out);
   out = rows(out);
-  lse = torch::stable::contiguous(lse);
-  if (grad_lse) grad_lse = torch::stable::contiguous(torch::stable::to(*grad_lse, ScalarType::Float));
+  lse = as_contiguous(lse);
+  if (grad_lse) grad_lse = as_contiguous(as_type(*grad_lse, ScalarType::Float));
 
   cpu::AttentionBackward problem;
   inputs.fill(problem, is_causal, scale, sliding_window, softcap);
@@ -242,10 +281,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   if (grad_lse) problem.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
 
   const auto nothing = [&](bool single) {
-    return single ? empty_float(query, {0}) : torch::stable::new_empty(query, {0});
+    return empty(query, single ? aoti_torch_dtype_float32() : type_of(query), {0});
   };
   const auto like = [](const Tensor& t) { return empty_heads_last(t, t.size(0), t.size(1), t.size(2), t.size(3)); };
-  const auto float_like = [](const Tensor& t) { return empty_float(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); };
+  const auto float_like = [](const Tensor& t) { return empty_float(t, {t.sizes().begin(), t.sizes().end()}); };
   Tensor grad_query = needs_query ? like(query) : nothing(false);
   Tensor grad_key = needs_sequence ? like(key) : nothing(false);
   Tensor grad_value = needs_sequence ? like(value) : nothing(false);
@@ -267,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
 // --- soft embedding -------------------------------------------------------------------------------
 
 // The ids as contiguous int64 (they are small: converting them costs nothing next to the rows).
-Tensor contiguous_ids(const Tensor& ids) { return torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long)); }
+Tensor contiguous_ids(const Tensor& ids) { return as_contiguous(as_type(ids, ScalarType::Long)); }
 
 std::string place_of(int64_t flat, const Tensor& t) {
   std::string place;
@@ -278,14 +317,12 @@ std::string place_of(int64_t flat, const Tensor& t) {
   return "[" + place + "]";
 }
 
-void check_ids(const Tensor& ids, const Tensor& original, int64_t vocabulary, int64_t num_virtual) {
+[[noreturn]] void refuse_ids(const Tensor& ids, const Tensor& original, int64_t vocabulary, int64_t num_virtual) {
   const int64_t* p = static_cast<const int64_t*>(ids.const_data_ptr());
-  const int64_t bad = cpu::first_bad_id(p, ids.numel(), vocabulary + num_virtual);
-  if (bad >= 0)
-    throw std::out_of_range("input_ids" + place_of(bad, original) + " is " + std::to_string(p[bad]) +
-                            ", expected 0 <= id < " + std::to_string(vocabulary + num_virtual) + " (" +
-                            std::to_string(vocabulary) + " vocabulary rows and " + std::to_string(num_virtual) +
-                            " virtual tokens)");
+  const int64_t limit = vocabulary + num_virtual, bad = cpu::first_bad_id(p, ids.numel(), limit);
+  throw std::out_of_range("input_ids" + place_of(bad, original) + " is " + std::to_string(p[bad]) +
+                          ", expected 0 <= id < " + std::to_string(limit) + " (" + std::to_string(vocabulary) +
+                          " vocabulary rows and " + std::to_string(num_virtual) + " virtual tokens)");
 }
 
 EmbeddingForward embedding_problem(const Tensor& ids, const Tensor& weight, const Tensor& virtual_rows, Tensor& out) {
@@ -313,32 +350,36 @@ EmbeddingBackward embedding_problem(const Tensor& ids, const Tensor& grad, int64
   return p;
 }
 
-constexpr double kCopy = 8;  // copying a number takes as long as this many multiplications
+constexpr double kRead = 1, kCopy = 2;  // as many multiplications take as long as reading, or copying, a byte
 
 Tensor empty_embedding(const Tensor& input_ids, const Tensor& weight) {
   std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
   shape.push_back(weight.size(1));
-  return torch::stable::new_empty(weight, shape);
+  return empty(weight, type_of(weight), shape);
 }
 
-Tensor soft_embedding_cpu(Tensor input_ids, Tensor weight, Tensor virtual_rows) {
-  const Tensor ids = contiguous_ids(input_ids);
-  check_ids(ids, input_ids, weight.size(0), virtual_rows.size(0));
-  weight = rows(weight);
-  virtual_rows = rows(virtual_rows);
+Tensor soft_embedding_cpu(const Tensor& input_ids, const Tensor& table, const Tensor& prompt) {
+  const Tensor ids = contiguous_ids(input_ids), weight = rows(table), virtual_rows = rows(prompt);
   Tensor out = empty_embedding(input_ids, weight);
-  const double numbers = static_cast<double>(out.numel());
-  cpu::embedding_forward(embedding_problem(ids, weight, virtual_rows, out), pool(kCopy * numbers));
+  const EmbeddingForward problem = embedding_problem(ids, weight, virtual_rows, out);
+  if (problem.virtual_rows.dtype != problem.out.dtype && problem.virtual_rows.dtype != DType::f32)
+    throw std::invalid_argument("virtual: expected the dtype of weight, or float32");
+  const double bytes = static_cast<double>(problem.count * problem.hidden * size_of(problem.out.dtype));
+  if (!cpu::kernels().embedding.forward(problem, pool(kCopy * bytes)))
+    refuse_ids(ids, input_ids, problem.vocabulary, problem.num_virtual);
   return out;
 }
 
-Tensor soft_embedding_backward_cpu(Tensor grad, Tensor input_ids, int64_t vocabulary, int64_t num_virtual) {
-  const Tensor ids = contiguous_ids(input_ids);
-  check_ids(ids, input_ids, vocabulary, num_virtual);
-  grad = torch::stable::contiguous(grad);
+Tensor soft_embedding_backward_cpu(const Tensor& grad_out, const Tensor& input_ids, int64_t vocabulary,
+                                   int64_t num_virtual) {
+  const Tensor ids = contiguous_ids(input_ids), grad = as_contiguous(grad_out);
   Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
-  const double numbers = static_cast<double>(grad.numel());
-  cpu::embedding_backward(embedding_problem(ids, grad, vocabulary, grad_virtual), pool(kCopy * numbers));
+  const EmbeddingBackward problem = embedding_problem(ids, grad, vocabulary, grad_virtual);
+  cpu::VirtualPlaces found;
+  if (!found.find(problem)) refuse_ids(ids, input_ids, vocabulary, num_virtual);
+  const double bytes =
+      static_cast<double>(static_cast<int64_t>(found.places.size()) * problem.hidden * size_of(problem.grad_out.dtype));
+  cpu::kernels().embedding.backward(problem, found.start.data(), found.places.data(), pool(kRead * bytes));
   return grad_virtual;
 }
 
@@ -368,7 +409,7 @@ Tensor soft_embedding_cuda(Tensor input_ids, Tensor weight, Tensor virtual_rows)
 Tensor soft_embedding_backward_cuda(Tensor grad, Tensor input_ids, int64_t vocabulary, int64_t num_virtual) {
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const Tensor ids = contiguous_ids(input_ids);
-  grad = torch::stable::contiguous(grad);
+  grad = as_contiguous(grad);
   Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
   check_launch(cuda::embedding_backward(embedding_problem(ids, grad, vocabulary, grad_virtual), current_stream(grad)));
   return grad_virtual;

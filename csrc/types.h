@@ -7,6 +7,8 @@ namespace prefixcore {
 
 enum class DType : int32_t { f32, bf16, f16 };
 
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // A strided tensor whose last dimension is contiguous. Strides count elements; dimensions that a
 // tensor lacks have stride 0. `data == nullptr` means "not given".
 struct ConstView {

@@ -9,8 +9,6 @@
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 PREFIXCORE_INLINE Vec from_bf16(VecHalf x) { return (Vec)(__builtin_convertvector(x, VecBits) << 16); }
 
 PREFIXCORE_INLINE VecHalf to_bf16(Vec x) {

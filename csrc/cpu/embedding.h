@@ -1,16 +1,28 @@
 // Soft embedding on the CPU: one gather from two tables, and the backward into the virtual rows.
-//
-// Both are bound by memory bandwidth and copy with memcpy, which picks its instruction set itself: unlike
-// attention they are compiled once.
 #pragma once
+
+#include <vector>
 
 #include "../embedding.h"
 #include "parallel.h"
 
 namespace prefixcore::cpu {
 
-void embedding_forward(const EmbeddingForward&, const Parallel&);
-void embedding_backward(const EmbeddingBackward&, const Parallel&);
+// Each instruction set compiles one such table from the same source.
+struct EmbeddingKernels {
+  // Whether every id was in range; if not, the output holds nothing of use.
+  bool (*forward)(const EmbeddingForward&, const Parallel&);
+  // Row n of the virtual rows stands at places[start[n]] to places[start[n + 1] - 1] of the ids.
+  void (*backward)(const EmbeddingBackward&, const int64_t* start, const int64_t* places, const Parallel&);
+};
+
+// The places of each virtual row in the order of the ids, so that one task can sum one row alone.
+struct VirtualPlaces {
+  std::vector<int64_t> start, places;  // as EmbeddingKernels::backward wants them
+
+  // Whether every id was in range.
+  bool find(const EmbeddingBackward&);
+};
 
 // The place of the first id outside [0, limit), or -1.
 int64_t first_bad_id(const int64_t* ids, int64_t count, int64_t limit);

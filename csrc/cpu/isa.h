@@ -5,12 +5,14 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "embedding.h"
 
 namespace prefixcore::cpu {
 
 struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"
   AttentionKernels attention;
+  EmbeddingKernels embedding;
 };
 
 // The best table this machine can run, or the one that PREFIXCORE_ISA names.

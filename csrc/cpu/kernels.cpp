@@ -4,6 +4,7 @@
 // named after the instruction set.
 #include "attention_backward_pass.h"
 #include "attention_decode.h"
+#include "embedding_rows.h"
 #include "isa.h"
 
 #define PREFIXCORE_JOIN_(a, b) a##b
@@ -29,6 +30,7 @@ extern const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA);
 const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA) = {
     PREFIXCORE_TEXT(PREFIXCORE_ISA),
     {PREFIXCORE_ISA::attention_forward, PREFIXCORE_ISA::attention_backward},
+    {PREFIXCORE_ISA::embedding_forward, PREFIXCORE_ISA::embedding_backward},
 };
 
 }  // namespace prefixcore::cpu

@@ -1,17 +1,20 @@
 """The compiled library: loading it, and telling PyTorch what the C++ cannot.
 
 The ops are registered by the library itself, through torch's stable ABI. Registered here are their shapes under
-fake tensors (``torch.compile``) and which op is the backward of which. The backends stand on this module.
+fake tensors (``torch.compile``) and their derivatives (:mod:`.gradients`). The backends stand on this module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import gradients
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
 BUILT = LIBRARY.exists()
@@ -44,24 +47,6 @@ def _prefix_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -
     return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
-def _prefix_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:11], *output)
-    ctx.options = inputs[11:]
-    ctx.set_materialize_grads(False)
-
-
-def _prefix_attention_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *inputs, out, lse = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = (needs[0], needs[1] or needs[2], needs[3] or needs[4])
-    if grad_out is None and grad_lse is None:
-        return (None,) * 15
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.prefixcore.prefix_attention_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.options, *wanted)
-    return (*(g if need else None for g, need in zip(grads, needs[:5], strict=True)), *[None] * 10)
-
-
 def _prefix_attention_backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
     query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, *rest: Any,
@@ -90,23 +75,6 @@ def _soft_embedding_fake(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> 
     return weight.new_empty(*input_ids.shape, weight.shape[1])
 
 
-def _soft_embedding_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    input_ids, weight, virtual = inputs
-    ctx.save_for_backward(input_ids)
-    ctx.vocabulary, ctx.num_virtual = weight.shape[0], virtual.shape[0]
-
-
-def _soft_embedding_backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None]:
-    if not ctx.needs_input_grad[2]:
-        return None, None, None
-    (input_ids,) = ctx.saved_tensors
-    return (
-        None,
-        None,
-        torch.ops.prefixcore.soft_embedding_backward(grad, input_ids, ctx.vocabulary, ctx.num_virtual),
-    )
-
-
 def _soft_embedding_backward_fake(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
     return grad.new_empty(num_virtual, grad.shape[-1], dtype=torch.float32)
 
@@ -114,25 +82,20 @@ def _soft_embedding_backward_fake(grad: Tensor, input_ids: Tensor, vocabulary: i
 # --- registration ---------------------------------------------------------------------------------
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "prefixcore's ops have no second derivative: take it through the reference, inside "
-        "'with prefixcore.use_backend(\"reference\")'"
-    )
-
-
-def _register() -> None:
+def _register() -> torch.library.Library:
     torch.ops.load_library(LIBRARY)
-    library = torch.library
-    for op, fake, backward, setup in (
-        ("prefix_attention", _prefix_attention_fake, _prefix_attention_backward, _prefix_attention_setup),
-        ("prefix_attention_backward", _prefix_attention_backward_fake, _no_double_backward, None),
-        ("soft_embedding", _soft_embedding_fake, _soft_embedding_backward, _soft_embedding_setup),
-        ("soft_embedding_backward", _soft_embedding_backward_fake, _no_double_backward, None),
-    ):
-        library.register_fake(f"prefixcore::{op}", fake)
-        library.register_autograd(f"prefixcore::{op}", backward, setup_context=setup)
+    derivatives = torch.library.Library("prefixcore", "IMPL")
+    fakes: dict[str, Callable[..., Any]] = {
+        "prefix_attention": _prefix_attention_fake,
+        "prefix_attention_backward": _prefix_attention_backward_fake,
+        "soft_embedding": _soft_embedding_fake,
+        "soft_embedding_backward": _soft_embedding_backward_fake,
+    }
+    for op, fake in fakes.items():
+        torch.library.register_fake(f"prefixcore::{op}", fake)
+        derivatives.impl(op, gradients.AUTOGRAD[op], "Autograd")
+    return derivatives
 
 
 if BUILT:
-    _register()
+    _REGISTERED = _register()  # lasts as long as this object does

@@ -14,58 +14,69 @@ _LARGEST = torch.finfo(torch.float32).max  # scores are computed in float32
 
 def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Shapes, dtypes and devices of query, key and value."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4:
-            raise wrong(ValueError, name, "four dimensions [batch, heads, length, head dim]", list(x.shape))
-        if x.dtype != query.dtype or not x.dtype.is_floating_point:
-            got = f"{x.dtype} (query has {query.dtype})"
-            raise wrong(TypeError, name, "query's floating-point dtype", got)
-        if x.device != query.device:
-            raise wrong(ValueError, name, f"device {query.device} as query", x.device)
+    dtype, device = query.dtype, query.device
+    if not (
+        query.dim() == key.dim() == value.dim() == 4
+        and dtype == key.dtype == value.dtype
+        and dtype.is_floating_point
+        and device == key.device == value.device
+    ):
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 4:
+                raise wrong(ValueError, name, "four dimensions [batch, heads, length, head dim]", list(x.shape))
+            if x.dtype != dtype or not dtype.is_floating_point:
+                raise wrong(TypeError, name, "query's floating-point dtype", f"{x.dtype} (query has {dtype})")
+            if x.device != device:
+                raise wrong(ValueError, name, f"device {device} as query", x.device)
     batch, heads, _, dim = query.shape
-    _, kv_heads, keys, _ = key.shape
+    key_batch, kv_heads, keys, key_dim = key.shape
     if dim == 0:
         raise wrong(ValueError, "query", "a head dim of at least 1", list(query.shape))
     if kv_heads == 0 or heads % kv_heads:
         raise wrong(ValueError, "key", f"a number of heads that divides query's {heads}", kv_heads)
-    if key.shape[0] != batch or key.shape[3] != dim:
+    if key_batch != batch or key_dim != dim:
         expected = f"[{batch}, heads, keys, {dim}] to fit query {list(query.shape)}"
         raise wrong(ValueError, "key", expected, list(key.shape))
-    if value.shape[:3] != key.shape[:3]:
+    if value.shape[:3] != (batch, kv_heads, keys):
         expected = f"[{batch}, {kv_heads}, {keys}, value dim] to fit key"
         raise wrong(ValueError, "value", expected, list(value.shape))
 
 
-def as_bank(
+def check_prefix(
     query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The prefix as a bank [N, Hkv, P, D]: a single prefix is a bank of one, none is one of length 0."""
-    kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
+    """The prefix as the ops take it: one [Hkv, P, D] or a bank [N, Hkv, P, D]; none is one of length 0."""
+    kv_heads, dim, value_dim = key.shape[1], query.shape[3], value.shape[3]
     if prefix_key is None or prefix_value is None:
         if prefix_key is not prefix_value:
             raise wrong(ValueError, "prefix_key and prefix_value", "both or neither", "one of them")
-        return query.new_empty(1, kv_heads, 0, dim), query.new_empty(1, kv_heads, 0, value_dim)
+        return query.new_empty(kv_heads, 0, dim), query.new_empty(kv_heads, 0, value_dim)
     check_tensor("prefix_key", prefix_key)
     check_tensor("prefix_value", prefix_value)
-    if prefix_key.dim() == 3 and prefix_value.dim() == 3:
-        prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
+    dtype, device = query.dtype, query.device
     for name, x, width in (("prefix_key", prefix_key, dim), ("prefix_value", prefix_value, value_dim)):
-        if x.dim() != 4 or x.shape[1] != kv_heads or x.shape[3] != width:
+        shape, prefix_dtype = x.shape, x.dtype
+        if not 3 <= len(shape) <= 4 or shape[-3] != kv_heads or shape[-1] != width:
             expected = f"[{kv_heads}, P, {width}] or a bank [N, {kv_heads}, P, {width}]"
-            raise wrong(ValueError, name, expected, list(x.shape))
-        if x.dtype != query.dtype and x.dtype != torch.float32:
-            expected = "torch.float32" if query.dtype == torch.float32 else f"{query.dtype} or torch.float32"
-            raise wrong(TypeError, name, expected, x.dtype)
-        if x.device != query.device:
-            raise wrong(ValueError, name, f"device {query.device} as query", x.device)
-    if prefix_value.shape[:3] != prefix_key.shape[:3]:
+            raise wrong(ValueError, name, expected, list(shape))
+        if prefix_dtype != dtype and prefix_dtype != torch.float32:
+            expected = "torch.float32" if dtype == torch.float32 else f"{dtype} or torch.float32"
+            raise wrong(TypeError, name, expected, prefix_dtype)
+        if x.device != device:
+            raise wrong(ValueError, name, f"device {device} as query", x.device)
+    if prefix_value.shape[:-1] != prefix_key.shape[:-1]:
         expected = f"as many entries and virtual tokens as prefix_key {list(prefix_key.shape)}"
         raise wrong(ValueError, "prefix_value", expected, list(prefix_value.shape))
     if prefix_value.dtype != prefix_key.dtype:
         raise wrong(TypeError, "prefix_value", f"{prefix_key.dtype} as prefix_key", prefix_value.dtype)
-    if prefix_key.shape[0] == 0:
+    if bank_size(prefix_key) == 0:
         raise wrong(ValueError, "prefix_key", "a bank of at least one entry", list(prefix_key.shape))
     return prefix_key, prefix_value
+
+
+def bank_size(prefix: Tensor) -> int:
+    """How many prefixes there are: a prefix without a bank's dimension is one."""
+    return prefix.shape[0] if prefix.dim() == 4 else 1
 
 
 def _check_integers(name: str, x: Tensor, length: int, meaning: str, device: torch.device) -> None:
@@ -82,7 +93,7 @@ def check_bank(
     query: Tensor, prefix_key: Tensor, prefix_index: Tensor | None, prefix_lengths: Tensor | None, packed: int
 ) -> None:
     """The bank's index and lengths; ``packed`` is the number of packed sequences, 0 for a batch."""
-    bank = prefix_key.shape[0]
+    bank = bank_size(prefix_key)
     if prefix_index is not None:
         length, meaning = (packed, "one a packed sequence") if packed else (query.shape[0], "one a batch row")
         _check_integers("prefix_index", prefix_index, length, meaning, query.device)
@@ -184,7 +195,7 @@ def check_values(
     """The checks that read tensors, for the reference: the kernels make them themselves."""
     if torch.compiler.is_compiling() or prefix_key.is_meta:
         return
-    bank, capacity = prefix_key.shape[0], prefix_key.shape[2]
+    bank, capacity = bank_size(prefix_key), prefix_key.shape[-2]
     for place, entry in enumerate([] if prefix_index is None else prefix_index.tolist()):
         if not -1 <= entry < bank:
             raise wrong(IndexError, f"prefix_index[{place}]", f"-1 (none) to {bank - 1}", entry)

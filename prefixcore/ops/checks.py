@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of which the stubs know little
 
@@ -24,17 +25,23 @@ def check_tensor(name: str, x: Any) -> None:
         raise wrong(TypeError, name, "a tensor", type(x).__name__)
 
 
-def check_derivatives(op: str) -> None:
-    """Raises NotImplementedError where the kernels' derivatives would be lost: they are known to ``backward`` alone.
+def device_type_of(x: Tensor) -> str:
+    """``x.device.type``, which writes a new string whenever it is asked; the quick way where it matters."""
+    return "cpu" if x.is_cpu else x.device.type
 
+
+def check_derivatives(op: str) -> bool:
+    """Whether the call is plain eager code: not being compiled, and under no transform of ``torch.func``.
+
+    Raises NotImplementedError where the kernels' derivatives would be lost: they are known to ``backward`` alone.
     Without this, forward-mode differentiation would silently take every derivative for zero.
     """
     if torch.compiler.is_compiling():
-        return
+        return False
     stack = _functorch.get_interpreter_stack()
-    forward_mode = torch.autograd.forward_ad._current_level >= 0  # also inside torch.func.jvp
+    forward_mode = forward_ad._current_level >= 0  # also inside torch.func.jvp
     if stack is None and not forward_mode:
-        return
+        return True
     if forward_mode or any(level.key().name == "Grad" for level in stack):
         got = "forward-mode differentiation" if forward_mode else "torch.func.grad or vjp"
         raise NotImplementedError(
@@ -42,3 +49,4 @@ def check_derivatives(op: str) -> None:
             "kernels have no rule for; take it through the reference, inside "
             "'with prefixcore.use_backend(\"reference\")'"
         )
+    return False

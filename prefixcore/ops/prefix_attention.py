@@ -8,16 +8,17 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..backends import gradients
 from .attention_checks import (
-    as_bank,
     check_bank,
     check_options,
     check_packing,
+    check_prefix,
     check_sequence,
     check_values,
     split_mask,
 )
-from .checks import check_derivatives, check_tensor
+from .checks import check_derivatives, check_tensor, device_type_of
 from .reference import prefix_attention_reference
 from .select import backend_name
 
@@ -106,14 +107,16 @@ def prefix_attention(
         ValueError, TypeError, IndexError: what was expected, what came, how to mend it; before any work.
         NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, x)
-    if not query.is_meta and torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    check_tensor("query", query)
+    check_tensor("key", key)
+    check_tensor("value", value)
+    device_type = device_type_of(query)
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
     check_sequence(query, key, value)
-    prefix_key, prefix_value = as_bank(query, key, value, prefix_key, prefix_value)
+    prefix_key, prefix_value = check_prefix(query, key, value, prefix_key, prefix_value)
     packed = 0 if cu_seqlens is None else check_packing(query, key, cu_seqlens)
     check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
     padding, mask = split_mask(query, key, attn_mask)
@@ -125,9 +128,10 @@ def prefix_attention(
         query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens,
         is_causal, scale, min(sliding_window or 0, _ENDLESS), softcap or 0.0,
     )  # fmt: skip
-    if backend_name("prefix_attention", query.device.type, query.dtype) != "reference":
-        check_derivatives("prefix_attention")
-        out, lse = torch.ops.prefixcore.prefix_attention(*arguments)
+    if backend_name("prefix_attention", device_type, query.dtype) != "reference":
+        plain = check_derivatives("prefix_attention")
+        op = gradients.prefix_attention if plain else torch.ops.prefixcore.prefix_attention
+        out, lse = op(*arguments)
     else:
         check_values(query.shape[2], prefix_key, prefix_index, prefix_lengths, cu_seqlens)
         out, lse = prefix_attention_reference(*arguments)

@@ -16,8 +16,8 @@ def prefix_attention_reference(
     query: Tensor,  # [B, H, T, D]
     key: Tensor,  # [B, Hkv, S, D]
     value: Tensor,  # [B, Hkv, S, Dv]
-    prefix_key: Tensor,  # [N, Hkv, P, D]
-    prefix_value: Tensor,  # [N, Hkv, P, Dv]
+    prefix_key: Tensor,  # [Hkv, P, D] or a bank [N, Hkv, P, D]
+    prefix_value: Tensor,  # [Hkv, P, Dv] or a bank [N, Hkv, P, Dv]
     prefix_index: Tensor | None,  # [B] (packed: one a sequence), -1: no prefix
     prefix_lengths: Tensor | None,  # [N]
     padding: Tensor | None,  # [B, S] bool
@@ -49,6 +49,8 @@ def prefix_attention_reference(
         ]  # fmt: skip
         return torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2)
 
+    if prefix_key.dim() == 3:
+        prefix_key, prefix_value = prefix_key[None], prefix_value[None]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     bank, kv_heads, capacity, _ = prefix_key.shape

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_derivatives, check_tensor, wrong
+from ..backends import gradients
+from .checks import check_derivatives, check_tensor, device_type_of, wrong
 from .reference import soft_embedding_reference
 from .select import backend_name
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
@@ -30,18 +33,21 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a table that wants a gradient.
         NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
     """
-    for name, x in (("input_ids", input_ids), ("weight", weight), ("virtual", virtual)):
-        check_tensor(name, x)
-    if input_ids.dtype not in (torch.int64, torch.int32):
+    check_tensor("input_ids", input_ids)
+    check_tensor("weight", weight)
+    check_tensor("virtual", virtual)
+    dtype, virtual_dtype = weight.dtype, virtual.dtype
+    if input_ids.dtype not in _INTEGERS:
         raise wrong(TypeError, "input_ids", "int64 or int32", input_ids.dtype, "convert it with .long()")
-    if weight.dim() != 2 or not weight.dtype.is_floating_point:
-        got = f"{list(weight.shape)} of {weight.dtype}"
+    if weight.dim() != 2 or not dtype.is_floating_point:
+        got = f"{list(weight.shape)} of {dtype}"
         raise wrong(ValueError, "weight", "a table [V, E] in a floating-point dtype", got)
     if virtual.dim() != 2 or virtual.shape[1] != weight.shape[1]:
         raise wrong(ValueError, "virtual", f"[N, E] with E = {weight.shape[1]} as in weight", list(virtual.shape))
-    if virtual.dtype != weight.dtype and virtual.dtype != torch.float32:
-        raise wrong(TypeError, "virtual", f"{weight.dtype} as weight, or float32", virtual.dtype)
-    if not weight.device == input_ids.device == virtual.device:
+    if virtual_dtype != dtype and virtual_dtype != torch.float32:
+        raise wrong(TypeError, "virtual", f"{dtype} as weight, or float32", virtual_dtype)
+    device = weight.device
+    if input_ids.device != device or virtual.device != device:
         devices = [str(x.device) for x in (input_ids, weight, virtual)]
         raise wrong(ValueError, "input_ids, weight and virtual", "one device", devices)
     if weight.requires_grad and torch.is_grad_enabled():
@@ -49,9 +55,10 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
             "weight requires a gradient, but soft_embedding trains virtual tokens alone and never the table: "
             "freeze it with weight.requires_grad_(False), or pass weight.detach()"
         )
-    if backend_name("soft_embedding", weight.device.type, weight.dtype) != "reference":
-        check_derivatives("soft_embedding")
-        return torch.ops.prefixcore.soft_embedding(input_ids, weight, virtual)
+    if backend_name("soft_embedding", device_type_of(weight), dtype) != "reference":
+        plain = check_derivatives("soft_embedding")
+        op = gradients.soft_embedding if plain else torch.ops.prefixcore.soft_embedding
+        return op(input_ids, weight, virtual)
     _check_range(input_ids, weight.shape[0] + virtual.shape[0], weight.shape[0])
     return soft_embedding_reference(input_ids, weight, virtual)
 

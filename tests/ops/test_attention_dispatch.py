@@ -47,6 +47,15 @@ def test_opcheck(problem: str) -> None:
     torch.library.opcheck(torch.ops.prefixcore.prefix_attention_backward.default, backward)
 
 
+def test_opcheck_of_a_prefix_without_a_bank() -> None:
+    *tensors, prefix_key, prefix_value = raw_arguments(PROBLEMS["plain"], grad=False)[:5]
+    rest = raw_arguments(PROBLEMS["plain"], grad=False)[5:]
+    single = (*tensors, prefix_key[0].requires_grad_(), prefix_value[0].requires_grad_(), *rest)
+    torch.library.opcheck(torch.ops.prefixcore.prefix_attention.default, single)
+    bank = torch.ops.prefixcore.prefix_attention(*tensors, prefix_key, prefix_value, *rest)
+    assert torch.equal(torch.ops.prefixcore.prefix_attention(*single)[0], bank[0])
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck_of_the_reference(softcap: float | None) -> None:
     """The reference's own gradients against finite differences: the ground that the kernels stand on."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -45,6 +48,29 @@ def test_equals_the_concatenated_table(
     shape: tuple[int, ...], dtype: torch.dtype, virtual_dtype: torch.dtype | None
 ) -> None:
     check(*problem(shape, V=11, N=5, E=24, dtype=dtype, virtual_dtype=virtual_dtype or dtype))
+
+
+@pytest.mark.parametrize("E", [1, 32, 70, 300])  # rows of whole cache lines and others
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa: str, dtype: torch.dtype, E: int) -> None:
+    for virtual_dtype in {dtype, torch.float32}:
+        check(*problem((3, 40), V=90, N=4, E=E, dtype=dtype, virtual_dtype=virtual_dtype))
+
+
+def test_an_output_lives_as_long_as_it_is_used() -> None:
+    """No cycle keeps it until the garbage collector comes by: the next call would have to take fresh memory."""
+    ids, weight, virtual = problem((2, 5), V=11, N=3, E=4, dtype=torch.float32, virtual_dtype=torch.float32)
+    gc.collect()
+    gc.disable()
+    try:
+        out = prefixcore.soft_embedding(ids, weight, virtual.requires_grad_())
+        torch.autograd.grad(out.sum(), virtual)
+        output = weakref.ref(out)
+        del out
+        assert output() is None
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

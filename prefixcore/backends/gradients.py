@@ -1,0 +1,128 @@
+"""How the ops differentiate, and the quickest way into them.
+
+``torch.library.register_autograd`` would do, but what it generates fills in defaults, flattens trees and leaves cycles
+to the garbage collector, which then keep an op's output alive: several times the cost of a small call. So each op has
+an ``autograd.Function`` of its own. :data:`AUTOGRAD` is what the dispatcher calls where it would call PyTorch's own
+derivatives; eager code calls the same functions directly and spares itself the dispatcher's way into Python and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+_ops = torch.ops.prefixcore
+
+
+class _NoSecondDerivative(Function):
+    """A backward op where its own gradient may be asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *arguments: Any) -> Any:
+        with _below_autograd():
+            return op(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "prefixcore's ops have no second derivative: take it through the reference, inside "
+            "'with prefixcore.use_backend(\"reference\")'"
+        )
+
+
+def prefix_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    op = _ops.prefix_attention_backward.default
+    if torch.is_grad_enabled() and _any_requires_grad(*arguments):
+        return _NoSecondDerivative.apply(op, *arguments)
+    with _below_autograd():
+        return op(*arguments)
+
+
+def soft_embedding_backward(*arguments: Any) -> Tensor:
+    op = _ops.soft_embedding_backward.default
+    if torch.is_grad_enabled() and _any_requires_grad(*arguments):
+        return _NoSecondDerivative.apply(op, *arguments)
+    with _below_autograd():
+        return op(*arguments)
+
+
+class _PrefixAttention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        with _below_autograd():
+            out, lse = _ops.prefix_attention.default(query, key, value, prefix_key, prefix_value, *rest)
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, *rest[:6], out, lse)
+        ctx.options = rest[6:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_out is None and grad_lse is None:
+            return (None,) * 6
+        *inputs, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        query, key, value, prefix_key, prefix_value, _ = ctx.needs_input_grad
+        grads = prefix_attention_backward(
+            grad_out, grad_lse, out, lse, *inputs, *ctx.options, query, key or value, prefix_key or prefix_value
+        )
+        return (
+            grads[0] if query else None,
+            grads[1] if key else None,
+            grads[2] if value else None,
+            grads[3] if prefix_key else None,
+            grads[4] if prefix_value else None,
+            None,
+        )
+
+
+def prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """The op, its gradient recorded where one is asked for: for eager code outside functional transforms."""
+    if torch.is_grad_enabled() and _any_requires_grad(query, key, value, prefix_key, prefix_value):
+        return _PrefixAttention.apply(query, key, value, prefix_key, prefix_value, rest)
+    with _below_autograd():
+        return _ops.prefix_attention.default(query, key, value, prefix_key, prefix_value, *rest)
+
+
+class _SoftEmbedding(Function):
+    @staticmethod
+    def forward(ctx: Any, input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
+        with _below_autograd():
+            out = _ops.soft_embedding.default(input_ids, weight, virtual)
+        ctx.save_for_backward(input_ids)
+        ctx.vocabulary, ctx.num_virtual = weight.shape[0], virtual.shape[0]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None]:
+        if not ctx.needs_input_grad[2]:
+            return None, None, None
+        (input_ids,) = ctx.saved_tensors
+        return None, None, soft_embedding_backward(grad, input_ids, ctx.vocabulary, ctx.num_virtual)
+
+
+def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
+    """As :func:`prefix_attention`."""
+    if torch.is_grad_enabled() and _any_requires_grad(weight, virtual):
+        return _SoftEmbedding.apply(input_ids, weight, virtual)
+    with _below_autograd():
+        return _ops.soft_embedding.default(input_ids, weight, virtual)
+
+
+AUTOGRAD: dict[str, Callable[..., Any]] = {
+    "prefix_attention": prefix_attention,
+    "prefix_attention_backward": prefix_attention_backward,
+    "soft_embedding": soft_embedding,
+    "soft_embedding_backward": soft_embedding_backward,
+}
