@@ -3,22 +3,27 @@
 #   PYTHON=python3.12 make test     another Python, 3.10 or newer
 #   TORCH=torch==2.12.0 make test   another torch, 2.10 or newer
 #   make test ARGS="-k prefix"      options for pytest;  make demo ARGS="--seeds 3"  for the demo
+#   make bench WHAT=bench/steps OUT=bench/out/steps.json     a part of the suite, and where its JSON goes
 
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+WHAT ?= bench
+OUT ?= bench/out/$(SCALE).json
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test bench bench-quick lint format clean
+.PHONY: help demo weights test bench bench-quick bench-avx2 lint format clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (under ten minutes on two cores)"
 	@echo "make test    run the tests"
-	@echo "make bench   measure everything beside its references (an hour); make bench-quick: the heart of it (six minutes)"
+	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
+	@echo "             minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
+	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove the environment and what was built"
@@ -26,16 +31,25 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo $(ARGS)
 
+weights: $(VENV)/.installed
+	$(BIN)/python -c "from bench.demo import base_model; base_model.converted_model()"
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: SCALE := full
-bench-quick: SCALE := quick
-bench bench-quick: $(VENV)/.installed
-	@mkdir -p bench/out
-	PREFIXCORE_BENCH=$(SCALE) $(BIN)/python -m pytest bench -W ignore::FutureWarning -W ignore::UserWarning \
-	    --benchmark-columns=min,median,rounds --benchmark-json=bench/out/$(SCALE).json $(ARGS)
-	$(BIN)/python -m bench.report show bench/out/$(SCALE).json
+bench-quick bench-avx2: SCALE := quick
+bench-avx2: OUT := bench/out/avx2.json
+bench-avx2: WHAT := bench/ops/test_attention.py::test_rows
+bench-avx2: export PREFIXCORE_ISA := avx2
+bench-avx2: export ATEN_CPU_CAPABILITY := avx2
+bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+bench bench-quick bench-avx2: $(VENV)/.installed
+	@mkdir -p $(dir $(OUT))
+	PREFIXCORE_BENCH=$(SCALE) $(BIN)/python -m pytest $(WHAT) -W ignore::FutureWarning -W ignore::UserWarning \
+	    --benchmark-columns=min,median,rounds --benchmark-json=$(OUT) $(ARGS)
+	$(BIN)/python -m bench.report show $(OUT)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -48,6 +48,17 @@ def note(benchmark: Any) -> Callable[..., None]:
         benchmark.group = table
         benchmark.extra_info.update(table=table, case=dict(case), **facts)
         benchmark.pedantic(call, rounds=1, iterations=1)
+
+    return run
+
+
+@pytest.fixture
+def leave_out(note: Callable[..., None]) -> Callable[..., NoReturn]:
+    """``leave_out(table, case, reason)``: skips, and has the table say so."""
+
+    def run(table: str, case: Mapping[str, Any], reason: str) -> NoReturn:
+        note(table, case, lambda: None, skipped=reason)
+        pytest.skip(reason)
 
     return run
 

@@ -1,19 +1,22 @@
-"""Frozen models of real shapes with random weights: right for time and memory, never for a claim about learning."""
+"""Frozen models of real shapes. Random weights are right for time and memory, and never for a claim about learning;
+SmolLM2-135M comes with its own where the demo has fetched them."""
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .demo import base_model
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model looks like. `family` is transformers' `model_type`."""
+    """What a model looks like. `family` is transformers' `model_type`; `real`: with the weights of SmolLM2-135M."""
 
     name: str
     family: str
@@ -23,6 +26,7 @@ class Shape:
     kv_heads: int
     inner: int
     vocabulary: int
+    real: bool = False
 
 
 TINY = [
@@ -36,10 +40,28 @@ SMALL = [
     Shape("GPT-2 30M", "gpt2", 8, 512, 8, 8, 2048, 8192),
 ]
 SMOLLM2_135M = Shape("SmolLM2-135M's shape", "llama", 30, 576, 9, 3, 1536, 49152)
+SMOLLM2_REAL = replace(SMOLLM2_135M, name="SmolLM2-135M", real=True)
+LARGE = [
+    Shape("SmolLM2-360M's shape", "llama", 32, 960, 15, 5, 2560, 49152),
+    Shape("Qwen2-0.5B's shape", "qwen2", 24, 896, 14, 2, 4864, 151936),
+    Shape("GPT-2 medium's shape", "gpt2", 24, 1024, 16, 16, 4096, 50257),
+]
 
 
-def make(shape: Shape, positions: int, seed: int = 0) -> Any:
-    """A frozen model in float32 for up to `positions` tokens; the same seed gives the same weights. No dropout."""
+def missing(shape: Shape) -> str | None:
+    """Why there is no such model here, if there is none."""
+    if shape.real and not base_model.is_here():
+        return "the weights of SmolLM2-135M are not here; `make weights` fetches them"
+    return None
+
+
+def make(shape: Shape, positions: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A frozen model for up to `positions` tokens. Random weights are the same for the same seed. No dropout."""
+    model = base_model.load()[0] if shape.real else _random(shape, positions, seed)
+    return model.eval().requires_grad_(False).to(dtype)
+
+
+def _random(shape: Shape, positions: int, seed: int) -> Any:
     import transformers
 
     torch.manual_seed(seed)
@@ -70,7 +92,7 @@ def make(shape: Shape, positions: int, seed: int = 0) -> Any:
             tie_word_embeddings=True,
             **special,
         )
-    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def twin(model: Any) -> Any:

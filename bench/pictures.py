@@ -1,15 +1,19 @@
-"""Pictures from results: how cost grows, and where the targets stand. Each carries a digest of what it shows."""
+"""Pictures from results: how cost grows, where the targets stand, where a step goes.
+
+Each carries a digest of what it shows. Of several runs, bars with targets show the worst as the tables do; curves and
+parts of a step show the median, point by point, since the worst of each would be a curve that nobody measured.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cells import in_order, model, shape
 from .runs import FOLDER, Machine, Row
-from .tables import in_order, shape
 from .targets import attention as attention_target
 
 DIGEST = "prefixcore-digest"
@@ -44,7 +48,7 @@ def growth(machine: Machine) -> dict[str, dict[str, list[list[float]]]]:
     for row in sorted(rows, key=lambda row: row.case["value"]):
         for name in ("candidate", *row.references):
             lines = series.setdefault(row.case["axis"], {})
-            lines.setdefault(name, []).append([row.case["value"], round(1000 * row.seconds(name), 4)])
+            lines.setdefault(name, []).append([row.case["value"], round(1000 * row.middle(name), 4)])
     return series
 
 
@@ -65,9 +69,20 @@ def ratios(machine: Machine) -> list[dict[str, Any]]:
     return bars
 
 
+def profile(machine: Machine) -> dict[str, dict[str, dict[str, float]]]:
+    """Step to way of training to part to milliseconds."""
+    return {
+        ", ".join(model(row.case)): {
+            name: {part: round(row.part(name, part), 3) for part in parts}
+            for name, parts in row.runs[0]["milliseconds"].items()
+        }
+        for row in machine.tables.get("profile", ())
+    }
+
+
 def shown(machine: Machine) -> dict[str, Any]:
     """File name to what the picture shows; nothing where nothing was measured."""
-    pictures = {f"{machine.slug}-growth.png": growth(machine), f"{machine.slug}-attention.png": ratios(machine)}
+    pictures = {f"{machine.slug}-{kind}.png": content(machine) for kind, (content, _) in KINDS.items()}
     return {name: content for name, content in pictures.items() if content}
 
 
@@ -81,18 +96,6 @@ def digest_in(path: Path) -> str | None:
 
     with Image.open(path) as image:
         return image.info.get(DIGEST)
-
-
-def draw(machine: Machine, folder: Path = FOLDER) -> list[Path]:
-    """Draw what is not there yet as it should be; returns the paths of all pictures."""
-    paths = []
-    for name, content in shown(machine).items():
-        path = folder / name
-        paths.append(path)
-        if not path.exists() or digest_in(path) != digest(content):
-            figure = draw_growth(content) if isinstance(content, dict) else draw_ratios(content)
-            figure.savefig(path, dpi=110, bbox_inches="tight", metadata={DIGEST: digest(content)})
-    return paths
 
 
 def draw_growth(series: dict[str, dict[str, list[list[float]]]]) -> Any:
@@ -140,3 +143,42 @@ def draw_ratios(bars: list[dict[str, Any]]) -> Any:
     handles, labels = plot.get_legend_handles_labels()
     plot.legend(handles[:3], labels[:3], fontsize=8)
     return figure
+
+
+def draw_profile(steps: dict[str, dict[str, dict[str, float]]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.7 * len(steps) + 0.6), layout="constrained")
+    for place, (step, ways) in enumerate(steps.items(), start=1):
+        plot = figure.add_subplot(len(steps), 1, place)
+        for line, parts in enumerate(ways.values()):
+            left = 0.0
+            for k, (part, milliseconds) in enumerate(parts.items()):
+                plot.barh(line, milliseconds, left=left, color=f"C{k}", label=part if line == 0 else None)
+                left += milliseconds
+        plot.set_yticks(range(len(ways)), list(ways), fontsize=8)
+        plot.invert_yaxis()
+        plot.set_xlabel(f"ms a step ({step})")
+    handles, labels = plot.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False)
+    return figure
+
+
+KINDS: dict[str, tuple[Callable[[Machine], Any], Callable[[Any], Any]]] = {
+    "growth": (growth, draw_growth),
+    "attention": (ratios, draw_ratios),
+    "profile": (profile, draw_profile),
+}
+
+
+def draw(machine: Machine, folder: Path = FOLDER) -> list[Path]:
+    """Draw what is not there yet as it should be; returns the paths of all pictures."""
+    paths = []
+    for name, content in shown(machine).items():
+        path = folder / name
+        paths.append(path)
+        if not path.exists() or digest_in(path) != digest(content):
+            _, drawn = KINDS[name.removeprefix(machine.slug + "-").removesuffix(".png")]
+            figure = drawn(content)
+            figure.savefig(path, dpi=110, bbox_inches="tight", metadata={DIGEST: digest(content)})
+    return paths

@@ -1,8 +1,9 @@
 """Tables and pictures from results.
 
 ``python -m bench.report show FILE...`` prints the tables of runs that pytest-benchmark wrote (one after the other of
-one machine are put together). ``keep FILE --as NAME`` puts a run into bench/results/. ``render`` rewrites what the
-pages say between their marks, and draws the pictures; ``check`` fails if they do not say what the results say.
+one machine are put together, and the worst is quoted). ``keep FILE... --as NAME`` puts runs of the same things, of one
+commit on one machine, into one file in bench/results/. ``render`` rewrites what the pages say between their marks, and
+draws the pictures; ``check`` fails if they do not say what the results say.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import pictures, runs, tables
 from .runs import FOLDER, Machine, machines
@@ -75,26 +77,31 @@ def render(pages: Mapping[Path, Page] = PAGES, folder: Path = FOLDER) -> None:
         page.write_text(with_block(page, content(found))[1], encoding="utf-8")
 
 
+def keep_together(found: Sequence[Mapping[str, Any]], name: str, folder: Path = FOLDER) -> None:
+    """Write runs to one file of `folder`, in the place of what is there by that name."""
+    others = [path for path in sorted(folder.glob("*.json")) if path.stem != name]
+    machines([*runs.read_all(others), *runs.together(found)])  # refuses what cannot be rendered
+    folder.mkdir(exist_ok=True)
+    runs.write(found, folder / f"{name}.json")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the tables of these runs")
     show.add_argument("files", nargs="+", type=Path)
-    keep = commands.add_parser("keep", help="put a run into bench/results/")
-    keep.add_argument("file", type=Path)
-    keep.add_argument("--as", dest="name", required=True, help="its name there, without .json")
+    keep = commands.add_parser("keep", help="put runs into one file in bench/results/")
+    keep.add_argument("files", nargs="+", type=Path)
+    keep.add_argument("--as", dest="name", required=True, help="the file's name there, without .json")
     commands.add_parser("render", help="rewrite the pages and draw the pictures")
     commands.add_parser("check", help="fail if they do not agree with the results")
     options = parser.parse_args(arguments)
 
     if options.command == "show":
-        for machine in machines(runs.read(path) for path in options.files):
+        for machine in machines(runs.read_all(options.files)):
             print(tables.sections(machine), end="\n\n")
     elif options.command == "keep":
-        run = runs.read(options.file)
-        machines([*runs.kept(), run])  # refuses what cannot be rendered
-        FOLDER.mkdir(exist_ok=True)
-        runs.write(run, FOLDER / f"{options.name}.json")
+        keep_together(runs.read_all(options.files), options.name)
     elif options.command == "render":
         render()
     else:

@@ -15,9 +15,9 @@ SCALE = os.environ.get("PREFIXCORE_BENCH", "full")
 if SCALE not in SCALES:
     raise ValueError(f"PREFIXCORE_BENCH: expected one of {', '.join(SCALES)}, got {SCALE!r}")
 
-MIN_ROUNDS = {"smoke": 2, "quick": 7, "full": 9}[SCALE]
+MIN_ROUNDS = {"smoke": 2, "quick": 7, "full": 7}[SCALE]
 MAX_ROUNDS = {"smoke": 2, "quick": 31, "full": 61}[SCALE]
-SECONDS = {"smoke": 0.0, "quick": 1.0, "full": 8.0}[SCALE]  # for one benchmark, beyond MIN_ROUNDS
+SECONDS = {"smoke": 0.0, "quick": 0.6, "full": 8.0}[SCALE]  # for one benchmark, beyond MIN_ROUNDS
 
 Choice = TypeVar("Choice")
 

@@ -40,6 +40,7 @@ COPY = Target(0.80, at_least=True)  # of the bandwidth of a copy
 FASTER = Target(1.00)
 STEP_OVER_BARE = Target(1.00)
 STEP_OVER_PEFT = Target(0.85)  # at T = 1024, P = 64
+PACKED = Target(0.50)  # a packed batch over PEFT's padded one
 PEAK = Target(1.02)  # over the bare step's peak plus the prefix's own gradient and optimizer
 
 
@@ -65,9 +66,14 @@ def attention(case: Mapping[str, Any], reference: str, isa: str) -> Target | Non
     return Target(bounds[case["dtype"], reference])
 
 
-def attention_rate(case: Mapping[str, Any]) -> Target | None:
+def step_over_peft(case: Mapping[str, Any]) -> Target | None:
+    """The target of a step with a prefix over PEFT's, if this row has one."""
+    return STEP_OVER_PEFT if case["T"] == 1024 and case["P"] == 64 and not case["ragged"] else None
+
+
+def attention_rate(case: Mapping[str, Any], isa: str) -> Target | None:
     """The target of our share of a 1024-cubed float32 product's rate, useful operations only."""
-    if case["dtype"] != "fp32" or shape_of(case) not in ATTENTION:
+    if isa != "avx512" or case["dtype"] != "fp32" or shape_of(case) not in ATTENTION:
         return None
     if case["T"] >= 1024:
         return Target(0.85, at_least=True)

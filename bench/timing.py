@@ -38,19 +38,23 @@ def seconds_of(call: Call) -> float:
     return time.perf_counter() - began
 
 
-def repeated(call: Call) -> tuple[Call, int]:
-    """`call`, repeated often enough to take `SHORTEST`, and how often that is. Also warms it up."""
-    if seconds_of(call) > 100 * SHORTEST:
-        return call, 1
-    times = min(1000, max(1, math.ceil(SHORTEST / max(seconds_of(call), 1e-9))))
+def repeated(call: Call) -> tuple[Call, int, float]:
+    """`call`, repeated often enough to take `SHORTEST`; how often that is; and the seconds all of it takes, about.
+
+    Also warms it up: with one call where that is a long one.
+    """
+    seconds = seconds_of(call)
+    if seconds < 100 * SHORTEST:
+        seconds = seconds_of(call)
+    times = min(1000, max(1, math.ceil(SHORTEST / max(seconds, 1e-9))))
     if times == 1:
-        return call, 1
+        return call, 1, seconds
 
     def many() -> None:
         for _ in range(times):
             call()
 
-    return many, times
+    return many, times, times * seconds
 
 
 class Turns:
@@ -58,8 +62,9 @@ class Turns:
 
     def __init__(self, references: Mapping[str, Call]) -> None:
         prepared = {name: repeated(call) for name, call in references.items()}
-        self.calls = {name: call for name, (call, _) in prepared.items()}
-        self.times = {name: times for name, (_, times) in prepared.items()}
+        self.calls = {name: call for name, (call, _, _) in prepared.items()}
+        self.times = {name: times for name, (_, times, _) in prepared.items()}
+        self.round_seconds = sum(seconds for _, _, seconds in prepared.values())
         self.seconds: dict[str, list[float]] = {name: [] for name in references}
         self.turn = 0
 
@@ -79,9 +84,8 @@ def interleaved(benchmark: Any, candidate: Call, references: Mapping[str, Call])
         of ``seconds``; without figures under ``--benchmark-disable``, where nothing is timed.
     """
     turns = Turns(references)
-    once, times = repeated(candidate)
-    round_seconds = seconds_of(once) + sum(seconds_of(call) for call in turns.calls.values())
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS / round_seconds)))
+    once, times, seconds = repeated(candidate)
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS / (seconds + turns.round_seconds))))
     benchmark.pedantic(once, setup=turns, rounds=rounds, iterations=1)
     figures: dict[str, Any] = {}
     if benchmark.stats is not None:

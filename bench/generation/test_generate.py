@@ -15,7 +15,7 @@ from bench.scale import pick
 
 CASES = pick(
     smoke=[(models.TINY[0], 2, 5, 4, 3)],
-    quick=[(models.SMALL[0], 4, 32, 64, 16)],
+    quick=[(models.SMALL[0], 4, 32, 64, 8)],
     full=[(models.SMALL[0], 4, 32, 64, 64), (models.SMALL[0], 4, 32, 1024, 64), (models.SMOLLM2_135M, 4, 32, 64, 64)],
 )
 

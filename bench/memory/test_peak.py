@@ -9,7 +9,8 @@ import pytest
 from bench import models
 from bench.memory.peak import can_measure, in_fresh_process
 from bench.scale import SCALE, pick
-from bench.steps import contenders
+from bench.steps.check import check_step
+from bench.steps.contenders import Step
 from bench.steps.test_training_step import MORE, REFERENCES
 
 CASES = pick(
@@ -28,9 +29,7 @@ REPEATS = {"smoke": 1, "quick": 1, "full": 3}[SCALE]
 @pytest.mark.skipif(not can_measure(), reason="the high-water mark of resident memory can be reset on Linux only")
 @pytest.mark.parametrize(("shape", "rows", "length", "virtual"), CASES, ids=lambda x: getattr(x, "name", str(x)))
 def test_peak(note: Callable[..., None], shape: models.Shape, rows: int, length: int, virtual: int) -> None:
-    model = models.make(shape, positions=length + virtual)
-    error = contenders.check(model, models.batch(shape, rows, length), virtual)
-    del model
+    error = check_step(Step(shape, rows, length, virtual, brief=SCALE == "quick"))
     case = {"shape": vars(shape), "B": rows, "T": length, "P": virtual}
     peaks: dict[str, list[int]] = {name: [] for name in NAMES}
     state: dict[str, int] = {}

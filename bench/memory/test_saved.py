@@ -16,10 +16,10 @@ from bench.memory.saved import saved_bytes
 from bench.ops.test_attention import ROWS, TOY, name
 from bench.reference.bare_sdpa import bare_sdpa
 from bench.reference.merged_flash import merged_flash
-from bench.scale import pick
-from bench.steps import contenders
-from bench.steps.contenders import MAKERS
-from bench.steps.test_training_step import MORE, REFERENCES
+from bench.scale import SCALE, pick
+from bench.steps.check import check_step
+from bench.steps.contenders import MAKERS, Step
+from bench.steps.test_training_step import BRIEF, MORE, REFERENCES
 
 Note = Callable[..., None]
 
@@ -61,11 +61,12 @@ TINY_OR_SMALL = pick(
 @pytest.mark.parametrize(("shape", "length", "virtual"), TINY_OR_SMALL, ids=lambda x: getattr(x, "name", str(x)))
 def test_model(note: Note, shape: models.Shape, length: int, virtual: int) -> None:
     """All that a forward pass keeps, parameters and inputs apart. The labels make every token's logits count."""
-    model = models.make(shape, positions=length + virtual)
-    batch = models.batch(shape, 1, length)
-    error = contenders.check(model, batch, virtual)
+    brief = SCALE == "quick"
+    step = Step(shape, 1, length, virtual, brief=brief)
+    error = check_step(step)
+    model, batch = step.model(), step.batch()
     figures: dict[str, int] = {}
-    for who in ["prefixcore prefix", "prefixcore prompt", *REFERENCES, *MORE]:
+    for who in ["prefixcore prefix", *(BRIEF if brief else ["prefixcore prompt", *REFERENCES, *MORE])]:
         contender = MAKERS[who](model, batch, virtual)
         figures[who] = saved_bytes(forward(who, contender.model, batch), without=tensors_of(contender.model, batch))
     ours = MAKERS["prefixcore prefix"](model, batch, virtual)

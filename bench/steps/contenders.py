@@ -1,4 +1,4 @@
-"""The ways to train that a step is measured for, all over one set of frozen weights, and the gate that they pass."""
+"""The ways to train that a step is measured for, all over one set of frozen weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,43 @@ from torch import Tensor
 
 import prefixcore
 from bench import models
-from bench.gates import gate
+from bench.attention_problem import NAMES
 from bench.reference import peft_models
 from bench.reference.bare_model import bare_step
-from prefixcore.nn import join_layers
 
 Batch = Mapping[str, Tensor]
-TOLERANCE = 1e-4
-"""Relative error, by norm, of logits and gradients through a whole float32 model."""
 LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step is measured on: B rows of T tokens, P virtual ones, of a model of this shape."""
+
+    shape: models.Shape
+    B: int
+    T: int
+    P: int
+    ragged: bool = False  # padded rows of many lengths
+    dtype: str = "fp32"
+    brief: bool = False  # a long step: a prefix alone, beside the bare model and PEFT's
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("prefix",) if self.brief else ("prefix", "prompt")
+
+    def model(self) -> Any:
+        return models.make(self.shape, positions=self.T + self.P, dtype=NAMES[self.dtype])
+
+    def batch(self) -> dict[str, Tensor]:
+        return models.batch(self.shape, self.B, self.T, ragged=self.ragged)
+
+    def case(self, **more: Any) -> dict[str, Any]:
+        """What tells this step from others, for the table."""
+        case = {"model": self.shape.name, "B": self.B, "T": self.T, "P": self.P}
+        return {**case, "ragged": self.ragged, "dtype": self.dtype, **more}
+
+    def __str__(self) -> str:
+        return f"{self.shape.name}-{self.B}-{self.T}-{self.P}-{self.dtype}" + "-ragged" * self.ragged
 
 
 @dataclass
@@ -103,41 +131,3 @@ MAKERS: dict[str, Callable[[Any, Batch, int], Contender]] = {
     "LoRA": lora,
     "LoRA, all linear": lora_everywhere,
 }
-
-
-def check(model: Any, batch: Batch, virtual: int) -> float:
-    """The gate of whole steps: from one start, ours and PEFT's give the same logits, loss and gradient, and with
-    nothing attached, as with LoRA at its start, the model gives its own logits. Returns the greatest relative error."""
-    worst = 0.0
-    for kind in ("prefix", "prompt"):
-        theirs = MAKERS[f"PEFT {kind}"](model, batch, virtual).model
-        start = theirs.get_prompt_embedding_to_save("default")
-        config = {"prefix": prefixcore.PrefixTuningConfig, "prompt": prefixcore.PromptTuningConfig}[kind](init=start)
-        twin = models.twin(model)
-        handle = prefixcore.attach(twin, config)
-        module: Any = handle.module
-        expected, got = theirs(use_cache=False, **batch), twin(use_cache=False, **batch)
-        expected.loss.backward()
-        got.loss.backward()
-        logits = expected.logits[:, -batch["input_ids"].shape[1] :]  # PEFT's prompt has logits of its own
-        if kind == "prefix":
-            gradient = join_layers([(layer.key.grad, layer.value.grad) for layer in module.layers])
-        else:
-            gradient = module.embedding.grad
-        seen = batch["attention_mask"].bool()  # what a model says about padding is nobody's business
-        want = {
-            "logits": logits[seen],
-            "loss": expected.loss,
-            "gradient": theirs.prompt_encoder["default"].embedding.weight.grad,
-        }
-        mine = {"logits": got.logits[seen], "loss": got.loss, "gradient": gradient}
-        worst = max(worst, gate(f"the model with our {kind}", mine, want, TOLERANCE))
-        with torch.no_grad(), handle.disabled():
-            mine = {"logits": twin(**batch).logits[seen]}
-        with torch.no_grad():
-            own = {"logits": model(**batch).logits[seen]}
-        gate(f"the model with our {kind} disabled", mine, own, 1e-6)
-    with torch.no_grad():  # LoRA starts as the model itself
-        mine = {"logits": lora(model, batch, virtual).model(**batch).logits[seen]}
-    gate("the model with LoRA", mine, own, TOLERANCE)
-    return worst

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from bench import pictures, report, runs, tables, targets
+from bench import cells, pictures, report, runs, tables, targets
 
 STAMP = {
     "scale": "quick",
@@ -35,7 +36,27 @@ def timed(**over: float) -> dict:
     }
 
 
-def raw(bare: float = 0.41, **stamp: object) -> dict:
+MODEL = {"model": "Llama 30M", "B": 1, "T": 1024, "P": 64}
+STEP = {
+    "table": "step",
+    "case": {**MODEL, "ragged": False, "dtype": "bf16"},
+    **timed(**{"bare model": 0.9, "PEFT prefix": 0.86}),
+}
+REAL = {"table": "step", "case": {**MODEL, "model": "SmolLM2-135M", "ragged": False, "dtype": "fp32"}}
+PACKED = {
+    "table": "packed step",
+    "case": {**MODEL, "B": 4, "data": "lengths of 16 to 1024", "tokens": 2000, "labels": 400},
+    **timed(**{"PEFT prefix": 0.44, "padded": 0.5}),
+}
+PARTS = {"attention": 20.0, "matrix products": 60.5}
+PROFILE = {
+    "table": "profile",
+    "case": {**MODEL, "ragged": False, "dtype": "fp32"},
+    "milliseconds": {"bare model": PARTS, "prefixcore prefix": {**PARTS, "attention": 10.0}},
+}
+
+
+def raw(bare: float = 0.41, also: Sequence[dict] = (), **stamp: object) -> dict:
     """As pytest-benchmark writes it, as far as we read it."""
     row = {"table": "attention", "case": {**SHAPE, "dtype": "fp32", "backward": True}, "flops": 1e9, "sgemm_flops": 2e9}
     points = [
@@ -46,7 +67,9 @@ def raw(bare: float = 0.41, **stamp: object) -> dict:
     return {
         "datetime": "2026-01-02T03:04:05.678",
         "machine_info": {"node": "a-host-name", "prefixcore": {**STAMP, **stamp}},
-        "benchmarks": [{"fullname": f"bench/x.py::y[{i}]", "extra_info": b} for i, b in enumerate([row, *points])],
+        "benchmarks": [
+            {"fullname": f"bench/x.py::y[{i}]", "extra_info": b} for i, b in enumerate([row, *points, *also])
+        ],
     }
 
 
@@ -61,7 +84,7 @@ def place(tmp_path: Path) -> tuple[Path, Path]:
     readme.parent.mkdir()
     readme.write_text(f"above\n\n{report.BEGIN}\n{report.END}\n\nbelow\n", encoding="utf-8")
     folder.mkdir()
-    runs.write(runs.trimmed(raw()), folder / "one.json")
+    runs.write([runs.trimmed(raw())], folder / "one.json")
     report.render(pages(readme), folder)
     return readme, folder
 
@@ -88,7 +111,7 @@ def test_rendering_keeps_what_stands_around_and_agrees_with_itself(place: tuple[
 
 def test_a_changed_figure_shows_in_page_and_picture(place: tuple[Path, Path]) -> None:
     readme, folder = place
-    runs.write(runs.trimmed(raw(bare=0.45)), folder / "one.json")
+    runs.write([runs.trimmed(raw(bare=0.45))], folder / "one.json")
     assert report.disagreements(pages(readme), folder) == [
         "page/README.md does not say what results/ says",
         "avx512-2-threads-attention.png does not show what results/ says",
@@ -117,19 +140,81 @@ def test_of_several_runs_the_worst_is_quoted() -> None:
     assert row.over("merged", "bare") == pytest.approx(0.52 / 0.3, rel=1e-3)
     text = tables.sections(machine)
     assert "**0.52** (missed ≤ 0.50)" in text
-    assert "3 sittings" in text
+    assert "Worst of 3 runs: quick 2026-01-02 03:04 (load average before: 0.5), quick" in text
+
+
+def test_a_curve_shows_the_median_of_the_runs() -> None:
+    several = [runs.trimmed(raw()) for _ in range(3)]
+    for run, seconds in zip(several, (0.004, 0.001, 0.002), strict=True):
+        run["benchmarks"][1]["seconds"]["candidate"]["min"] = seconds
+    (machine,) = runs.machines(several)
+    assert pictures.growth(machine)["T"]["candidate"] == [[128, 2.0], [256, 1.0]]
+
+
+def test_where_runs_differ_in_what_they_hold_the_page_says_so() -> None:
+    (machine,) = runs.machines([runs.trimmed(raw()), runs.trimmed(raw(also=[STEP]))])
+    assert "Worst of 1 to 2 runs: " in tables.sections(machine)
+
+
+def test_a_full_run_and_a_quick_one_of_the_same_row_are_put_together() -> None:
+    more = {**STEP, **timed(**{"bare model": 0.8, "PEFT prefix": 0.7, "LoRA": 0.75})}
+    for order in ([STEP, more], [more, STEP]):
+        (machine,) = runs.machines(runs.trimmed(raw(also=[row])) for row in order)
+        line = next(line for line in tables.sections(machine).splitlines() if "| Llama 30M | 1,1024,64" in line)
+        assert "| 0.90 (≤ 1.00) |" in line
+        assert "| 0.75 | - | - | - |" in line
+
+
+def test_steps_and_packed_steps_stand_beside_their_goals() -> None:
+    (machine,) = runs.machines([runs.trimmed(raw(also=[STEP, PACKED]))])
+    text = tables.sections(machine)
+    assert "| Llama 30M | 1,1024,64 | bf16 | 1 | 0.90 (≤ 1.00) | 0.89..0.92 | **0.86** (missed ≤ 0.85) |" in text
+    assert "| Llama 30M | lengths of 16 to 1024 | 4,1024,64 | 2000 of 4096 | 400 | 1 | 0.44 (≤ 0.50) |" in text
+    front = report.front([machine])
+    assert "| training step, Llama 30M, 1,1024,64, bfloat16 | 0.90 (≤ 1.00) | **0.86** (missed ≤ 0.85) |" in front
+    assert (
+        "| packed training step (the others padded), Llama 30M, lengths of 16 to 1024, 4,1024,64 | - | 0.44 (≤ 0.50) |"
+        in front
+    )
+    assert front.endswith("One run.")
+
+
+def test_what_was_skipped_is_in_the_table_with_its_reason() -> None:
+    left_out = {**REAL, "skipped": "no weights here"}
+    measured = {**REAL, **timed(**{"bare model": 0.95, "PEFT prefix": 0.8})}
+    (machine,) = runs.machines([runs.trimmed(raw(also=[left_out]))])
+    assert "| SmolLM2-135M | 1,1024,64 | fp32 | skipped: no weights here | - |" in tables.sections(machine)
+    assert "SmolLM2" not in report.front([machine])
+    for order in ([left_out, measured], [measured, left_out]):
+        (machine,) = runs.machines(runs.trimmed(raw(also=[row])) for row in order)
+        assert "| SmolLM2-135M | 1,1024,64 | fp32 | 1 | 0.95 (≤ 1.00) |" in tables.sections(machine)
+
+
+def test_a_profile_is_tabled_and_drawn(tmp_path: Path) -> None:
+    (machine,) = runs.machines([runs.trimmed(raw(also=[PROFILE]))])
+    text = tables.sections(machine)
+    assert "| model | B,T,P | dtype | training | attention, ms | matrix products, ms | all, ms |" in text
+    assert "| Llama 30M | 1,1024,64 | fp32 | prefixcore prefix | 10 | 60.5 | 70.5 |" in text
+    assert "avx512-2-threads-profile.png" in [path.name for path in pictures.draw(machine, tmp_path)]
 
 
 def test_the_front_page_has_the_ratios() -> None:
     assert report.front([]) == report.NOTHING
     found = runs.machines([runs.trimmed(raw())])
-    assert report.front(found).splitlines()[2:] == ["| `prefix_attention`, 4,8,8,256,64,20 | 0.41 | 0.33 |"]
+    assert report.front(found).splitlines()[2:] == [
+        "| `prefix_attention`, 4,8,8,256,64,20 | 0.41 (≤ 0.50) | 0.33 (≤ 0.40) |",
+        "",
+        "One run.",
+    ]
 
 
 def test_runs_of_two_settings_are_kept_apart() -> None:
-    first, second = runs.machines(runs.trimmed(run) for run in (raw(), raw(isa="avx2", torch_isa="AVX2")))
-    assert (first.slug, second.slug) == ("avx512-2-threads", "avx2-2-threads")
-    assert "0.41 (≤ 0.75)" in tables.sections(second)
+    held = raw(isa="avx2", torch_isa="AVX2")
+    first, second = runs.machines(runs.trimmed(run) for run in (held, raw(also=[STEP])))
+    assert (first.slug, second.slug) == ("avx512-2-threads", "avx2-2-threads")  # the one with most tables leads
+    text = tables.sections(second)
+    assert text.startswith("### avx2, 2 threads\n")
+    assert "| 0.41 (≤ 0.75) | 0.33 | 0.30 | 0.82 |" in text
 
 
 @pytest.mark.parametrize(
@@ -144,17 +229,42 @@ def test_what_cannot_be_kept_is_refused(run: dict, message: str) -> None:
 def test_keep_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "raw.json"
     file.write_text(json.dumps(raw()), encoding="utf-8")
-    monkeypatch.setattr(report, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(runs, "kept", lambda: [])
+    folder = tmp_path / "results"
+    monkeypatch.setattr(report.keep_together, "__defaults__", (folder,))
     assert report.main(["keep", str(file), "--as", "one"]) == 0
-    assert report.main(["show", str(file), str(tmp_path / "results" / "one.json")]) == 0
-    assert "2 sittings" in capsys.readouterr().out
-    assert runs.read(tmp_path / "results" / "one.json") == runs.trimmed(raw())
+    assert report.main(["show", str(file), str(folder / "one.json")]) == 0
+    assert "Worst of 2 runs" in capsys.readouterr().out
+    assert runs.kept(folder) == [runs.trimmed(raw())]
+
+
+def test_three_runs_are_kept_in_one_file_that_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    three = [runs.trimmed(raw(bare=x)) for x in (0.41, 0.52, 0.43)]
+    runs.write([runs.trimmed(raw(cpu="Another CPU"))], tmp_path / "mine.json")
+    report.keep_together(three, "mine", tmp_path)
+    assert runs.kept(tmp_path) == three
+    text = (tmp_path / "mine.json").read_text(encoding="utf-8")
+    assert len([line for line in text.splitlines() if line.startswith("  {")]) == 9  # a benchmark a line
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (raw(commit="fedcba987654"), "run 2 differs from run 1 in its commit: 'fedcba987654', not '0123456789ab'"),
+        (raw(scale="full"), "in its scale"),
+        (raw(threads=1), "in its threads"),
+        (raw(also=[STEP]), r"do not hold the same benchmarks; bench/x.py::y\[3\] is in one of them only"),
+        (raw(), "one of them is there twice"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_kept(tmp_path: Path, other: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        report.keep_together([runs.trimmed(raw()), runs.trimmed(other)], "x", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"format": 0}', encoding="utf-8")
-    with pytest.raises(ValueError, match="expected results of format 1"):
+    with pytest.raises(ValueError, match="expected results of format 2"):
         runs.read(tmp_path / "x.json")
 
 
@@ -162,7 +272,7 @@ def test_targets_are_judged_as_printed() -> None:
     assert targets.Target(0.5).met(0.504)
     assert not targets.Target(0.5).met(0.506)
     assert targets.Target(0.85, at_least=True).met(0.846)
-    assert tables.judged(0.8, targets.Target(0.85, at_least=True)) == "**0.80** (missed ≥ 0.85)"
+    assert cells.judged(0.8, targets.Target(0.85, at_least=True)) == "**0.80** (missed ≥ 0.85)"
 
 
 def test_figures_that_nothing_draws_change_no_digest() -> None:
