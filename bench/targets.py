@@ -53,7 +53,7 @@ def attention(case: Mapping[str, Any], reference: str, isa: str) -> Target | Non
     shape = shape_of(case)
     if shape not in ATTENTION or reference not in ("bare", "concatenated"):
         return None
-    if isa != "avx512":
+    if not isa.startswith("avx512"):
         first_three = shape in list(ATTENTION)[:3]
         return AVX2 if isa == "avx2" and first_three and reference == "bare" and case["dtype"] == "fp32" else None
     fp32_bare, fp32_concatenated, bf16_bare, bf16_concatenated = ATTENTION[shape]

@@ -6,6 +6,7 @@
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
+template <class Arithmetic>
 class BackwardPass {
  public:
   explicit BackwardPass(const AttentionBackward& p)
@@ -23,7 +24,7 @@ class BackwardPass {
   void run(const Parallel& parallel) {
     const int64_t heads = p_.num_kv_heads;
     Carver measure;
-    BackwardScratch(p_, wanted_, schedule_.scratch_rows, measure);
+    BackwardScratch<Arithmetic>(p_, wanted_, schedule_.scratch_rows, measure);
     // Later parts of a sequence are the longest with causal attention: they go first.
     const int64_t last = schedule_.num_slots * heads - 1;
     auto first_block = [&](int64_t unit) {
@@ -32,7 +33,7 @@ class BackwardPass {
     };
     auto work = [&](int64_t unit, int64_t next, char* memory) {
       Carver carve(memory);
-      BackwardScratch scratch(p_, wanted_, schedule_.scratch_rows, carve);
+      BackwardScratch<Arithmetic> scratch(p_, wanted_, schedule_.scratch_rows, carve);
       const BackwardBlock after = next >= 0 ? first_block(next) : BackwardBlock{};
       run_unit(schedule_.slots[(last - unit) / heads], (last - unit) % heads, next >= 0 ? &after : nullptr, scratch);
     };
@@ -54,7 +55,7 @@ class BackwardPass {
     return reinterpret_cast<float*>(buffers_.data()) + (kv_head * schedule_.num_buffers + buffer) * prefix_size_;
   }
 
-  void run_unit(const Slot& slot, int64_t kv_head, const BackwardBlock* after, BackwardScratch& w) const {
+  void run_unit(const Slot& slot, int64_t kv_head, const BackwardBlock* after, BackwardScratch<Arithmetic>& w) const {
     KeySums sums{nullptr, nullptr};
     if (wanted_.prefix && slot.prefix >= 0) {
       sums = {w.grad_prefix_key, w.grad_prefix_value};
@@ -71,11 +72,11 @@ class BackwardPass {
       run_item(items[i], kv_head, i + 1 < slot.last_item ? &next : after, sums, w);
     }
     if (sums.key != nullptr && slot.buffer < 0)
-      write_prefix(slot.prefix, kv_head, 1, sums.key, sums.value, w.query_rows, w.grad_out_rows);
+      write_prefix(slot.prefix, kv_head, 1, sums.key, sums.value, w.query_room, w.grad_out_room);
   }
 
   void run_item(const Item& item, int64_t kv_head, const BackwardBlock* after, const KeySums& prefix_sums,
-                BackwardScratch& w) const {
+                BackwardScratch<Arithmetic>& w) const {
     const Sequence& s = p_.sequences[item.sequence];
     const KeyList& list = lists_[item.sequence];
     KeySums sums{nullptr, nullptr};
@@ -95,9 +96,9 @@ class BackwardPass {
     if (wanted_.keys && item.parts == 1) {
       const float *key_sums = sums.key, *value_sums = sums.value;
       write_key_gradient(p_.grad_key, s, list, &item, &key_sums, 1, kv_head, 0, s.key_length, p_.head_dim, key_width_,
-                         p_.scale, w.query_rows);
+                         p_.scale, w.query_room);
       write_key_gradient(p_.grad_value, s, list, &item, &value_sums, 1, kv_head, 0, s.key_length, p_.value_dim,
-                         value_width_, 1.0f, w.grad_out_rows);
+                         value_width_, 1.0f, w.grad_out_room);
     }
   }
 

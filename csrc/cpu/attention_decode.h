@@ -13,7 +13,7 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 class DecodePass {
  public:
-  static bool fits(const AttentionForward& p) {
+  static bool fits(const AttentionProblem& p) {
     const int64_t group = p.num_heads / p.num_kv_heads;
     for (int64_t i = 0; i < p.num_sequences; ++i)
       if (p.sequences[i].query_length * group > kDecodeRows) return false;
@@ -34,13 +34,13 @@ class DecodePass {
 
   void run(const Parallel& parallel) {
     Carver measure;
-    ForwardScratch(p_, measure);
+    ForwardScratch<Float32>(p_, measure);
     DecodeScratch(p_, measure);
     auto work = [&](int64_t index, int64_t, char* memory) {
       const Unit& unit = units_[index];
       Carver carve(memory);
       if (unit.sequence < 0 && uses_lanes(unit.prefix)) {
-        ForwardScratch scratch(p_, carve);
+        ForwardScratch<Float32> scratch(p_, carve);
         run_prefix_lanes(unit, scratch);
       } else {
         DecodeScratch scratch(p_, carve);
@@ -155,7 +155,7 @@ class DecodePass {
   }
 
   // A stretch of a prefix against the rows of all sequences that name it: many rows.
-  void run_prefix_lanes(const Unit& unit, ForwardScratch& w) const {
+  void run_prefix_lanes(const Unit& unit, ForwardScratch<Float32>& w) const {
     QueryBlock block;
     Owner owner[kLanes];
     fill_shared(block, owner, unit);

@@ -6,6 +6,8 @@
 // The prefix is nothing but more keys: one pass, one softmax, no copy of it per row of the batch.
 #pragma once
 
+#include "bfloat16_pairs.h"
+#include "float32.h"
 #include "microkernel.h"
 #include "prefix_groups.h"
 #include "scores.h"
@@ -15,24 +17,32 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 // Below every score, yet finite: differences with it are defined.
 constexpr float kLowest = -1e30f;
 
+template <class Arithmetic>
 struct ForwardScratch {
-  int64_t key_width, value_width;  // head sizes rounded up to whole vectors
+  using Element = typename Arithmetic::Element;
+  int64_t key_width, value_width;  // head sizes rounded up to whole vectors of numbers
+  int64_t key_steps, value_steps;  // and of elements
   float* rows;                     // [kLanes, wider of the two]
-  float* query;                    // [key_width, kLaneStride] transposed and scaled
-  float *key, *value;              // room for a packed tile: [kKeys, key_width], [kKeys, value_width]
+  Element* query;                  // [key_steps, kLaneStride] transposed
+  Element *key, *value;            // room for a packed tile: [kKeys, key_steps], [kKeys, value_steps]
+  Element* value_columns;          // room for its columns: [kKeys / kPack, value_width]
   float *scores, *mask;            // [kKeys, kLaneStride]
   float* out;                      // [value_width, kLaneStride] transposed
   float *maximum, *denominator;    // [kLanes]
-  TileRows k, v;                   // the tile at hand
+  TileRows<Element> k, v;          // the tile at hand: rows of keys, columns of values
   TilePlan plan;
   Ahead ahead;
 
   ForwardScratch(const AttentionProblem& p, Carver& carve)
-      : key_width(round_up(p.head_dim, kWidth)), value_width(round_up(p.value_dim, kWidth)) {
+      : key_width(round_up(p.head_dim, kWidth)),
+        value_width(round_up(p.value_dim, kWidth)),
+        key_steps(steps<Arithmetic>(p.head_dim)),
+        value_steps(steps<Arithmetic>(p.value_dim)) {
     rows = carve.take<float>(kLanes * max(key_width, value_width));
-    query = carve.take<float>(key_width * kLaneStride);
-    key = carve.take<float>(kKeys * key_width);
-    value = carve.take<float>(kKeys * value_width);
+    query = carve.take<Element>(key_steps * kLaneStride);
+    key = carve.take<Element>(kKeys * key_steps);
+    value = carve.take<Element>(kKeys * value_steps);
+    value_columns = carve.take<Element>(Arithmetic::kPack > 1 ? kKeys / Arithmetic::kPack * value_width : 0);
     scores = carve.take<float>(kKeys * kLaneStride);
     mask = carve.take<float>(p.mask.kind == Mask::Kind::none ? 0 : kKeys * kLaneStride);
     out = carve.take<float>(value_width * kLaneStride);
@@ -42,12 +52,12 @@ struct ForwardScratch {
 };
 
 // `sinks` may be null: parts of a softmax that is merged later leave the sink to the merge.
-static void begin_block(ForwardScratch& w, const AttentionProblem& p, const QueryBlock& block, const float* sinks) {
-  alignas(64) float factor[kWidth];
-  store(factor, splat(query_factor(p)));
-  load_rows(w.rows, w.key_width, p.query, block, p.head_dim);
-  for (int64_t d = 0; d < w.key_width; d += kWidth)
-    transpose(w.query + d * kLaneStride, kLaneStride, w.rows + d, w.key_width, block.lanes, kWidth, factor);
+template <class Arithmetic>
+static void begin_block(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const QueryBlock& block,
+                        const float* sinks) {
+  auto* rows = reinterpret_cast<typename Arithmetic::Element*>(w.rows);
+  load_rows<Arithmetic>(rows, w.key_steps, p.query, block, p.head_dim);
+  transpose_query<Arithmetic>(w.query, rows, w.key_steps, p, block.lanes);
   for (int64_t i = 0; i < w.value_width * kLaneStride; i += kWidth) store(w.out + i, Vec{});
   for (int i = 0; i < kLanes; ++i) {
     // A sink is a key without a value: it only opens the denominator.
@@ -58,26 +68,33 @@ static void begin_block(ForwardScratch& w, const AttentionProblem& p, const Quer
 }
 
 // Absorbs the tile w.k, w.v. `first`: the output is still all zeros.
-static void absorb_tile(ForwardScratch& w, const AttentionProblem& p, int lanes, const float* mask, bool first) {
+template <class Arithmetic>
+static void absorb_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, int lanes, const float* mask,
+                        bool first) {
+  constexpr int kPack = Arithmetic::kPack;
   const TilePlan& plan = w.plan;
   for (int n = 0; n < plan.num_runs; ++n) {
     const Run& run = plan.run[n];
-    multiply<ALayout::rows>(run.last - run.first, run.end - run.begin, p.head_dim, w.k.data + run.first * w.k.stride,
-                            w.k.stride, w.query + run.begin, kLaneStride,
-                            w.scores + run.first * kLaneStride + run.begin, kLaneStride, false, w.ahead);
+    multiply<Arithmetic, ALayout::rows>(run.last - run.first, run.end - run.begin, ceil_div(p.head_dim, kPack),
+                                        w.k.data + run.first * w.k.stride, w.k.stride, w.query + run.begin, kLaneStride,
+                                        w.scores + run.first * kLaneStride + run.begin, kLaneStride, false, w.ahead);
   }
-  if (p.softcap > 0 || mask != nullptr || plan.partial) finish_scores(p, plan, w.scores, nullptr, mask);
+  const float factor = finish_scores<Arithmetic>(p, plan, w.scores, nullptr, mask);
 
   for (int l = 0; l < lanes; l += kWidth) {
     const Vec before = load(w.maximum + l);
-    Vec after = before;
+    Vec highest = splat(-kInfinity);
     for (int n = 0; n < plan.num_runs; ++n) {
       const Run& run = plan.run[n];
       if (l < run.begin || l >= run.end) continue;
-      for (int i = run.first; i < run.last; ++i) after = max(load(w.scores + i * kLaneStride + l), after);
+#pragma GCC unroll 4
+      for (int i = run.first; i < run.last; ++i) highest = max(load(w.scores + i * kLaneStride + l), highest);
     }
+    Vec after = max(Arithmetic::scaled(highest, factor), before);
     Vec total = load(w.denominator + l);
-    if (any(after > before)) {
+    if (!any(after > before + Arithmetic::kSlack)) {
+      after = before;
+    } else {
       const Vec shrink = exp2(before - after);
       total *= shrink;
       if (!first)
@@ -88,10 +105,18 @@ static void absorb_tile(ForwardScratch& w, const AttentionProblem& p, int lanes,
     for (int n = 0; n < plan.num_runs; ++n) {
       const Run& run = plan.run[n];
       if (l < run.begin || l >= run.end) continue;
-      for (int i = run.first; i < run.last; ++i) {
-        const Vec probability = exp2(load(w.scores + i * kLaneStride + l) - after);
-        store(w.scores + i * kLaneStride + l, probability);
-        total += probability;
+      for (int i = run.first; i < run.last; i += kPack) {
+        float* scores = w.scores + i * kLaneStride + l;
+        Vec probability[kPack];
+        for (int n = 0; n < kPack; ++n) {
+          probability[n] = i + n < run.last
+                               ? Arithmetic::exp2(Arithmetic::scaled(load(scores + n * kLaneStride), factor) - after)
+                               : Vec{};
+          total += probability[n];
+        }
+        // Probabilities take the place of their scores, as columns.
+        Arithmetic::store_columns(reinterpret_cast<typename Arithmetic::Element*>(scores),
+                                  Arithmetic::round(probability));
       }
     }
     store(w.denominator + l, total);
@@ -99,19 +124,31 @@ static void absorb_tile(ForwardScratch& w, const AttentionProblem& p, int lanes,
 
   for (int n = 0; n < plan.num_runs; ++n) {
     const Run& run = plan.run[n];
-    multiply<ALayout::columns>(
-        p.value_dim, run.end - run.begin, run.last - run.first, w.v.data + run.first * w.v.stride, w.v.stride,
-        w.scores + run.first * kLaneStride + run.begin, kLaneStride, w.out + run.begin, kLaneStride, true, w.ahead);
+    const auto* probability =
+        reinterpret_cast<const typename Arithmetic::Element*>(w.scores + run.first * kLaneStride + run.begin);
+    multiply<Arithmetic, ALayout::columns>(p.value_dim, run.end - run.begin, ceil_div(run.last - run.first, kPack),
+                                           w.v.data + run.first / kPack * w.v.stride, w.v.stride, probability,
+                                           kPack * kLaneStride, w.out + run.begin, kLaneStride, true, w.ahead);
   }
 }
 
+// Fills w.k and w.v with the keys and values of `keys` slots.
+template <class Arithmetic>
+static void load_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const ConstView& key,
+                      const ConstView& value, int64_t batch, int64_t head, int64_t start, const KeyList& list,
+                      int64_t slot, int keys) {
+  w.k = Arithmetic::key_rows(w.key, w.key_steps, key, batch, head, start, list, slot, keys, p.head_dim);
+  w.v = Arithmetic::key_rows(w.value, w.value_steps, value, batch, head, start, list, slot, keys, p.value_dim);
+  w.v = Arithmetic::columns(w.value_columns, w.value_width, w.v, keys);
+}
+
 // Absorbs slots [range) of a prefix, first of all tiles: the output is still all zeros.
-static void absorb_prefix(ForwardScratch& w, const AttentionProblem& p, int64_t prefix, int64_t kv_head,
+template <class Arithmetic>
+static void absorb_prefix(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, int64_t prefix, int64_t kv_head,
                           const KeyList& list, SlotRange range, int lanes) {
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    w.k = tile_rows(w.key, w.key_width, p.prefix_key, prefix, kv_head, 0, list, slot, keys, p.head_dim, true);
-    w.v = tile_rows(w.value, w.value_width, p.prefix_value, prefix, kv_head, 0, list, slot, keys, p.value_dim, true);
+    load_tile(w, p, p.prefix_key, p.prefix_value, prefix, kv_head, 0, list, slot, keys);
     const int64_t next = slot + keys, end = min(next + kKeys, range.end);
     w.ahead.add_keys(p.prefix_key, prefix, kv_head, next, end, p.head_dim);
     w.ahead.add_keys(p.prefix_value, prefix, kv_head, next, end, p.value_dim);
@@ -121,7 +158,8 @@ static void absorb_prefix(ForwardScratch& w, const AttentionProblem& p, int64_t 
 }
 
 // Divides by the denominator and writes the block's outputs and log-sum-exps.
-static void finish_block(ForwardScratch& w, const AttentionForward& p, const QueryBlock& block) {
+template <class Arithmetic>
+static void finish_block(ForwardScratch<Arithmetic>& w, const AttentionForward& p, const QueryBlock& block) {
   alignas(64) float lse[kLanes];
   for (int l = 0; l < block.lanes; l += kWidth) {
     const Vec total = load(w.denominator + l);
@@ -145,8 +183,9 @@ struct ForwardUnit {
   SlotRange range;  // the keys it sees
 };
 
+template <class Arithmetic>
 static void forward_block(const AttentionForward& p, const ForwardUnit& unit, const ForwardUnit* next,
-                          ForwardScratch& w) {
+                          ForwardScratch<Arithmetic>& w) {
   const Sequence& s = *unit.sequence;
   const KeyList& list = *unit.keys;
   const int64_t kv_head = unit.kv_head, first_row = unit.first_row;
@@ -162,15 +201,13 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   bool first = prefix.count == 0;
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    w.k = tile_rows(w.key, w.key_width, p.key, s.batch, kv_head, s.key_start, list, slot, keys, p.head_dim, true);
-    w.v =
-        tile_rows(w.value, w.value_width, p.value, s.batch, kv_head, s.key_start, list, slot, keys, p.value_dim, true);
+    load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys);
     ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
     if (slot + kKeys >= range.end && next != nullptr) {
       w.ahead.add_block(p.query, p, *next->sequence, next->kv_head, next->first_row, p.head_dim);
       ask_for_keys(w.ahead, p, *next->sequence, *next->keys, next->kv_head, next->range.begin, next->range.end);
     }
-    plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes);
+    plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes, Arithmetic::kPack);
     const bool masked = p.mask.kind != Mask::Kind::none;
     if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
     absorb_tile(w, p, block.lanes, masked ? w.mask : nullptr, first);
@@ -180,6 +217,7 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
 
 // One unit of work: a block of rows of one sequence and one key/value head, later blocks first (with
 // causal attention they are the longest).
+template <class Arithmetic>
 static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
   const KeyLists lists(p);
   const int64_t group = p.num_heads / p.num_kv_heads;
@@ -190,7 +228,7 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
   for (int64_t i = 0; i < p.num_sequences; ++i) start[i + 1] = start[i] + blocks_of(i) * p.num_kv_heads;
 
   Carver measure;
-  ForwardScratch(p, measure);
+  ForwardScratch<Arithmetic>(p, measure);
   auto unit_at = [&](int64_t unit) {
     int64_t low = 0, high = p.num_sequences;  // the sequence with start[low] <= unit < start[low + 1]
     while (high - low > 1) {
@@ -205,7 +243,7 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
   };
   auto work = [&](int64_t unit, int64_t next, char* memory) {
     Carver carve(memory);
-    ForwardScratch scratch(p, carve);
+    ForwardScratch<Arithmetic> scratch(p, carve);
     const ForwardUnit after = next >= 0 ? unit_at(next) : ForwardUnit{};
     forward_block(p, unit_at(unit), next >= 0 ? &after : nullptr, scratch);
   };

@@ -1,8 +1,13 @@
 // Rows of float32, bfloat16 or float16 numbers to float32 rows and back, rounding to nearest even.
 //
-// Bit arithmetic on whole vectors: it needs no F16C and no compiler type for the half formats, and
-// gives the same bits on every machine, denormal halves included.
+// Bit arithmetic on whole vectors: it needs no F16C and no compiler type for the half formats, and gives the same
+// bits on every machine, denormal halves included. AVX-512 has instructions for two of the four: the one that reads
+// float16 is exact, the one that rounds to bfloat16 takes denormals for zero, as the products of AVX512_BF16 do.
 #pragma once
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "../types.h"
 #include "vector.h"
@@ -12,14 +17,21 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 PREFIXCORE_INLINE Vec from_bf16(VecHalf x) { return (Vec)(__builtin_convertvector(x, VecBits) << 16); }
 
 PREFIXCORE_INLINE VecHalf to_bf16(Vec x) {
+#if defined(__AVX512BF16__)
+  return (VecHalf)_mm512_cvtneps_pbh(x);
+#else
   const VecBits bits = (VecBits)x;
   const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VecBits quiet_nan = (bits >> 16) | 0x40u;
   const VecBits half = (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
   return __builtin_convertvector(half, VecHalf);
+#endif
 }
 
 PREFIXCORE_INLINE Vec from_f16(VecHalf x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
+#else
   const VecBits half = __builtin_convertvector(x, VecBits);
   const VecBits sign = (half & 0x8000u) << 16;
   const VecBits size = half & 0x7fffu;
@@ -29,6 +41,7 @@ PREFIXCORE_INLINE Vec from_f16(VecHalf x) {
   VecBits result = size < 0x400u ? tiny : normal;
   result = size >= 0x7c00u ? infinite : result;
   return (Vec)(result | sign);
+#endif
 }
 
 PREFIXCORE_INLINE VecHalf to_f16(Vec x) {

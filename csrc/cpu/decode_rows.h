@@ -68,7 +68,7 @@ PREFIXCORE_INLINE void partial_dots(Vec (&partial)[kDotRows][kWidth], const floa
 }
 
 // scores[row][i] = query row . key i, for i < keys rounded up to kWidth (the last key repeats).
-static void dots(float* scores, const float* query, int rows, int64_t width, const TileRows& tile, int keys,
+static void dots(float* scores, const float* query, int rows, int64_t width, const TileRows<float>& tile, int keys,
                  Ahead& ahead) {
   for (int i = 0; i < keys; i += kWidth) {
     const float* key[kWidth];
@@ -135,7 +135,7 @@ static void absorb_row(DecodeScratch& w, int row, int keys) {
 // may see of them, or null: everything.
 static void decode_rows(DecodeScratch& w, const AttentionProblem& p, const QueryBlock& block, const KeySource& from,
                         SlotRange range, const SlotRange* visible) {
-  load_rows(w.query, w.key_width, p.query, block, p.head_dim);
+  load_rows<Float32>(w.query, w.key_width, p.query, block, p.head_dim);
   for (int64_t i = 0; i < block.rows * w.key_width; i += kWidth)
     store(w.query + i, load(w.query + i) * query_factor(p));
   for (int64_t i = 0; i < block.rows * w.value_width; i += kWidth) store(w.out + i, Vec{});
@@ -146,10 +146,10 @@ static void decode_rows(DecodeScratch& w, const AttentionProblem& p, const Query
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
     // Here keys and values are read whole vectors at a time: in place only without a remainder.
-    const TileRows key = tile_rows(w.key, w.key_width, *from.key, from.batch, from.head, from.start, from.list, slot,
-                                   keys, p.head_dim, p.head_dim == w.key_width);
-    const TileRows value = tile_rows(w.value, w.value_width, *from.value, from.batch, from.head, from.start, from.list,
-                                     slot, keys, p.value_dim, p.value_dim == w.value_width);
+    const TileRows<float> key = tile_rows(w.key, w.key_width, *from.key, from.batch, from.head, from.start, from.list,
+                                          slot, keys, p.head_dim, p.head_dim == w.key_width);
+    const TileRows<float> value = tile_rows(w.value, w.value_width, *from.value, from.batch, from.head, from.start,
+                                            from.list, slot, keys, p.value_dim, p.value_dim == w.value_width);
     if (slot + kKeys < range.end) {
       const int64_t first = from.start + from.list[slot + kKeys];
       const int64_t last = from.start + from.list[min(slot + 2 * kKeys, range.end) - 1] + 1;
@@ -165,8 +165,8 @@ static void decode_rows(DecodeScratch& w, const AttentionProblem& p, const Query
                  max<int64_t>(end, 0));
       absorb_row(w, r, keys);
     }
-    multiply<ALayout::rows>(block.rows, w.value_width, keys, w.scores, kKeys, value.data, value.stride, w.out,
-                            w.value_width, true, w.ahead);
+    multiply<Float32, ALayout::rows>(block.rows, w.value_width, keys, w.scores, kKeys, value.data, value.stride, w.out,
+                                     w.value_width, true, w.ahead);
   }
 }
 

@@ -14,6 +14,7 @@ extern const Kernels kernels_baseline;
 #ifdef PREFIXCORE_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 #endif
 
 namespace {
@@ -23,14 +24,17 @@ struct Candidate {
   bool runnable;
 };
 
+constexpr int kMostCandidates = 4;
+
 // Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
-int candidates(Candidate (&list)[3]) {
+int candidates(Candidate (&list)[kMostCandidates]) {
   int count = 0;
 #ifdef PREFIXCORE_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  list[count++] = {&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
   list[count++] = {&kernels_avx512, avx512};
   list[count++] = {&kernels_avx2, avx2};
 #endif
@@ -41,7 +45,7 @@ int candidates(Candidate (&list)[3]) {
 std::atomic<const Kernels*> selected{nullptr};
 
 const Kernels* find(const char* name) {
-  Candidate list[3];
+  Candidate list[kMostCandidates];
   const int count = candidates(list);
   for (int i = 0; i < count; ++i) {
     if (name == nullptr ? list[i].runnable : std::strcmp(name, list[i].kernels->isa) == 0) {
@@ -70,7 +74,7 @@ const Kernels& kernels() {
 void select_isa(const char* name) { selected.store(find(name), std::memory_order_release); }
 
 int32_t runnable_isas(const char** names, int32_t capacity) {
-  Candidate list[3];
+  Candidate list[kMostCandidates];
   const int count = candidates(list);
   int32_t found = 0;
   for (int i = 0; i < count; ++i)

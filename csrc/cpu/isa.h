@@ -10,7 +10,7 @@
 namespace prefixcore::cpu {
 
 struct Kernels {
-  const char* isa;  // "baseline", "avx2" or "avx512"
+  const char* isa;  // "baseline", "avx2", "avx512" or "avx512_bf16"
   AttentionKernels attention;
   EmbeddingKernels embedding;
 };

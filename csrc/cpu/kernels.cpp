@@ -1,11 +1,12 @@
 // All CPU kernels, compiled once for each instruction set with
-//   -DPREFIXCORE_ISA=baseline | avx2 | avx512
+//   -DPREFIXCORE_ISA=baseline | avx2 | avx512 | avx512_bf16
 // and that set's flags. Everything but the table below has internal linkage or lives in a namespace
 // named after the instruction set.
 #include "attention_backward_pass.h"
 #include "attention_decode.h"
 #include "embedding_rows.h"
 #include "isa.h"
+#include "rounded_prefix.h"
 
 #define PREFIXCORE_JOIN_(a, b) a##b
 #define PREFIXCORE_JOIN(a, b) PREFIXCORE_JOIN_(a, b)
@@ -15,14 +16,31 @@
 namespace prefixcore::cpu {
 namespace PREFIXCORE_ISA {
 
+// Calls use(problem, arithmetic) with the arithmetic that suits the machine and the tensors best. What decode does
+// forward stays float32 backward too: both must see the same prefix, rounded or not.
+template <class Problem, class Use>
+static void with_arithmetic(const Problem& p, [[maybe_unused]] const Parallel& parallel, Use use) {
+#if defined(__AVX512BF16__)
+  const bool bf16 = p.query.dtype == DType::bf16 && p.key.dtype == DType::bf16 && p.value.dtype == DType::bf16;
+  if (bf16 && !DecodePass::fits(p)) return use(RoundedPrefix(p, parallel).problem(), Bfloat16Pairs{});
+#endif
+  use(p, Float32{});
+}
+
 static void attention_forward(const AttentionForward& p, const Parallel& parallel) {
   if (DecodePass::fits(p))
     DecodePass(p).run(parallel);
   else
-    forward_pass(p, parallel);
+    with_arithmetic(p, parallel, [&](const AttentionForward& problem, auto arithmetic) {
+      forward_pass<decltype(arithmetic)>(problem, parallel);
+    });
 }
 
-static void attention_backward(const AttentionBackward& p, const Parallel& parallel) { BackwardPass(p).run(parallel); }
+static void attention_backward(const AttentionBackward& p, const Parallel& parallel) {
+  with_arithmetic(p, parallel, [&](const AttentionBackward& problem, auto arithmetic) {
+    BackwardPass<decltype(arithmetic)>(problem).run(parallel);
+  });
+}
 
 }  // namespace PREFIXCORE_ISA
 

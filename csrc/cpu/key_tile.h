@@ -32,9 +32,10 @@ static void plan_whole(TilePlan& plan, int keys, int lanes) {
   plan.run[0] = {0, keys, 0, lanes};
 }
 
-// `first_row`: the row of the sequence that lane 0 holds; the tile's keys are slots `slot` and on.
+// `first_row`: the row of the sequence that lane 0 holds; the tile's keys are slots `slot` and on. Runs begin at
+// multiples of `step` keys, and end at one or with the tile.
 static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Sequence& s, const KeyList& list,
-                          int64_t slot, int keys, int64_t first_row, int lanes) {
+                          int64_t slot, int keys, int64_t first_row, int lanes, int step) {
   const int64_t group = p.num_heads / p.num_kv_heads, shift = s.key_length - s.query_length;
   plan_whole(plan, keys, lanes);
   auto lane_of = [&](int64_t token) {
@@ -47,17 +48,22 @@ static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Seque
   if (keys == 0 || (first_lane(keys - 1) == 0 && last_lane(0) == lanes)) return;
   plan.partial = true;
   plan.num_runs = 0;
-  for (int i = 0; i < keys; ++i) {
-    plan.first_lane[i] = first_lane(i);
-    plan.last_lane[i] = last_lane(i);
-    const int begin = plan.first_lane[i] / kLaneStep * kLaneStep;
-    const int end = static_cast<int>(round_up(plan.last_lane[i], kLaneStep));
-    if (plan.first_lane[i] >= plan.last_lane[i]) continue;
+  for (int i = 0; i < keys; i += step) {
+    int begin = lanes, end = 0;
+    const int stop = min(i + step, keys);
+    for (int n = i; n < stop; ++n) {
+      plan.first_lane[n] = first_lane(n);
+      plan.last_lane[n] = last_lane(n);
+      if (plan.first_lane[n] >= plan.last_lane[n]) continue;
+      begin = min(begin, plan.first_lane[n] / kLaneStep * kLaneStep);
+      end = max(end, static_cast<int>(round_up(plan.last_lane[n], kLaneStep)));
+    }
+    if (begin >= end) continue;
     Run* last = plan.num_runs > 0 ? &plan.run[plan.num_runs - 1] : nullptr;
     if (last != nullptr && last->last == i && last->begin == begin && last->end == end)
-      last->last = i + 1;
+      last->last = stop;
     else
-      plan.run[plan.num_runs++] = {i, i + 1, begin, end};
+      plan.run[plan.num_runs++] = {i, stop, begin, end};
   }
 }
 
@@ -81,15 +87,17 @@ static void load_keys(float* to, int64_t width, const ConstView& view, int64_t b
   }
 }
 
-// A tile of keys or values: float32 rows, `stride` apart.
+// A tile of keys or values: rows of elements, `stride` apart.
+template <class Element>
 struct TileRows {
-  const float* data;
+  const Element* data;
   int64_t stride;
 };
 
 // In place if that is allowed and possible, else packed into `room` [keys x width].
-static TileRows tile_rows(float* room, int64_t width, const ConstView& view, int64_t batch, int64_t head, int64_t start,
-                          const KeyList& list, int64_t slot, int keys, int64_t count, bool in_place) {
+static TileRows<float> tile_rows(float* room, int64_t width, const ConstView& view, int64_t batch, int64_t head,
+                                 int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count,
+                                 bool in_place) {
   if (in_place && view.dtype == DType::f32 && list.position == nullptr)
     return {static_cast<const float*>(view.data) + row_offset(view.stride, {batch, head, start + slot}),
             view.stride[2]};

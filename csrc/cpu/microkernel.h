@@ -1,5 +1,6 @@
 // C[M x N] (+)= A[M x K] . B[K x N]: the one matrix product that all of attention is made of.
 //
+// K counts elements of an arithmetic (float32.h): numbers, or pairs of them that one instruction multiplies.
 // A block of C stays in registers while k runs: a few of its rows (one broadcast number of A each)
 // times a few vectors of columns (one load of B each). A is read a number at a time, so it may lie
 // either way: `rows` (k contiguous, as a key tile times a query) or `columns` (i contiguous, which
@@ -19,26 +20,27 @@ constexpr int kBlockRows = 6, kBlockVectors = 2;
 
 enum class ALayout { rows, columns };
 
-template <ALayout layout, int rows, int vectors>
-static void multiply_block(int64_t K, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                           int64_t c_stride, bool accumulate) {
+template <class Arithmetic, ALayout layout, int rows, int vectors>
+static void multiply_block(int64_t K, const typename Arithmetic::Element* a, int64_t a_stride,
+                           const typename Arithmetic::Element* b, int64_t b_stride, float* c, int64_t c_stride,
+                           bool accumulate) {
   Vec sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) sum[i][j] = accumulate ? load(c + i * c_stride + j * kWidth) : Vec{};
-  const float* a_row[rows];
+  const typename Arithmetic::Element* a_row[rows];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) a_row[i] = a + i * a_stride;
   for (int64_t k = 0; k < K; ++k) {
-    Vec b_row[vectors];
+    typename Arithmetic::Vector b_row[vectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) b_row[j] = load(b + k * b_stride + j * kWidth);
+    for (int j = 0; j < vectors; ++j) b_row[j] = Arithmetic::load_elements(b + k * b_stride + j * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const Vec x = splat(layout == ALayout::rows ? a_row[i][k] : a[k * a_stride + i]);
+      const auto x = Arithmetic::broadcast(layout == ALayout::rows ? a_row[i] + k : a + k * a_stride + i);
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sum[i][j] += x * b_row[j];
+      for (int j = 0; j < vectors; ++j) sum[i][j] = Arithmetic::multiply_add(sum[i][j], x, b_row[j]);
     }
   }
 #pragma GCC unroll 8
@@ -47,31 +49,33 @@ static void multiply_block(int64_t K, const float* a, int64_t a_stride, const fl
     for (int j = 0; j < vectors; ++j) store(c + i * c_stride + j * kWidth, sum[i][j]);
 }
 
-using MultiplyBlock = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool);
+template <class Element>
+using MultiplyBlock = void (*)(int64_t, const Element*, int64_t, const Element*, int64_t, float*, int64_t, bool);
 
-template <ALayout layout, int rows, int vectors>
-constexpr MultiplyBlock block_if_it_fits() {
+template <class Arithmetic, ALayout layout, int rows, int vectors>
+constexpr MultiplyBlock<typename Arithmetic::Element> block_if_it_fits() {
   if constexpr (vectors <= kBlockVectors)
-    return multiply_block<layout, rows, vectors>;
+    return multiply_block<Arithmetic, layout, rows, vectors>;
   else
     return nullptr;
 }
 
-// multiply_blocks<layout>[rows - 1][vectors - 1]
-template <ALayout layout>
-constexpr MultiplyBlock multiply_blocks[kBlockRows][4] = {
-#define PREFIXCORE_BLOCKS(rows)                                                                                   \
-  {block_if_it_fits<layout, rows, 1>(), block_if_it_fits<layout, rows, 2>(), block_if_it_fits<layout, rows, 3>(), \
-   block_if_it_fits<layout, rows, 4>()}
+// multiply_blocks<Arithmetic, layout>[rows - 1][vectors - 1]
+template <class Arithmetic, ALayout layout>
+constexpr MultiplyBlock<typename Arithmetic::Element> multiply_blocks[kBlockRows][4] = {
+#define PREFIXCORE_BLOCKS(rows)                                                                      \
+  {block_if_it_fits<Arithmetic, layout, rows, 1>(), block_if_it_fits<Arithmetic, layout, rows, 2>(), \
+   block_if_it_fits<Arithmetic, layout, rows, 3>(), block_if_it_fits<Arithmetic, layout, rows, 4>()}
     PREFIXCORE_BLOCKS(1), PREFIXCORE_BLOCKS(2), PREFIXCORE_BLOCKS(3),
     PREFIXCORE_BLOCKS(4), PREFIXCORE_BLOCKS(5), PREFIXCORE_BLOCKS(6),
 #undef PREFIXCORE_BLOCKS
 };
 
 // Rows and vectors are shared out evenly (20 rows are 4 blocks of 5, never 3 of 6 and one of 2).
-template <ALayout layout>
-static void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_stride, const float* b,
-                     int64_t b_stride, float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
+template <class Arithmetic, ALayout layout>
+static void multiply(int64_t M, int64_t N, int64_t K, const typename Arithmetic::Element* a, int64_t a_stride,
+                     const typename Arithmetic::Element* b, int64_t b_stride, float* c, int64_t c_stride,
+                     bool accumulate, Ahead& ahead) {
   const int64_t vectors = N / kWidth;
   const int64_t strips = ceil_div(vectors, kBlockVectors), blocks = ceil_div(M, kBlockRows);
   int64_t first = 0;
@@ -80,9 +84,9 @@ static void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_
     int64_t i = 0;
     for (int64_t r = 0; r < blocks; ++r) {
       const int64_t end = M * (r + 1) / blocks;
-      multiply_blocks<layout>[end - i - 1][last - first - 1](K, a + (layout == ALayout::rows ? i* a_stride : i),
-                                                             a_stride, b + j, b_stride, c + i* c_stride + j, c_stride,
-                                                             accumulate);
+      multiply_blocks<Arithmetic, layout>[end - i - 1][last - first - 1](
+          K, a + (layout == ALayout::rows ? i* a_stride : i), a_stride, b + j, b_stride, c + i* c_stride + j, c_stride,
+          accumulate);
       ahead.step<32>();
       i = end;
     }

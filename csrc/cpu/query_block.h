@@ -43,24 +43,34 @@ static void fill_block(QueryBlock& block, const AttentionProblem& p, const Seque
   for (int64_t r = first; r < last; ++r) block.add({s.batch, kv_head * group + r % group, s.query_start + r / group});
 }
 
+// `count` numbers in whole vectors of elements.
+template <class Arithmetic>
+constexpr int64_t steps(int64_t count) {
+  return round_up(ceil_div(count, Arithmetic::kPack), kWidth);
+}
+
 PREFIXCORE_INLINE int64_t row_offset(const int64_t (&stride)[3], const Row& r) {
   return r.batch * stride[0] + r.head * stride[1] + r.token * stride[2];
 }
 
-template <DType dtype>
-static void load_rows(float* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
+template <class Arithmetic, DType dtype, class Element>
+static void load_rows(Element* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
   const char* data = static_cast<const char*>(from.data);
   for (int i = 0; i < block.rows; ++i)
-    load_row<dtype>(to + i * width, data + row_offset(from.stride, block.row[i]) * size_of(dtype), count, width);
-  for (int64_t i = block.rows * width; i < block.lanes * width; i += kWidth) store(to + i, Vec{});
+    Arithmetic::template load_row_elements<dtype>(
+        to + i * width, data + row_offset(from.stride, block.row[i]) * size_of(dtype), count, width);
+  if (block.rows < block.lanes)
+    __builtin_memset(to + block.rows * width, 0,
+                     static_cast<size_t>((block.lanes - block.rows) * width) * sizeof(Element));
 }
 
-// to[lanes x width]: each row's `count` numbers, zeros up to `width` and in lanes without a row.
-static void load_rows(float* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
+// to[lanes x width elements]: each row's `count` numbers, zeros up to `width` and in lanes without a row.
+template <class Arithmetic, class Element = typename Arithmetic::Element>
+static void load_rows(Element* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
   switch (from.dtype) {
-    case DType::f32: return load_rows<DType::f32>(to, width, from, block, count);
-    case DType::bf16: return load_rows<DType::bf16>(to, width, from, block, count);
-    case DType::f16: return load_rows<DType::f16>(to, width, from, block, count);
+    case DType::f32: return load_rows<Arithmetic, DType::f32>(to, width, from, block, count);
+    case DType::bf16: return load_rows<Arithmetic, DType::bf16>(to, width, from, block, count);
+    case DType::f16: return load_rows<Arithmetic, DType::f16>(to, width, from, block, count);
   }
 }
 
@@ -70,14 +80,17 @@ static void store_rows(const View& to, const QueryBlock& block, const float* fro
     store_row(data + row_offset(to.stride, block.row[i]) * size_of(to.dtype), to.dtype, from + i * width, count, 1.0f);
 }
 
-// to[lane] = sum of a[lane][:] * b[lane][:] over `width` columns.
-static void row_dots(float* to, const float* a, const float* b, int64_t width, int lanes) {
+// to[lane] = sum of a[lane][:] * b[lane][:] over `width` elements.
+template <class Arithmetic, class Element = typename Arithmetic::Element>
+static void row_dots(float* to, const Element* a, const Element* b, int64_t width, int lanes) {
   for (int i = 0; i < lanes; i += kWidth) {
     Vec partial[kWidth];
     for (int k = 0; k < kWidth; ++k) {
       const int64_t row = (i + k) * width;
       Vec total{};
-      for (int64_t d = 0; d < width; d += kWidth) total += load(a + row + d) * load(b + row + d);
+      for (int64_t d = 0; d < width; d += kWidth)
+        total = Arithmetic::multiply_add(total, Arithmetic::load_elements(a + row + d),
+                                         Arithmetic::load_elements(b + row + d));
       partial[k] = total;
     }
     store(to + i, sum_rows(partial));

@@ -1,15 +1,26 @@
 // From products of queries and keys to scores: softcap, mask, causal and window edges.
 //
-// Scores are kept in units of log 2 (the queries are scaled by scale * log2(e) beforehand), so that
-// a probability is one exp2. A hidden key's score is -infinity, whatever it was before.
+// Scores are kept in units of log 2 (the queries, or their products with the keys, are multiplied by
+// scale * log2(e)), so that a probability is one exp2. A hidden key's score is -infinity, whatever it was before.
 #pragma once
 
 #include "key_tile.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-// What queries are multiplied by before the product with the keys.
+// What the products of queries and keys are multiplied by.
 inline float query_factor(const AttentionProblem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e; }
+
+// to[width x kLaneStride]: the rows [lanes x width elements] of a block of queries transposed, and scaled if that is
+// where the arithmetic scales.
+template <class Arithmetic, class Element = typename Arithmetic::Element>
+static void transpose_query(Element* to, const Element* rows, int64_t width, const AttentionProblem& p, int lanes) {
+  alignas(64) float factor[kWidth];
+  store(factor, splat(query_factor(p)));
+  for (int64_t d = 0; d < width; d += kWidth)
+    transpose(reinterpret_cast<float*>(to + d * kLaneStride), kLaneStride, reinterpret_cast<const float*>(rows + d),
+              width, lanes, kWidth, Arithmetic::kScalesQuery ? factor : nullptr);
+}
 
 // Additive masks at or below this hide the key: libraries write "minus infinity" as the lowest
 // finite number, beside which a log-sum-exp would have no digits left.
@@ -63,20 +74,27 @@ static void fill_mask_row(float* to, const Row& row, const Mask& mask, int64_t s
   for (int i = keys; i < round_up(keys, kWidth); ++i) to[i] = 0;
 }
 
-// In place. `slope` (or null) receives d(score)/d(product) of the softcap; `mask` may be null.
-static void finish_scores(const AttentionProblem& p, const TilePlan& plan, float* scores, float* slope,
-                          const float* mask) {
+// In place. `slope` (or null) receives d(score)/d(product) of the softcap; `mask` may be null. Returns what the scores
+// are still to be multiplied by, which is positive and costs nothing inside the exponential.
+template <class Arithmetic>
+static float finish_scores(const AttentionProblem& p, const TilePlan& plan, float* scores, float* slope,
+                           const float* mask) {
+  const float factor = Arithmetic::kScalesQuery ? 1.0f : query_factor(p);
+  const bool scales = !Arithmetic::kScalesQuery && (p.softcap > 0 || mask != nullptr || factor <= 0);
+  if (!scales && p.softcap <= 0 && mask == nullptr && !plan.partial) return factor;
   for (int n = 0; n < plan.num_runs; ++n) {
     const Run& run = plan.run[n];
     for (int i = run.first; i < run.last; ++i) {
       float* row = scores + i * kLaneStride;
       if (p.softcap > 0) {
         for (int l = run.begin; l < run.end; l += kWidth) {
-          const Vec t = tanh(load(row + l));
+          const Vec t = tanh(Arithmetic::scaled(load(row + l), factor));
           if (slope != nullptr) store(slope + i * kLaneStride + l, 1.0f - t * t);
           store(row + l, t * (p.softcap * kLog2e));
         }
       }
+      if (scales && p.softcap <= 0)
+        for (int l = run.begin; l < run.end; l += kWidth) store(row + l, load(row + l) * factor);
       if (mask != nullptr) {
         for (int l = run.begin; l < run.end; l += kWidth) {
           const Vec m = load(mask + i * kLaneStride + l);
@@ -93,6 +111,7 @@ static void finish_scores(const AttentionProblem& p, const TilePlan& plan, float
       }
     }
   }
+  return scales ? 1.0f : factor;
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -49,15 +49,19 @@ PREFIXCORE_INLINE Vec sum_rows(Vec (&rows)[kWidth]) {
 }
 
 // to[j][i] = factor[j] * from[i][j]; rows and columns are multiples of kWidth. `factor` is an array
-// along the columns of `from`, or null.
+// along the columns of `from`, or null: then the numbers may be any 32 bits.
 static void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
                       int64_t columns, const float* factor) {
   for (int64_t j = 0; j < columns; j += kWidth) {
-    const Vec f = factor != nullptr ? load(factor + j) : splat(1.0f);
     for (int64_t i = 0; i < rows; i += kWidth) {
       Vec square[kWidth];
 #pragma GCC unroll 16
-      for (int k = 0; k < kWidth; ++k) square[k] = load(from + (i + k) * from_stride + j) * f;
+      for (int k = 0; k < kWidth; ++k) square[k] = load(from + (i + k) * from_stride + j);
+      if (factor != nullptr) {
+        const Vec f = load(factor + j);
+#pragma GCC unroll 16
+        for (int k = 0; k < kWidth; ++k) square[k] *= f;
+      }
       transpose_square<kWidth / 2>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < kWidth; ++k) store(to + (j + k) * to_stride + i, square[k]);

@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #if !defined(PREFIXCORE_ISA)
-#error "compile with -DPREFIXCORE_ISA=baseline, avx2 or avx512"
+#error "compile with -DPREFIXCORE_ISA=baseline, avx2, avx512 or avx512_bf16"
 #endif
 
 #define PREFIXCORE_INLINE inline __attribute__((always_inline))

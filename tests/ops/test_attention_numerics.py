@@ -17,6 +17,7 @@ WORK = {
     "bank": Problem(B=6, N=3, index=True, lengths=True, T=70),
     "packed": Problem(packed=(5, 300, 1, 77), P=9),
     "decode": Problem(B=8, H=8, Hkv=2, T=1, S=300, P=200),
+    "bfloat16": Problem(B=5, H=6, Hkv=2, T=131, P=21, D=40, dtype=torch.bfloat16, prefix_dtype=torch.float32),
 }
 
 
@@ -46,12 +47,13 @@ def test_large_scores_are_right(isa: str, gain: float, dtype: torch.dtype) -> No
         assert x.isfinite().all(), name
 
 
-def test_large_scores_are_not_slow(isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_scores_are_not_slow(isa: str, dtype: torch.dtype) -> None:
     """Denormals in the exponential once cost a factor of twenty. Processor time: others do not lengthen it."""
     threads = torch.get_num_threads()
 
     def seconds(gain: float) -> float:
-        problem = Problem(B=2, H=4, Hkv=4, T=256, D=64, P=20, gain=gain)
+        problem = Problem(B=2, H=4, Hkv=4, T=256, D=64, P=20, gain=gain, dtype=dtype)
         best = float("inf")
         for _ in range(5):
             start = time.process_time()
@@ -66,13 +68,15 @@ def test_large_scores_are_not_slow(isa: str) -> None:
         torch.set_num_threads(threads)
 
 
-def test_hidden_garbage_does_not_leak(isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [32, 33])
+def test_hidden_garbage_does_not_leak(isa: str, D: int, dtype: torch.dtype) -> None:
     """Keys and values that no query sees may hold anything, NaN and infinities included."""
-    tensors, _ = Problem(B=2, T=70, P=5).tensors()
-    padding = torch.arange(70) < torch.tensor([[50], [70]])
+    tensors, _ = Problem(B=2, T=71, P=5, D=D, dtype=dtype).tensors()
+    padding = torch.arange(71) < torch.tensor([[51], [71]])
     clean = prefixcore.prefix_attention(**tensors, attn_mask=padding)
     dirty = {n: x.clone() for n, x in tensors.items()}
-    dirty["key"][0, :, 50:], dirty["value"][0, :, 50:] = torch.nan, torch.inf
+    dirty["key"][0, :, 51:], dirty["value"][0, :, 51:] = torch.nan, torch.inf
     leaves = {n: x.requires_grad_() for n, x in dirty.items()}
     out = prefixcore.prefix_attention(**leaves, attn_mask=padding)
     assert torch.equal(out, clean)
@@ -80,11 +84,33 @@ def test_hidden_garbage_does_not_leak(isa: str) -> None:
     for name, x in leaves.items():
         assert x.grad is not None
         assert x.grad.isfinite().all(), name
-    assert (leaves["key"].grad[0, :, 50:] == 0).all()
+    assert (leaves["key"].grad[0, :, 51:] == 0).all()
 
 
-def test_virtual_tokens_beyond_an_entrys_length_do_not_leak(isa: str) -> None:
-    tensors, _ = Problem(B=2, T=40, P=8, N=2).tensors()
+@pytest.mark.parametrize("gap", [0, 1, 2])
+@pytest.mark.parametrize(("T", "D"), [(35, 32), (64, 33), (33, 40)])
+def test_what_lies_beside_a_view_does_not_leak(isa: str, T: int, D: int, gap: int) -> None:
+    """Rows are read in whole vectors and bfloat16 in pairs: NaN stands wherever one could reach too far.
+
+    Rows lie `gap` numbers apart, heads one more, so that heads begin at odd places.
+    """
+    tensors, _ = Problem(B=2, H=3, Hkv=3, T=T, D=D, P=3, dtype=torch.bfloat16).tensors()
+    views = {}
+    for name, x in tensors.items():
+        length = x.shape[-2]
+        strides = (3 * (length * (D + gap) + 1), length * (D + gap) + 1, D + gap, 1)[-x.dim() :]
+        room = torch.full((x.shape[0] * strides[0] + 1,), torch.nan, dtype=x.dtype)
+        views[name] = room.as_strided(x.shape, strides, 1).copy_(x).requires_grad_()
+        x.requires_grad_()
+    for arguments in (tensors, views):
+        prefixcore.prefix_attention(**arguments).float().square().sum().backward()
+    for name, x in tensors.items():
+        assert torch.equal(views[name].grad, x.grad), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_virtual_tokens_beyond_an_entrys_length_do_not_leak(isa: str, dtype: torch.dtype) -> None:
+    tensors, _ = Problem(B=2, T=40, P=8, N=2, dtype=dtype, prefix_dtype=torch.float32).tensors()
     tensors["prefix_key"][1, :, 3:], tensors["prefix_value"][1, :, 3:] = torch.nan, torch.inf
     leaves = {n: x.requires_grad_() for n, x in tensors.items()}
     out = prefixcore.prefix_attention(**leaves, prefix_index=torch.tensor([0, 1]), prefix_lengths=torch.tensor([8, 3]))
