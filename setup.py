@@ -6,7 +6,8 @@
 
 Environment: ``CXX`` names the compiler; ``PREFIXCORE_CUDA=1`` (or ``0``) asks for (or against) the CUDA sources,
 which are otherwise built when torch has CUDA and nvcc is found; ``PREFIXCORE_CUDA_ARCHITECTURES`` is a
-semicolon-separated list (default ``80;90;100``); ``MAX_JOBS`` limits parallel compilation.
+semicolon-separated list (default ``80;90;100``), ``PREFIXCORE_NVCC_FLAGS`` is passed on to nvcc; ``MAX_JOBS`` limits
+parallel compilation.
 """
 
 from __future__ import annotations
@@ -125,24 +126,26 @@ class NinjaBuild(build_ext):
             n.rule("link", f"{compiler} -shared $in -o $out $flags", description="link $out")
             if cuda_sources:
                 codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-                n.rule("nvcc", f"{nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA "
-                       f"{' '.join(COMMON_FLAGS + codes)} $flags -c $in -o $out", description="CUDA $out")  # fmt: skip
+                more = os.environ.get("PREFIXCORE_NVCC_FLAGS", "")
+                n.rule("nvcc", f"{nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} {more} "
+                       "-MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc",
+                       description="CUDA $out")  # fmt: skip
 
             objects = []
             for isa, flags in ISA_FLAGS.items():
                 objects.append(f"kernels_{isa}.o")
                 n.build(objects[-1], "cxx", str(CSRC / "cpu" / "kernels.cpp"),
                         variables={"flags": " ".join([*flags, f"-DPREFIXCORE_ISA={isa}"])})  # fmt: skip
-            # The embedding, bound by memory, is compiled for the baseline alone.
-            plain = ["-DPREFIXCORE_ISA=baseline", *includes]
-            if cuda_sources:
-                plain += ["-DPREFIXCORE_CUDA", f"-I{_cuda_home(nvcc)}/include"]
             for source in (CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "embedding.cpp", CSRC / "binding.cpp"):
                 objects.append(f"{source.stem}.o")
-                n.build(objects[-1], "cxx", str(source), variables={"flags": " ".join(plain)})
+                n.build(objects[-1], "cxx", str(source), variables={"flags": " ".join(includes)})
             for source in cuda_sources:
                 objects.append(f"cuda_{source.stem}.o")
-                n.build(objects[-1], "nvcc", str(source), variables={"flags": " ".join(includes)})
+                n.build(objects[-1], "nvcc", str(source))
+            if cuda_sources:
+                objects.append("cuda_binding.o")
+                n.build(objects[-1], "cxx", str(CSRC / "cuda" / "binding.cpp"),
+                        variables={"flags": " ".join([*includes, f"-I{_cuda_home(nvcc)}/include"])})  # fmt: skip
             libraries = f"-L{torch_root}/lib -ltorch_cpu -lc10"
             if cuda_sources:  # the static runtime: the library loads where CUDA is not installed
                 libraries += f" -L{_cuda_home(nvcc)}/lib64 -L{_cuda_home(nvcc)}/lib -lcudart_static -ldl -lrt -lpthread"

@@ -2,91 +2,18 @@
 // Here tensors become views over raw memory, values are checked, outputs are allocated; the kernels
 // know nothing of torch.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "cpu/embedding.h"
 #include "cpu/isa.h"
+#include "embedding_tensors.h"
 #include "host.h"
-
-#ifdef PREFIXCORE_CUDA
-#include <torch/csrc/stable/accelerator.h>
-
-#include "cuda/embedding.h"
-
-// Weak, so that the library also loads where torch has no CUDA (and the function is never called).
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
 
 namespace prefixcore {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// --- tensors to views -----------------------------------------------------------------------------
-
-DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: throw std::invalid_argument(std::string(name) + ": expected float32, bfloat16 or float16");
-  }
-}
-
-// Every one of torch::stable's functions looks an operator up by its name, boxes its arguments and dispatches: a
-// microsecond, which a small call feels. So they are called where there is something to do, and not to find out.
-
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-Tensor as_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
-
-// Kernels read rows: the last dimension must be contiguous. Only what is not is copied.
-Tensor rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
-ConstView const_view(const Tensor& t, const char* name) {
-  ConstView v{t.const_data_ptr(), dtype_of(t, name), {0, 0, 0}};
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) v.stride[d] = t.stride(d);
-  return v;
-}
-
-// A prefix without a bank's dimension is a bank of one.
-ConstView bank_view(const Tensor& t, const char* name) {
-  const ConstView v = const_view(t, name);
-  return t.dim() == 4 ? v : ConstView{v.data, v.dtype, {0, v.stride[0], v.stride[1]}};
-}
-
-View view(Tensor& t, const char* name) {
-  View v{t.mutable_data_ptr(), dtype_of(t, name), {0, 0, 0}};
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) v.stride[d] = t.stride(d);
-  return v;
-}
-
-int32_t type_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
-// A new contiguous tensor on the device of `like`.
-Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype,
-                                                   nullptr, nullptr, 0, nullptr, &handle));
-  return Tensor(handle);
-}
+// --- tensors --------------------------------------------------------------------------------------
 
 // [B, H, T, D] laid out as [B, T, H, D]: transposing it back for the output projection is free.
 Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t dim) {
@@ -96,10 +23,6 @@ Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), 4, sizes, strides, 0, &handle));
   return Tensor(handle);
-}
-
-Tensor empty_float(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return empty(like, aoti_torch_dtype_float32(), sizes);
 }
 
 std::vector<int64_t> integers(const Tensor& t) {
@@ -305,9 +228,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
 
 // --- soft embedding -------------------------------------------------------------------------------
 
-// The ids as contiguous int64 (they are small: converting them costs nothing next to the rows).
-Tensor contiguous_ids(const Tensor& ids) { return as_contiguous(as_type(ids, ScalarType::Long)); }
-
 std::string place_of(int64_t flat, const Tensor& t) {
   std::string place;
   for (int64_t d = t.dim() - 1; d >= 0; --d) {
@@ -325,45 +245,12 @@ std::string place_of(int64_t flat, const Tensor& t) {
                           " vocabulary rows and " + std::to_string(num_virtual) + " virtual tokens)");
 }
 
-EmbeddingForward embedding_problem(const Tensor& ids, const Tensor& weight, const Tensor& virtual_rows, Tensor& out) {
-  EmbeddingForward p;
-  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
-  p.count = ids.numel();
-  p.vocabulary = weight.size(0);
-  p.num_virtual = virtual_rows.size(0);
-  p.hidden = weight.size(1);
-  p.weight = const_view(weight, "weight");
-  p.virtual_rows = const_view(virtual_rows, "virtual");
-  p.out = View{out.mutable_data_ptr(), p.weight.dtype, {p.hidden, 0, 0}};
-  return p;
-}
-
-EmbeddingBackward embedding_problem(const Tensor& ids, const Tensor& grad, int64_t vocabulary, Tensor& grad_virtual) {
-  EmbeddingBackward p;
-  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
-  p.count = ids.numel();
-  p.vocabulary = vocabulary;
-  p.num_virtual = grad_virtual.size(0);
-  p.hidden = grad_virtual.size(1);
-  p.grad_out = ConstView{grad.const_data_ptr(), dtype_of(grad, "grad"), {p.hidden, 0, 0}};
-  p.grad_virtual = static_cast<float*>(grad_virtual.mutable_data_ptr());
-  return p;
-}
-
 constexpr double kRead = 1, kCopy = 2;  // as many multiplications take as long as reading, or copying, a byte
-
-Tensor empty_embedding(const Tensor& input_ids, const Tensor& weight) {
-  std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
-  shape.push_back(weight.size(1));
-  return empty(weight, type_of(weight), shape);
-}
 
 Tensor soft_embedding_cpu(const Tensor& input_ids, const Tensor& table, const Tensor& prompt) {
   const Tensor ids = contiguous_ids(input_ids), weight = rows(table), virtual_rows = rows(prompt);
   Tensor out = empty_embedding(input_ids, weight);
   const EmbeddingForward problem = embedding_problem(ids, weight, virtual_rows, out);
-  if (problem.virtual_rows.dtype != problem.out.dtype && problem.virtual_rows.dtype != DType::f32)
-    throw std::invalid_argument("virtual: expected the dtype of weight, or float32");
   const double bytes = static_cast<double>(problem.count * problem.hidden * size_of(problem.out.dtype));
   if (!cpu::kernels().embedding.forward(problem, pool(kCopy * bytes)))
     refuse_ids(ids, input_ids, problem.vocabulary, problem.num_virtual);
@@ -382,40 +269,6 @@ Tensor soft_embedding_backward_cpu(const Tensor& grad_out, const Tensor& input_i
   cpu::kernels().embedding.backward(problem, found.start.data(), found.places.data(), pool(kRead * bytes));
   return grad_virtual;
 }
-
-#ifdef PREFIXCORE_CUDA
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("prefixcore: CUDA error: ") + cudaGetErrorString(error));
-}
-
-Tensor soft_embedding_cuda(Tensor input_ids, Tensor weight, Tensor virtual_rows) {
-  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
-  const Tensor ids = contiguous_ids(input_ids);
-  weight = rows(weight);
-  virtual_rows = rows(virtual_rows);
-  Tensor out = empty_embedding(input_ids, weight);
-  check_launch(cuda::embedding_forward(embedding_problem(ids, weight, virtual_rows, out), current_stream(weight)));
-  return out;
-}
-
-Tensor soft_embedding_backward_cuda(Tensor grad, Tensor input_ids, int64_t vocabulary, int64_t num_virtual) {
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  const Tensor ids = contiguous_ids(input_ids);
-  grad = as_contiguous(grad);
-  Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
-  check_launch(cuda::embedding_backward(embedding_problem(ids, grad, vocabulary, grad_virtual), current_stream(grad)));
-  return grad_virtual;
-}
-
-#endif  // PREFIXCORE_CUDA
 
 }  // namespace
 }  // namespace prefixcore
@@ -441,10 +294,3 @@ STABLE_TORCH_LIBRARY_IMPL(prefixcore, CPU, m) {
   m.impl("soft_embedding", TORCH_BOX(&prefixcore::soft_embedding_cpu));
   m.impl("soft_embedding_backward", TORCH_BOX(&prefixcore::soft_embedding_backward_cpu));
 }
-
-#ifdef PREFIXCORE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(prefixcore, CUDA, m) {
-  m.impl("soft_embedding", TORCH_BOX(&prefixcore::soft_embedding_cuda));
-  m.impl("soft_embedding_backward", TORCH_BOX(&prefixcore::soft_embedding_backward_cuda));
-}
-#endif

@@ -1,110 +1,103 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "embedding.h"
+#include "launch.h"
 
 namespace prefixcore::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kLoads = 4;  // of a lane, under way at a time
+constexpr int kSegment = 32 * kLoads;
 
-// --- forward: one block copies one row --------------------------------------------------------------
+struct Gather : EmbeddingForward {
+  int64_t row_bytes, weight_bytes, virtual_bytes;  // from one row of the output, and of each table, to the next
+  int row_warps_log2;                              // this many warps of a block share a row
+};
 
-template <class Element>
-__device__ const Element* row_of(const ConstView& table, int64_t row) {
-  return static_cast<const Element*>(table.data) + row * table.stride[0];
+template <class T>
+__device__ T* row_of(void* rows, int64_t row, int64_t bytes) {
+  return reinterpret_cast<T*>(static_cast<char*>(rows) + row * bytes);
 }
 
-template <class To, class From>
-__device__ void copy_row(To* to, const From* from, int64_t count) {
-  if constexpr (sizeof(To) == sizeof(From)) {  // the same dtype: sixteen bytes at a time where they are aligned
-    constexpr int64_t kPack = 16 / sizeof(To);
-    const bool aligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 == 0;
-    const int64_t packs = aligned ? count / kPack : 0;
-#pragma unroll 1  // a row is short: unrolling only spills
-    for (int64_t i = threadIdx.x; i < packs; i += kThreads)
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
-    for (int64_t i = packs * kPack + threadIdx.x; i < count; i += kThreads) to[i] = from[i];
-  } else {
+template <class T>
+__device__ const T* row_of(const void* rows, int64_t row, int64_t bytes) {
+  return reinterpret_cast<const T*>(static_cast<const char*>(rows) + row * bytes);
+}
+
+// Rows are copied a Pack at a time, whatever they hold. Only virtual rows in float32 for a table that is not are
+// converted, to Converted.
+template <class Pack, class Converted>
+__global__ void __launch_bounds__(kThreads) gather(Gather p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_warps = 1 << p.row_warps_log2;
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * (kWarps / row_warps) + (warp >> p.row_warps_log2);
+  if (place >= p.count) return;
+  const int part = warp & (row_warps - 1);
+  const int64_t id = p.ids[place], packs = p.row_bytes / static_cast<int64_t>(sizeof(Pack));
+  Pack* out = row_of<Pack>(p.out.data, place, p.row_bytes);
+  const bool known = id >= 0 && id < p.vocabulary + p.num_virtual;
+
+  if constexpr (!std::is_void_v<Converted>) {
+    if (known && id >= p.vocabulary) {
+      const float* from = row_of<float>(p.virtual_rows.data, id - p.vocabulary, p.virtual_bytes);
+#pragma unroll 4
+      for (int64_t d = part * 32 + lane; d < p.hidden; d += row_warps * 32)
+        reinterpret_cast<Converted*>(out)[d] = Converted(from[d]);
+      return;
+    }
+  }
+  const Pack* from = nullptr;
+  if (known && id < p.vocabulary) from = row_of<Pack>(p.weight.data, id, p.weight_bytes);
+  if (known && id >= p.vocabulary) from = row_of<Pack>(p.virtual_rows.data, id - p.vocabulary, p.virtual_bytes);
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) to[i] = To(from[i]);
+  for (int64_t first = part * kSegment + lane; first < packs; first += row_warps * kSegment) {
+    Pack pack[kLoads];
+    memset(pack, 0xff, sizeof(pack));  // NaN in every dtype
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (known && first + 32 * i < packs) pack[i] = from[first + 32 * i];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (first + 32 * i < packs) out[first + 32 * i] = pack[i];
   }
 }
 
-template <class Weight, class Virtual>
-__global__ void __launch_bounds__(kThreads) gather(EmbeddingForward p) {
-  const int64_t place = blockIdx.x;
-  const int64_t id = p.ids[place];
-  if (id < 0 || id >= p.vocabulary + p.num_virtual) __trap();  // an assertion would spill registers
-  Weight* out = static_cast<Weight*>(p.out.data) + place * p.hidden;
-  if (id < p.vocabulary)
-    copy_row(out, row_of<Weight>(p.weight, id), p.hidden);
-  else
-    copy_row(out, row_of<Virtual>(p.virtual_rows, id - p.vocabulary), p.hidden);
-}
-
-template <class Weight>
-void launch_gather(const EmbeddingForward& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.count));
-  if (p.virtual_rows.dtype == p.weight.dtype)
-    gather<Weight, Weight><<<grid, kThreads, 0, stream>>>(p);
-  else
-    gather<Weight, float><<<grid, kThreads, 0, stream>>>(p);
-}
-
-// --- backward: one block sums kThreads columns of one virtual row -----------------------------------
-
-// Every block reads all ids, a tile at a time, and adds the rows that name its virtual token in the order of the
-// ids: no atomics, so the same bits on every run.
-template <class Element>
-__global__ void __launch_bounds__(kThreads) reduce(EmbeddingBackward p) {
-  __shared__ unsigned hits[kThreads / 32];
-  const int64_t row = blockIdx.x;
-  const int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
-  const bool inside = column < p.hidden;
-  float sum = 0.0f;
-  for (int64_t tile = 0; tile < p.count; tile += kThreads) {
-    const int64_t place = tile + threadIdx.x;
-    const bool hit = place < p.count && p.ids[place] == p.vocabulary + row;
-    const unsigned warp_hits = __ballot_sync(0xffffffffu, hit);
-    if (threadIdx.x % 32 == 0) hits[threadIdx.x / 32] = warp_hits;
-    __syncthreads();
-    for (int warp = 0; warp < kThreads / 32; ++warp)
-      for (unsigned left = hits[warp]; left != 0; left &= left - 1) {
-        const int64_t from = tile + warp * 32 + __ffs(left) - 1;
-        if (inside) sum += float(row_of<Element>(p.grad_out, from)[column]);
-      }
-    __syncthreads();
+template <class Pack>
+cudaError_t launch_gather(const EmbeddingForward& forward, cudaStream_t stream) {
+  Gather p{forward, 0, 0, 0, 0};
+  p.row_bytes = p.hidden * size_of(p.out.dtype);
+  p.weight_bytes = p.weight.stride[0] * size_of(p.weight.dtype);
+  p.virtual_bytes = p.virtual_rows.stride[0] * size_of(p.virtual_rows.dtype);
+  const int64_t segments = ceil_div(p.row_bytes / static_cast<int64_t>(sizeof(Pack)), kSegment);
+  while (1 << p.row_warps_log2 < kWarps && 1 << p.row_warps_log2 < segments) ++p.row_warps_log2;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.count, kWarps >> p.row_warps_log2)));
+  if (p.virtual_rows.dtype == p.weight.dtype) return launch(gather<Pack, void>, p, grid, kThreads, stream);
+  if constexpr (sizeof(Pack) != sizeof(float)) {
+    if (p.weight.dtype == DType::bf16) return launch(gather<Pack, __nv_bfloat16>, p, grid, kThreads, stream);
+    if (p.weight.dtype == DType::f16) return launch(gather<Pack, __half>, p, grid, kThreads, stream);
   }
-  if (inside) p.grad_virtual[row * p.hidden + column] = sum;
-}
-
-template <class Element>
-void launch_reduce(const EmbeddingBackward& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.num_virtual), static_cast<unsigned>((p.hidden + kThreads - 1) / kThreads));
-  reduce<Element><<<grid, kThreads, 0, stream>>>(p);
+  return cudaErrorInvalidValue;  // narrow virtual rows for a table in float32: the binding refuses them
 }
 
 }  // namespace
 
 cudaError_t embedding_forward(const EmbeddingForward& p, cudaStream_t stream) {
   if (p.count == 0 || p.hidden == 0) return cudaSuccess;
-  switch (p.weight.dtype) {
-    case DType::f32: launch_gather<float>(p, stream); break;
-    case DType::bf16: launch_gather<__nv_bfloat16>(p, stream); break;
-    case DType::f16: launch_gather<__half>(p, stream); break;
+  const int64_t size = size_of(p.out.dtype);
+  const bool same = p.virtual_rows.dtype == p.weight.dtype;
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(p.out.data) | reinterpret_cast<uintptr_t>(p.weight.data);
+  int64_t distances = p.hidden | p.weight.stride[0];
+  if (same) {
+    addresses |= reinterpret_cast<uintptr_t>(p.virtual_rows.data);
+    distances |= p.virtual_rows.stride[0];
   }
-  return cudaGetLastError();
-}
-
-cudaError_t embedding_backward(const EmbeddingBackward& p, cudaStream_t stream) {
-  if (p.num_virtual == 0 || p.hidden == 0) return cudaSuccess;
-  switch (p.grad_out.dtype) {
-    case DType::f32: launch_reduce<float>(p, stream); break;
-    case DType::bf16: launch_reduce<__nv_bfloat16>(p, stream); break;
-    case DType::f16: launch_reduce<__half>(p, stream); break;
-  }
-  return cudaGetLastError();
+  if (addresses % 16 == 0 && distances * size % 16 == 0) return launch_gather<uint4>(p, stream);
+  return size == 4 ? launch_gather<uint32_t>(p, stream) : launch_gather<uint16_t>(p, stream);
 }
 
 }  // namespace prefixcore::cuda

@@ -1,5 +1,7 @@
-// Soft embedding on an NVIDIA GPU. An id out of range traps, as a device-side assertion does in
-// PyTorch's own embedding: asking the host first would stall the stream.
+// Soft embedding on an NVIDIA GPU.
+//
+// Checking the ids would stall the stream, and a trap would cost the process its GPU: an id out of range reads nothing
+// and its row becomes NaN, so that whoever computes with it sees it. The backward passes over such ids.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +11,9 @@
 namespace prefixcore::cuda {
 
 cudaError_t embedding_forward(const EmbeddingForward&, cudaStream_t);
-cudaError_t embedding_backward(const EmbeddingBackward&, cudaStream_t);
+
+// How many numbers of working memory the backward needs.
+int64_t embedding_backward_memory(const EmbeddingBackward&);
+cudaError_t embedding_backward(const EmbeddingBackward&, int64_t* memory, cudaStream_t);
 
 }  // namespace prefixcore::cuda

@@ -1,0 +1,165 @@
+// A GPU small enough to read: runs the CUDA sources, unchanged, on the CPU.
+//
+// Every CUDA thread is a fiber; blocks run one after another, and a fiber runs until it waits for others. So every
+// index, every shuffle and every barrier is executed as it is written. Of the hardware it shows nothing: neither speed
+// nor caches nor registers, nor the memory order that a vote or a shuffle does not promise and __syncwarp does. The
+// order in which fibers run, and when asynchronous copies land, can be changed: results that depend on either give away
+// a missing barrier.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // one block runs at a time
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = void*;
+inline const char* cudaGetErrorString(cudaError_t) { return "refused by the emulator"; }
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline dim3 threadIdx, blockIdx;
+
+namespace emulator {
+
+struct Options {
+  // Fibers run from the last to the first, a warp as far as it gets before another one does, and asynchronous copies
+  // land when they are issued. Else fibers take turns from the first to the last, and copies land when waited for.
+  bool hasty = false;
+  int processors = 4;
+};
+inline Options options;
+
+// What the lanes of a mask bring to a meeting, and take away from it.
+struct Meeting {
+  unsigned arrived = 0;
+  uint64_t turn = 0;
+  alignas(16) unsigned char brought[32][32], taken[32][32];
+};
+
+void run_block(int threads, size_t dynamic_shared, const std::function<void()>& body);
+void yield();
+void progress();
+int lane();
+Meeting& meeting(unsigned mask);
+
+// Waits for all lanes of the mask; the last one computes what each takes away.
+template <class Taken, class Brought, class Compute>
+Taken meet(unsigned mask, const Brought& mine, const Compute& compute) {
+  static_assert(sizeof(Brought) <= 32 && sizeof(Taken) <= 32 && std::is_trivially_copyable_v<Brought>);
+  Meeting& m = meeting(mask);
+  std::memcpy(m.brought[lane()], &mine, sizeof(mine));
+  m.arrived |= 1u << lane();
+  if (m.arrived == mask) {
+    Brought brought[32];
+    Taken taken[32];
+    for (int i = 0; i < 32; ++i) std::memcpy(&brought[i], m.brought[i], sizeof(Brought));
+    compute(brought, taken);
+    for (int i = 0; i < 32; ++i) std::memcpy(m.taken[i], &taken[i], sizeof(Taken));
+    m.arrived = 0;
+    ++m.turn;
+    progress();
+  } else {
+    for (const uint64_t turn = m.turn; m.turn == turn;) yield();
+  }
+  Taken result;
+  std::memcpy(&result, m.taken[lane()], sizeof(result));
+  return result;
+}
+
+}  // namespace emulator
+
+void __syncthreads();
+int __syncthreads_count(int predicate);
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  emulator::meet<int>(mask, 0, [](const int*, int* taken) { std::memset(taken, 0, 32 * sizeof(int)); });
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return emulator::meet<unsigned>(mask, predicate, [&](const int* brought, unsigned* taken) {
+    unsigned votes = 0;
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1 && brought[i]) votes |= 1u << i;
+    for (int i = 0; i < 32; ++i) taken[i] = votes;
+  });
+}
+
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  return emulator::meet<unsigned>(mask, value, [&](const T* brought, unsigned* taken) {
+    for (int i = 0; i < 32; ++i) {
+      taken[i] = 0;
+      for (int k = 0; k < 32; ++k)
+        if (mask >> k & 1 && brought[k] == brought[i]) taken[i] |= 1u << k;
+    }
+  });
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  return emulator::meet<T>(mask, value, [&](const T* brought, T* taken) {
+    for (int i = 0; i < 32; ++i) taken[i] = brought[i ^ distance];
+  });
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  return emulator::meet<T>(mask, value, [&](const T* brought, T* taken) {
+    for (int i = 0; i < 32; ++i) taken[i] = brought[i < distance ? i : i - distance];
+  });
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulator::options.processors, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what the least of the architectures has
+}
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... arguments) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1 || block.x == 0 || block.x > 1024)
+    return cudaErrorInvalidValue;
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y, 0);
+      emulator::run_block(static_cast<int>(block.x), config->dynamicSmemBytes, [&] { kernel(arguments...); });
+    }
+  return cudaSuccess;
+}
