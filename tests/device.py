@@ -1,0 +1,52 @@
+"""Where the tests of the ops run. ``PREFIXCORE_TEST_DEVICE`` is
+
+* ``cpu`` (the default): CPU tensors, the CPU backend;
+* ``cuda``: CUDA tensors, the GPU backend: the whole matrix on real hardware;
+* ``interpreter``: CPU tensors, the GPU backend with Triton's interpreter and PyTorch's CPU flash attention in the
+  vendor's place: the same matrix as far as a CPU goes. Slow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+NAMES = ("cpu", "cuda", "interpreter")
+NAME = os.environ.get("PREFIXCORE_TEST_DEVICE", "cpu")
+if NAME not in NAMES:
+    raise ValueError(f"PREFIXCORE_TEST_DEVICE: expected one of {', '.join(NAMES)}, got {NAME!r}")
+DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
+if NAME == "cuda" and not torch.cuda.is_available():
+    raise RuntimeError("PREFIXCORE_TEST_DEVICE=cuda, but PyTorch finds no GPU")
+
+EXAMPLES = 1.0 if NAME == "cpu" else 0.1
+"""The share of hypothesis' examples that is tried: Triton compiles, or interprets, its kernels for each head dim."""
+
+cpu_backend = pytest.mark.skipif(NAME != "cpu", reason="what it tests belongs to the CPU backend")
+
+
+@contextmanager
+def gpu_backend() -> Iterator[None]:
+    """The GPU backend computes the tensors of ``DEVICE``, interpreted where they are on the CPU."""
+    from prefixcore.backends import gpu
+
+    registered = gpu.register("CPU") if DEVICE.type == "cpu" else None
+    try:
+        yield
+    finally:
+        if registered is not None:
+            registered._destroy()
+
+
+def examples(count: int) -> int:
+    return max(1, round(EXAMPLES * count))
+
+
+def shard(items: list[pytest.Item], which: str) -> list[pytest.Item]:
+    """Of all tests those that `which`, "2/8" for the third of eight processes, is to run."""
+    index, count = (int(number) for number in which.split("/"))
+    return items[index::count]
