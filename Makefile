@@ -4,19 +4,21 @@
 #   TORCH=torch==2.12.0 make test   another torch, 2.10 or newer
 #   make test ARGS="-k prefix"      options for pytest;  make demo ARGS="--seeds 3"  for the demo
 #   make bench WHAT=bench/steps OUT=bench/out/steps.json     a part of the suite, and where its JSON goes
+#   make gpu OUT=results WHEELS=wheels     where the results go, and a folder of wheels for a machine without a network
 
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+WHEELS ?=
 WHAT ?= bench
 OUT ?= bench/out/$(SCALE).json
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo weights test bench bench-quick bench-avx2 lint format clean
+.PHONY: help demo weights test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (under ten minutes on two cores)"
@@ -24,6 +26,8 @@ help:
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
 	@echo "             minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
+	@echo "make gpu     on a machine with an NVIDIA GPU: build, test and measure there, under ten minutes; PYTHON has to have"
+	@echo "             torch, triton and transformers. make gpu-rehearsal: the same without a GPU, as far as that goes"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove the environment and what was built"
@@ -50,6 +54,14 @@ bench bench-quick bench-avx2: $(VENV)/.installed
 	PREFIXCORE_BENCH=$(SCALE) $(BIN)/python -m pytest $(WHAT) -W ignore::FutureWarning -W ignore::UserWarning \
 	    --benchmark-columns=min,median,rounds --benchmark-json=$(OUT) $(ARGS)
 	$(BIN)/python -m bench.report show $(OUT)
+
+# With the torch that is there, and not one of our choosing: it has to fit the machine's driver.
+gpu gpu-rehearsal: OUT := bench/out/gpu
+gpu:
+	"$(PYTHON)" .ci/gpu.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)
+
+gpu-rehearsal: $(VENV)/.installed
+	$(BIN)/python .ci/gpu.py --rehearsal --out "$(OUT)" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

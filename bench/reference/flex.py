@@ -17,14 +17,16 @@ def compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def make_flex(queries: int, virtual: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+def make_flex(
+    queries: int, virtual: int, device: torch.device | str = "cpu"
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The attention for T = S = `queries` and P = `virtual`; its block mask is built here, once."""
     torch._dynamo.reset()  # an earlier shape's code would only count towards the limit of recompilations
 
     def looks_back(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i + virtual
 
-    mask = create_block_mask(looks_back, None, None, queries, virtual + queries, device="cpu")
+    mask = create_block_mask(looks_back, None, None, queries, virtual + queries, device=device)
     attend = compiled()
 
     def flex(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:

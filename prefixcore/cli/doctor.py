@@ -1,10 +1,11 @@
-"""Say what was compiled, and which backend each op would use and why."""
+"""Say what was compiled, which backend each op would use and why, and how a GPU would share out the work."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from .common import OK, table
 
@@ -22,9 +23,12 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [("op", "device", "dtype", "backend", "why")]
     rows += explain()
     built, facts = build_facts()
-    print(table([*library_facts(), *facts]))
+    print(table([*library_facts(), *facts, *gpu_facts()]))
     print()
     print(table(rows))
+    if paths := gpu_paths():
+        print()
+        print(table([("problem", "pass", "path", "why"), *paths]))
     return OK if built else 1
 
 
@@ -59,3 +63,49 @@ def build_facts() -> tuple[bool, list[tuple[str, str]]]:
         ("CUDA architectures", info["cuda_architectures"] or "none compiled in"),
         ("threads", f"{torch.get_num_threads()} used by torch, {host.hardware_threads()} in hardware"),
     ]
+
+
+def gpu_facts() -> list[tuple[str, str]]:
+    """What GPUs there are, and the versions that decide about their attention kernels."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [("GPU", "none")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        memory = f"{facts.total_memory / 2**30:.0f} GiB"
+        rows.append((f"GPU {index}", f"{facts.name}, compute capability {facts.major}.{facts.minor}, {memory}"))
+    cudnn = torch.backends.cudnn.version()
+    return [*rows, ("CUDA", f"{torch.version.cuda} in torch; cuDNN {cudnn}")]
+
+
+def gpu_paths() -> list[tuple[str, str, str, str]]:
+    """Which path the GPU backend takes for some problems, and why; nothing where the backend cannot run."""
+    import torch
+
+    from ..backends import gpu
+    from ..backends.gpu import choose
+    from ..backends.gpu.problem import Problem
+
+    if gpu.refuses("prefix_attention", "cuda", torch.bfloat16):
+        return []
+    rows = []
+    for name, (queries, keys, window, dtype) in {
+        "training, T = 2048, bfloat16": (2048, 2048, 0, torch.bfloat16),
+        "the same in float32": (2048, 2048, 0, torch.float32),
+        "the same with a sliding window": (2048, 2048, 1024, torch.bfloat16),
+        "training, T = 128, bfloat16": (128, 128, 0, torch.bfloat16),
+        "decoding, 2048 keys in the cache": (1, 2048, 0, torch.bfloat16),
+    }.items():
+        head = torch.empty(128, dtype=dtype, device="cuda")  # one row stands for all: nothing is computed
+        query, key = head.expand(8, 32, queries, -1), head.expand(8, 8, keys, -1)
+        prefix = head.expand(8, 64, -1)
+        arguments: Any = (query, key, key, prefix, prefix, *[None] * 6, True, 128**-0.5, window, 0.0)
+        p = Problem(*arguments)
+        path = choose.forward(p)
+        rows.append((name, "forward", path.name, path.why))
+        if queries > 1:
+            path = choose.backward(p, all_three=True, grad_lse=False)
+            rows.append((name, "backward", path.name, path.why))
+    return rows

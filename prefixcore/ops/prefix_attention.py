@@ -78,7 +78,7 @@ def prefix_attention(
             may have any strides as long as the last dimension is contiguous.
         prefix_key, prefix_value: ``[Hkv, P, D]`` and ``[Hkv, P, Dv]``, seen by every row; or a prompt bank
             ``[N, Hkv, P, D]`` and ``[N, Hkv, P, Dv]``; or ``None``: plain attention. In the dtype of ``query``,
-            or float32 (a master copy).
+            or float32 (a master copy, which products in bfloat16 round as autocast rounds a weight).
         prefix_index: int64 or int32 ``[B]`` (packed: one a sequence): each row's entry of the bank, -1 for no
             prefix. Needed if the bank has more than one entry.
         prefix_lengths: int64 or int32 ``[N]``: how many virtual tokens of each entry count; the rest are

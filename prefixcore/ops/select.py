@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import cpu, cuda, library
+from ..backends import cpu, cuda, gpu, library
 
 OPS = ("prefix_attention", "soft_embedding")
-BACKENDS = ("cpu", "cuda", "reference")
-_KERNELS = {"cpu": cpu, "cuda": cuda}
+BACKENDS = ("cpu", "cuda", "gpu", "reference")
+_KERNELS = {"cpu": cpu, "cuda": cuda, "gpu": gpu}
 
 _forced: str | None = os.environ.get("PREFIXCORE_BACKEND") or None
 
@@ -33,7 +33,10 @@ def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend of ``op``; see :func:`which_backend`. Cheap: every call of an op asks it."""
     name = _forced
     if name is None:
-        name = "cpu" if device_type == "cpu" and dtype in cpu.DTYPES else "reference"
+        if device_type == "cpu":
+            name = "cpu" if dtype in cpu.DTYPES else "reference"
+        else:
+            name = "reference" if gpu.refuses(op, device_type, dtype) else "gpu"
     elif name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r} (PREFIXCORE_BACKEND): use one of {BACKENDS}")
     elif name != "reference" and (reason := _KERNELS[name].refuses(op, device_type, dtype)):
@@ -57,11 +60,16 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
     name = backend_name(op, device_type, dtype)
     if _forced is not None:
         return Choice(name, "forced")
-    if name == "cpu":
-        return Choice(name, cpu.describe())
-    if device_type == "cpu":
-        return Choice(name, f"no kernel computes in {str(dtype).removeprefix('torch.')}")
-    return Choice(name, f"no kernel for {device_type} is in use yet")
+    if name != "reference":
+        return Choice(name, _KERNELS[name].describe())
+    return Choice(name, _why_not_kernels(op, device_type, dtype))
+
+
+def _why_not_kernels(op: str, device_type: str, dtype: torch.dtype) -> str:
+    if op == "soft_embedding" and device_type == "cuda" and cuda.refuses(op, device_type, dtype) is None:
+        return "the cuda backend has to be forced until a GPU has run its tests"
+    name, backend = ("cpu", cpu) if device_type == "cpu" else ("gpu", gpu)
+    return f"the {name} backend refuses: {backend.refuses(op, device_type, dtype)}"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prefixcore.backends import library
+from tests.device import DEVICE, NAME, gpu_backend
 
 
 @pytest.fixture(autouse=True)
@@ -17,9 +18,21 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=library.host().runnable_isas())
+@pytest.fixture(scope="session", autouse=NAME != "cpu")
+def gpu() -> Iterator[None]:
+    """The GPU backend in the CPU backend's place, where that is what is under test."""
+    torch.set_default_device(DEVICE)
+    with gpu_backend():
+        yield
+    torch.set_default_device("cpu")
+
+
+@pytest.fixture(params=library.host().runnable_isas() if NAME == "cpu" else [NAME])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine can run, in turn."""
+    """Every instruction set that this machine can run, in turn; a GPU has but one."""
+    if NAME != "cpu":
+        yield request.param
+        return
     before = library.host().isa()
     library.host().select_isa(request.param)
     yield request.param

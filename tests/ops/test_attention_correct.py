@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.device import examples
+
 from .problems import Problem, check
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -98,7 +100,10 @@ problems = st.builds(
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(150),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(problem=problems)
 def test_anything(problem: Problem) -> None:
@@ -114,7 +119,12 @@ packed = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(50),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(problem=packed)
 def test_anything_packed(problem: Problem) -> None:
     check(problem)

@@ -1,0 +1,38 @@
+"""What is measured on: ``PREFIXCORE_BENCH_DEVICE`` is ``cuda``, or ``interpreter`` for a rehearsal without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+NAME = os.environ.get("PREFIXCORE_BENCH_DEVICE", "")
+if NAME not in ("", "cuda", "interpreter"):
+    raise ValueError(f"PREFIXCORE_BENCH_DEVICE: expected cuda or interpreter, got {NAME!r}")
+if NAME == "interpreter":
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
+REAL = NAME == "cuda"
+HALF = torch.bfloat16 if REAL else torch.float32
+"""The dtype that is measured; a rehearsal computes in float32, which the interpreter knows best."""
+
+
+@contextmanager
+def gpu_backend() -> Iterator[None]:
+    from prefixcore.backends import gpu
+
+    registered = None if REAL else gpu.register("CPU")
+    try:
+        yield
+    finally:
+        if registered is not None:
+            registered._destroy()
+
+
+def describe() -> str:
+    if not REAL:
+        return "rehearsal without a GPU: figures mean nothing"
+    facts = torch.cuda.get_device_properties(DEVICE)
+    return f"{facts.name}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"

@@ -1,0 +1,94 @@
+"""``prefix_attention`` in training: beside the same vendor's kernel without any prefix, beside concatenating and
+masking, and beside compiled FlexAttention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import prefixcore
+from bench.attention_problem import Problem
+from bench.reference.bare_sdpa import bare_sdpa
+from bench.reference.flex import make_flex
+from bench.scale import SCALE, pick
+
+from .attention import call, check, concatenated, inputs
+from .conftest import Measure
+from .device import DEVICE, REAL
+
+TOY = Problem(1, 4, 2, 24, 16, 5, heads_last=True)
+ROWS = [Problem(8, 32, 8, 2048, 128, P, heads_last=True) for P in (64, 512, 2048, 8192)]
+MORE = [
+    Problem(8, 32, 8, 512, 128, 64, heads_last=True),
+    Problem(8, 16, 16, 2048, 64, 64, heads_last=True),
+    Problem(1, 32, 8, 8192, 128, 64, heads_last=True),
+    Problem(4, 16, 4, 2048, 256, 64, heads_last=True),
+    Problem(64, 32, 8, 128, 128, 64, heads_last=True),
+]
+
+
+def name(problem: Any) -> str | None:
+    if not isinstance(problem, Problem):
+        return None
+    return "-".join(str(x) for x in (problem.B, problem.H, problem.Hkv, problem.T, problem.D, problem.P))
+
+
+def path(problem: Problem, *, backward: bool) -> dict[str, str]:
+    """Which path and whose kernel, in words: part of the figure."""
+    from prefixcore.backends.gpu import choose
+    from prefixcore.backends.gpu.problem import Problem as Arguments
+
+    arguments: list[Any] = [*inputs(problem, gradients=False).values(), *[None] * 6, True, problem.D**-0.5, 0, 0.0]
+    p = Arguments(*arguments)
+    paths = {"forward": choose.forward(p)}
+    if backward:
+        paths["backward"] = choose.backward(p, all_three=True, grad_lse=False)
+    return {which: f"{found.name}: {found.why}" for which, found in paths.items()}
+
+
+BOTH = [False, True]
+CASES = pick(
+    smoke=[(TOY, backward) for backward in BOTH],
+    quick=[(ROWS[0], False), *((row, True) for row in ROWS)],
+    full=[(row, backward) for row in (*ROWS, *MORE) for backward in BOTH],
+)
+
+
+@pytest.mark.parametrize(("problem", "backward"), CASES, ids=lambda x: name(x) or ("fwd+bwd" if x else "fwd"))
+def test_training(measure: Measure, problem: Problem, backward: bool) -> None:
+    references = {"concatenated": concatenated(problem)}
+    if REAL and (SCALE == "full" or problem.P in (64, 2048)):  # compiling takes longer than all else here
+        references["flex"] = make_flex(problem.T, problem.P, device=DEVICE)
+    error = check(problem, references, backward=backward)
+    calls = {who: call(problem, attention, backward=backward) for who, attention in references.items()}
+    calls["bare"] = call(problem, bare_sdpa, backward=backward, bare=True)
+    # Each query sees T / 2 keys on average, and P virtual tokens more.
+    goal = 1.08 if problem.P <= 64 else 1.03 + 1.2 * problem.P / (problem.T / 2)
+    measure(
+        "gpu attention",
+        problem.case(backward=backward),
+        call(problem, prefixcore.prefix_attention, backward=backward),
+        calls,
+        {"bare": goal, "concatenated": 1 / 2.5, "flex": 1 / 1.5},
+        relative_error=error,
+        path=path(problem, backward=backward),
+        peak=peaks(problem, backward=backward),
+    )
+
+
+def peaks(problem: Problem, *, backward: bool) -> dict[str, int]:
+    """Bytes that one call allocates at most, beyond its inputs."""
+    if not REAL:
+        return {}
+    found = {}
+    for who, attention, bare in (("candidate", prefixcore.prefix_attention, False), ("bare", bare_sdpa, True)):
+        run = call(problem, attention, backward=backward, bare=bare)
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        found[who] = torch.cuda.max_memory_allocated() - before
+    return found

@@ -1,0 +1,1 @@
+"""The GPU backend's Triton kernels. Importing a module of this room imports Triton; nothing else does."""

@@ -1,0 +1,77 @@
+"""The single path: prefix and sequence in one launch of our own kernels, for everything that vendors' cannot do.
+
+Each function allocates what a kernel writes, laid out as the op promises, and has the kernel write it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels import decode as decode_kernels
+from .kernels import forward as forward_kernel
+from .kernels import grad_keys as grad_keys_kernel
+from .kernels import grad_prefix as grad_prefix_kernels
+from .kernels import grad_query as grad_query_kernel
+from .problem import Problem
+
+
+def _heads_last(x: Tensor, dim: int) -> Tensor:
+    """Memory [B, T, H, dim] for what belongs to `x` [B, H, T, any]: transposing it back is free."""
+    batch, heads, length, _ = x.shape
+    return x.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def outputs(p: Problem) -> tuple[Tensor, Tensor]:
+    """Memory for output and log-sum-exp."""
+    return _heads_last(p.query, p.value_dim), p.query.new_empty(p.query.shape[:3], dtype=torch.float32)
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
+    out, lse = outputs(p)
+    forward_kernel.forward(p, out, lse)
+    return out, lse
+
+
+def decode(p: Problem) -> tuple[Tensor, Tensor]:
+    """The same for few queries over many keys, which are split among the processors."""
+    out, lse = outputs(p)
+    decode_kernels.decode(p, out, lse)
+    return out, lse
+
+
+def unwanted(p: Problem) -> list[Tensor]:
+    """What the op returns for gradients that nobody wants: five empty tensors."""
+    return [p.query.new_empty(0, dtype=dtype) for dtype in (*[p.query.dtype] * 3, *[torch.float32] * 2)]
+
+
+def no_gradient(p: Problem, needs_query: bool, needs_sequence: bool, needs_prefix: bool) -> tuple[Tensor, ...]:
+    """All gradients where there is no query."""
+    grads = unwanted(p)
+    if needs_query:
+        grads[0] = _heads_last(p.query, p.head_dim)
+    if needs_sequence:
+        grads[1], grads[2] = _heads_last(p.key, p.head_dim).zero_(), _heads_last(p.value, p.value_dim).zero_()
+    if needs_prefix:
+        grads[3:] = (torch.zeros_like(x, dtype=torch.float32) for x in (p.prefix_key, p.prefix_value))
+    return tuple(grads)
+
+
+def grad_query(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    grad = _heads_last(p.query, p.head_dim)
+    grad_query_kernel.grad_query(p, grad_out, lse, delta, grad)
+    return grad
+
+
+def grad_sequence(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of key and value."""
+    grad_key, grad_value = _heads_last(p.key, p.head_dim), _heads_last(p.value, p.value_dim)
+    grad_keys_kernel.grad_keys(p, grad_out, lse, delta, grad_key, grad_value)
+    return grad_key, grad_value
+
+
+def grad_prefix(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the prefix, in its own shape, float32; the same kernel's on every path."""
+    grad_key, grad_value = grad_prefix_kernels.grad_prefix(p, grad_out, lse, delta)
+    return grad_key.reshape(p.prefix_key.shape), grad_value.reshape(p.prefix_value.shape)

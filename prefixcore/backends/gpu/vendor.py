@@ -1,0 +1,166 @@
+"""PyTorch's own fused attention, cuDNN's kernels and FlashAttention's: they do the sequence's part of the merged path.
+
+They are called below SDPA, by the ops that also give the log-sum-exp, so that the prefix can be merged in afterwards;
+and their backwards are called with the merged output and log-sum-exp, which makes them yield exactly the sequence's
+part of the gradients. Whether cuDNN or FlashAttention is asked is PyTorch's choice (hardware, versions, dtype, head
+dim, what ``torch.nn.attention.sdpa_kernel`` allows). FlashAttention 3 and 4 override these very ops where a user has
+activated one.
+
+A vendor never gets a mask, so in what it computes every query sees a key, and no log-sum-exp is infinite.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import attention
+from torch.nn.attention import SDPBackend
+
+from .problem import Problem
+
+_aten = torch.ops.aten
+_NO_DROPOUT = 0.0
+_active_flash: Callable[[], str | None] = getattr(attention, "current_flash_attention_impl", lambda: None)
+
+# PyTorch's experiment with cuDNN's ragged layout stores the log-sum-exp in an order of its own.
+_CUDNN_LAYOUT_IS_KNOWN = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") != "1"
+
+
+class Vendor(NamedTuple):
+    """A fused attention: ``forward(p)`` gives the sequence's own output and log-sum-exp [B, H, T], natural and float32;
+    ``backward(p, grad_out, out, lse)`` the gradients of query, key and value, from the merged output and log-sum-exp.
+
+    Outputs are laid out as [B, T, H, D].
+    """
+
+    name: str
+    forward: Callable[[Problem], tuple[Tensor, Tensor]]
+    backward: Callable[[Problem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def cannot(p: Problem) -> str | None:
+    """What about the sequence's part of `p` is beyond every vendor's kernels, in words; None if nothing is."""
+    if p.cu_seqlens is not None:
+        return "the rows are packed"
+    if p.mask is not None:
+        return "there is a mask over queries and keys"
+    if p.padding is not None:
+        return "there is a padding mask"
+    if p.window:
+        return "there is a sliding window"
+    if p.softcap > 0:
+        return "there is a softcap"
+    if p.value_dim != p.head_dim:
+        return "keys and values have different head dims"
+    if p.head_dim % 8 or p.head_dim > 256:
+        return "the head dim is no multiple of 8, or more than 256"
+    if not (p.query.numel() and p.key.numel()):
+        return "there is nothing to attend"
+    if p.is_causal and 1 < p.queries != p.keys:
+        return "it is causal over more keys than queries, which PyTorch aligns top-left"
+    return None
+
+
+def preferred(p: Problem, *, training: bool) -> Vendor | None:
+    """The vendor that PyTorch would choose for what :func:`cannot` has nothing against; None: it has none for this.
+
+    `training`: a backward is what is asked for. Some kernels have one for fewer head dims than the forward.
+    """
+    if not p.query.is_cuda:
+        return STAND_IN
+    query, key, value = p.query, p.key, p.value
+    if training:
+        query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
+    grouped = p.group > 1
+    with torch.set_grad_enabled(training):
+        try:
+            choice = torch._fused_sdp_choice(
+                query, key, value, None, _NO_DROPOUT, _causal(p), scale=p.scale, enable_gqa=grouped
+            )
+        except RuntimeError:  # every kernel that could is switched off
+            return None
+        if choice == SDPBackend.CUDNN_ATTENTION.value and (_active_flash() or not _CUDNN_LAYOUT_IS_KNOWN):
+            parameters = torch.backends.cuda.SDPAParams(query, key, value, None, _NO_DROPOUT, _causal(p), grouped)
+            if torch.backends.cuda.can_use_flash_attention(parameters):
+                return FLASH
+            if not _CUDNN_LAYOUT_IS_KNOWN:
+                return None
+    return {SDPBackend.CUDNN_ATTENTION.value: CUDNN, SDPBackend.FLASH_ATTENTION.value: FLASH}.get(choice)
+
+
+def _causal(p: Problem) -> bool:
+    """A lone query stands at the last key and sees all of them."""
+    return p.is_causal and p.queries > 1
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """`x` itself where it is laid out as [B, T, H, D], as it is if the query came from a transformer."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _in_layout_of(query: Tensor, x: Tensor) -> Tensor:
+    """`x` in the layout of an output for `query`. cuDNN's plans are cached by the layouts of the inputs alone."""
+    wanted = torch.empty_like(query, device="meta").stride()
+    return x if x.stride() == wanted else torch.empty_like(query).copy_(x)
+
+
+def _unused_seed(p: Problem) -> Tensor:
+    """Stands where dropout would have its random state. Nothing reads it; its dtype spares a conversion."""
+    return torch.empty((), dtype=torch.int64, device=p.query.device)
+
+
+def _cudnn_forward(p: Problem) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention.default(
+        p.query, p.key, p.value, None, True, _NO_DROPOUT, _causal(p), False, scale=p.scale
+    )
+    return _heads_last(out), lse.reshape(out.shape[:3])  # from [B, H, T, 1]
+
+
+def _cudnn_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, out = _in_layout_of(p.query, grad_out), _in_layout_of(p.query, out)
+    seed = _unused_seed(p)
+    query, key, value = _aten._scaled_dot_product_cudnn_attention_backward.default(
+        grad_out, p.query, p.key, p.value, out, lse.contiguous()[..., None], seed, seed, None, None, None,
+        p.queries, p.keys, _NO_DROPOUT, _causal(p), scale=p.scale,
+    )  # fmt: skip
+    return _heads_last(query), _heads_last(key), _heads_last(value)
+
+
+def _flash_forward(p: Problem) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention.default(
+        p.query, p.key, p.value, _NO_DROPOUT, _causal(p), False, scale=p.scale
+    )
+    return _heads_last(out), lse.contiguous()
+
+
+def _flash_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    seed = _unused_seed(p)
+    query, key, value = _aten._scaled_dot_product_flash_attention_backward.default(
+        grad_out, p.query, p.key, p.value, out, lse.contiguous(), None, None, p.queries, p.keys, _NO_DROPOUT,
+        _causal(p), seed, seed, scale=p.scale,
+    )  # fmt: skip
+    return _heads_last(query), _heads_last(key), _heads_last(value)
+
+
+def _stand_in_forward(p: Problem) -> tuple[Tensor, Tensor]:
+    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu.default(
+        p.query, p.key, p.value, _NO_DROPOUT, _causal(p), scale=p.scale
+    )
+    return _heads_last(out), lse.contiguous()
+
+
+def _stand_in_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        grad_out, p.query, p.key, p.value, out, lse, _NO_DROPOUT, _causal(p), scale=p.scale
+    )
+    return _heads_last(query), _heads_last(key), _heads_last(value)
+
+
+CUDNN = Vendor("cuDNN", _cudnn_forward, _cudnn_backward)
+FLASH = Vendor("FlashAttention", _flash_forward, _flash_backward)
+STAND_IN = Vendor("PyTorch's CPU flash attention", _stand_in_forward, _stand_in_backward)
+"""Executes the merged path where there is no GPU: its ops take and give what the others do."""

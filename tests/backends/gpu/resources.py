@@ -1,0 +1,181 @@
+"""Compiles every Triton kernel as it would be launched, for devices that are not there, and reads what it needs.
+
+    python -m tests.backends.gpu.resources --write     makes resources.json anew
+    python -m tests.backends.gpu.resources             prints it as it is now
+
+The launchers run as they are, on small CPU tensors; only their last step is replaced: a kernel is compiled instead of
+launched. So what is compiled is what the block table, the strides and the switches of a real call lead to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from prefixcore.backends.gpu.kernels import decode, delta, forward, grad_keys, grad_prefix, grad_query, launch
+from prefixcore.backends.gpu.problem import Problem
+
+RECORDED = Path(__file__).with_name("resources.json")
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes a block may use: sm_80's kernels also run on sm_86 and sm_89, which have the least."""
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def problem(
+    D: int = 128, dtype: torch.dtype = BF16, Dv: int | None = None, mask: torch.dtype | None = None,
+    padding: bool = False, sinks: bool = False, packed: bool = False, bank: bool = False, is_causal: bool = True,
+    window: int = 0, softcap: float = 0.0, prefix_dtype: torch.dtype | None = None,
+) -> Problem:  # fmt: skip
+    B, H, Hkv, T, P, N = 1 if packed else 2, 4, 2, 32, 16, 3
+    Dv = Dv or D
+
+    def heads_last(count: int, dim: int) -> torch.Tensor:
+        return torch.empty(B, T, count, dim, dtype=dtype).transpose(1, 2)
+
+    def prefix(dim: int) -> torch.Tensor:
+        return torch.empty(*((N,) if bank else ()), Hkv, P, dim, dtype=prefix_dtype or dtype)
+
+    return Problem(
+        heads_last(H, D), heads_last(Hkv, D), heads_last(Hkv, Dv), prefix(D), prefix(Dv),
+        torch.zeros(B, dtype=torch.int64) if bank else None, torch.zeros(N, dtype=torch.int64) if bank else None,
+        torch.ones(B, T, dtype=torch.bool) if padding else None,
+        torch.zeros(B, 1, T, T, dtype=mask).expand(B, H, T, T) if mask else None,
+        torch.zeros(H) if sinks else None, torch.tensor([0, T], dtype=torch.int32) if packed else None,
+        is_causal, D**-0.5, window, softcap,
+    )  # fmt: skip
+
+
+EVERY = ("forward", "from_state", "grad_query", "prefix_only", "grad_keys", "grad_prefix", "decode", "delta")
+SINGLE = ("forward", "grad_query", "grad_keys", "grad_prefix", "decode")
+
+CASES: dict[str, tuple[Problem, tuple[str, ...]]] = {
+    "bf16 128": (problem(), EVERY),
+    "bf16 64": (problem(64), SINGLE),
+    "bf16 256": (problem(256), SINGLE),
+    "fp32 64": (problem(64, FP32), SINGLE),
+    "fp32 128": (problem(128, FP32), SINGLE[:4]),
+    "fp32 256": (problem(256, FP32), SINGLE[:3]),
+    "bf16 80, values of 96, float32 prefix": (problem(80, Dv=96, prefix_dtype=FP32), SINGLE),
+    "bf16 256, float32 prefix": (problem(256, prefix_dtype=FP32), SINGLE[:2]),
+    "window, softcap": (problem(window=8, softcap=20.0), SINGLE),
+    "additive mask, padding, sinks": (problem(mask=BF16, padding=True, sinks=True), (*SINGLE[:3], "decode")),
+    "everything at once": (
+        problem(window=8, softcap=20.0, sinks=True, mask=BF16, padding=True), (*SINGLE[:3], "decode")),
+    "bool mask, bidirectional": (problem(mask=torch.bool, is_causal=False), SINGLE[:3]),
+    "packed, bank": (problem(packed=True, bank=True), SINGLE[:4]),
+    "bank": (problem(bank=True), ("decode",)),
+}  # fmt: skip
+
+
+def call(name: str, p: Problem) -> None:
+    out = torch.empty(p.batch, p.queries, p.heads, p.value_dim, dtype=p.query.dtype).transpose(1, 2)
+    lse = torch.empty(p.batch, p.heads, p.queries)
+    if name in ("forward", "from_state"):
+        forward.forward(p, out, lse, from_state=name == "from_state")
+    elif name in ("grad_query", "prefix_only"):
+        grad_query.grad_query(p, out, lse, lse, torch.empty_like(p.query), prefix_only=name == "prefix_only")
+    elif name == "grad_keys":
+        grad_keys.grad_keys(p, out, lse, lse, torch.empty_like(p.key), torch.empty_like(p.value))
+    elif name == "grad_prefix":
+        grad_prefix.grad_prefix(p, out, lse, lse)
+    elif name == "decode":
+        decode.decode(p, out, lse)
+    elif name == "delta":
+        delta.delta(out, out, lse)
+
+
+class _NoDevice:
+    """A driver for a device that is not there: enough to compile for it."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are remembered by device: one number an architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of its stack and local memory: spilled registers lie there."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return dict(zip(("registers", "stack", "local"), map(int, found), strict=True))
+
+
+def compiled(case: str, name: str, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """``(label, resources)`` of the kernels that one launcher would launch."""
+    triton.runtime.driver.set_active(_NoDevice(architecture))
+    launch.family = lambda device: architecture  # type: ignore[assignment]
+    found: list[tuple[str, dict[str, int]]] = []
+
+    def compile_instead(kernel: Any, programs: int, blocks: launch.Blocks, on: Any, **arguments: Any) -> None:
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+        binary = kernel.run(grid=(1,), warmup=True, **arguments, **options)
+        label = f"sm_{architecture}, {case}: {kernel.__name__}"
+        label += "".join(f", {flag}" for flag in ("PREFIX_ONLY", "FROM_STATE") if arguments.get(flag))
+        label += ", of the prefix" if kernel.__name__ == "decode_kernel" and arguments["PREFIX"] else ""
+        found.append((label, resources(binary.asm["cubin"]) | {"shared": binary.metadata.shared}))
+
+    launch.launch = compile_instead  # type: ignore[assignment]
+    call(name, CASES[case][0])
+    yield from found
+
+
+def _compiled(task: tuple[str, str, int]) -> list[tuple[str, dict[str, int]]]:
+    return list(compiled(*task))
+
+
+def measure(jobs: int, architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> dict[str, Any]:
+    launch.PROGRAMS = 10**6  # so small a problem is split too, and the reduction compiled
+    grad_prefix._TILES_A_SPLIT = 1
+    tasks = [(case, name, a) for case, (_, names) in CASES.items() for name in names for a in architectures]
+    tasks = [task for task in tasks if only in f"{task[0]}: {task[1]}"]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        results = []
+        for pairs in pool.imap_unordered(_compiled, tasks):
+            for label, needs in pairs:
+                print(label, needs, file=sys.stderr, flush=True)
+            results += pairs
+    return {"triton": triton.__version__, "kernels": dict(sorted(results))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {RECORDED.name}")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", default="", help="part of 'case: launcher'")
+    arguments = parser.parse_args()
+    found = measure(arguments.jobs, only=arguments.only)
+    text = json.dumps(found, indent=1)
+    if arguments.write:
+        RECORDED.write_text(text + "\n")
+    else:
+        sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

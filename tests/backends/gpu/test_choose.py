@@ -1,0 +1,202 @@
+"""The rules that share out the work, asked about CUDA tensors that do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+
+from prefixcore.backends.gpu import choose, use_path, vendor
+from prefixcore.backends.gpu.problem import Problem
+
+
+@pytest.fixture(autouse=True)
+def fake_tensors() -> Iterator[None]:
+    with FakeTensorMode():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def pytorch_prefers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``pytorch_prefers(backend)``: what PyTorch would choose; cuDNN unless a test says otherwise."""
+
+    def prefer(backend: SDPBackend) -> None:
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: backend.value)
+
+    prefer(SDPBackend.CUDNN_ATTENTION)
+    return prefer
+
+
+def problem(
+    T: int = 2048, S: int | None = None, D: int = 128, Dv: int | None = None, P: int = 64, is_causal: bool = True,
+    dtype: torch.dtype = torch.bfloat16, window: int = 0, softcap: float = 0.0, **tensors: torch.Tensor,
+) -> Problem:  # fmt: skip
+    S, Dv = T if S is None else S, Dv or D
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    names = ("prefix_index", "prefix_lengths", "padding", "mask", "sinks", "cu_seqlens")
+    return Problem(
+        empty(2, 8, T, D), empty(2, 4, S, D), empty(2, 4, S, Dv), empty(4, P, D), empty(4, P, Dv),
+        *(tensors.get(name) for name in names), is_causal, D**-0.5, window, softcap,
+    )  # fmt: skip
+
+
+def bools(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, dtype=torch.bool, device="cuda")
+
+
+TABLE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "training": ({}, "merged", "cuDNN does the sequence"),
+    "bidirectional": ({"is_causal": False}, "merged", "cuDNN"),
+    "bidirectional over more keys": ({"is_causal": False, "S": 3000}, "merged", "cuDNN"),
+    "a window that hides nothing": ({"window": 2048}, "merged", "cuDNN"),
+    "no prefix": ({"P": 0}, "merged", "cuDNN"),
+    "short": ({"T": choose.MERGED_KEYS - 1}, "single", "fewer than"),
+    "just long enough": ({"T": choose.MERGED_KEYS}, "merged", "cuDNN"),
+    "one query": ({"T": 1, "S": 4096}, "decode", "1 queries"),
+    "as many queries as are few": ({"T": choose.DECODE_QUERIES, "S": 4096}, "decode", "no more than"),
+    "one query more": ({"T": choose.DECODE_QUERIES + 1, "S": 4096}, "single", "top-left"),
+    "a chunk after a cache": ({"T": 1024, "S": 2048}, "single", "top-left"),
+    "window": ({"window": 512}, "single", "sliding window"),
+    "softcap": ({"softcap": 30.0}, "single", "softcap"),
+    "other head dim of the values": ({"Dv": 64}, "single", "different head dims"),
+    "odd head dim": ({"D": 20}, "single", "multiple of 8"),
+    "too large a head dim": ({"D": 264}, "single", "256"),
+    "no keys": ({"S": 0, "is_causal": False}, "single", "fewer than"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_the_table(case: str) -> None:
+    arguments, path, why = TABLE[case]
+    choice = choose.forward(problem(**arguments))
+    assert choice.name == path
+    assert why in choice.why
+    assert (choice.vendor is not None) == (path == "merged")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({"padding": (2, 2048)}, "padding"),
+        ({"mask": (2, 8, 2048, 2048)}, "mask over queries"),
+        ({"cu_seqlens": (3,)}, "packed"),
+    ],
+)
+def test_what_no_vendor_is_given(tensors: dict[str, tuple[int, ...]], why: str) -> None:
+    path = choose.forward(problem(**{name: bools(*shape) for name, shape in tensors.items()}))
+    assert path.name == "single"
+    assert why in path.why
+
+
+def test_banks_and_sinks_are_no_obstacle() -> None:
+    """The vendor never sees them."""
+    index = torch.zeros(2, dtype=torch.long, device="cuda")
+    assert choose.forward(problem(prefix_index=index)).name == "merged"
+    assert choose.forward(problem(sinks=torch.zeros(8, device="cuda"))).name == "merged"
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [(SDPBackend.CUDNN_ATTENTION, "cuDNN"), (SDPBackend.FLASH_ATTENTION, "FlashAttention"),
+     (SDPBackend.EFFICIENT_ATTENTION, None), (SDPBackend.MATH, None)],
+)  # fmt: skip
+def test_the_vendor_is_pytorchs_choice(pytorch_prefers: Any, backend: SDPBackend, name: str | None) -> None:
+    pytorch_prefers(backend)
+    for path in (choose.forward(problem()), choose.backward(problem(), all_three=True, grad_lse=False)):
+        assert path.name == ("merged" if name else "single")
+        assert (path.vendor.name if path.vendor else None) == name
+        assert name or "no fused kernel" in path.why
+
+
+def test_pytorch_is_asked_about_the_very_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward asks for itself, with gradients: some kernels have one for fewer head dims."""
+    asked: list[tuple[Any, ...]] = []
+
+    def choice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, dropout: float,
+               is_causal: bool, *, scale: float, enable_gqa: bool) -> int:  # fmt: skip
+        asked.append((mask, dropout, is_causal, enable_gqa, query.requires_grad and torch.is_grad_enabled()))
+        return SDPBackend.CUDNN_ATTENTION.value
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    with torch.no_grad():
+        choose.forward(problem())
+        choose.backward(problem(is_causal=False), all_three=True, grad_lse=False)
+        with use_path("merged"):
+            choose.forward(problem(T=1, S=700))
+    assert asked == [(None, 0.0, True, True, False), (None, 0.0, False, True, True), (None, 0.0, False, True, False)]
+
+
+def test_pytorch_may_have_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any, **__: Any) -> int:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", none)
+    assert choose.forward(problem()).name == "single"
+
+
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("because", ["activated", "ragged"])
+def test_flash_attention_goes_before_cudnn(monkeypatch: pytest.MonkeyPatch, because: str, able: bool) -> None:
+    """Where a user has activated a FlashAttention, and where the layout of cuDNN's log-sum-exp is not known."""
+    if because == "activated":
+        monkeypatch.setattr(vendor, "_active_flash", lambda: "FA3")
+    else:
+        monkeypatch.setattr(vendor, "_CUDNN_LAYOUT_IS_KNOWN", False)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: able)
+    expected = "FlashAttention" if able else ("cuDNN" if because == "activated" else None)
+    path = choose.forward(problem())
+    assert (path.vendor.name if path.vendor else None) == expected
+
+
+def test_the_backward() -> None:
+    assert choose.backward(problem(), all_three=True, grad_lse=False).name == "merged"
+    for options, why in (({"grad_lse": True}, "log-sum-exp"), ({"all_three": False}, "not all")):
+        path = choose.backward(problem(), **{"all_three": True, "grad_lse": False, **options})
+        assert path.name == "single"
+        assert why in path.why
+    assert choose.backward(problem(T=64), all_three=True, grad_lse=False).name == "single"
+
+
+@pytest.mark.parametrize("forced", choose.PATHS)
+def test_a_path_can_be_forced(forced: str) -> None:
+    with use_path(forced):
+        path = choose.forward(problem(T=64))
+        assert path.name == forced
+        assert path.why.startswith("forced")
+        backward = choose.backward(problem(T=64), all_three=True, grad_lse=False)
+        assert backward.name == ("merged" if forced == "merged" else "single")
+    assert choose.forward(problem(T=64)).why != "forced"
+
+
+def test_forcing_what_cannot_be_done(pytorch_prefers: Any) -> None:
+    with use_path("merged"):
+        with pytest.raises(ValueError, match="forced, but there is a softcap; stop forcing it, or force 'single'"):
+            choose.forward(problem(softcap=30.0))
+        pytorch_prefers(SDPBackend.MATH)
+        with pytest.raises(ValueError, match="no fused kernel with a log-sum-exp for float32"):
+            choose.forward(problem(dtype=torch.float32))
+        # The backward then has the single path: output and log-sum-exp are all it needs.
+        assert choose.backward(problem(softcap=30.0), all_three=True, grad_lse=False).name == "single"
+
+
+def test_packed_rows_are_not_decoded() -> None:
+    packed = problem(T=4, cu_seqlens=bools(3))
+    assert choose.forward(packed).name == "single"
+    with use_path("decode"), pytest.raises(ValueError, match="forced, but the rows are packed"):
+        choose.forward(packed)
+
+
+def test_unknown_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown path 'both'"), use_path("both"):
+        pass
+    monkeypatch.setattr(choose, "_forced", "both")  # as PREFIXCORE_GPU_PATH=both would
+    for ask in (lambda: choose.forward(problem()), lambda: choose.backward(problem(), all_three=True, grad_lse=False)):
+        with pytest.raises(ValueError, match=r"unknown path 'both' \(PREFIXCORE_GPU_PATH\)"):
+            ask()

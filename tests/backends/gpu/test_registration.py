@@ -1,0 +1,142 @@
+"""How the GPU backend stands in the dispatcher: fake CUDA tensors, forced and refused, without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import prefixcore
+from prefixcore.backends import gpu
+from prefixcore.backends.gpu import choose, merged, single, use_path
+from tests.device import DEVICE, NAME, gpu_backend
+from tests.ops.problems import Problem
+
+without_gpu = pytest.mark.skipif(NAME == "cuda", reason="there is a GPU")
+
+
+@pytest.fixture
+def no_machine_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_machines", {})
+
+
+def test_importing_prefixcore_does_not_import_triton() -> None:
+    code = "import sys, prefixcore; from prefixcore.backends import gpu; print('triton' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+@without_gpu
+def test_without_a_gpu_the_reference_runs_and_says_why(no_machine_is_known: None) -> None:
+    choice = prefixcore.which_backend("prefix_attention", "cuda", torch.bfloat16)
+    assert choice == ("reference", "the gpu backend refuses: no GPU is there")
+    with prefixcore.use_backend("gpu"), pytest.raises(ValueError, match="gpu backend was forced, but no GPU is there"):
+        prefixcore.which_backend("prefix_attention", "cuda", torch.bfloat16)
+
+
+def test_with_a_gpu_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_machines", {"all": None})
+    for dtype in gpu.DTYPES:
+        assert prefixcore.which_backend("prefix_attention", "cuda", dtype) == ("gpu", gpu.describe())
+    assert prefixcore.which_backend("prefix_attention", "cuda", torch.float64).name == "reference"
+    assert "no kernel for soft_embedding" in (gpu.refuses("soft_embedding", "cuda", torch.bfloat16) or "")
+    assert "not on mps" in (gpu.refuses("prefix_attention", "mps", torch.bfloat16) or "")
+    monkeypatch.setattr(gpu, "_TRITON", False)
+    choice = prefixcore.which_backend("prefix_attention", "cuda", torch.bfloat16)
+    assert choice == ("reference", "the gpu backend refuses: Triton is not installed: pip install triton")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [([(7, 5)], "needs compute capability 8.0, and the GPU has 7.5"), ([(8, 6)], None), ([(7, 0), (9, 0)], None)],
+)
+def test_old_gpus(
+    monkeypatch: pytest.MonkeyPatch, no_machine_is_known: None, capabilities: list[Any], reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[getattr(device, "index", device)]
+    )
+    refusal = gpu.refuses("prefix_attention", "cuda", torch.bfloat16)
+    assert reason in refusal if reason and refusal else refusal is reason
+    if len(capabilities) > 1:  # one of several is too old: only when its own tensors come is it known
+        with FakeTensorMode(), pytest.raises(RuntimeError, match="cannot run on cuda:0: .* the GPU has 7.0"):
+            gpu._check_device(torch.empty(1, device="cuda:0"))
+        with FakeTensorMode():
+            gpu._check_device(torch.empty(1, device="cuda:1"))
+
+
+@pytest.mark.parametrize("heads_last", [False, True])
+def test_shapes_of_fake_cuda_tensors(monkeypatch: pytest.MonkeyPatch, heads_last: bool) -> None:
+    """What compiled code is told about the outputs: on the device of the inputs, laid out as promised."""
+    monkeypatch.setattr(gpu, "_machines", {"all": None})
+    with FakeTensorMode():
+        shape = (2, 33, 8, 64) if heads_last else (2, 8, 33, 64)
+        tensors = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        if heads_last:
+            tensors = [x.transpose(1, 2) for x in tensors]
+        prefix = [torch.empty(8, 5, 64, device="cuda") for _ in range(2)]
+        out, lse = prefixcore.prefix_attention(*tensors, *prefix, return_lse=True)
+        arguments = (*tensors, *prefix, *[None] * 6, True, 0.1, 0, 0.0)
+        grads = torch.ops.prefixcore.prefix_attention_backward(out, None, out, lse, *arguments, True, True, True)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    assert [x.dtype for x in grads] == [torch.bfloat16] * 3 + [torch.float32] * 2
+    for x in (out, lse, *grads):
+        assert x.device.type == "cuda"
+    for x in (out, *grads[:3]):
+        assert x.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("path", choose.PATHS)
+def test_the_path_that_was_chosen_runs(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    ran: list[str] = []
+    for module, name in ((merged, "forward"), (single, "forward"), (single, "decode")):
+        real = getattr(module, name)
+
+        def watched(*arguments: Any, real: Any = real, what: tuple[Any, str] = (module, name)) -> Any:
+            ran.append("decode" if what[1] == "decode" else what[0].__name__.rsplit(".", 1)[1])
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, watched)
+    tensors, _ = Problem(T=5).tensors()
+    with gpu_backend(), use_path(path):
+        if path == "merged" and DEVICE.type == "cuda":
+            tensors = {name: x.bfloat16() for name, x in tensors.items()}
+        prefixcore.prefix_attention(**tensors)
+    assert ran == [path]
+
+
+@pytest.mark.parametrize("problem", [Problem(B=0), Problem(T=0), Problem(T=0, S=5), Problem(B=0, N=2, index=True)])
+def test_where_there_is_no_query(problem: Problem) -> None:
+    """The gradients of what nobody asked anything of are zero, not whatever the memory held."""
+    tensors, options = problem.tensors()
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    with gpu_backend():
+        out, lse = prefixcore.prefix_attention(**leaves, **options, return_lse=True)
+        (out.sum() + lse.sum()).backward()
+    assert out.numel() == lse.numel() == 0
+    for name, x in leaves.items():
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        assert not x.grad.any(), name
+
+
+def test_compiled_code_may_be_the_first_to_ask(monkeypatch: pytest.MonkeyPatch, no_machine_is_known: None) -> None:
+    """Looking at the machine cannot be traced, and is not."""
+
+    def look() -> None:
+        torch._dynamo.graph_break()
+
+    look._dynamo_marked_constant = gpu._look_at_the_machine._dynamo_marked_constant  # type: ignore[attr-defined]
+    monkeypatch.setattr(gpu, "_look_at_the_machine", look)
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if gpu.refuses("prefix_attention", "cuda", torch.bfloat16) else x + 2
+
+    torch._dynamo.reset()
+    assert torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(())).item() == 2

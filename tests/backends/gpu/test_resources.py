@@ -1,0 +1,55 @@
+"""Every Triton kernel compiled for every architecture: nothing spills, shared memory fits, and the bill is as recorded.
+
+In a process of its own: where Triton interprets, it cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.backends.gpu.resources"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def recorded() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("resources.json").read_text())
+
+
+def test_the_same_kernels_are_recorded(found: dict[str, Any]) -> None:
+    assert list(found["kernels"]) == list(recorded()["kernels"])
+
+
+def test_nothing_spills(found: dict[str, Any]) -> None:
+    """Spilled registers lie on the stack; no kernel has anything else there."""
+    assert {name: needs for name, needs in found["kernels"].items() if needs["stack"] or needs["local"]} == {}
+
+
+def test_shared_memory_fits(found: dict[str, Any]) -> None:
+    """sm_80's kernels also run on sm_86 and sm_89, which have the least: 99 KiB a block; later ones have 227."""
+    for name, needs in found["kernels"].items():
+        assert needs["shared"] <= (99 if name.startswith("sm_80") else 227) * 1024, name
+
+
+def test_as_recorded(found: dict[str, Any]) -> None:
+    """Exactly: one compiler gives one answer. A change is made known by writing the record anew."""
+    want = recorded()
+    if found["triton"] != want["triton"]:
+        pytest.skip(f"recorded with Triton {want['triton']}, here is {found['triton']}: other compilers, other numbers")
+    assert found["kernels"] == want["kernels"], "python -m tests.backends.gpu.resources --write"
