@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import cache_of
+
 
 def argument_names(module: nn.Module) -> list[str]:
     """The names of the arguments of `module.forward` in order, `*args` and `**kwargs` left out."""
@@ -33,7 +35,7 @@ def query_length(kwargs: dict[str, Any]) -> int:
 
 def past_length(kwargs: dict[str, Any]) -> int | Tensor:
     """How many tokens the cache of a call holds; a static cache tells it as a tensor."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     return 0 if cache is None else cache.get_seq_length()
 
 

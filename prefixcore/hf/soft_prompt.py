@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from ..nn import SoftPrompt
 from ..ops import soft_embedding
 from .attachment import Attachment, refuse_replicas
+from .cache import cache_in, cache_of
 from .layout import Layout
 from .positions import argument_names, by_name, check_limit, past_length, query_length
 
@@ -81,7 +82,7 @@ class SoftPromptAttachment(Attachment):
         layout = getattr(kwargs.get("inputs_embeds"), _LAYOUT, None)
         if layout is None:
             return output
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         if isinstance(cache, Cache):
             setattr(cache, _PROMPT, self.key)
         return _cut(output, layout)
@@ -95,7 +96,7 @@ class SoftPromptAttachment(Attachment):
         assert tokens is not None
         (rows, length), virtual = tokens.shape[:2], self.num_virtual_tokens
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if mask is not None and mask.shape[1] < length:
             raise ValueError(f"attention_mask: expected a padding mask of all {length} tokens, got {list(mask.shape)}")
         layout = Layout.of(mask, rows, length, virtual)
@@ -155,7 +156,7 @@ class SoftPromptAttachment(Attachment):
 
     def _go_on(self, kwargs: dict[str, Any], past: int) -> None:
         """Moves the mask and the positions of a call whose cache starts with the prompt, in place."""
-        virtual, cache = self.num_virtual_tokens, kwargs["past_key_values"]
+        virtual, cache = self.num_virtual_tokens, cache_of(kwargs)
         if getattr(cache, _PROMPT, None) != self.key:
             raise ValueError(
                 f"the cache holds {past} tokens but does not start with this soft prompt: start it with the prompt "
@@ -202,7 +203,7 @@ def _is_plain_table(embed: nn.Module) -> bool:
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     """Raises for arguments that a soft prompt cannot be put into."""
-    cache, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    cache, mask, positions = cache_of(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids")
     if cache is not None and cache.is_compileable:
         raise NotImplementedError(
             "a static cache has no room for the virtual tokens of a soft prompt: generate with a dynamic cache "
