@@ -1,4 +1,4 @@
-"""The cache of a call and of its output: transformers named it ``past_key_values`` up to 5.23, and names it ``cache``."""
+"""The cache of a call and of its output: ``past_key_values`` to transformers up to 5.23, ``cache`` since."""
 
 from __future__ import annotations
 
