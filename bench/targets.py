@@ -73,7 +73,7 @@ def step_over_peft(case: Mapping[str, Any]) -> Target | None:
 
 def attention_rate(case: Mapping[str, Any], isa: str) -> Target | None:
     """The target of our share of a 1024-cubed float32 product's rate, useful operations only."""
-    if isa != "avx512" or case["dtype"] != "fp32" or shape_of(case) not in ATTENTION:
+    if not isa.startswith("avx512") or case["dtype"] != "fp32" or shape_of(case) not in ATTENTION:
         return None
     if case["T"] >= 1024:
         return Target(0.85, at_least=True)
