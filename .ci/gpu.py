@@ -40,6 +40,7 @@ DEVICE_TESTS = (
     *(f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics")),
     *(f"tests/backends/gpu/test_{name}.py" for name in ("merged", "on_device", "registration", "choose")),
 )
+CUDA_TESTS = tuple(f"tests/backends/cuda/test_{name}.py" for name in ("bank_decode", "embedding", "reductions"))
 REHEARSED = ("tests/ops/test_attention_correct.py", "-k", "test_options and 75-torch.bfloat16")
 SANITIZED = ("tests/backends/gpu/test_on_device.py", "tests/backends/gpu/test_merged.py",
              "-k", "out_of_range or (test_options and bfloat16) or soft_embedding")  # fmt: skip
@@ -234,7 +235,8 @@ def steps(session: Session, nvcc: str | None) -> None:
         session.note("sanitizer", "not run", why="there is no GPU")
         device, scale = "interpreter", "smoke"
     else:
-        session.pytest("tests", DEVICE_TESTS, "cuda", 270, min(16, cores))
+        what = DEVICE_TESTS if nvcc is None else DEVICE_TESTS + CUDA_TESTS
+        session.pytest("tests", what, "cuda", 270, min(16, cores))
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer is None:
             session.note("sanitizer", "not run", why="compute-sanitizer is not on PATH")
