@@ -54,17 +54,20 @@ class Ahead {
     int64_t stride, rows, bytes;
   };
 
-  // Up to `lines` cache lines, less at the end of a row.
-  __attribute__((noinline)) void ask(int lines) {
-    const Piece& piece = piece_[current_];
-    const char* row = piece.row + row_ * piece.stride;
-    const int64_t stop = min(byte_ + lines * int64_t{64}, piece.bytes);
-    for (; byte_ < stop; byte_ += 64) __builtin_prefetch(row + byte_, 0, 2);
-    if (byte_ < piece.bytes) return;
-    byte_ = 0;
-    if (++row_ < piece.rows) return;
-    row_ = 0;
-    if (++current_ == count_) current_ = count_ = 0;
+  // The next `lines` cache lines, of as many rows and pieces as that takes.
+  __attribute__((noinline)) void ask(int64_t lines) {
+    while (lines > 0 && current_ < count_) {
+      const Piece& piece = piece_[current_];
+      const char* row = piece.row + row_ * piece.stride;
+      const int64_t stop = min(byte_ + lines * 64, piece.bytes);
+      for (; byte_ < stop; byte_ += 64, --lines) __builtin_prefetch(row + byte_, 0, 2);
+      if (byte_ < piece.bytes) return;
+      byte_ = 0;
+      if (++row_ < piece.rows) continue;
+      row_ = 0;
+      ++current_;
+    }
+    if (current_ == count_) current_ = count_ = 0;
   }
 
   Piece piece_[kPieces];

@@ -26,7 +26,7 @@ struct BackwardScratch {
   float *query_room, *grad_out_room;  // [kLanes, key_width], [kLanes, value_width]: rows, and later results
   TileRows<Element> q, grad;          // columns of the block: [lanes / kPack, key_width], ...
   Element *query, *grad_out;          // its rows transposed, [key_steps, kLaneStride], ...
-  float* grad_query;                  // [key_width, kLaneStride] transposed
+  float* grad_query;                  // [kLanes, key_width]
   Element *key, *value;               // room for a packed tile: [kKeys, key_steps], ...
   Element *query_columns, *grad_out_columns, *key_columns;  // room for what is packed as columns
   float *probability, *grad_score;                          // [kKeys, kLaneStride]
@@ -49,7 +49,7 @@ struct BackwardScratch {
     grad_out_room = carve.take<float>(kLanes * value_width);
     query = carve.take<Element>(key_steps * kLaneStride);
     grad_out = carve.take<Element>(value_steps * kLaneStride);
-    grad_query = carve.take<float>(key_width * kLaneStride);
+    grad_query = carve.take<float>(kLanes * key_width);
     key = carve.take<Element>(kKeys * key_steps);
     value = carve.take<Element>(kKeys * value_steps);
     probability = carve.take<float>(kKeys * kLaneStride);
@@ -87,7 +87,7 @@ static void begin_block(BackwardScratch<Arithmetic>& w, const AttentionBackward&
   transpose(reinterpret_cast<float*>(w.grad_out), kLaneStride, w.grad_out_room, w.value_steps, block.lanes,
             w.value_steps, nullptr);
   w.grad = Arithmetic::columns(w.grad_out_columns, w.value_width, {grad_out_rows, w.value_steps}, block.lanes);
-  fill_zero(w.grad_query, w.key_width * kLaneStride);
+  fill_zero(w.grad_query, block.lanes * w.key_width);
   for (int i = 0; i < kLanes; ++i) {
     w.lse[i] = kInfinity;  // makes every probability 0: lanes without a row, rows that see nothing
     if (i >= block.rows) continue;
@@ -106,7 +106,7 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
   constexpr int kPack = Arithmetic::kPack;
   const TilePlan& plan = w.plan;
   for (int n = 0; n < plan.num_runs; ++n) {
-    const Run& run = plan.run[n];
+    const Rectangle& run = plan.run[n];
     const int64_t keys = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin;
     multiply<Arithmetic, ALayout::rows>(keys, lanes, ceil_div(p.head_dim, kPack), w.k.data + run.first * w.k.stride,
@@ -125,7 +125,7 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
   auto* grad_score_rows = reinterpret_cast<Element*>(w.grad_score);
   Element* grad_score_columns = kPack > 1 ? w.grad_score_columns : grad_score_rows;
   for (int n = 0; n < plan.num_runs; ++n) {
-    const Run& run = plan.run[n];
+    const Rectangle& run = plan.run[n];
     for (int l = run.begin; l < run.end; l += kWidth) {
       const Vec lse = load(w.lse + l), delta = load(w.delta + l);
       for (int i = run.first; i < run.last; i += kPack) {
@@ -145,16 +145,19 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
     }
   }
 
-  for (int n = 0; n < plan.num_runs; ++n) {
-    const Run& run = plan.run[n];
+  for (int n = 0; wants_query && n < plan.num_strips; ++n) {
+    const Rectangle& strip = plan.strip[n];
+    const int64_t first = strip.first / kPack;
+    multiply<Arithmetic, ALayout::columns>(strip.end - strip.begin, w.key_width,
+                                           ceil_div(strip.last - strip.first, kPack),
+                                           grad_score_columns + first * kLaneStride + strip.begin, kLaneStride,
+                                           w.k_columns.data + first * w.k_columns.stride, w.k_columns.stride,
+                                           w.grad_query + strip.begin * w.key_width, w.key_width, true, w.ahead);
+  }
+  for (int n = 0; grad_key != nullptr && n < plan.num_runs; ++n) {
+    const Rectangle& run = plan.run[n];
     const int64_t keys = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin / kPack;
-    if (wants_query)
-      multiply<Arithmetic, ALayout::columns>(
-          p.head_dim, lanes, ceil_div(keys, kPack), w.k_columns.data + run.first / kPack * w.k_columns.stride,
-          w.k_columns.stride, grad_score_columns + run.first / kPack * kLaneStride + run.begin, kLaneStride,
-          w.grad_query + run.begin, kLaneStride, true, w.ahead);
-    if (grad_key == nullptr) continue;
     multiply<Arithmetic, ALayout::rows>(keys, w.value_width, lanes / kPack, probability_rows + place, kLaneStride,
                                         w.grad.data + run.begin / kPack * w.grad.stride, w.grad.stride,
                                         grad_value + run.first * w.value_width, w.value_width, true, w.ahead);
@@ -232,9 +235,7 @@ static void backward_block(const AttentionBackward& p, const Wanted& wanted, con
   if (wanted.query) {
     alignas(64) float scale[kLanes];
     for (int l = 0; l < kLanes; l += kWidth) store(scale + l, splat(p.scale));
-    // The query rows are no longer needed: their room takes the transposed gradient.
-    transpose(w.query_room, w.key_width, w.grad_query, kLaneStride, w.key_width, block.lanes, scale);
-    store_rows(p.grad_query, block, w.query_room, w.key_width, p.head_dim);
+    store_rows(p.grad_query, block, w.grad_query, w.key_width, p.head_dim, scale);
   }
 }
 

@@ -163,9 +163,8 @@ class DecodePass {
     begin_block(w, p_, block, nullptr);
     absorb_prefix(w, p_, unit.prefix, unit.kv_head, list,
                   part_of({0, list.count}, unit.part, plans_[owner[0].sequence].prefix_parts), block.lanes);
-    transpose(w.rows, w.value_width, w.out, kLaneStride, w.value_width, block.lanes, nullptr);
     for (int i = 0; i < block.rows; ++i)
-      write_partial(partial(owner[i].sequence, unit.kv_head, unit.part, owner[i].row), w.rows + i * w.value_width,
+      write_partial(partial(owner[i].sequence, unit.kv_head, unit.part, owner[i].row), w.out + i * w.value_width,
                     w.maximum[i], w.denominator[i]);
   }
 

@@ -1,7 +1,7 @@
 // Forward: an online softmax over tiles of keys, first the prefix's, then the sequence's.
 //
-// For each block of query rows the running maximum m, denominator l and output O (all per lane, O
-// transposed) absorb one tile after another (Milakov & Gimelshein 2018; Dao et al. 2022):
+// For each block of query rows the running maximum m, denominator l (both per lane) and output O (a row a lane)
+// absorb one tile after another (Milakov & Gimelshein 2018; Dao et al. 2022):
 //   m' = max(m, scores),  p = 2^(scores - m'),  l' = l 2^(m - m') + sum p,  O' = O 2^(m - m') + V^T p.
 // The prefix is nothing but more keys: one pass, one softmax, no copy of it per row of the batch.
 #pragma once
@@ -22,12 +22,12 @@ struct ForwardScratch {
   using Element = typename Arithmetic::Element;
   int64_t key_width, value_width;  // head sizes rounded up to whole vectors of numbers
   int64_t key_steps, value_steps;  // and of elements
-  float* rows;                     // [kLanes, wider of the two]
+  Element* rows;                   // [kLanes, key_steps]
   Element* query;                  // [key_steps, kLaneStride] transposed
   Element *key, *value;            // room for a packed tile: [kKeys, key_steps], [kKeys, value_steps]
   Element* value_columns;          // room for its columns: [kKeys / kPack, value_width]
   float *scores, *mask;            // [kKeys, kLaneStride]
-  float* out;                      // [value_width, kLaneStride] transposed
+  float* out;                      // [kLanes, value_width]
   float *maximum, *denominator;    // [kLanes]
   TileRows<Element> k, v;          // the tile at hand: rows of keys, columns of values
   TilePlan plan;
@@ -38,14 +38,14 @@ struct ForwardScratch {
         value_width(round_up(p.value_dim, kWidth)),
         key_steps(steps<Arithmetic>(p.head_dim)),
         value_steps(steps<Arithmetic>(p.value_dim)) {
-    rows = carve.take<float>(kLanes * max(key_width, value_width));
+    rows = carve.take<Element>(kLanes * key_steps);
     query = carve.take<Element>(key_steps * kLaneStride);
     key = carve.take<Element>(kKeys * key_steps);
     value = carve.take<Element>(kKeys * value_steps);
     value_columns = carve.take<Element>(Arithmetic::kPack > 1 ? kKeys / Arithmetic::kPack * value_width : 0);
     scores = carve.take<float>(kKeys * kLaneStride);
     mask = carve.take<float>(p.mask.kind == Mask::Kind::none ? 0 : kKeys * kLaneStride);
-    out = carve.take<float>(value_width * kLaneStride);
+    out = carve.take<float>(kLanes * value_width);
     maximum = carve.take<float>(kLanes);
     denominator = carve.take<float>(kLanes);
   }
@@ -55,10 +55,8 @@ struct ForwardScratch {
 template <class Arithmetic>
 static void begin_block(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const QueryBlock& block,
                         const float* sinks) {
-  auto* rows = reinterpret_cast<typename Arithmetic::Element*>(w.rows);
-  load_rows<Arithmetic>(rows, w.key_steps, p.query, block, p.head_dim);
-  transpose_query<Arithmetic>(w.query, rows, w.key_steps, p, block.lanes);
-  for (int64_t i = 0; i < w.value_width * kLaneStride; i += kWidth) store(w.out + i, Vec{});
+  load_rows<Arithmetic>(w.rows, w.key_steps, p.query, block, p.head_dim);
+  transpose_query<Arithmetic>(w.query, w.rows, w.key_steps, p, block.lanes);
   for (int i = 0; i < kLanes; ++i) {
     // A sink is a key without a value: it only opens the denominator.
     const float sink = sinks != nullptr && i < block.rows ? sinks[block.row[i].head] * kLog2e : -kInfinity;
@@ -67,69 +65,82 @@ static void begin_block(ForwardScratch<Arithmetic>& w, const AttentionProblem& p
   }
 }
 
-// Absorbs the tile w.k, w.v. `first`: the output is still all zeros.
+// Output rows [begin, end).
+template <class Arithmetic>
+static void zero_rows(ForwardScratch<Arithmetic>& w, int64_t begin, int64_t end) {
+  for (int64_t i = begin * w.value_width; i < end * w.value_width; i += kWidth) store(w.out + i, Vec{});
+}
+
+// Multiplies row i of kWidth rows by factor[i].
+static void scale_rows(float* rows, int64_t width, Vec factor) {
+  alignas(64) float each[kWidth];
+  store(each, factor);
+  for (int i = 0; i < kWidth; ++i)
+    for (int64_t d = 0; d < width; d += kWidth) store(rows + i * width + d, load(rows + i * width + d) * each[i]);
+}
+
+// The online softmax of kWidth lanes: `keys.first` to `keys.last` turn from scores into probabilities, as columns.
+template <class Arithmetic>
+PREFIXCORE_INLINE void absorb_scores(ForwardScratch<Arithmetic>& w, const Rectangle& keys, int lane, float factor,
+                                     bool first) {
+  constexpr int kPack = Arithmetic::kPack;
+  float* scores = w.scores + lane;
+  const Vec before = load(w.maximum + lane);
+  Vec highest = splat(-kInfinity);
+#pragma GCC unroll 4
+  for (int i = keys.first; i < keys.last; ++i) highest = max(load(scores + i * kLaneStride), highest);
+  Vec after = max(Arithmetic::scaled(highest, factor), before);
+  Vec total = load(w.denominator + lane);
+  if (!any(after > before + Arithmetic::kSlack)) {
+    after = before;
+  } else {
+    const Vec shrink = exp2(before - after);
+    total *= shrink;
+    if (!first) scale_rows(w.out + lane * w.value_width, w.value_width, shrink);
+    store(w.maximum + lane, after);
+  }
+  for (int i = keys.first; i < keys.last; i += kPack) {
+    Vec probability[kPack];
+    for (int n = 0; n < kPack; ++n) {
+      probability[n] = i + n < keys.last
+                           ? Arithmetic::exp2(Arithmetic::scaled(load(scores + (i + n) * kLaneStride), factor) - after)
+                           : Vec{};
+      total += probability[n];
+    }
+    Arithmetic::store_columns(reinterpret_cast<typename Arithmetic::Element*>(scores + i * kLaneStride),
+                              Arithmetic::round(probability));
+  }
+  store(w.denominator + lane, total);
+}
+
+// Absorbs the tile w.k, w.v. `first`: nothing has been absorbed before, and the output holds no numbers yet.
 template <class Arithmetic>
 static void absorb_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, int lanes, const float* mask,
                         bool first) {
   constexpr int kPack = Arithmetic::kPack;
+  using Element = typename Arithmetic::Element;
   const TilePlan& plan = w.plan;
   for (int n = 0; n < plan.num_runs; ++n) {
-    const Run& run = plan.run[n];
+    const Rectangle& run = plan.run[n];
     multiply<Arithmetic, ALayout::rows>(run.last - run.first, run.end - run.begin, ceil_div(p.head_dim, kPack),
                                         w.k.data + run.first * w.k.stride, w.k.stride, w.query + run.begin, kLaneStride,
                                         w.scores + run.first * kLaneStride + run.begin, kLaneStride, false, w.ahead);
   }
   const float factor = finish_scores<Arithmetic>(p, plan, w.scores, nullptr, mask);
 
-  for (int l = 0; l < lanes; l += kWidth) {
-    const Vec before = load(w.maximum + l);
-    Vec highest = splat(-kInfinity);
-    for (int n = 0; n < plan.num_runs; ++n) {
-      const Run& run = plan.run[n];
-      if (l < run.begin || l >= run.end) continue;
-#pragma GCC unroll 4
-      for (int i = run.first; i < run.last; ++i) highest = max(load(w.scores + i * kLaneStride + l), highest);
-    }
-    Vec after = max(Arithmetic::scaled(highest, factor), before);
-    Vec total = load(w.denominator + l);
-    if (!any(after > before + Arithmetic::kSlack)) {
-      after = before;
-    } else {
-      const Vec shrink = exp2(before - after);
-      total *= shrink;
-      if (!first)
-        for (int64_t d = 0; d < p.value_dim; ++d)
-          store(w.out + d * kLaneStride + l, load(w.out + d * kLaneStride + l) * shrink);
-      store(w.maximum + l, after);
-    }
-    for (int n = 0; n < plan.num_runs; ++n) {
-      const Run& run = plan.run[n];
-      if (l < run.begin || l >= run.end) continue;
-      for (int i = run.first; i < run.last; i += kPack) {
-        float* scores = w.scores + i * kLaneStride + l;
-        Vec probability[kPack];
-        for (int n = 0; n < kPack; ++n) {
-          probability[n] = i + n < run.last
-                               ? Arithmetic::exp2(Arithmetic::scaled(load(scores + n * kLaneStride), factor) - after)
-                               : Vec{};
-          total += probability[n];
-        }
-        // Probabilities take the place of their scores, as columns.
-        Arithmetic::store_columns(reinterpret_cast<typename Arithmetic::Element*>(scores),
-                                  Arithmetic::round(probability));
-      }
-    }
-    store(w.denominator + l, total);
+  int lane = 0;
+  for (int n = 0; n < plan.num_strips; ++n) {
+    const Rectangle& strip = plan.strip[n];
+    for (int l = strip.begin; l < strip.end; l += kWidth) absorb_scores(w, strip, l, factor, first);
+    if (first) zero_rows(w, lane, strip.begin);
+    multiply<Arithmetic, ALayout::columns>(
+        strip.end - strip.begin, w.value_width, ceil_div(strip.last - strip.first, kPack),
+        reinterpret_cast<const Element*>(w.scores + strip.first * kLaneStride + strip.begin), kPack * kLaneStride,
+        w.v.data + strip.first / kPack * w.v.stride, w.v.stride, w.out + strip.begin * w.value_width, w.value_width,
+        !first, w.ahead);
+    lane = strip.end;
   }
-
-  for (int n = 0; n < plan.num_runs; ++n) {
-    const Run& run = plan.run[n];
-    const auto* probability =
-        reinterpret_cast<const typename Arithmetic::Element*>(w.scores + run.first * kLaneStride + run.begin);
-    multiply<Arithmetic, ALayout::columns>(p.value_dim, run.end - run.begin, ceil_div(run.last - run.first, kPack),
-                                           w.v.data + run.first / kPack * w.v.stride, w.v.stride, probability,
-                                           kPack * kLaneStride, w.out + run.begin, kLaneStride, true, w.ahead);
-  }
+  if (first) zero_rows(w, lane, lanes);
 }
 
 // Fills w.k and w.v with the keys and values of `keys` slots.
@@ -142,7 +153,7 @@ static void load_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, 
   w.v = Arithmetic::columns(w.value_columns, w.value_width, w.v, keys);
 }
 
-// Absorbs slots [range) of a prefix, first of all tiles: the output is still all zeros.
+// Absorbs slots [range) of a prefix, first of all tiles.
 template <class Arithmetic>
 static void absorb_prefix(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, int64_t prefix, int64_t kv_head,
                           const KeyList& list, SlotRange range, int lanes) {
@@ -167,8 +178,7 @@ static void finish_block(ForwardScratch<Arithmetic>& w, const AttentionForward& 
     store(lse + l, select(sees, (load(w.maximum + l) + log2(total)) * kLn2, splat(-kInfinity)));
     store(w.denominator + l, select(sees, 1.0f / total, Vec{}));
   }
-  transpose(w.rows, w.value_width, w.out, kLaneStride, w.value_width, block.lanes, w.denominator);
-  store_rows(p.out, block, w.rows, w.value_width, p.value_dim);
+  store_rows(p.out, block, w.out, w.value_width, p.value_dim, w.denominator);
   if (p.lse != nullptr)
     for (int i = 0; i < block.rows; ++i) {
       const Row& r = block.row[i];
@@ -194,7 +204,6 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   fill_block(block, p, s, kv_head, first_row);
   begin_block(w, p, block, p.sinks);
   w.ahead.add_block(p.out, p, s, kv_head, first_row, p.value_dim);
-  ask_for_keys(w.ahead, p, s, list, kv_head, range.begin, range.end);
 
   const KeyList prefix{nullptr, prefix_of(s) >= 0 ? s.prefix_length : 0};
   absorb_prefix(w, p, s.prefix, kv_head, prefix, {0, prefix.count}, block.lanes);
@@ -205,13 +214,15 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
     ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
     if (slot + kKeys >= range.end && next != nullptr) {
       w.ahead.add_block(p.query, p, *next->sequence, next->kv_head, next->first_row, p.head_dim);
-      ask_for_keys(w.ahead, p, *next->sequence, *next->keys, next->kv_head, next->range.begin, next->range.end);
+      if (next->sequence != unit.sequence || next->kv_head != kv_head)
+        ask_for_keys(w.ahead, p, *next->sequence, *next->keys, next->kv_head, next->range.begin, next->range.end);
     }
     plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes, Arithmetic::kPack);
     const bool masked = p.mask.kind != Mask::Kind::none;
     if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
     absorb_tile(w, p, block.lanes, masked ? w.mask : nullptr, first);
   }
+  if (first) zero_rows(w, 0, block.lanes);
   finish_block(w, p, block);
 }
 
@@ -247,7 +258,8 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
     const ForwardUnit after = next >= 0 ? unit_at(next) : ForwardUnit{};
     forward_block(p, unit_at(unit), next >= 0 ? &after : nullptr, scratch);
   };
-  for_each_unit(parallel, start[p.num_sequences], measure.used(), work);
+  // Blocks of one head read the same keys.
+  for_each_unit(parallel, start[p.num_sequences], measure.used(), work, 4);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

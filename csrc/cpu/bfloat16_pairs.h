@@ -45,13 +45,13 @@ struct Bfloat16Pairs {
 
   // 2^x to 3e-6, far below what rounding to bfloat16 takes, and exactly 0 below 2^-100.
   static PREFIXCORE_INLINE Vec exp2(Vec x) {
-    const Vec f = _mm512_reduce_ps(x, 9);  // x - floor(x)
+    const Vec f = above_floor(x);
     Vec p = splat(1.3534167781472206e-2f);
     p = p * f + 5.2011460065841675e-2f;
     p = p * f + 2.414427548646927e-1f;
     p = p * f + 6.930038332939148e-1f;
     p = p * f + 1.0000026226043701f;
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-100.0f), _CMP_NLT_UQ), p, x);  // p * 2^floor(x)
+    return scale_exp2(p, x);
   }
 
   template <DType dtype>

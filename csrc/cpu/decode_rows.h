@@ -145,11 +145,10 @@ static void decode_rows(DecodeScratch& w, const AttentionProblem& p, const Query
   }
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    // Here keys and values are read whole vectors at a time: in place only without a remainder.
-    const TileRows<float> key = tile_rows(w.key, w.key_width, *from.key, from.batch, from.head, from.start, from.list,
-                                          slot, keys, p.head_dim, p.head_dim == w.key_width);
+    const TileRows<float> key =
+        tile_rows(w.key, w.key_width, *from.key, from.batch, from.head, from.start, from.list, slot, keys, p.head_dim);
     const TileRows<float> value = tile_rows(w.value, w.value_width, *from.value, from.batch, from.head, from.start,
-                                            from.list, slot, keys, p.value_dim, p.value_dim == w.value_width);
+                                            from.list, slot, keys, p.value_dim);
     if (slot + kKeys < range.end) {
       const int64_t first = from.start + from.list[slot + kKeys];
       const int64_t last = from.start + from.list[min(slot + 2 * kKeys, range.end) - 1] + 1;

@@ -35,7 +35,7 @@ struct Float32 {
   // Keys or values as rows: where they lie if possible, else packed into `room` [keys x width elements].
   static TileRows<Element> key_rows(Element* room, int64_t width, const ConstView& view, int64_t batch, int64_t head,
                                     int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count) {
-    return tile_rows(room, width, view, batch, head, start, list, slot, keys, count, true);
+    return tile_rows(room, width, view, batch, head, start, list, slot, keys, count);
   }
 
   // Rows as columns: the same memory read the other way.

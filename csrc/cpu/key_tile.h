@@ -1,9 +1,11 @@
 // A tile of keys and values as float32, and the plan of which lanes see which of its keys.
 //
 // float32 keys without padding are read where they lie; everything else is packed into float32 rows
-// first, so that every dtype, stride and padding shares one microkernel. The plan is a list of runs: consecutive keys
-// that the same lanes see. A tile inside the causal triangle is one run of all lanes; on the diagonal, keys that only
-// the later lanes see form shorter runs, and the products skip the rest.
+// first, so that every dtype, stride and padding shares one microkernel. The plan cuts what is seen of a tile into
+// rectangles, in two ways: runs, consecutive keys that the same lanes see, and strips, consecutive lanes that see the
+// same keys. A tile inside the causal triangle is one of either; on the diagonal, keys that only the later lanes see
+// form shorter runs, and the products skip the rest. A product that sums over keys goes strip by strip, any other run
+// by run: then each number of its result is written once.
 #pragma once
 
 #include "ahead.h"
@@ -13,23 +15,43 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 constexpr int kKeys = 64;
 
-struct Run {
+struct Rectangle {
   int first, last;  // keys of the tile
   int begin, end;   // lanes, multiples of kLaneStep
 };
 
 struct TilePlan {
-  int num_runs = 0;
+  int num_runs = 0, num_strips = 0;
   bool partial = false;  // some key is hidden from some lane inside its run
-  Run run[kKeys];
+  Rectangle run[kKeys], strip[kLanes / kLaneStep];
   int first_lane[kKeys], last_lane[kKeys];  // key i is seen by lanes [first_lane, last_lane)
 };
 
 // Every lane sees every key: the prefix.
 static void plan_whole(TilePlan& plan, int keys, int lanes) {
-  plan.num_runs = keys > 0 && lanes > 0;
+  plan.num_runs = plan.num_strips = keys > 0 && lanes > 0;
   plan.partial = false;
-  plan.run[0] = {0, keys, 0, lanes};
+  plan.run[0] = plan.strip[0] = {0, keys, 0, lanes};
+}
+
+// The strips of a plan that has its runs. Keys are in order, so those that a lane sees follow each other.
+static void plan_strips(TilePlan& plan, int lanes) {
+  plan.num_strips = 0;
+  for (int lane = 0; lane < lanes; lane += kLaneStep) {
+    int first = kKeys, last = 0;
+    for (int n = 0; n < plan.num_runs; ++n) {
+      const Rectangle& run = plan.run[n];
+      if (lane < run.begin || lane >= run.end) continue;
+      first = min(first, run.first);
+      last = run.last;
+    }
+    if (first >= last) continue;
+    Rectangle* before = plan.num_strips > 0 ? &plan.strip[plan.num_strips - 1] : nullptr;
+    if (before != nullptr && before->end == lane && before->first == first && before->last == last)
+      before->end += kLaneStep;
+    else
+      plan.strip[plan.num_strips++] = {first, last, lane, lane + kLaneStep};
+  }
 }
 
 // `first_row`: the row of the sequence that lane 0 holds; the tile's keys are slots `slot` and on. Runs begin at
@@ -59,12 +81,13 @@ static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Seque
       end = max(end, static_cast<int>(round_up(plan.last_lane[n], kLaneStep)));
     }
     if (begin >= end) continue;
-    Run* last = plan.num_runs > 0 ? &plan.run[plan.num_runs - 1] : nullptr;
+    Rectangle* last = plan.num_runs > 0 ? &plan.run[plan.num_runs - 1] : nullptr;
     if (last != nullptr && last->last == i && last->begin == begin && last->end == end)
       last->last = stop;
     else
       plan.run[plan.num_runs++] = {i, stop, begin, end};
   }
+  plan_strips(plan, lanes);
 }
 
 template <DType dtype>
@@ -94,11 +117,10 @@ struct TileRows {
   int64_t stride;
 };
 
-// In place if that is allowed and possible, else packed into `room` [keys x width].
+// In place if rows are whole vectors of float32, else packed into `room` [keys x width].
 static TileRows<float> tile_rows(float* room, int64_t width, const ConstView& view, int64_t batch, int64_t head,
-                                 int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count,
-                                 bool in_place) {
-  if (in_place && view.dtype == DType::f32 && list.position == nullptr)
+                                 int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count) {
+  if (count == width && view.dtype == DType::f32 && list.position == nullptr)
     return {static_cast<const float*>(view.data) + row_offset(view.stride, {batch, head, start + slot}),
             view.stride[2]};
   load_keys(room, width, view, batch, head, start, list, slot, keys, count);

@@ -87,7 +87,7 @@ static void multiply(int64_t M, int64_t N, int64_t K, const typename Arithmetic:
       multiply_blocks<Arithmetic, layout>[end - i - 1][last - first - 1](
           K, a + (layout == ALayout::rows ? i* a_stride : i), a_stride, b + j, b_stride, c + i* c_stride + j, c_stride,
           accumulate);
-      ahead.step<32>();
+      ahead.step<24>();
       i = end;
     }
     first = last;

@@ -40,7 +40,14 @@ static void fill_block(QueryBlock& block, const AttentionProblem& p, const Seque
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t last = min(first + kLanes, s.query_length * group);
   block.rows = block.lanes = 0;
-  for (int64_t r = first; r < last; ++r) block.add({s.batch, kv_head * group + r % group, s.query_start + r / group});
+  int64_t token = first / group, head = first % group;
+  for (int64_t r = first; r < last; ++r) {
+    block.add({s.batch, kv_head * group + head, s.query_start + token});
+    if (++head == group) {
+      head = 0;
+      ++token;
+    }
+  }
 }
 
 // `count` numbers in whole vectors of elements.
@@ -74,10 +81,13 @@ static void load_rows(Element* to, int64_t width, const ConstView& from, const Q
   }
 }
 
-static void store_rows(const View& to, const QueryBlock& block, const float* from, int64_t width, int64_t count) {
+// Row i multiplied by factor[i].
+static void store_rows(const View& to, const QueryBlock& block, const float* from, int64_t width, int64_t count,
+                       const float* factor) {
   char* data = static_cast<char*>(to.data);
   for (int i = 0; i < block.rows; ++i)
-    store_row(data + row_offset(to.stride, block.row[i]) * size_of(to.dtype), to.dtype, from + i * width, count, 1.0f);
+    store_row(data + row_offset(to.stride, block.row[i]) * size_of(to.dtype), to.dtype, from + i * width, count,
+              factor[i]);
 }
 
 // to[lane] = sum of a[lane][:] * b[lane][:] over `width` elements.

@@ -83,7 +83,7 @@ static float finish_scores(const AttentionProblem& p, const TilePlan& plan, floa
   const bool scales = !Arithmetic::kScalesQuery && (p.softcap > 0 || mask != nullptr || factor <= 0);
   if (!scales && p.softcap <= 0 && mask == nullptr && !plan.partial) return factor;
   for (int n = 0; n < plan.num_runs; ++n) {
-    const Run& run = plan.run[n];
+    const Rectangle& run = plan.run[n];
     for (int i = run.first; i < run.last; ++i) {
       float* row = scores + i * kLaneStride;
       if (p.softcap > 0) {

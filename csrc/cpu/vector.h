@@ -8,6 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #if !defined(PREFIXCORE_ISA)
 #error "compile with -DPREFIXCORE_ISA=baseline, avx2, avx512 or avx512_bf16"
 #endif
@@ -73,9 +77,28 @@ PREFIXCORE_INLINE float sum(Vec x) {
   return total;
 }
 
-// 2^x to 1e-7, and exactly 0 below 2^-100: denormal numbers would cost hundreds of cycles each.
+#if defined(__AVX512DQ__)
+// fraction 2^floor(x), or 0 where x < -100: `fraction` is 2^(x - floor(x)).
+PREFIXCORE_INLINE Vec scale_exp2(Vec fraction, Vec x) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-100.0f), _CMP_NLT_UQ), fraction, x);
+}
+// x - floor(x)
+PREFIXCORE_INLINE Vec above_floor(Vec x) { return _mm512_reduce_ps(x, 9); }
+#endif
+
+// 2^x to 2e-7, and exactly 0 below 2^-100: denormal numbers would cost hundreds of cycles each.
 // Meant for x <= 0 or so; from 128 on the result is meaningless.
 PREFIXCORE_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  const Vec f = above_floor(x);
+  Vec p = splat(1.8775765784084797e-3f);
+  p = p * f + 8.9893406257033348e-3f;
+  p = p * f + 5.5826317518949509e-2f;
+  p = p * f + 2.4015361070632935e-1f;
+  p = p * f + 6.9315308332443237e-1f;
+  p = p * f + 9.9999994039535522e-1f;
+  return scale_exp2(p, x);
+#else
   const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec shifted = x + to_integer;
   const Vec f = x - (shifted - to_integer);  // in [-0.5, 0.5]
@@ -87,6 +110,7 @@ PREFIXCORE_INLINE Vec exp2(Vec x) {
   p = p * f + 1.0000000716552193f;
   const Vec scaled = (Vec)((VecBits)p + ((VecBits)shifted << 23));
   return select(x < -100.0f, Vec{}, scaled);
+#endif
 }
 
 // log2 of a positive normal number.

@@ -9,6 +9,7 @@
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kTurns = 16;  // that each worker should at least have, so that they end together
 
 // Uninitialised memory that frees itself. Allocated by the calling thread only, never by a worker,
 // so that std::bad_alloc reaches the caller.
@@ -49,22 +50,27 @@ class Carver {
 };
 
 // Calls work(unit, next, scratch) once for every unit below `count`; `next` is the unit that this worker
-// does after, or -1. Workers take the next unit when they
-// are done with one, so uneven units balance out; which worker does a unit never changes its result.
+// does after, or -1. Workers take the next units when they are done with some, so uneven units balance out;
+// which worker does a unit never changes its result. Neighbours that read the same memory go to one worker, up to
+// `together` of them, as long as there are enough for every worker to take some many times.
 template <class Work>
-static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work) {
+static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work,
+                          int64_t together = 1) {
   if (count <= 0) return;
   const int64_t workers = max<int64_t>(1, min<int64_t>(parallel.num_threads, count));
+  const int64_t step = max<int64_t>(1, min(together, count / (kTurns * workers)));
   const int64_t stride = round_up(scratch_bytes, kAlignment);
   Buffer scratch(workers * stride);
   int64_t next = 0;
   auto body = [&](int64_t begin, int64_t) {
     char* own = scratch.data() + begin * stride;  // no other call starts at `begin`
-    int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-    while (unit < count) {
-      const int64_t after = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      work(unit, after < count ? after : -1, own);
-      unit = after;
+    int64_t first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED);
+    while (first < count) {
+      const int64_t after = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED);
+      const int64_t last = min(first + step, count);
+      for (int64_t unit = first; unit + 1 < last; ++unit) work(unit, unit + 1, own);
+      work(last - 1, after < count ? after : -1, own);
+      first = after;
     }
   };
   parallel(workers, body);
