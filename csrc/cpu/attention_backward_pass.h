@@ -31,11 +31,12 @@ class BackwardPass {
       const Item* item = schedule_.items + schedule_.slots[(last - unit) / heads].first_item;
       return BackwardBlock{item, (last - unit) % heads, item->first_block * kLanes};
     };
-    auto work = [&](int64_t unit, int64_t next, char* memory) {
+    auto work = [&](const Turn& turn, char* memory) {
       Carver carve(memory);
       BackwardScratch<Arithmetic> scratch(p_, wanted_, schedule_.scratch_rows, carve);
-      const BackwardBlock after = next >= 0 ? first_block(next) : BackwardBlock{};
-      run_unit(schedule_.slots[(last - unit) / heads], (last - unit) % heads, next >= 0 ? &after : nullptr, scratch);
+      const BackwardBlock after = turn.next >= 0 ? first_block(turn.next) : BackwardBlock{};
+      run_unit(schedule_.slots[(last - turn.unit) / heads], (last - turn.unit) % heads,
+               turn.next >= 0 ? &after : nullptr, scratch);
     };
     if (wanted_.query || wanted_.keys || wanted_.prefix)
       for_each_unit(parallel, schedule_.num_slots * heads, measure.used(), work);
@@ -118,8 +119,8 @@ class BackwardPass {
       if (items->parts == 1) continue;
       const Sequence& s = p_.sequences[items->sequence];
       const int64_t stretches = ceil_div(s.key_length, kReducedKeys), parts = items->parts;
-      auto work = [&](int64_t unit, int64_t, char* memory) {
-        const int64_t kv_head = unit / stretches, first = unit % stretches * kReducedKeys;
+      auto work = [&](const Turn& turn, char* memory) {
+        const int64_t kv_head = turn.unit / stretches, first = turn.unit % stretches * kReducedKeys;
         const int64_t last = min(first + kReducedKeys, s.key_length);
         Carver carve(memory);
         auto* row = carve.take<float>(max(key_width_, value_width_));
@@ -150,8 +151,8 @@ class BackwardPass {
       if (slot.prefix < 0) continue;
       if (count[slot.prefix]++ == 0) first_buffer[slot.prefix] = slot.buffer;
     }
-    auto work = [&](int64_t unit, int64_t, char* memory) {
-      const int64_t prefix = unit / heads, kv_head = unit % heads, rows = p_.prefix_capacity;
+    auto work = [&](const Turn& turn, char* memory) {
+      const int64_t unit = turn.unit, prefix = unit / heads, kv_head = unit % heads, rows = p_.prefix_capacity;
       if (count[prefix] == 0) {
         fill_zero(p_.grad_prefix_key + unit * rows * p_.head_dim, rows * p_.head_dim);
         fill_zero(p_.grad_prefix_value + unit * rows * p_.value_dim, rows * p_.value_dim);

@@ -36,8 +36,8 @@ class DecodePass {
     Carver measure;
     ForwardScratch<Float32>(p_, measure);
     DecodeScratch(p_, measure);
-    auto work = [&](int64_t index, int64_t, char* memory) {
-      const Unit& unit = units_[index];
+    auto work = [&](const Turn& turn, char* memory) {
+      const Unit& unit = units_[turn.unit];
       Carver carve(memory);
       if (unit.sequence < 0 && uses_lanes(unit.prefix)) {
         ForwardScratch<Float32> scratch(p_, carve);
@@ -48,8 +48,8 @@ class DecodePass {
       }
     };
     for_each_unit(parallel, num_units_, measure.used(), work);
-    auto merge = [&](int64_t index, int64_t, char* memory) {
-      merge_rows(index / p_.num_kv_heads, index % p_.num_kv_heads, reinterpret_cast<float*>(memory));
+    auto merge = [&](const Turn& turn, char* memory) {
+      merge_rows(turn.unit / p_.num_kv_heads, turn.unit % p_.num_kv_heads, reinterpret_cast<float*>(memory));
     };
     for_each_unit(parallel, p_.num_sequences * p_.num_kv_heads, value_width_ * 4, merge);
   }

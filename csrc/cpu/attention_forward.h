@@ -14,6 +14,8 @@
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
+// So many numbers stay in a core's own cache beside everything else.
+constexpr int64_t kNear = 128 * 1024;
 // Below every score, yet finite: differences with it are defined.
 constexpr float kLowest = -1e30f;
 
@@ -187,15 +189,21 @@ static void finish_block(ForwardScratch<Arithmetic>& w, const AttentionForward& 
 }
 
 struct ForwardUnit {
-  const Sequence* sequence;
-  const KeyList* keys;
-  int64_t kv_head, first_row;
-  SlotRange range;  // the keys it sees
+  const Sequence* sequence = nullptr;
+  const KeyList* keys = nullptr;
+  int64_t kv_head = 0, first_row = 0;
+  SlotRange range{0, 0};  // the keys it sees
+
+  // Whether its keys are near after `before`: the same head's, and few enough for a core's cache.
+  bool follows(const ForwardUnit& before, const AttentionProblem& p) const {
+    return before.sequence == sequence && before.kv_head == kv_head &&
+           (range.end - range.begin) * (p.head_dim + p.value_dim) <= kNear;
+  }
 };
 
 template <class Arithmetic>
-static void forward_block(const AttentionForward& p, const ForwardUnit& unit, const ForwardUnit* next,
-                          ForwardScratch<Arithmetic>& w) {
+static void forward_block(const AttentionForward& p, const ForwardUnit& unit, const ForwardUnit& previous,
+                          const ForwardUnit& next, ForwardScratch<Arithmetic>& w) {
   const Sequence& s = *unit.sequence;
   const KeyList& list = *unit.keys;
   const int64_t kv_head = unit.kv_head, first_row = unit.first_row;
@@ -211,11 +219,11 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
     load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys);
-    ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
-    if (slot + kKeys >= range.end && next != nullptr) {
-      w.ahead.add_block(p.query, p, *next->sequence, next->kv_head, next->first_row, p.head_dim);
-      if (next->sequence != unit.sequence || next->kv_head != kv_head)
-        ask_for_keys(w.ahead, p, *next->sequence, *next->keys, next->kv_head, next->range.begin, next->range.end);
+    if (!unit.follows(previous, p)) ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
+    if (slot + kKeys >= range.end && next.sequence != nullptr) {
+      w.ahead.add_block(p.query, p, *next.sequence, next.kv_head, next.first_row, p.head_dim);
+      if (!next.follows(unit, p))
+        ask_for_keys(w.ahead, p, *next.sequence, *next.keys, next.kv_head, next.range.begin, next.range.end);
     }
     plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes, Arithmetic::kPack);
     const bool masked = p.mask.kind != Mask::Kind::none;
@@ -252,11 +260,11 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
     return ForwardUnit{&s, &lists[low], place / blocks, first,
                        visible_slots(p, s, lists[low], first / group, (last - 1) / group)};
   };
-  auto work = [&](int64_t unit, int64_t next, char* memory) {
+  auto work = [&](const Turn& turn, char* memory) {
     Carver carve(memory);
     ForwardScratch<Arithmetic> scratch(p, carve);
-    const ForwardUnit after = next >= 0 ? unit_at(next) : ForwardUnit{};
-    forward_block(p, unit_at(unit), next >= 0 ? &after : nullptr, scratch);
+    auto maybe_at = [&](int64_t unit) { return unit >= 0 ? unit_at(unit) : ForwardUnit{}; };
+    forward_block(p, unit_at(turn.unit), maybe_at(turn.previous), maybe_at(turn.next), scratch);
   };
   // Blocks of one head read the same keys.
   for_each_unit(parallel, start[p.num_sequences], measure.used(), work, 4);

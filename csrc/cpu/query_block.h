@@ -2,8 +2,8 @@
 //
 // The query heads that share one key/value head read the same keys, so they are folded together:
 // row r of a sequence is token r / G of head r % G (G heads a group). A block holds up to kLanes
-// rows; scores, probabilities and outputs are kept transposed, one row a lane, so that a maximum or
-// a sum over keys is a plain vector operation.
+// rows; scores and probabilities are kept transposed, one row a lane, so that a maximum or a sum over
+// keys is a plain vector operation.
 #pragma once
 
 #include "attention.h"

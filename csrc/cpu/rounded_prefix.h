@@ -19,8 +19,8 @@ class RoundedPrefix {
       : problem_(p), key_(bytes(p.prefix_key, p, p.head_dim)), value_(bytes(p.prefix_value, p, p.value_dim)) {
     const ConstView key = copy_in(key_, p, p.head_dim), value = copy_in(value_, p, p.value_dim);
     const PrefixGroups groups(p);
-    auto work = [&](int64_t unit, int64_t, char*) {
-      const int64_t prefix = unit / p.num_kv_heads, head = unit % p.num_kv_heads;
+    auto work = [&](const Turn& turn, char*) {
+      const int64_t prefix = turn.unit / p.num_kv_heads, head = turn.unit % p.num_kv_heads;
       if (groups.size(prefix) == 0) return;
       const int64_t length = p.sequences[*groups.begin(prefix)].prefix_length;
       if (key_.data() != nullptr) round_rows(key, p.prefix_key, prefix, head, length, p.head_dim);

@@ -15,11 +15,9 @@ inline float query_factor(const AttentionProblem& p) { return p.softcap > 0 ? p.
 // where the arithmetic scales.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
 static void transpose_query(Element* to, const Element* rows, int64_t width, const AttentionProblem& p, int lanes) {
-  alignas(64) float factor[kWidth];
-  store(factor, splat(query_factor(p)));
-  for (int64_t d = 0; d < width; d += kWidth)
-    transpose(reinterpret_cast<float*>(to + d * kLaneStride), kLaneStride, reinterpret_cast<const float*>(rows + d),
-              width, lanes, kWidth, Arithmetic::kScalesQuery ? factor : nullptr);
+  const Vec factor = splat(query_factor(p));
+  transpose(reinterpret_cast<float*>(to), kLaneStride, reinterpret_cast<const float*>(rows), width, lanes, width,
+            Arithmetic::kScalesQuery ? &factor : nullptr);
 }
 
 // Additive masks at or below this hide the key: libraries write "minus infinity" as the lowest

@@ -48,19 +48,18 @@ PREFIXCORE_INLINE Vec sum_rows(Vec (&rows)[kWidth]) {
     return rows[0];
 }
 
-// to[j][i] = factor[j] * from[i][j]; rows and columns are multiples of kWidth. `factor` is an array
-// along the columns of `from`, or null: then the numbers may be any 32 bits.
+// to[j][i] = factor * from[i][j]; rows and columns are multiples of kWidth. `factor` may be null: then the
+// numbers may be any 32 bits.
 static void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
-                      int64_t columns, const float* factor) {
+                      int64_t columns, const Vec* factor) {
   for (int64_t j = 0; j < columns; j += kWidth) {
     for (int64_t i = 0; i < rows; i += kWidth) {
       Vec square[kWidth];
 #pragma GCC unroll 16
       for (int k = 0; k < kWidth; ++k) square[k] = load(from + (i + k) * from_stride + j);
       if (factor != nullptr) {
-        const Vec f = load(factor + j);
 #pragma GCC unroll 16
-        for (int k = 0; k < kWidth; ++k) square[k] *= f;
+        for (int k = 0; k < kWidth; ++k) square[k] *= *factor;
       }
       transpose_square<kWidth / 2>(square);
 #pragma GCC unroll 16

@@ -49,10 +49,15 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Calls work(unit, next, scratch) once for every unit below `count`; `next` is the unit that this worker
-// does after, or -1. Workers take the next units when they are done with some, so uneven units balance out;
-// which worker does a unit never changes its result. Neighbours that read the same memory go to one worker, up to
-// `together` of them, as long as there are enough for every worker to take some many times.
+// A unit of work, and what the same worker did before and does after: -1 for nothing.
+struct Turn {
+  int64_t previous, unit, next;
+};
+
+// Calls work(turn, scratch) once for every unit below `count`. Workers take the next units when they are done with
+// some, so uneven units balance out; which worker does a unit never changes its result. Neighbours that read the same
+// memory go to one worker, up to `together` of them, as long as there are enough for every worker to take some many
+// times.
 template <class Work>
 static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work,
                           int64_t together = 1) {
@@ -64,12 +69,12 @@ static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scrat
   int64_t next = 0;
   auto body = [&](int64_t begin, int64_t) {
     char* own = scratch.data() + begin * stride;  // no other call starts at `begin`
-    int64_t first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED);
+    int64_t first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED), before = -1;
     while (first < count) {
       const int64_t after = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED);
-      const int64_t last = min(first + step, count);
-      for (int64_t unit = first; unit + 1 < last; ++unit) work(unit, unit + 1, own);
-      work(last - 1, after < count ? after : -1, own);
+      const int64_t last = min(first + step, count) - 1;
+      for (int64_t unit = first; unit <= last; before = unit++)
+        work(Turn{before, unit, unit < last ? unit + 1 : after < count ? after : -1}, own);
       first = after;
     }
   };
