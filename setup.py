@@ -126,6 +126,8 @@ class NinjaBuild(build_ext):
             n.rule("link", f"{compiler} -shared $in -o $out $flags", description="link $out")
             if cuda_sources:
                 codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+                last = f"compute_{architectures[-1]}"  # what later architectures compile for themselves
+                codes.append(f"-gencode=arch={last},code={last}")
                 more = os.environ.get("PREFIXCORE_NVCC_FLAGS", "")
                 n.rule("nvcc", f"{nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} {more} "
                        "-MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc",

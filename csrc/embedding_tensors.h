@@ -17,6 +17,8 @@ inline EmbeddingForward embedding_problem(const Tensor& ids, const Tensor& weigh
   p.vocabulary = weight.size(0);
   p.num_virtual = virtual_rows.size(0);
   p.hidden = weight.size(1);
+  if (virtual_rows.size(1) != p.hidden)
+    throw std::invalid_argument("virtual: expected rows as long as those of weight");
   p.weight = const_view(weight, "weight");
   p.virtual_rows = const_view(virtual_rows, "virtual");
   p.out = View{out.mutable_data_ptr(), p.weight.dtype, {p.hidden, 0, 0}};
@@ -33,6 +35,7 @@ inline EmbeddingBackward embedding_problem(const Tensor& ids, const Tensor& grad
   p.vocabulary = vocabulary;
   p.num_virtual = grad_virtual.size(0);
   p.hidden = grad_virtual.size(1);
+  if (grad.numel() != p.count * p.hidden) throw std::invalid_argument("grad: expected one row for each of input_ids");
   p.grad_out = ConstView{grad.const_data_ptr(), dtype_of(grad, "grad"), {p.hidden, 0, 0}};
   p.grad_virtual = static_cast<float*>(grad_virtual.mutable_data_ptr());
   return p;

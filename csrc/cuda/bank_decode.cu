@@ -174,7 +174,7 @@ struct Warp {
     for (int half = 0; half < 2; ++half) {  // the four lanes that share a row agree on its highest score
       highest[half] = fmaxf(highest[half], __shfl_xor_sync(0xffffffffu, highest[half], 1));
       highest[half] = fmaxf(highest[half], __shfl_xor_sync(0xffffffffu, highest[half], 2));
-      shrink[half] = exp2f(top[half] - highest[half]);
+      shrink[half] = highest[half] == -INFINITY ? 1.0f : exp2f(top[half] - highest[half]);
       top[half] = highest[half];
       sum[half] *= shrink[half];
     }
@@ -182,7 +182,8 @@ struct Warp {
     for (int side = 0; side < 2; ++side)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scores[side][i] = exp2f(scores[side][i] - top[i / 2]);
+        // A score of -infinity is a probability of 0, also where all scores so far are.
+        scores[side][i] = scores[side][i] == -INFINITY ? 0.0f : exp2f(scores[side][i] - top[i / 2]);
         sum[i / 2] += scores[side][i];
       }
 #pragma unroll

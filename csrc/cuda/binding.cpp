@@ -1,4 +1,5 @@
 // Registers the CUDA kernels. The ops that only a GPU has are defined here, those of every device beside the CPU's.
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -10,18 +11,30 @@
 #include "lse_merge.h"
 #include "split_reduction.h"
 
-// Weak, so that the library also loads where torch has no CUDA (and the function is never called).
+// In libtorch_cuda, on which this library must not depend: it also loads where torch has no CUDA. So the symbol is
+// weak, for whoever links it in, and otherwise looked up: torch does not load its libraries into the global scope.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace prefixcore::cuda {
 namespace {
+
+auto find_current_stream() {
+  auto* function = &aoti_torch_get_current_cuda_stream;
+  if (function == nullptr)
+    if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
+      function = reinterpret_cast<decltype(function)>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  if (function == nullptr)
+    throw std::runtime_error("prefixcore: expected a PyTorch with CUDA, but libtorch_cuda.so is not loaded");
+  return function;
+}
 
 // Launches on the device of `t` and on its current stream.
 template <class Launch>
 void on_device_of(const Tensor& t, const Launch& launch) {
   const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  static const auto current_stream = find_current_stream();
+  TORCH_ERROR_CODE_CHECK(current_stream(t.get_device_index(), &stream));
   const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("prefixcore: CUDA error: ") + cudaGetErrorString(error));
@@ -127,6 +140,10 @@ void merge(Tensor out, Tensor lse, const Tensor& other_out, const Tensor& other_
   expect_same_device(lse, "lse", out, "out");
   expect_same_device(other_out, "other_out", out, "out");
   expect_same_device(other_lse, "other_lse", out, "out");
+  for (const Tensor* t : {&out, &lse})
+    for (int64_t d = 0; d < t->dim(); ++d)
+      expect(t->size(d) <= 1 || t->stride(d) != 0,
+             "out and lse: expected memory of its own for every element, got an expanded tensor");
   LseMerge p;
   p.dtype = dtype_of(out, "out");
   p.other_dtype = dtype_of(other_out, "other_out");

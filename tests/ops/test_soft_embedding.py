@@ -135,6 +135,15 @@ def test_bad_arguments(changes: dict, kind: type[Exception], message: str) -> No
         prefixcore.soft_embedding(**{**good, **changes})
 
 
+def test_the_registered_ops_refuse_rows_of_another_length() -> None:
+    """Whoever calls them without the checks of the public function must not read beyond a tensor."""
+    ids = torch.tensor([1, 2])
+    with pytest.raises((ValueError, RuntimeError), match="virtual: expected rows as long as those of weight"):
+        torch.ops.prefixcore.soft_embedding(ids, torch.randn(2, 8), torch.randn(2, 4))
+    with pytest.raises((ValueError, RuntimeError), match="grad: expected one row for each of input_ids"):
+        torch.ops.prefixcore.soft_embedding_backward(torch.randn(1, 8), ids, 2, 2)
+
+
 def test_opcheck_and_compile() -> None:
     ids, weight, virtual = problem((2, 5), V=11, N=3, E=4, dtype=torch.float32, virtual_dtype=torch.float32)
     virtual.requires_grad_()

@@ -58,7 +58,9 @@ class Gpu:
         results = op(*there)
         for here, other, argument in zip(arguments, there, op.default._schema.arguments, strict=True):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                here.copy_(other)
+                # All of the memory, also what lies beside a view: a stray write has to be seen.
+                memory, other_memory = (x.new_empty(0).set_(x.untyped_storage()) for x in (here, other))
+                memory.copy_(other_memory)
         return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
 
     def _there(self, x: Any) -> Any:

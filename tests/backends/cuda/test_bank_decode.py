@@ -132,6 +132,15 @@ def test_small_and_large_scores(gpu: Gpu, size: float) -> None:
     check(got, reference(query, key, value, index, lengths, 1.0), torch.bfloat16)
 
 
+def test_scores_of_minus_infinity_come_to_nothing(gpu: Gpu) -> None:
+    query, key, value, index, lengths = problem(1, 1, 1, 1, 32, 32, 1, 40, torch.bfloat16)
+    index[:], lengths[:] = 0, 40
+    query[..., 0] = 1.0
+    key[:, :, :32, 0] = -math.inf  # all that some warp sees of its first tile, too
+    got = gpu.twice(lambda: gpu.bank_decode(query, key, value, index, lengths, 1.0))
+    check(got, reference(query, key, value, index, lengths, 1.0), torch.bfloat16)
+
+
 def test_tensors_that_copies_of_sixteen_bytes_cannot_read(gpu: Gpu) -> None:
     dtype = torch.float16
     query = torch.randn(2 * 2 * 32 + 1).to(dtype)[1:].view(2, 2, 1, 32)

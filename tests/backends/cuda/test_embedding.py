@@ -119,3 +119,11 @@ def test_tables_beyond_32_bits(gpu: Gpu, tmp_path: Path) -> None:
 def test_a_virtual_dtype_that_cannot_be_is_refused(gpu: Gpu) -> None:
     with pytest.raises((ValueError, RuntimeError), match="virtual: expected the dtype of weight, or float32"):
         gpu.soft_embedding(torch.tensor([1]), torch.randn(2, 4), torch.randn(2, 4).half())
+
+
+def test_rows_of_another_length_are_refused(gpu: Gpu) -> None:
+    ids = torch.tensor([1, 2])
+    with pytest.raises((ValueError, RuntimeError), match="virtual: expected rows as long as those of weight"):
+        gpu.soft_embedding(ids, torch.randn(2, 8), torch.randn(2, 4))
+    with pytest.raises((ValueError, RuntimeError), match="grad: expected one row for each of input_ids"):
+        gpu.soft_embedding_backward(torch.randn(1, 8), ids, 2, 2)

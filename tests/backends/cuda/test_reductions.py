@@ -140,6 +140,7 @@ def test_bad_arguments_are_refused(gpu: Gpu) -> None:
         ((out, lse, out, lse.double()), "other_lse: expected float32"),
         ((out.double(), lse, out, lse), "out: expected float32, bfloat16 or float16"),
         ((out, lse, out.half(), lse), "other_out: expected the dtype of out, or float32"),
+        ((out, lse[:, :1].expand_as(lse), out, lse), "expected memory of its own for every element"),
     ]:
         with pytest.raises((ValueError, RuntimeError), match=message):
             gpu.lse_merge(*arguments)

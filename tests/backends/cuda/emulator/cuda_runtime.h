@@ -20,7 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time
+#define __shared__ static __attribute__((section("emulated_shared")))  // one block runs at a time
 
 struct dim3 {
   unsigned x, y, z;
@@ -51,12 +51,14 @@ inline dim3 threadIdx, blockIdx;
 namespace emulator {
 
 struct Options {
-  // Fibers run from the last to the first, a warp as far as it gets before another one does, and asynchronous copies
-  // land when they are issued. Else fibers take turns from the first to the last, and copies land when waited for.
+  // Blocks and fibers run from the last to the first, a warp as far as it gets before another one does, and
+  // asynchronous copies land when they are issued. Else blocks follow each other and fibers take turns, both from the
+  // first to the last, and copies land when waited for.
   bool hasty = false;
   int processors = 4;
 };
 inline Options options;
+inline std::map<const void*, size_t> dynamic_shared_limits;  // that kernels have asked for
 
 // What the lanes of a mask bring to a meeting, and take away from it.
 struct Meeting {
@@ -146,19 +148,23 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = emulator::options.processors, cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return bytes <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue;  // what the least of the architectures has
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > 99 * 1024) return cudaErrorInvalidValue;  // what the least of the architectures has
+  emulator::dynamic_shared_limits[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
+  return cudaSuccess;
 }
 
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1 || block.x == 0 || block.x > 1024)
-    return cudaErrorInvalidValue;
+  if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535 || grid.z != 1) return cudaErrorInvalidValue;
+  const auto limit = emulator::dynamic_shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const size_t allowed = limit == emulator::dynamic_shared_limits.end() ? 48 * 1024 : limit->second;
+  if (block.x == 0 || block.x > 1024 || config->dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, y, 0);
+      blockIdx = emulator::options.hasty ? dim3(grid.x - 1 - x, grid.y - 1 - y, 0) : dim3(x, y, 0);
       emulator::run_block(static_cast<int>(block.x), config->dynamicSmemBytes, [&] { kernel(arguments...); });
     }
   return cudaSuccess;

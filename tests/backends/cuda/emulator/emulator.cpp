@@ -13,6 +13,9 @@
 // The instructions that are only declared there are defined below.
 #include "cuda/instructions.h"
 
+// Where the linker puts the shared variables of all kernels.
+extern "C" __attribute__((visibility("hidden"))) char __start_emulated_shared[], __stop_emulated_shared[];
+
 namespace emulator {
 namespace {
 
@@ -91,6 +94,7 @@ void run_block(int threads, size_t dynamic_shared, const std::function<void()>& 
   barrier = {};
   shared.resize(dynamic_shared / sizeof(uint4));
   std::memset(static_cast<void*>(shared.data()), 0xff, dynamic_shared);  // NaN
+  std::memset(__start_emulated_shared, 0xff, static_cast<size_t>(__stop_emulated_shared - __start_emulated_shared));
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = *fibers[i];
     fiber.done = false;
