@@ -14,6 +14,7 @@ package index, into an environment of its own (``.venv-gpu``) that sees this Pyt
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,13 +26,14 @@ import sysconfig
 import time
 import xml.etree.ElementTree
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 590  # seconds, for everything
-GIVEN = ("torch", "triton", "transformers")
+KEPT = 20  # of them, for the figures and for stopping what runs
+GIVEN = {"torch": "torch>=2.10", "triton": "triton>=3.6", "transformers": "transformers>=5.13"}
 NEEDED = {"setuptools": "setuptools>=77", "ninja": "ninja", "pybind11": "pybind11>=2.13", "pytest": "pytest>=8",
           "pytest_benchmark": "pytest-benchmark>=5", "hypothesis": "hypothesis>=6.100", "peft": "peft>=0.18",
           "accelerate": "accelerate>=1.0", "safetensors": "safetensors>=0.5"}  # fmt: skip
@@ -42,12 +44,27 @@ DEVICE_TESTS = (
 )
 CUDA_TESTS = tuple(f"tests/backends/cuda/test_{name}.py" for name in ("bank_decode", "embedding", "reductions"))
 REHEARSED = ("tests/ops/test_attention_correct.py", "-k", "test_options and 75-torch.bfloat16")
+SANITIZED_CUDA = (*CUDA_TESTS, "-k", "(against_the_reference and bfloat16) or test_backward or test_merge")
 SANITIZED = ("tests/backends/gpu/test_on_device.py", "tests/backends/gpu/test_merged.py",
-             "-k", "out_of_range or (test_options and bfloat16) or soft_embedding")  # fmt: skip
+             "-k", "out_of_range or (test_options and bfloat16) or soft_embedding or dense_mask")  # fmt: skip
 
 
-def missing(names: Sequence[str]) -> list[str]:
-    return [name for name in names if importlib.util.find_spec(name) is None]
+def missing(packages: dict[str, str]) -> list[str]:
+    """What is asked for of the packages that are not there, or too old: ``{module: requirement}``."""
+    absent = [asked for module, asked in packages.items() if importlib.util.find_spec(module) is None]
+    if importlib.util.find_spec("packaging") is None:  # transformers and pytest depend on it
+        return absent
+    from packaging.requirements import Requirement
+
+    for asked in packages.values():
+        requirement = Requirement(asked)
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # installed under another name, or not at all: that stands in `absent` already
+        if asked not in absent and not requirement.specifier.contains(version, prereleases=True):
+            absent.append(asked)
+    return absent
 
 
 def stop(message: str) -> None:
@@ -58,11 +75,11 @@ def with_everything(wheels: Path | None) -> None:
     """Goes on in an environment that has all that is NEEDED, if this one has not."""
     if absent := missing(GIVEN):
         stop(f"{sys.executable} lacks {', '.join(absent)}; name another Python with PYTHON=..., or install them")
-    absent = missing(list(NEEDED))
-    if not absent:
+    packages = missing(NEEDED)
+    if not packages:
         return
     if os.environ.get("PREFIXCORE_GPU_ENVIRONMENT"):
-        stop(f"{', '.join(absent)} could not be installed; see the messages of pip above")
+        stop(f"{', '.join(packages)} could not be installed; see the messages of pip above")
     folder = ROOT / ".venv-gpu"
     # Without pip of its own, with which an old setuptools could come that would hide the one that is there.
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
@@ -77,7 +94,6 @@ def with_everything(wheels: Path | None) -> None:
         subprocess.run([python, "-m", "ensurepip"], check=True)
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
     source = ["--no-index", "--find-links", str(wheels)] if wheels else []
-    packages = [NEEDED[name] for name in absent]
     if subprocess.run([python, "-m", "pip", "install", "--quiet", *source, *packages]).returncode:
         stop(f"{', '.join(packages)} could not be installed{f' from {wheels}' if wheels else ''}; pip says why above")
     environment = {**os.environ, "PREFIXCORE_GPU_ENVIRONMENT": "1"}
@@ -87,8 +103,8 @@ def with_everything(wheels: Path | None) -> None:
 class Session:
     """The steps, their results, and the time that is left."""
 
-    def __init__(self, out: Path, rehearsal: bool) -> None:
-        self.out, self.rehearsal = out, rehearsal
+    def __init__(self, out: Path, rehearsal: bool, machine: dict[str, Any]) -> None:
+        self.out, self.rehearsal, self.machine = out, rehearsal, machine
         self.began = time.monotonic()
         self.steps: list[dict[str, Any]] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -98,38 +114,39 @@ class Session:
 
     def note(self, name: str, state: str, **more: Any) -> bool:
         self.steps.append({"step": name, "state": state, **more})
+        self.write()
         print(f"{name}: {state}" + "".join(f"; {key} {value}" for key, value in more.items()), flush=True)
         return state == "passed"
 
     def run(
-        self, name: str, commands: Sequence[Sequence[str]], limit: float, environment: dict[str, str] | None = None
+        self,
+        name: str,
+        commands: Sequence[Sequence[str]],
+        limit: float,
+        environment: dict[str, str] | None = None,
+        *,
+        kept: float = KEPT,
     ) -> bool:
-        """The commands side by side, each with a log of its own; passed if all of them are."""
-        began, limit = time.monotonic(), min(limit, self.left())
+        """The commands side by side, each with a log of its own; passed if all of them are.
+
+        `kept` seconds of all that are left are not theirs.
+        """
+        began, limit = time.monotonic(), min(limit, self.left() - kept)
         if limit < 5:
             return self.note(name, "not run", why="no time was left")
-        codes: list[int | str] = []
         with ExitStack() as files:
-            running = []
+            running: list[subprocess.Popen[bytes]] = []
             for number, command in enumerate(commands):
                 several = f"-{number}" if len(commands) > 1 else ""
                 log = files.enter_context(open(self.out / f"{name.replace(' ', '-')}{several}.log", "w"))
                 settings = {**os.environ, **(environment or {})}
-                if several:
-                    settings["PREFIXCORE_TEST_SHARD"] = f"{number}/{len(commands)}"
-                options: dict[str, Any] = {"cwd": ROOT, "env": settings, "stdout": log, "stderr": subprocess.STDOUT}
-                running.append(subprocess.Popen(command, **options))
-            for process in running:
-                try:
-                    codes.append(process.wait(timeout=max(1.0, limit - (time.monotonic() - began))))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGINT)  # pytest writes its reports on the way out
-                    try:
-                        process.wait(timeout=10)
-                    except subprocess.TimeoutExpired:
-                        process.kill()
-                        process.wait()
-                    codes.append(f"stopped after {limit:.0f} s")
+                # A group of its own: what a command starts is stopped with it.
+                running.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                )
+            codes = wait_for(running, began + limit)
         more: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
         if any(codes):
             more["exit"] = codes
@@ -143,7 +160,10 @@ class Session:
         counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
         failed = []
         for report in sorted(self.out.glob(f"{name.replace(' ', '-')}*.xml")):
-            suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+            try:
+                suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+            except xml.etree.ElementTree.ParseError:  # its process was killed while it wrote
+                continue
             assert suite is not None
             for key in counts:
                 counts[key] += int(suite.get(key, 0))
@@ -159,22 +179,51 @@ class Session:
         for old in self.out.glob(f"{stem.name}*.xml"):
             old.unlink()
         commands = [
-            [sys.executable, "-m", "pytest", *what, "--tb=short", f"--junitxml={stem}-{number}.xml"]
+            [
+                "env", f"PREFIXCORE_TEST_SHARD={number}/{processes}", sys.executable, "-m", "pytest", *what,
+                "--tb=short", f"--junitxml={stem}-{number}.xml",
+            ]
             for number in range(processes)
-        ]
+        ]  # fmt: skip
         return self.run(name, commands, limit, {"PREFIXCORE_TEST_DEVICE": device, "OMP_NUM_THREADS": "1"})
 
-    def write(self, machine: dict[str, Any]) -> bool:
-        passed = all(step["state"] != "failed" for step in self.steps)
+    def write(self, *, finished: bool = False) -> bool:
+        """After every step, so that whatever ends the run leaves what was found."""
+        passed = finished and all(step["state"] != "failed" for step in self.steps)
         report = {
             "rehearsal": self.rehearsal,
+            "finished": finished,
             "passed": passed,
             "seconds": round(time.monotonic() - self.began, 1),
-            "machine": machine,
+            "machine": self.machine,
             "steps": self.steps,
         }
         (self.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
         return passed
+
+
+def wait_for(running: Sequence[subprocess.Popen[bytes]], end: float) -> list[int | str]:
+    """The exit statuses. At the time `end` all that still run are asked to stop, and ten seconds later are stopped."""
+
+    def all_end(until: float) -> bool:
+        try:
+            for process in running:
+                process.wait(timeout=max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    late: list[subprocess.Popen[bytes]] = []
+    try:
+        all_end(end)
+    finally:  # also when this script is interrupted
+        late = [process for process in running if process.poll() is None]
+        for number in (signal.SIGINT, signal.SIGKILL):  # the first lets pytest write its reports
+            for process in late:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+            all_end(time.monotonic() + 10)
+    return ["stopped: no time was left" if process in late else process.wait() for process in running]
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -214,12 +263,12 @@ def main() -> int:
             f"PyTorch {torch.__version__} finds no NVIDIA GPU here, so nothing was run. It needs one, its driver and a "
             "build of PyTorch with CUDA; 'make gpu-rehearsal' runs the same steps as far as a CPU goes"
         )
-    session = Session(options.out.resolve(), options.rehearsal)
     nvcc = shutil.which("nvcc")
     machine = {"gpus": found, "nvcc": nvcc is not None, "cores": os.cpu_count(), "python": sys.version.split()[0]}
+    session = Session(options.out.resolve(), options.rehearsal, machine)
     if build(session, nvcc, [] if options.rehearsal else [gpu["capability"] for gpu in found]):
         steps(session, nvcc)
-    passed = session.write(machine)
+    passed = session.write(finished=True)
     print(f"{'everything passed' if passed else 'something failed'}; results are in {session.out}")
     return 0 if passed else 1
 
@@ -236,21 +285,27 @@ def steps(session: Session, nvcc: str | None) -> None:
         device, scale = "interpreter", "smoke"
     else:
         what = DEVICE_TESTS if nvcc is None else DEVICE_TESTS + CUDA_TESTS
-        session.pytest("tests", what, "cuda", 270, min(16, cores))
+        session.pytest("tests", what, "cuda", 220, min(16, cores))
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer is None:
             session.note("sanitizer", "not run", why="compute-sanitizer is not on PATH")
         else:
-            command = [sanitizer, "--tool=memcheck", "--error-exitcode=9", sys.executable, "-m", "pytest", *SANITIZED]
             settings = {"PREFIXCORE_TEST_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            session.run("sanitizer", [command], 90, settings)
+            sanitized = [("memcheck", SANITIZED)]
+            if nvcc is not None:  # the kernels that use shared memory by hand
+                sanitized += [("memcheck", SANITIZED_CUDA), ("racecheck", SANITIZED_CUDA)]
+            commands = [
+                [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-m", "pytest", *tests]
+                for tool, tests in sanitized
+            ]
+            session.run("sanitizer", commands, 80, settings)
         device, scale = "cuda", "quick"
     measure(session, device, scale)
 
 
 def measure(session: Session, device: str, scale: str) -> None:
     """The benchmarks, a process and a JSON file each: what one has measured is kept if the next runs out of time."""
-    parts = {"attention": 170.0, "decode": 60.0, "soft_embedding": 40.0, "steps": 400.0}
+    parts = {"decode": 50.0, "soft_embedding": 30.0, "attention": 150.0, "steps": 400.0}
     figures = []
     for part, limit in parts.items():
         file = session.out / f"bench-{part}.json"
@@ -264,8 +319,11 @@ def measure(session: Session, device: str, scale: str) -> None:
         if file.exists() and file.stat().st_size:
             figures.append(str(file))
     if figures:
-        session.run("figures", [[sys.executable, "-m", "bench.gpu.report", *figures]], 30)
-        print((session.out / "figures.log").read_text())
+        log = session.out / "figures.log"
+        log.unlink(missing_ok=True)
+        session.run("figures", [[sys.executable, "-m", "bench.gpu.report", *figures]], KEPT, kept=0)
+        if log.exists():
+            print(log.read_text())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 if NAME == "cuda" and not torch.cuda.is_available():
     raise RuntimeError("PREFIXCORE_TEST_DEVICE=cuda, but PyTorch finds no GPU")
 
-EXAMPLES = 1.0 if NAME == "cpu" else 0.1
+EXAMPLES = {"cpu": 1.0, "interpreter": 0.1, "cuda": 0.03}[NAME]
 """The share of hypothesis' examples that is tried: Triton compiles, or interprets, its kernels for each head dim."""
 
 cpu_backend = pytest.mark.skipif(NAME != "cpu", reason="what it tests belongs to the CPU backend")

@@ -18,7 +18,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session", autouse=NAME != "cpu")
+@pytest.fixture(scope="package", autouse=NAME != "cpu")
 def gpu() -> Iterator[None]:
     """The GPU backend in the CPU backend's place, where that is what is under test."""
     torch.set_default_device(DEVICE)

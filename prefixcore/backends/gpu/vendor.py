@@ -60,9 +60,18 @@ def cannot(p: Problem) -> str | None:
         return "the head dim is no multiple of 8, or more than 256"
     if not (p.query.numel() and p.key.numel()):
         return "there is nothing to attend"
+    if not all(_is_aligned(x) for x in (p.query, p.key, p.value)):
+        return "rows do not begin at multiples of 16 bytes"
     if p.is_causal and 1 < p.queries != p.keys:
         return "it is causal over more keys than queries, which PyTorch aligns top-left"
     return None
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether wide loads can read its rows. PyTorch's choice of a kernel does not ask."""
+    wide = 16 // x.element_size()
+    strides = (stride for stride, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
+    return x.storage_offset() % wide == 0 and all(stride % wide == 0 for stride in strides)
 
 
 def preferred(p: Problem, *, training: bool) -> Vendor | None:
@@ -72,6 +81,8 @@ def preferred(p: Problem, *, training: bool) -> Vendor | None:
     """
     if not p.query.is_cuda:
         return STAND_IN
+    if p.query.dtype == torch.float32:  # which none of them takes, and says so at every call
+        return None
     query, key, value = p.query, p.key, p.value
     if training:
         query, key, value = (x.detach().requires_grad_() for x in (query, key, value))

@@ -200,6 +200,16 @@ def test_values_out_of_range_touch_nothing_outside() -> None:
     torch.cuda.synchronize()
 
 
+def test_a_dense_mask_is_not_read_past_its_end() -> None:
+    """What compute-sanitizer is to see: a tile of few rows is wider than a head's group of them."""
+    problem = Problem(B=4, H=2, Hkv=2, T=1, S=300, P=20, mask="additive", dtype=torch.bfloat16)
+    with torch.no_grad():
+        tensors, options = problem.tensors()
+        out = prefixcore.prefix_attention(**tensors, **options)
+        with prefixcore.use_backend("reference"):
+            assert relative_error(out, prefixcore.prefix_attention(**tensors, **options)) < 2e-2
+
+
 def test_memory_beyond_32_bits() -> None:
     """An input of more than 2^31 elements: offsets are 64 bits wide."""
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:

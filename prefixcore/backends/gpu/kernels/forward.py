@@ -32,6 +32,7 @@ from .tiles import (
     padding_of,
     prefix_of,
     store_tile,
+    tile_of_program,
     tile_start,
 )  # fmt: skip
 
@@ -100,12 +101,8 @@ def forward_kernel(
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DTYPE: tl.constexpr,
     PREFIX: tl.constexpr, FROM_STATE: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS queries of one head. Later tiles come first: with causal attention they see the most keys."""
-    program = tl.program_id(0)
-    tile = tiles - 1 - program // GROUP % tiles
-    kv_head = program // (GROUP * tiles) % sizes.kv_heads
-    head = kv_head * GROUP + program % GROUP
-    batch = program // (GROUP * tiles * sizes.kv_heads)
+    """One program: ROWS queries of one head."""
+    batch, kv_head, head, tile = tile_of_program(tiles, sizes, GROUP)
     sequence, start, queries, length, first = locate(tile, batch, starts, sizes, ROWS)
     if first >= queries:
         return

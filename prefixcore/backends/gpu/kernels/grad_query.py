@@ -28,6 +28,7 @@ from .tiles import (
     padding_of,
     prefix_of,
     store_tile,
+    tile_of_program,
     tile_start,
 )  # fmt: skip
 
@@ -66,11 +67,7 @@ def grad_query_kernel(
     PREFIX: tl.constexpr, PREFIX_ONLY: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries of one head, as in the forward."""
-    program = tl.program_id(0)
-    tile = tiles - 1 - program // GROUP % tiles
-    kv_head = program // (GROUP * tiles) % sizes.kv_heads
-    head = kv_head * GROUP + program % GROUP
-    batch = program // (GROUP * tiles * sizes.kv_heads)
+    batch, kv_head, head, tile = tile_of_program(tiles, sizes, GROUP)
     sequence, start, queries, length, first = locate(tile, batch, starts, sizes, ROWS)
     if first >= queries:
         return

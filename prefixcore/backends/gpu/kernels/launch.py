@@ -51,6 +51,9 @@ class Bank(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """Triton 3.6 compiles a kernel anew when one of these first is 1, or a multiple of 16: in a tuple it does not heed
+    ``do_not_specialize``."""
+
     kv_heads: int
     queries: int
     keys: int
@@ -173,13 +176,19 @@ _FAMILIES = {
 
 
 def family(device: torch.device) -> int:
-    """80 (Ampere, Ada), 90 (Hopper) or 100 (Blackwell)."""
+    """80 (Ampere, Ada), 90 (Hopper) or 100 (Blackwell). Blackwell's consumer cards (12) have an Ada's shared memory."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return min(max(major, 8), 10) * 10
+    return 80 if major >= 12 else min(max(major, 8), 10) * 10
 
 
 def blocks_for(kernel: str, p: Problem) -> Blocks:
-    size = (max(64, width(max(p.head_dim, p.value_dim))), p.query.element_size())
+    widest = max(p.head_dim, p.value_dim)
+    if widest > 256:
+        raise ValueError(
+            f"expected head dims of at most 256 on a GPU, got {widest}; run the slow reference inside 'with "
+            'prefixcore.use_backend("reference")\''
+        )
+    size = (max(64, width(widest)), p.query.element_size())
     chips = family(p.query.device)
     blocks = _FAMILIES.get((kernel, chips), {}).get(size) or _TABLE[kernel][size]
     if chips == 80 and p.prefix_key.element_size() > size[1]:  # a float32 prefix takes twice the shared memory

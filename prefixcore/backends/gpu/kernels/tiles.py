@@ -34,6 +34,19 @@ def dot(a, b, total):
 
 
 @triton.jit
+def tile_of_program(tiles, sizes, GROUP: tl.constexpr):
+    """``(batch, kv_head, head, tile)``: which of the ``tiles`` of queries of a head this program works on.
+
+    Later tiles come first: with causal attention they see the most keys. The heads of a group, which read the same
+    keys, stand side by side.
+    """
+    program = tl.program_id(0)
+    tile = tiles - 1 - program // GROUP % tiles
+    kv_head = program // (GROUP * tiles) % sizes.kv_heads
+    return program // (GROUP * tiles * sizes.kv_heads), kv_head, kv_head * GROUP + program % GROUP, tile
+
+
+@triton.jit
 def clamp(x, low, high):
     """Nobody has looked at the values that say where rows lie; whatever they are, nothing outside is touched."""
     return tl.minimum(tl.maximum(x, low), high)
