@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -70,6 +72,39 @@ TABLE: dict[str, tuple[dict[str, Any], str, str]] = {
     "too large a head dim": ({"D": 264}, "single", "256"),
     "no keys": ({"S": 0, "is_causal": False}, "single", "fewer than"),
 }
+
+
+def test_rows_that_wide_loads_cannot_read_are_not_for_a_vendor() -> None:
+    def rows(stride: int) -> torch.Tensor:
+        shape, strides = (2, 8, 2048, 128), (8 * 2048 * stride, 2048 * stride, stride, 1)
+        return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="cuda")
+
+    assert vendor.cannot(replace(problem(), query=rows(136))) is None
+    assert choose.forward(replace(problem(), query=rows(132))).name == "single"
+    assert vendor.cannot(replace(problem(), query=rows(132))) == "rows do not begin at multiples of 16 bytes"
+    assert vendor._is_aligned(torch.empty(64, 128, device="meta")[:, 4:68])
+    assert not vendor._is_aligned(torch.empty(64, 128, device="meta")[:, 2:66])
+
+
+@pytest.fixture
+def launch() -> ModuleType:
+    pytest.importorskip("triton")
+    from prefixcore.backends.gpu.kernels import launch
+
+    return launch
+
+
+def test_head_dims_that_no_kernel_has_are_refused_in_words(launch: ModuleType) -> None:
+    with pytest.raises(ValueError, match="head dims of at most 256 on a GPU, got 264; run the slow reference"):
+        launch.blocks_for("forward", problem(D=264))
+
+
+@pytest.mark.parametrize(("capability", "family"), [((8, 9), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 80)])
+def test_blocks_fit_the_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, launch: ModuleType, capability: tuple[int, int], family: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert launch.family(torch.device("cuda")) == family
 
 
 @pytest.mark.parametrize("case", TABLE)
