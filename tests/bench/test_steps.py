@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +13,8 @@ from bench.steps import check, contenders, packed, profile
 from bench.steps.contenders import Step
 from prefixcore import PackedCollator
 from tests import tiny
+from tests.bench.smoke import run
 
-ROOT = Path(__file__).parents[2]
 TINY = models.TINY[0]
 
 
@@ -95,17 +91,8 @@ def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_that_was_left_out_is_in_the_results_with_its_reason(tmp_path: Path) -> None:
     """Without the weights, whatever this machine has in its cache."""
     (tmp_path / "no_weights.py").write_text("from bench.demo import base_model\nbase_model.is_here = lambda: False\n")
-    file = tmp_path / "raw.json"
-    options = ["-rs", "-p", "no:cacheprovider", "-p", "no_weights", f"--benchmark-json={file}", "-k", "test_the_demo"]
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "bench/steps/test_packed_step.py"],
-        cwd=ROOT,
-        env={**os.environ, "PREFIXCORE_BENCH": "smoke", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    done, raw = run(tmp_path, "-rs", "-p", "no_weights", "-k", "test_the_demo", "bench/steps/test_packed_step.py")
     assert "SKIPPED [1]" in done.stdout, done.stdout + done.stderr
-    (row,) = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    (row,) = raw["benchmarks"]
     assert row["extra_info"]["table"] == "packed step"
     assert "make weights" in row["extra_info"]["skipped"]

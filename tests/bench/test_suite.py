@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from bench import pictures, runs, tables
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict]:
-    file = folder / "raw.json"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--benchmark-json={file}", *options]
-    path = os.pathsep.join([str(folder), str(ROOT)])
-    environment = {**os.environ, "PREFIXCORE_BENCH": "smoke", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return done, json.loads(file.read_text(encoding="utf-8") or "{}") if file.exists() else {}
+from tests.bench.smoke import run
 
 
 @pytest.fixture(scope="module")
