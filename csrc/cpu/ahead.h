@@ -9,17 +9,26 @@
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
+// Cache lines, `stride` bytes apart.
+struct Lines {
+  const char* next;
+  int64_t stride;
+
+  PREFIXCORE_INLINE void ask() {
+    __builtin_prefetch(next, 0, 2);
+    next += stride;
+  }
+};
+
 class Ahead {
  public:
   // `rows` rows of `bytes` bytes, `stride` bytes apart. Never faults: an address may be anything.
   void add(const void* first, int64_t stride, int64_t rows, int64_t bytes) {
-    if (rows <= 0 || first == nullptr) return;
-    if (stride == bytes) {
-      bytes *= rows;
-      rows = 1;
-    }
-    if (count_ == kPieces) return;
-    piece_[count_++] = {static_cast<const char*>(first), stride, rows, bytes};
+    if (rows <= 0 || first == nullptr || count_ == kPieces) return;
+    if (stride == bytes)
+      piece_[count_++] = {static_cast<const char*>(first), kLine, ceil_div(rows * bytes, kLine), 1};
+    else
+      piece_[count_++] = {static_cast<const char*>(first), stride, rows, ceil_div(bytes, kLine)};
   }
 
   // The rows of `view` that one block of queries reads or writes.
@@ -42,37 +51,44 @@ class Ahead {
         view.stride[2] * size_of(view.dtype), last - first, width * size_of(view.dtype));
   }
 
-  template <int lines = 16>
-  PREFIXCORE_INLINE void step() {
-    if (current_ < count_) ask(lines);
+  // The next `count` lines to ask for. Where a piece has fewer left they begin with some that were asked for before (or
+  // run past its end, if it never had as many), and when no piece is left they are one line that is near.
+  PREFIXCORE_INLINE Lines take(int64_t count) {
+    if (current_ == count_) return {reinterpret_cast<const char*>(&current_), 0};
+    const Piece& piece = piece_[current_];
+    const int64_t row = max<int64_t>(min(row_, piece.rows - count), 0);
+    const Lines lines{piece.first + row * piece.stride + column_ * kLine, piece.stride};
+    row_ += count;
+    if (row_ >= piece.rows) next_column();
+    return lines;
+  }
+
+  // Asks for the next `count` lines at once.
+  void step(int64_t count) {
+    if (current_ == count_) return;
+    Lines lines = take(count);
+    for (int64_t i = 0; i < count; ++i) lines.ask();
   }
 
  private:
   static constexpr int kPieces = 24;
+  static constexpr int64_t kLine = 64;
+  // Asked for a column of lines at a time: then the next one is an addition away.
   struct Piece {
-    const char* row;
-    int64_t stride, rows, bytes;
+    const char* first;
+    int64_t stride, rows, columns;
   };
 
-  // The next `lines` cache lines, of as many rows and pieces as that takes.
-  __attribute__((noinline)) void ask(int64_t lines) {
-    while (lines > 0 && current_ < count_) {
-      const Piece& piece = piece_[current_];
-      const char* row = piece.row + row_ * piece.stride;
-      const int64_t stop = min(byte_ + lines * 64, piece.bytes);
-      for (; byte_ < stop; byte_ += 64, --lines) __builtin_prefetch(row + byte_, 0, 2);
-      if (byte_ < piece.bytes) return;
-      byte_ = 0;
-      if (++row_ < piece.rows) continue;
-      row_ = 0;
-      ++current_;
-    }
-    if (current_ == count_) current_ = count_ = 0;
+  void next_column() {
+    row_ = 0;
+    if (++column_ < piece_[current_].columns) return;
+    column_ = 0;
+    if (++current_ == count_) current_ = count_ = 0;
   }
 
   Piece piece_[kPieces];
   int count_ = 0, current_ = 0;
-  int64_t row_ = 0, byte_ = 0;
+  int64_t row_ = 0, column_ = 0;
 };
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,9 +1,10 @@
 // Backward: one pass, blocks of query rows outside, tiles of keys inside.
 //
 // With L the log-sum-exp over prefix and sequence together and delta = <dO, O> - dL:
-//   P = exp(S - L),  dV = P^T dO,  dS = P * (dO V^T - delta),  dK = scale dS^T Q,  dQ = scale dS K.
+//   P = exp(S - L),  dV = P^T dO,  dS = scale P * (dO V^T - delta),  dK = dS^T Q,  dQ = dS K.
 // Probabilities are recomputed, so a tile costs five products. dQ of the block stays in the cache
-// over all tiles; dK and dV of the whole sequence (and of the prefix) collect in float32.
+// over all tiles; dK and dV of the whole sequence (and of the prefix) collect in float32: where they are wanted if
+// that is float32 rows side by side, else in scratch.
 #pragma once
 
 #include "backward_schedule.h"
@@ -18,6 +19,12 @@ struct Wanted {
   bool query, keys, prefix;
 };
 
+// Where the gradients of keys collect: rows of key_width and value_width floats. Only the first `written` hold numbers.
+struct KeySums {
+  float *key = nullptr, *value = nullptr;
+  int64_t written = 0;
+};
+
 template <class Arithmetic>
 struct BackwardScratch {
   using Element = typename Arithmetic::Element;
@@ -26,7 +33,8 @@ struct BackwardScratch {
   float *query_room, *grad_out_room;  // [kLanes, key_width], [kLanes, value_width]: rows, and later results
   TileRows<Element> q, grad;          // columns of the block: [lanes / kPack, key_width], ...
   Element *query, *grad_out;          // its rows transposed, [key_steps, kLaneStride], ...
-  float* grad_query;                  // [kLanes, key_width]
+  float* grad_query_room;             // [kLanes, key_width]
+  float* grad_query;                  // the same, or where the block's gradient is wanted
   Element *key, *value;               // room for a packed tile: [kKeys, key_steps], ...
   Element *query_columns, *grad_out_columns, *key_columns;  // room for what is packed as columns
   float *probability, *grad_score;                          // [kKeys, kLaneStride]
@@ -49,7 +57,7 @@ struct BackwardScratch {
     grad_out_room = carve.take<float>(kLanes * value_width);
     query = carve.take<Element>(key_steps * kLaneStride);
     grad_out = carve.take<Element>(value_steps * kLaneStride);
-    grad_query = carve.take<float>(kLanes * key_width);
+    grad_query_room = carve.take<float>(kLanes * key_width);
     key = carve.take<Element>(kKeys * key_steps);
     value = carve.take<Element>(kKeys * value_steps);
     probability = carve.take<float>(kKeys * kLaneStride);
@@ -73,21 +81,29 @@ static void fill_zero(float* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
+// Rows `place` and on of a gradient if rows of `width` floats can be summed there, else `room`.
+static float* rows_or_room(const View& gradient, const Row& place, int64_t count, int64_t width, float* room) {
+  const bool fits = gradient.dtype == DType::f32 && count == width && gradient.stride[2] == width;
+  return fits ? static_cast<float*>(gradient.data) + row_offset(gradient.stride, place) : room;
+}
+
 template <class Arithmetic, class Element = typename Arithmetic::Element>
 static void begin_block(BackwardScratch<Arithmetic>& w, const AttentionBackward& p, const QueryBlock& block) {
-  auto* query_rows = reinterpret_cast<Element*>(w.query_room);
-  load_rows<Arithmetic>(query_rows, w.key_steps, p.query, block, p.head_dim);
+  const auto query_rows =
+      load_rows<Arithmetic>(reinterpret_cast<Element*>(w.query_room), w.key_steps, p.query, block, p.head_dim);
   transpose_query<Arithmetic>(w.query, query_rows, w.key_steps, p, block.lanes);
-  w.q = Arithmetic::columns(w.query_columns, w.key_width, {query_rows, w.key_steps}, block.lanes);
+  w.q = Arithmetic::columns(w.query_columns, w.key_width, query_rows, block.lanes);
 
-  auto* grad_out_rows = reinterpret_cast<Element*>(w.grad_out_room);
-  load_rows<Arithmetic>(grad_out_rows, w.value_steps, p.grad_out, block, p.value_dim);
-  load_rows<Arithmetic>(w.grad_out, w.value_steps, p.out, block, p.value_dim);  // the output, for delta alone
-  row_dots<Arithmetic>(w.delta, w.grad_out, grad_out_rows, w.value_steps, block.lanes);
-  transpose(reinterpret_cast<float*>(w.grad_out), kLaneStride, w.grad_out_room, w.value_steps, block.lanes,
-            w.value_steps, nullptr);
-  w.grad = Arithmetic::columns(w.grad_out_columns, w.value_width, {grad_out_rows, w.value_steps}, block.lanes);
-  fill_zero(w.grad_query, block.lanes * w.key_width);
+  const auto grad_out_rows =
+      load_rows<Arithmetic>(reinterpret_cast<Element*>(w.grad_out_room), w.value_steps, p.grad_out, block, p.value_dim);
+  const auto out_rows = load_rows<Arithmetic>(w.grad_out, w.value_steps, p.out, block, p.value_dim);
+  row_dots<Arithmetic>(w.delta, out_rows, grad_out_rows, w.value_steps, block.lanes);
+  transpose(reinterpret_cast<float*>(w.grad_out), kLaneStride, reinterpret_cast<const float*>(grad_out_rows.data),
+            grad_out_rows.stride, block.lanes, w.value_steps, nullptr);
+  w.grad = Arithmetic::columns(w.grad_out_columns, w.value_width, grad_out_rows, block.lanes);
+  w.grad_query = w.grad_query_room;
+  if (p.grad_query.data != nullptr && p.num_heads == p.num_kv_heads && block.rows > 0)
+    w.grad_query = rows_or_room(p.grad_query, block.row[0], p.head_dim, w.key_width, w.grad_query_room);
   for (int i = 0; i < kLanes; ++i) {
     w.lse[i] = kInfinity;  // makes every probability 0: lanes without a row, rows that see nothing
     if (i >= block.rows) continue;
@@ -95,24 +111,38 @@ static void begin_block(BackwardScratch<Arithmetic>& w, const AttentionBackward&
     const int64_t place = r.batch * p.lse_stride[0] + r.head * p.lse_stride[1] + r.token;
     if (p.lse[place] > -kInfinity) w.lse[i] = p.lse[place] * kLog2e;
     if (p.grad_lse != nullptr) w.delta[i] -= p.grad_lse[place];
+    w.delta[i] *= p.scale;
   }
 }
 
-// The tile w.k, w.v. Gradients are added to grad_query in w and, if not null, to
-// grad_key [keys, key_width] and grad_value [keys, value_width], all still without `scale`.
+// How many rows of the sums of a tile's keys its products are added to. The rest they replace: if they do not cover it,
+// it is zeroed.
+template <class Arithmetic>
+static int64_t rows_to_keep(const BackwardScratch<Arithmetic>& w, const KeySums& sums, int64_t keys) {
+  int64_t covered = sums.written;
+  for (int n = 0; n < w.plan.num_runs; ++n)
+    if (w.plan.run[n].first == covered) covered = w.plan.run[n].last;
+  if (covered >= keys) return sums.written;
+  fill_zero(sums.key + sums.written * w.key_width, (keys - sums.written) * w.key_width);
+  fill_zero(sums.value + sums.written * w.value_width, (keys - sums.written) * w.value_width);
+  return keys;
+}
+
+// The tile w.k, w.v of `keys` keys seen by `rows` queries. Gradients are added to grad_query in w, which holds no
+// numbers before the `first` tile, and, if wanted, to `sums` of the tile's keys.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
-static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackward& p, bool wants_query,
-                          const float* mask, float* grad_key, float* grad_value) {
+static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackward& p, bool wants_query, bool first,
+                          const float* mask, int rows, int64_t keys, const KeySums& sums) {
   constexpr int kPack = Arithmetic::kPack;
   const TilePlan& plan = w.plan;
   for (int n = 0; n < plan.num_runs; ++n) {
     const Rectangle& run = plan.run[n];
-    const int64_t keys = run.last - run.first, lanes = run.end - run.begin;
+    const int64_t height = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin;
-    multiply<Arithmetic, ALayout::rows>(keys, lanes, ceil_div(p.head_dim, kPack), w.k.data + run.first * w.k.stride,
+    multiply<Arithmetic, ALayout::rows>(height, lanes, ceil_div(p.head_dim, kPack), w.k.data + run.first * w.k.stride,
                                         w.k.stride, w.query + run.begin, kLaneStride, w.probability + place,
                                         kLaneStride, false, w.ahead);
-    multiply<Arithmetic, ALayout::rows>(keys, lanes, ceil_div(p.value_dim, kPack), w.v.data + run.first * w.v.stride,
+    multiply<Arithmetic, ALayout::rows>(height, lanes, ceil_div(p.value_dim, kPack), w.v.data + run.first * w.v.stride,
                                         w.v.stride, w.grad_out + run.begin, kLaneStride, w.grad_score + place,
                                         kLaneStride, false, w.ahead);
   }
@@ -133,7 +163,7 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
         for (int k = 0; k < kPack && i + k < run.last; ++k) {
           const int64_t place = (i + k) * kLaneStride + l;
           probability[k] = Arithmetic::exp2(Arithmetic::scaled(load(w.probability + place), factor) - lse);
-          grad[k] = probability[k] * (load(w.grad_score + place) - delta);
+          grad[k] = probability[k] * (load(w.grad_score + place) * p.scale - delta);
           if (capped) grad[k] *= load(w.slope + place);
         }
         const int64_t place = i * kLaneStride + l / kPack;
@@ -145,25 +175,31 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
     }
   }
 
+  int lane = 0;
   for (int n = 0; wants_query && n < plan.num_strips; ++n) {
     const Rectangle& strip = plan.strip[n];
-    const int64_t first = strip.first / kPack;
-    multiply<Arithmetic, ALayout::columns>(strip.end - strip.begin, w.key_width,
-                                           ceil_div(strip.last - strip.first, kPack),
-                                           grad_score_columns + first * kLaneStride + strip.begin, kLaneStride,
-                                           w.k_columns.data + first * w.k_columns.stride, w.k_columns.stride,
-                                           w.grad_query + strip.begin * w.key_width, w.key_width, true, w.ahead);
+    const int64_t step = strip.first / kPack;
+    if (first) fill_zero(w.grad_query + lane * w.key_width, (strip.begin - lane) * w.key_width);
+    lane = min(strip.end, rows);
+    multiply<Arithmetic, ALayout::columns>(lane - strip.begin, w.key_width, ceil_div(strip.last - strip.first, kPack),
+                                           grad_score_columns + step * kLaneStride + strip.begin, kLaneStride,
+                                           w.k_columns.data + step * w.k_columns.stride, w.k_columns.stride,
+                                           w.grad_query + strip.begin * w.key_width, w.key_width, !first, w.ahead);
   }
-  for (int n = 0; grad_key != nullptr && n < plan.num_runs; ++n) {
+  if (wants_query && first) fill_zero(w.grad_query + lane * w.key_width, (rows - lane) * w.key_width);
+
+  const int64_t keep = sums.key != nullptr ? rows_to_keep(w, sums, keys) : 0;
+  for (int n = 0; sums.key != nullptr && n < plan.num_runs; ++n) {
     const Rectangle& run = plan.run[n];
-    const int64_t keys = run.last - run.first, lanes = run.end - run.begin;
+    const int64_t height = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin / kPack;
-    multiply<Arithmetic, ALayout::rows>(keys, w.value_width, lanes / kPack, probability_rows + place, kLaneStride,
+    multiply<Arithmetic, ALayout::rows>(height, w.value_width, lanes / kPack, probability_rows + place, kLaneStride,
                                         w.grad.data + run.begin / kPack * w.grad.stride, w.grad.stride,
-                                        grad_value + run.first * w.value_width, w.value_width, true, w.ahead);
-    multiply<Arithmetic, ALayout::rows>(keys, w.key_width, lanes / kPack, grad_score_rows + place, kLaneStride,
+                                        sums.value + run.first * w.value_width, w.value_width, run.first < keep,
+                                        w.ahead);
+    multiply<Arithmetic, ALayout::rows>(height, w.key_width, lanes / kPack, grad_score_rows + place, kLaneStride,
                                         w.q.data + run.begin / kPack * w.q.stride, w.q.stride,
-                                        grad_key + run.first * w.key_width, w.key_width, true, w.ahead);
+                                        sums.key + run.first * w.key_width, w.key_width, run.first < keep, w.ahead);
   }
 }
 
@@ -191,15 +227,24 @@ static void ask_for_block(Ahead& ahead, const AttentionBackward& p, const Backwa
   ahead.add_block(p.out, p, s, next.kv_head, next.first_row, p.value_dim);
 }
 
-// Where the gradients of keys collect: rows of key_width and value_width floats.
-struct KeySums {
-  float *key, *value;
-};
+// Asks for the rows of `sums` up to `rows` that will be written first by this block.
+template <class Arithmetic>
+static void ask_for_rest(BackwardScratch<Arithmetic>& w, const KeySums& sums, int64_t rows) {
+  const int64_t bytes = sizeof(float), rest = rows - sums.written;
+  w.ahead.add(sums.value + sums.written * w.value_width, w.value_width * bytes, rest, w.value_width * bytes);
+  w.ahead.add(sums.key + sums.written * w.key_width, w.key_width * bytes, rest, w.key_width * bytes);
+}
+
+// The rows of `sums` for the keys of one tile, from `row` on.
+template <class Arithmetic>
+static KeySums tile_sums(const BackwardScratch<Arithmetic>& w, const KeySums& sums, int64_t row) {
+  return {sums.key + row * w.key_width, sums.value + row * w.value_width, max<int64_t>(sums.written - row, 0)};
+}
 
 template <class Arithmetic>
 static void backward_block(const AttentionBackward& p, const Wanted& wanted, const BackwardBlock& place,
-                           const BackwardBlock* next, const KeyList& list, const KeySums& sums,
-                           const KeySums& prefix_sums, BackwardScratch<Arithmetic>& w) {
+                           const BackwardBlock* next, const KeyList& list, KeySums& sums, KeySums& prefix_sums,
+                           BackwardScratch<Arithmetic>& w) {
   const Item& item = *place.item;
   const Sequence& s = p.sequences[item.sequence];
   const int64_t group = p.num_heads / p.num_kv_heads, kv_head = place.kv_head, first_row = place.first_row;
@@ -210,17 +255,20 @@ static void backward_block(const AttentionBackward& p, const Wanted& wanted, con
   if (wanted.query || wanted.keys)
     range = visible_slots(p, s, list, first_row / group, (first_row + block.rows - 1) / group);
   ask_for_keys(w.ahead, p, s, list, kv_head, range.begin, range.end);
+  if (wanted.keys) ask_for_rest(w, sums, range.end - item.keys.begin);
   if (wanted.query) w.ahead.add_block(p.grad_query, p, s, kv_head, first_row, p.head_dim);
 
   const KeyList prefix{nullptr, s.prefix >= 0 && (wanted.query || wanted.prefix) ? s.prefix_length : 0};
-  for (int64_t slot = 0; slot < prefix.count; slot += kKeys) {
+  bool first = true;
+  for (int64_t slot = 0; slot < prefix.count; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, prefix.count - slot));
     load_tile(w, p, p.prefix_key, p.prefix_value, s.prefix, kv_head, 0, prefix, slot, keys, wanted.query);
     plan_whole(w.plan, keys, block.lanes);
-    backward_tile(w, p, wanted.query, nullptr, wanted.prefix ? prefix_sums.key + slot * w.key_width : nullptr,
-                  wanted.prefix ? prefix_sums.value + slot * w.value_width : nullptr);
+    backward_tile(w, p, wanted.query, first, nullptr, block.rows, keys,
+                  wanted.prefix ? tile_sums(w, prefix_sums, slot) : KeySums{});
+    prefix_sums.written = max(prefix_sums.written, slot + keys);
   }
-  for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
+  for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
     load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys, wanted.query);
     ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
@@ -229,14 +277,14 @@ static void backward_block(const AttentionBackward& p, const Wanted& wanted, con
     const bool masked = p.mask.kind != Mask::Kind::none;
     if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
     const int64_t row = slot - item.keys.begin;
-    backward_tile(w, p, wanted.query, masked ? w.mask : nullptr, wanted.keys ? sums.key + row * w.key_width : nullptr,
-                  wanted.keys ? sums.value + row * w.value_width : nullptr);
+    backward_tile(w, p, wanted.query, first, masked ? w.mask : nullptr, block.rows, keys,
+                  wanted.keys ? tile_sums(w, sums, row) : KeySums{});
+    sums.written = max(sums.written, row + keys);
   }
-  if (wanted.query) {
-    alignas(64) float scale[kLanes];
-    for (int l = 0; l < kLanes; l += kWidth) store(scale + l, splat(p.scale));
-    store_rows(p.grad_query, block, w.grad_query, w.key_width, p.head_dim, scale);
-  }
+  if (!wanted.query) return;
+  if (first) fill_zero(w.grad_query, block.rows * w.key_width);
+  if (w.grad_query == w.grad_query_room)
+    store_rows(p.grad_query, block, w.grad_query, w.key_width, p.head_dim, nullptr);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

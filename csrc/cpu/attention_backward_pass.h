@@ -57,59 +57,78 @@ class BackwardPass {
   }
 
   void run_unit(const Slot& slot, int64_t kv_head, const BackwardBlock* after, BackwardScratch<Arithmetic>& w) const {
-    KeySums sums{nullptr, nullptr};
+    KeySums sums;
     if (wanted_.prefix && slot.prefix >= 0) {
       sums = {w.grad_prefix_key, w.grad_prefix_value};
       if (slot.buffer >= 0) {
         float* buffer = prefix_buffer(kv_head, slot.buffer);
         sums = {buffer, buffer + p_.prefix_capacity * key_width_};
       }
-      fill_zero(sums.key, p_.prefix_capacity * key_width_);
-      fill_zero(sums.value, p_.prefix_capacity * value_width_);
     }
     for (int64_t i = slot.first_item; i < slot.last_item; ++i) {
       const Item* items = schedule_.items;
       const BackwardBlock next{items + i + 1, kv_head, i + 1 < slot.last_item ? items[i + 1].first_block * kLanes : 0};
       run_item(items[i], kv_head, i + 1 < slot.last_item ? &next : after, sums, w);
     }
+    fill_rest(sums, p_.prefix_capacity);
     if (sums.key != nullptr && slot.buffer < 0)
       write_prefix(slot.prefix, kv_head, 1, sums.key, sums.value, w.query_room, w.grad_out_room);
   }
 
-  void run_item(const Item& item, int64_t kv_head, const BackwardBlock* after, const KeySums& prefix_sums,
+  void run_item(const Item& item, int64_t kv_head, const BackwardBlock* after, KeySums& prefix_sums,
                 BackwardScratch<Arithmetic>& w) const {
     const Sequence& s = p_.sequences[item.sequence];
     const KeyList& list = lists_[item.sequence];
-    KeySums sums{nullptr, nullptr};
-    if (wanted_.keys) {
+    const int64_t rows = item.keys.end - item.keys.begin;
+    KeySums sums;
+    if (wanted_.keys && item.partial >= 0) {
+      sums = {partial_keys(kv_head) + item.partial * key_width_, partial_values(kv_head) + item.partial * value_width_};
+    } else if (wanted_.keys) {
       sums = {w.grad_key, w.grad_value};
-      if (item.partial >= 0)
-        sums = {partial_keys(kv_head) + item.partial * key_width_,
-                partial_values(kv_head) + item.partial * value_width_};
-      fill_zero(sums.key, (item.keys.end - item.keys.begin) * key_width_);
-      fill_zero(sums.value, (item.keys.end - item.keys.begin) * value_width_);
+      // Without padding, the rows of the sums are rows of the gradient.
+      if (list.position == nullptr) {
+        const Row place{s.batch, kv_head, s.key_start + item.keys.begin};
+        sums = {rows_or_room(p_.grad_key, place, p_.head_dim, key_width_, w.grad_key),
+                rows_or_room(p_.grad_value, place, p_.value_dim, value_width_, w.grad_value)};
+      }
     }
     for (int64_t block = item.first_block; block < item.last_block; ++block) {
       const bool last = block + 1 == item.last_block;
       const BackwardBlock place{&item, kv_head, block * kLanes}, next{&item, kv_head, (block + 1) * kLanes};
       backward_block(p_, wanted_, place, last ? after : &next, list, sums, prefix_sums, w);
     }
-    if (wanted_.keys && item.parts == 1) {
-      const float *key_sums = sums.key, *value_sums = sums.value;
-      write_key_gradient(p_.grad_key, s, list, &item, &key_sums, 1, kv_head, 0, s.key_length, p_.head_dim, key_width_,
-                         p_.scale, w.query_room);
-      write_key_gradient(p_.grad_value, s, list, &item, &value_sums, 1, kv_head, 0, s.key_length, p_.value_dim,
-                         value_width_, 1.0f, w.grad_out_room);
-    }
+    fill_rest(sums, rows);
+    if (!wanted_.keys || item.parts > 1) return;
+    finish_keys(p_.grad_key, s, list, item, sums.key, w.grad_key, kv_head, p_.head_dim, key_width_, w.query_room);
+    finish_keys(p_.grad_value, s, list, item, sums.value, w.grad_value, kv_head, p_.value_dim, value_width_,
+                w.grad_out_room);
+  }
+
+  // The whole gradient of the keys (or values) of one item and one head, from sums that are in place or in `room`.
+  static void finish_keys(const View& to, const Sequence& s, const KeyList& list, const Item& item, const float* sums,
+                          const float* room, int64_t kv_head, int64_t count, int64_t width, float* row) {
+    auto write = [&](int64_t first, int64_t last) {
+      write_key_gradient(to, s, list, &item, &sums, 1, kv_head, first, last, count, width, row);
+    };
+    if (sums == room) return write(0, s.key_length);
+    write(0, item.keys.begin);
+    write(item.keys.end, s.key_length);
+  }
+
+  // Zeros in the rows that nothing was written to.
+  void fill_rest(const KeySums& sums, int64_t rows) const {
+    if (sums.key == nullptr) return;
+    fill_zero(sums.key + sums.written * key_width_, (rows - sums.written) * key_width_);
+    fill_zero(sums.value + sums.written * value_width_, (rows - sums.written) * value_width_);
   }
 
   void write_prefix(int64_t prefix, int64_t kv_head, int64_t buffers, const float* keys, const float* values,
                     float* key_row, float* value_row) const {
     const int64_t rows = p_.prefix_capacity, place = (prefix * p_.num_kv_heads + kv_head) * rows;
     write_prefix_gradient(p_.grad_prefix_key + place * p_.head_dim, keys, prefix_size_, buffers, rows, p_.head_dim,
-                          key_width_, p_.scale, key_row);
+                          key_width_, key_row);
     write_prefix_gradient(p_.grad_prefix_value + place * p_.value_dim, values, prefix_size_, buffers, rows,
-                          p_.value_dim, value_width_, 1.0f, value_row);
+                          p_.value_dim, value_width_, value_row);
   }
 
   // Sequences that were cut into parts: stretches of keys in parallel, parts added in order.
@@ -127,10 +146,10 @@ class BackwardPass {
         auto* sums = carve.take<const float*>(parts);
         for (int64_t n = 0; n < parts; ++n) sums[n] = partial_keys(kv_head) + items[n].partial * key_width_;
         write_key_gradient(p_.grad_key, s, lists_[items->sequence], items, sums, parts, kv_head, first, last,
-                           p_.head_dim, key_width_, p_.scale, row);
+                           p_.head_dim, key_width_, row);
         for (int64_t n = 0; n < parts; ++n) sums[n] = partial_values(kv_head) + items[n].partial * value_width_;
         write_key_gradient(p_.grad_value, s, lists_[items->sequence], items, sums, parts, kv_head, first, last,
-                           p_.value_dim, value_width_, 1.0f, row);
+                           p_.value_dim, value_width_, row);
       };
       Carver measure;
       measure.take<float>(max(key_width_, value_width_));

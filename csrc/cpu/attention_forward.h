@@ -57,8 +57,8 @@ struct ForwardScratch {
 template <class Arithmetic>
 static void begin_block(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const QueryBlock& block,
                         const float* sinks) {
-  load_rows<Arithmetic>(w.rows, w.key_steps, p.query, block, p.head_dim);
-  transpose_query<Arithmetic>(w.query, w.rows, w.key_steps, p, block.lanes);
+  const auto rows = load_rows<Arithmetic>(w.rows, w.key_steps, p.query, block, p.head_dim);
+  transpose_query<Arithmetic>(w.query, rows, w.key_steps, p, block.lanes);
   for (int i = 0; i < kLanes; ++i) {
     // A sink is a key without a value: it only opens the denominator.
     const float sink = sinks != nullptr && i < block.rows ? sinks[block.row[i].head] * kLog2e : -kInfinity;
@@ -211,7 +211,6 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   QueryBlock block;
   fill_block(block, p, s, kv_head, first_row);
   begin_block(w, p, block, p.sinks);
-  w.ahead.add_block(p.out, p, s, kv_head, first_row, p.value_dim);
 
   const KeyList prefix{nullptr, prefix_of(s) >= 0 ? s.prefix_length : 0};
   absorb_prefix(w, p, s.prefix, kv_head, prefix, {0, prefix.count}, block.lanes);

@@ -77,7 +77,7 @@ static void dots(float* scores, const float* query, int rows, int64_t width, con
       const int count = min(kDotRows, rows - r);
       Vec partial[kDotRows][kWidth];
       for (int j = 0; j < kWidth; j += kDotKeys) {
-        ahead.step<64>();
+        ahead.step(64);
         switch (count) {
           case 1: partial_dots<1>(partial, query + r * width, width, key, j); break;
           case 2: partial_dots<2>(partial, query + r * width, width, key, j); break;

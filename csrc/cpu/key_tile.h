@@ -13,7 +13,7 @@
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-constexpr int kKeys = 64;
+constexpr int kKeys = 128;
 
 struct Rectangle {
   int first, last;  // keys of the tile
@@ -60,22 +60,21 @@ static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Seque
                           int64_t slot, int keys, int64_t first_row, int lanes, int step) {
   const int64_t group = p.num_heads / p.num_kv_heads, shift = s.key_length - s.query_length;
   plan_whole(plan, keys, lanes);
-  auto lane_of = [&](int64_t token) {
-    return static_cast<int>(min<int64_t>(max<int64_t>(token * group - first_row, 0), lanes));
-  };
-  auto first_lane = [&](int i) { return p.causal ? lane_of(list[slot + i] - shift) : 0; };
-  auto last_lane = [&](int i) {
-    return p.sliding_window > 0 ? lane_of(list[slot + i] - shift + p.sliding_window) : lanes;
-  };
-  if (keys == 0 || (first_lane(keys - 1) == 0 && last_lane(0) == lanes)) return;
+  if (keys == 0) return;
+  // The lane whose query stands where key i does, of a block that had all lanes.
+  auto lane_of = [&](int i) { return (list[slot + i] - shift) * group - first_row; };
+  const int64_t window = min(p.sliding_window, s.key_length + s.query_length) * group;  // as many lanes
+  const bool cut_below = p.causal && lane_of(keys - 1) > 0, cut_above = window > 0 && lane_of(0) + window < lanes;
+  if (!cut_below && !cut_above) return;
+  auto clamped = [&](int64_t lane) { return static_cast<int>(min<int64_t>(max<int64_t>(lane, 0), lanes)); };
+  for (int i = 0; i < keys; ++i) plan.first_lane[i] = cut_below ? clamped(lane_of(i)) : 0;
+  for (int i = 0; i < keys; ++i) plan.last_lane[i] = cut_above ? clamped(lane_of(i) + window) : lanes;
   plan.partial = true;
   plan.num_runs = 0;
   for (int i = 0; i < keys; i += step) {
     int begin = lanes, end = 0;
     const int stop = min(i + step, keys);
     for (int n = i; n < stop; ++n) {
-      plan.first_lane[n] = first_lane(n);
-      plan.last_lane[n] = last_lane(n);
       if (plan.first_lane[n] >= plan.last_lane[n]) continue;
       begin = min(begin, plan.first_lane[n] / kLaneStep * kLaneStep);
       end = max(end, static_cast<int>(round_up(plan.last_lane[n], kLaneStep)));
@@ -109,13 +108,6 @@ static void load_keys(float* to, int64_t width, const ConstView& view, int64_t b
     case DType::f16: return load_keys<DType::f16>(to, width, from, stride, list, slot, keys, count);
   }
 }
-
-// A tile of keys or values: rows of elements, `stride` apart.
-template <class Element>
-struct TileRows {
-  const Element* data;
-  int64_t stride;
-};
 
 // In place if rows are whole vectors of float32, else packed into `room` [keys x width].
 static TileRows<float> tile_rows(float* room, int64_t width, const ConstView& view, int64_t batch, int64_t head,

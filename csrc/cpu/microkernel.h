@@ -23,7 +23,7 @@ enum class ALayout { rows, columns };
 template <class Arithmetic, ALayout layout, int rows, int vectors>
 static void multiply_block(int64_t K, const typename Arithmetic::Element* a, int64_t a_stride,
                            const typename Arithmetic::Element* b, int64_t b_stride, float* c, int64_t c_stride,
-                           bool accumulate) {
+                           bool accumulate, Lines ahead) {
   Vec sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
@@ -33,6 +33,7 @@ static void multiply_block(int64_t K, const typename Arithmetic::Element* a, int
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) a_row[i] = a + i * a_stride;
   for (int64_t k = 0; k < K; ++k) {
+    ahead.ask();
     typename Arithmetic::Vector b_row[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) b_row[j] = Arithmetic::load_elements(b + k * b_stride + j * kWidth);
@@ -50,7 +51,7 @@ static void multiply_block(int64_t K, const typename Arithmetic::Element* a, int
 }
 
 template <class Element>
-using MultiplyBlock = void (*)(int64_t, const Element*, int64_t, const Element*, int64_t, float*, int64_t, bool);
+using MultiplyBlock = void (*)(int64_t, const Element*, int64_t, const Element*, int64_t, float*, int64_t, bool, Lines);
 
 template <class Arithmetic, ALayout layout, int rows, int vectors>
 constexpr MultiplyBlock<typename Arithmetic::Element> block_if_it_fits() {
@@ -86,8 +87,7 @@ static void multiply(int64_t M, int64_t N, int64_t K, const typename Arithmetic:
       const int64_t end = M * (r + 1) / blocks;
       multiply_blocks<Arithmetic, layout>[end - i - 1][last - first - 1](
           K, a + (layout == ALayout::rows ? i* a_stride : i), a_stride, b + j, b_stride, c + i* c_stride + j, c_stride,
-          accumulate);
-      ahead.step<24>();
+          accumulate, ahead.take(K));
       i = end;
     }
     first = last;

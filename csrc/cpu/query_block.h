@@ -19,6 +19,13 @@ constexpr int kLaneStride = kWidth == 16 ? kLanes : kLanes + 16;
 // Lanes come and go in steps of this many: what one pass of the microkernel covers, 16 at most.
 constexpr int kLaneStep = kWidth == 16 ? 16 : 2 * kWidth;
 
+// Rows of elements, `stride` apart.
+template <class Element>
+struct TileRows {
+  const Element* data;
+  int64_t stride;
+};
+
 struct Row {
   int64_t batch, head, token;  // indices into the query tensor
 };
@@ -71,36 +78,43 @@ static void load_rows(Element* to, int64_t width, const ConstView& from, const Q
                      static_cast<size_t>((block.lanes - block.rows) * width) * sizeof(Element));
 }
 
-// to[lanes x width elements]: each row's `count` numbers, zeros up to `width` and in lanes without a row.
+// The block's `count` numbers a row, zeros up to `width` elements and in lanes without a row: where they lie if they
+// are float32 rows of one head side by side and there is one for every lane, else in `room` [lanes x width elements].
 template <class Arithmetic, class Element = typename Arithmetic::Element>
-static void load_rows(Element* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
+static TileRows<Element> load_rows(Element* room, int64_t width, const ConstView& from, const QueryBlock& block,
+                                   int64_t count) {
+  if constexpr (Arithmetic::kPack == 1)
+    if (from.dtype == DType::f32 && count == width && from.stride[2] == width && block.rows == block.lanes &&
+        block.rows > 1 && block.row[0].head == block.row[1].head)
+      return {static_cast<const float*>(from.data) + row_offset(from.stride, block.row[0]), width};
   switch (from.dtype) {
-    case DType::f32: return load_rows<Arithmetic, DType::f32>(to, width, from, block, count);
-    case DType::bf16: return load_rows<Arithmetic, DType::bf16>(to, width, from, block, count);
-    case DType::f16: return load_rows<Arithmetic, DType::f16>(to, width, from, block, count);
+    case DType::f32: load_rows<Arithmetic, DType::f32>(room, width, from, block, count); break;
+    case DType::bf16: load_rows<Arithmetic, DType::bf16>(room, width, from, block, count); break;
+    case DType::f16: load_rows<Arithmetic, DType::f16>(room, width, from, block, count); break;
   }
+  return {room, width};
 }
 
-// Row i multiplied by factor[i].
+// Row i multiplied by factor[i], if that is not null.
 static void store_rows(const View& to, const QueryBlock& block, const float* from, int64_t width, int64_t count,
                        const float* factor) {
   char* data = static_cast<char*>(to.data);
   for (int i = 0; i < block.rows; ++i)
     store_row(data + row_offset(to.stride, block.row[i]) * size_of(to.dtype), to.dtype, from + i * width, count,
-              factor[i]);
+              factor != nullptr ? factor[i] : 1.0f);
 }
 
 // to[lane] = sum of a[lane][:] * b[lane][:] over `width` elements.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
-static void row_dots(float* to, const Element* a, const Element* b, int64_t width, int lanes) {
+static void row_dots(float* to, const TileRows<Element>& a, const TileRows<Element>& b, int64_t width, int lanes) {
   for (int i = 0; i < lanes; i += kWidth) {
     Vec partial[kWidth];
     for (int k = 0; k < kWidth; ++k) {
-      const int64_t row = (i + k) * width;
+      const Element *a_row = a.data + (i + k) * a.stride, *b_row = b.data + (i + k) * b.stride;
       Vec total{};
       for (int64_t d = 0; d < width; d += kWidth)
-        total = Arithmetic::multiply_add(total, Arithmetic::load_elements(a + row + d),
-                                         Arithmetic::load_elements(b + row + d));
+        total =
+            Arithmetic::multiply_add(total, Arithmetic::load_elements(a_row + d), Arithmetic::load_elements(b_row + d));
       partial[k] = total;
     }
     store(to + i, sum_rows(partial));

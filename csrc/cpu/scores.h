@@ -11,13 +11,14 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 // What the products of queries and keys are multiplied by.
 inline float query_factor(const AttentionProblem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e; }
 
-// to[width x kLaneStride]: the rows [lanes x width elements] of a block of queries transposed, and scaled if that is
-// where the arithmetic scales.
+// to[width x kLaneStride]: `lanes` rows of queries, `width` elements each, transposed, and scaled if that is where the
+// arithmetic scales.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
-static void transpose_query(Element* to, const Element* rows, int64_t width, const AttentionProblem& p, int lanes) {
+static void transpose_query(Element* to, const TileRows<Element>& rows, int64_t width, const AttentionProblem& p,
+                            int lanes) {
   const Vec factor = splat(query_factor(p));
-  transpose(reinterpret_cast<float*>(to), kLaneStride, reinterpret_cast<const float*>(rows), width, lanes, width,
-            Arithmetic::kScalesQuery ? &factor : nullptr);
+  transpose(reinterpret_cast<float*>(to), kLaneStride, reinterpret_cast<const float*>(rows.data), rows.stride, lanes,
+            width, Arithmetic::kScalesQuery ? &factor : nullptr);
 }
 
 // Additive masks at or below this hide the key: libraries write "minus infinity" as the lowest
