@@ -39,6 +39,13 @@ struct QueryBlock {
     row[rows++] = r;
     lanes = static_cast<int>(round_up(rows, kLaneStep));
   }
+
+  // Whether its rows are consecutive tokens of one head (decode puts rows of several sequences into one block).
+  bool consecutive() const {
+    for (int i = 1; i < rows; ++i)
+      if (row[i].batch != row[0].batch || row[i].head != row[0].head || row[i].token != row[0].token + i) return false;
+    return true;
+  }
 };
 
 // Rows [first, first + kLanes) of one sequence and one key/value head, as many as there are.
@@ -85,7 +92,7 @@ static TileRows<Element> load_rows(Element* room, int64_t width, const ConstView
                                    int64_t count) {
   if constexpr (Arithmetic::kPack == 1)
     if (from.dtype == DType::f32 && count == width && from.stride[2] == width && block.rows == block.lanes &&
-        block.rows > 1 && block.row[0].head == block.row[1].head)
+        block.rows > 0 && block.consecutive())
       return {static_cast<const float*>(from.data) + row_offset(from.stride, block.row[0]), width};
   switch (from.dtype) {
     case DType::f32: load_rows<Arithmetic, DType::f32>(room, width, from, block, count); break;
