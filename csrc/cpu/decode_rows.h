@@ -135,7 +135,7 @@ static void absorb_row(DecodeScratch& w, int row, int keys) {
 // may see of them, or null: everything.
 static void decode_rows(DecodeScratch& w, const AttentionProblem& p, const QueryBlock& block, const KeySource& from,
                         SlotRange range, const SlotRange* visible) {
-  load_rows<Float32>(w.query, w.key_width, p.query, block, p.head_dim);
+  pack_rows<Float32>(w.query, w.key_width, p.query, block, p.head_dim);
   for (int64_t i = 0; i < block.rows * w.key_width; i += kWidth)
     store(w.query + i, load(w.query + i) * query_factor(p));
   for (int64_t i = 0; i < block.rows * w.value_width; i += kWidth) store(w.out + i, Vec{});

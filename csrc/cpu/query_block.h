@@ -75,7 +75,7 @@ PREFIXCORE_INLINE int64_t row_offset(const int64_t (&stride)[3], const Row& r) {
 }
 
 template <class Arithmetic, DType dtype, class Element>
-static void load_rows(Element* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
+static void pack_rows(Element* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
   const char* data = static_cast<const char*>(from.data);
   for (int i = 0; i < block.rows; ++i)
     Arithmetic::template load_row_elements<dtype>(
@@ -85,8 +85,18 @@ static void load_rows(Element* to, int64_t width, const ConstView& from, const Q
                      static_cast<size_t>((block.lanes - block.rows) * width) * sizeof(Element));
 }
 
-// The block's `count` numbers a row, zeros up to `width` elements and in lanes without a row: where they lie if they
-// are float32 rows of one head side by side and there is one for every lane, else in `room` [lanes x width elements].
+// to[lanes x width elements]: each row's `count` numbers, zeros up to `width` and in lanes without a row.
+template <class Arithmetic, class Element = typename Arithmetic::Element>
+static void pack_rows(Element* to, int64_t width, const ConstView& from, const QueryBlock& block, int64_t count) {
+  switch (from.dtype) {
+    case DType::f32: return pack_rows<Arithmetic, DType::f32>(to, width, from, block, count);
+    case DType::bf16: return pack_rows<Arithmetic, DType::bf16>(to, width, from, block, count);
+    case DType::f16: return pack_rows<Arithmetic, DType::f16>(to, width, from, block, count);
+  }
+}
+
+// The same rows to be read only: where they lie if they are float32 rows of one head side by side and there is one for
+// every lane, else packed into `room`.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
 static TileRows<Element> load_rows(Element* room, int64_t width, const ConstView& from, const QueryBlock& block,
                                    int64_t count) {
@@ -94,11 +104,7 @@ static TileRows<Element> load_rows(Element* room, int64_t width, const ConstView
     if (from.dtype == DType::f32 && count == width && from.stride[2] == width && block.rows == block.lanes &&
         block.rows > 0 && block.consecutive())
       return {static_cast<const float*>(from.data) + row_offset(from.stride, block.row[0]), width};
-  switch (from.dtype) {
-    case DType::f32: load_rows<Arithmetic, DType::f32>(room, width, from, block, count); break;
-    case DType::bf16: load_rows<Arithmetic, DType::bf16>(room, width, from, block, count); break;
-    case DType::f16: load_rows<Arithmetic, DType::f16>(room, width, from, block, count); break;
-  }
+  pack_rows<Arithmetic>(room, width, from, block, count);
   return {room, width};
 }
 

@@ -30,7 +30,7 @@ def test_head_dims(isa: str, D: int, Dv: int, dtype: torch.dtype) -> None:
     check(Problem(B=1, T=70, P=20, H=2, Hkv=1, D=D, Dv=Dv, dtype=dtype, heads_last=True))
 
 
-@pytest.mark.parametrize(("B", "T", "H"), [(16, 1, 2), (4, 4, 2), (2, 8, 2), (8, 8, 4), (2, 64, 2)])
+@pytest.mark.parametrize(("B", "T", "H"), [(16, 1, 2), (4, 4, 2), (2, 8, 2), (2, 16, 2), (8, 8, 4), (2, 64, 2)])
 def test_rows_that_fill_every_lane(isa: str, B: int, T: int, H: int) -> None:
     """Blocks of whole registers: of one sequence they are read where they lie, of several they must not be."""
     check(Problem(B=B, T=T, H=H, Hkv=2, P=20, D=64))
