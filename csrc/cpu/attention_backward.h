@@ -8,7 +8,7 @@
 #pragma once
 
 #include "backward_schedule.h"
-#include "bfloat16_pairs.h"
+#include "bfloat16_tiles.h"
 #include "float32.h"
 #include "microkernel.h"
 #include "scores.h"
@@ -139,12 +139,12 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
     const Rectangle& run = plan.run[n];
     const int64_t height = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin;
-    multiply<Arithmetic, ALayout::rows>(height, lanes, ceil_div(p.head_dim, kPack), w.k.data + run.first * w.k.stride,
+    multiply<Arithmetic, ALayout::rows>(height, lanes, depth<Arithmetic>(p.head_dim), w.k.data + run.first * w.k.stride,
                                         w.k.stride, w.query + run.begin, kLaneStride, w.probability + place,
                                         kLaneStride, false, w.ahead);
-    multiply<Arithmetic, ALayout::rows>(height, lanes, ceil_div(p.value_dim, kPack), w.v.data + run.first * w.v.stride,
-                                        w.v.stride, w.grad_out + run.begin, kLaneStride, w.grad_score + place,
-                                        kLaneStride, false, w.ahead);
+    multiply<Arithmetic, ALayout::rows>(height, lanes, depth<Arithmetic>(p.value_dim),
+                                        w.v.data + run.first * w.v.stride, w.v.stride, w.grad_out + run.begin,
+                                        kLaneStride, w.grad_score + place, kLaneStride, false, w.ahead);
   }
   const bool capped = p.softcap > 0;
   const float factor = finish_scores<Arithmetic>(p, plan, w.probability, w.slope, mask);
@@ -156,9 +156,10 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
   Element* grad_score_columns = kPack > 1 ? w.grad_score_columns : grad_score_rows;
   for (int n = 0; n < plan.num_runs; ++n) {
     const Rectangle& run = plan.run[n];
+    const int end = run.first + kPack * static_cast<int>(depth<Arithmetic>(run.last - run.first));
     for (int l = run.begin; l < run.end; l += kWidth) {
       const Vec lse = load(w.lse + l), delta = load(w.delta + l);
-      for (int i = run.first; i < run.last; i += kPack) {
+      for (int i = run.first; i < end; i += kPack) {
         Vec probability[kPack] = {}, grad[kPack] = {};
         for (int k = 0; k < kPack && i + k < run.last; ++k) {
           const int64_t place = (i + k) * kLaneStride + l;
@@ -181,7 +182,7 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
     const int64_t step = strip.first / kPack;
     if (first) fill_zero(w.grad_query + lane * w.key_width, (strip.begin - lane) * w.key_width);
     lane = min(strip.end, rows);
-    multiply<Arithmetic, ALayout::columns>(lane - strip.begin, w.key_width, ceil_div(strip.last - strip.first, kPack),
+    multiply<Arithmetic, ALayout::columns>(lane - strip.begin, w.key_width, depth<Arithmetic>(strip.last - strip.first),
                                            grad_score_columns + step * kLaneStride + strip.begin, kLaneStride,
                                            w.k_columns.data + step * w.k_columns.stride, w.k_columns.stride,
                                            w.grad_query + strip.begin * w.key_width, w.key_width, !first, w.ahead);
@@ -249,7 +250,7 @@ static void backward_block(const AttentionBackward& p, const Wanted& wanted, con
   const Sequence& s = p.sequences[item.sequence];
   const int64_t group = p.num_heads / p.num_kv_heads, kv_head = place.kv_head, first_row = place.first_row;
   QueryBlock block;
-  fill_block(block, p, s, kv_head, first_row);
+  fill_block<Arithmetic>(block, p, s, kv_head, first_row);
   begin_block(w, p, block);
   SlotRange range{0, 0};
   if (wanted.query || wanted.keys)
@@ -273,7 +274,7 @@ static void backward_block(const AttentionBackward& p, const Wanted& wanted, con
     load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys, wanted.query);
     ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
     if (slot + kKeys >= range.end && next != nullptr) ask_for_block(w.ahead, p, *next);
-    plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes, Arithmetic::kPack);
+    plan_sequence<Arithmetic>(w.plan, p, s, list, slot, keys, first_row, block.lanes);
     const bool masked = p.mask.kind != Mask::Kind::none;
     if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
     const int64_t row = slot - item.keys.begin;

@@ -39,7 +39,7 @@ class BackwardPass {
                turn.next >= 0 ? &after : nullptr, scratch);
     };
     if (wanted_.query || wanted_.keys || wanted_.prefix)
-      for_each_unit(parallel, schedule_.num_slots * heads, measure.used(), work);
+      for_each_unit<typename Arithmetic::Registers>(parallel, schedule_.num_slots * heads, measure.used(), work);
     if (schedule_.partial_rows > 0) reduce_keys(parallel);
     if (wanted_.prefix) reduce_prefixes(parallel);
   }

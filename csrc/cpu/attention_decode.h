@@ -150,7 +150,7 @@ class DecodePass {
         if (place < 0 || place >= kLanes) continue;
         const Sequence& s = p_.sequences[*i];
         owner[place] = {*i, r};
-        block.add({s.batch, unit.kv_head * group_ + r % group_, s.query_start + r / group_});
+        block.add({s.batch, unit.kv_head * group_ + r % group_, s.query_start + r / group_}, lane_step<Float32>);
       }
   }
 
@@ -188,7 +188,7 @@ class DecodePass {
     const Plan& plan = plans_[unit.sequence];
     const KeyList& list = lists_[unit.sequence];
     QueryBlock block;
-    fill_block(block, p_, s, unit.kv_head, 0);
+    fill_block<Float32>(block, p_, s, unit.kv_head, 0);
     SlotRange visible[kDecodeRows];
     for (int r = 0; r < block.rows; ++r) visible[r] = visible_slots(p_, s, list, r / group_, r / group_);
     const KeySource keys{&p_.key,
@@ -214,7 +214,7 @@ class DecodePass {
   // All parts of one sequence's rows become outputs and log-sum-exps.
   void merge_rows(int64_t sequence, int64_t kv_head, float* out) const {
     QueryBlock block;
-    fill_block(block, p_, p_.sequences[sequence], kv_head, 0);
+    fill_block<Float32>(block, p_, p_.sequences[sequence], kv_head, 0);
     const int64_t parts = plans_[sequence].parts;
     for (int r = 0; r < block.rows; ++r) {
       const Row& row = block.row[r];

@@ -6,7 +6,7 @@
 // The prefix is nothing but more keys: one pass, one softmax, no copy of it per row of the batch.
 #pragma once
 
-#include "bfloat16_pairs.h"
+#include "bfloat16_tiles.h"
 #include "float32.h"
 #include "microkernel.h"
 #include "prefix_groups.h"
@@ -101,7 +101,8 @@ PREFIXCORE_INLINE void absorb_scores(ForwardScratch<Arithmetic>& w, const Rectan
     if (!first) scale_rows(w.out + lane * w.value_width, w.value_width, shrink);
     store(w.maximum + lane, after);
   }
-  for (int i = keys.first; i < keys.last; i += kPack) {
+  const int end = keys.first + kPack * static_cast<int>(depth<Arithmetic>(keys.last - keys.first));
+  for (int i = keys.first; i < end; i += kPack) {
     Vec probability[kPack];
     for (int n = 0; n < kPack; ++n) {
       probability[n] = i + n < keys.last
@@ -124,7 +125,7 @@ static void absorb_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p
   const TilePlan& plan = w.plan;
   for (int n = 0; n < plan.num_runs; ++n) {
     const Rectangle& run = plan.run[n];
-    multiply<Arithmetic, ALayout::rows>(run.last - run.first, run.end - run.begin, ceil_div(p.head_dim, kPack),
+    multiply<Arithmetic, ALayout::rows>(run.last - run.first, run.end - run.begin, depth<Arithmetic>(p.head_dim),
                                         w.k.data + run.first * w.k.stride, w.k.stride, w.query + run.begin, kLaneStride,
                                         w.scores + run.first * kLaneStride + run.begin, kLaneStride, false, w.ahead);
   }
@@ -136,7 +137,7 @@ static void absorb_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p
     for (int l = strip.begin; l < strip.end; l += kWidth) absorb_scores(w, strip, l, factor, first);
     if (first) zero_rows(w, lane, strip.begin);
     multiply<Arithmetic, ALayout::columns>(
-        strip.end - strip.begin, w.value_width, ceil_div(strip.last - strip.first, kPack),
+        strip.end - strip.begin, w.value_width, depth<Arithmetic>(strip.last - strip.first),
         reinterpret_cast<const Element*>(w.scores + strip.first * kLaneStride + strip.begin), kPack * kLaneStride,
         w.v.data + strip.first / kPack * w.v.stride, w.v.stride, w.out + strip.begin * w.value_width, w.value_width,
         !first, w.ahead);
@@ -209,7 +210,7 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   const int64_t kv_head = unit.kv_head, first_row = unit.first_row;
   const SlotRange range = unit.range;
   QueryBlock block;
-  fill_block(block, p, s, kv_head, first_row);
+  fill_block<Arithmetic>(block, p, s, kv_head, first_row);
   begin_block(w, p, block, p.sinks);
 
   const KeyList prefix{nullptr, prefix_of(s) >= 0 ? s.prefix_length : 0};
@@ -224,7 +225,7 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
       if (!next.follows(unit, p))
         ask_for_keys(w.ahead, p, *next.sequence, *next.keys, next.kv_head, next.range.begin, next.range.end);
     }
-    plan_sequence(w.plan, p, s, list, slot, keys, first_row, block.lanes, Arithmetic::kPack);
+    plan_sequence<Arithmetic>(w.plan, p, s, list, slot, keys, first_row, block.lanes);
     const bool masked = p.mask.kind != Mask::Kind::none;
     if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
     absorb_tile(w, p, block.lanes, masked ? w.mask : nullptr, first);
@@ -266,7 +267,7 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
     forward_block(p, unit_at(turn.unit), maybe_at(turn.previous), maybe_at(turn.next), scratch);
   };
   // Blocks of one head read the same keys.
-  for_each_unit(parallel, start[p.num_sequences], measure.used(), work, 4);
+  for_each_unit<typename Arithmetic::Registers>(parallel, start[p.num_sequences], measure.used(), work, 4);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -19,10 +19,12 @@ struct Bfloat16Pair {
 };
 
 struct Bfloat16Pairs {
+  struct Registers {};
   using Element = Bfloat16Pair;
   typedef uint32_t Vector __attribute__((vector_size(64)));
   typedef uint16_t Rounded __attribute__((vector_size(64)));  // kWidth numbers of one row, then of the next
   static constexpr int kPack = 2;
+  static constexpr int kDepth = 1;
   static constexpr float kSlack = 8.0f;  // probabilities up to 2^8 lose nothing in a floating-point format
   static constexpr bool kScalesQuery = false;
 

@@ -1,8 +1,9 @@
 // Arithmetic in float32, on every machine: an element of a product is one number.
 //
 // An arithmetic is what the attention loops are templates over. It says what one step along k of a product reads
-// from A and B (an element: kPack numbers of k), and how matrices get into the two forms that products want:
-// *rows* (elements run along a row) and *columns* (an element holds kPack rows at one column).
+// from A and B (an element: kPack numbers of k), how many of them a product takes at least (kDepth), and how matrices
+// get into the two forms that products want: *rows* (elements run along a row) and *columns* (an element holds kPack
+// rows at one column).
 #pragma once
 
 #include "key_tile.h"
@@ -10,10 +11,12 @@
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 struct Float32 {
+  struct Registers {};  // what a thread holds while it computes
   using Element = float;
   using Vector = Vec;  // kWidth elements
   using Rounded = Vec;
   static constexpr int kPack = 1;
+  static constexpr int kDepth = 1;
   // How far (in powers of two) a score may exceed the running maximum before the sums are rescaled.
   static constexpr float kSlack = 0.0f;
   // Whether queries are scaled before the product with the keys, or the product is, after it.

@@ -1,5 +1,13 @@
 #include "isa.h"
 
+#ifdef PREFIXCORE_X86
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +23,7 @@ extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx;
 #endif
 
 namespace {
@@ -24,7 +33,22 @@ struct Candidate {
   bool runnable;
 };
 
-constexpr int kMostCandidates = 4;
+constexpr int kMostCandidates = 5;
+
+#ifdef PREFIXCORE_X86
+// Whether the CPU multiplies tiles of bfloat16, and Linux lets this process use their registers once it has asked.
+bool may_use_tiles() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBfloat16) || !(d & kTiles)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
 int candidates(Candidate (&list)[kMostCandidates]) {
@@ -34,8 +58,12 @@ int candidates(Candidate (&list)[kMostCandidates]) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  list[count++] = {&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
+  const Candidate pairs{&kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")};
+  const bool slow_pairs = __builtin_cpu_is("intel");  // as many numbers a second as in float32, and less else
+  list[count++] = {&kernels_amx, pairs.runnable && may_use_tiles()};
+  if (!slow_pairs) list[count++] = pairs;
   list[count++] = {&kernels_avx512, avx512};
+  if (slow_pairs) list[count++] = pairs;
   list[count++] = {&kernels_avx2, avx2};
 #endif
   list[count++] = {&kernels_baseline, true};

@@ -10,7 +10,7 @@
 namespace prefixcore::cpu {
 
 struct Kernels {
-  const char* isa;  // "baseline", "avx2", "avx512" or "avx512_bf16"
+  const char* isa;  // "baseline", "avx2", "avx512", "avx512_bf16" or "amx"
   AttentionKernels attention;
   EmbeddingKernels embedding;
 };

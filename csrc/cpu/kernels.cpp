@@ -1,5 +1,5 @@
 // All CPU kernels, compiled once for each instruction set with
-//   -DPREFIXCORE_ISA=baseline | avx2 | avx512 | avx512_bf16
+//   -DPREFIXCORE_ISA=baseline | avx2 | avx512 | avx512_bf16 | amx
 // and that set's flags. Everything but the table below has internal linkage or lives in a namespace
 // named after the instruction set.
 #include "attention_backward_pass.h"
@@ -22,7 +22,12 @@ template <class Problem, class Use>
 static void with_arithmetic(const Problem& p, [[maybe_unused]] const Parallel& parallel, Use use) {
 #if defined(__AVX512BF16__)
   const bool bf16 = p.query.dtype == DType::bf16 && p.key.dtype == DType::bf16 && p.value.dtype == DType::bf16;
-  if (bf16 && !DecodePass::fits(p)) return use(RoundedPrefix(p, parallel).problem(), Bfloat16Pairs{});
+#if defined(__AMX_BF16__)
+  using Bfloat16 = Bfloat16Tiles;
+#else
+  using Bfloat16 = Bfloat16Pairs;
+#endif
+  if (bf16 && !DecodePass::fits(p)) return use(RoundedPrefix(p, parallel).problem(), Bfloat16{});
 #endif
   use(p, Float32{});
 }

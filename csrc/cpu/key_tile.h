@@ -17,7 +17,7 @@ constexpr int kKeys = 128;
 
 struct Rectangle {
   int first, last;  // keys of the tile
-  int begin, end;   // lanes, multiples of kLaneStep
+  int begin, end;   // lanes, whole steps
 };
 
 struct TilePlan {
@@ -35,9 +35,11 @@ static void plan_whole(TilePlan& plan, int keys, int lanes) {
 }
 
 // The strips of a plan that has its runs. Keys are in order, so those that a lane sees follow each other.
+template <class Arithmetic>
 static void plan_strips(TilePlan& plan, int lanes) {
+  constexpr int kStep = lane_step<Arithmetic>;
   plan.num_strips = 0;
-  for (int lane = 0; lane < lanes; lane += kLaneStep) {
+  for (int lane = 0; lane < lanes; lane += kStep) {
     int first = kKeys, last = 0;
     for (int n = 0; n < plan.num_runs; ++n) {
       const Rectangle& run = plan.run[n];
@@ -48,16 +50,18 @@ static void plan_strips(TilePlan& plan, int lanes) {
     if (first >= last) continue;
     Rectangle* before = plan.num_strips > 0 ? &plan.strip[plan.num_strips - 1] : nullptr;
     if (before != nullptr && before->end == lane && before->first == first && before->last == last)
-      before->end += kLaneStep;
+      before->end += kStep;
     else
-      plan.strip[plan.num_strips++] = {first, last, lane, lane + kLaneStep};
+      plan.strip[plan.num_strips++] = {first, last, lane, lane + kStep};
   }
 }
 
 // `first_row`: the row of the sequence that lane 0 holds; the tile's keys are slots `slot` and on. Runs begin at
-// multiples of `step` keys, and end at one or with the tile.
+// whole steps of keys, and end at one or with the tile.
+template <class Arithmetic>
 static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Sequence& s, const KeyList& list,
-                          int64_t slot, int keys, int64_t first_row, int lanes, int step) {
+                          int64_t slot, int keys, int64_t first_row, int lanes) {
+  constexpr int kKeyStep = key_step<Arithmetic>, kStep = lane_step<Arithmetic>;
   const int64_t group = p.num_heads / p.num_kv_heads, shift = s.key_length - s.query_length;
   plan_whole(plan, keys, lanes);
   if (keys == 0) return;
@@ -71,13 +75,13 @@ static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Seque
   for (int i = 0; i < keys; ++i) plan.last_lane[i] = cut_above ? clamped(lane_of(i) + window) : lanes;
   plan.partial = true;
   plan.num_runs = 0;
-  for (int i = 0; i < keys; i += step) {
+  for (int i = 0; i < keys; i += kKeyStep) {
     int begin = lanes, end = 0;
-    const int stop = min(i + step, keys);
+    const int stop = min(i + kKeyStep, keys);
     for (int n = i; n < stop; ++n) {
       if (plan.first_lane[n] >= plan.last_lane[n]) continue;
-      begin = min(begin, plan.first_lane[n] / kLaneStep * kLaneStep);
-      end = max(end, static_cast<int>(round_up(plan.last_lane[n], kLaneStep)));
+      begin = min(begin, plan.first_lane[n] / kStep * kStep);
+      end = max(end, static_cast<int>(round_up(plan.last_lane[n], kStep)));
     }
     if (begin >= end) continue;
     Rectangle* last = plan.num_runs > 0 ? &plan.run[plan.num_runs - 1] : nullptr;
@@ -86,7 +90,7 @@ static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Seque
     else
       plan.run[plan.num_runs++] = {i, stop, begin, end};
   }
-  plan_strips(plan, lanes);
+  plan_strips<Arithmetic>(plan, lanes);
 }
 
 template <DType dtype>

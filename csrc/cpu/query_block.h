@@ -16,8 +16,20 @@ constexpr int kLanes = 64;
 // Distance between rows of a transposed tile. Where tiles are worked on in strips narrower than a
 // row, a power of two would map the whole strip to a few cache sets.
 constexpr int kLaneStride = kWidth == 16 ? kLanes : kLanes + 16;
-// Lanes come and go in steps of this many: what one pass of the microkernel covers, 16 at most.
+// Lanes come and go in steps of at least this many: what one pass of the microkernel covers, 16 at most.
 constexpr int kLaneStep = kWidth == 16 ? 16 : 2 * kWidth;
+
+// Products take whole steps of kDepth elements along k: so many keys, and so many lanes.
+template <class Arithmetic>
+constexpr int key_step = Arithmetic::kPack * Arithmetic::kDepth;
+template <class Arithmetic>
+constexpr int lane_step = max(kLaneStep, key_step<Arithmetic>);
+
+// The elements along k of a product over `count` numbers.
+template <class Arithmetic>
+constexpr int64_t depth(int64_t count) {
+  return round_up(ceil_div(count, Arithmetic::kPack), Arithmetic::kDepth);
+}
 
 // Rows of elements, `stride` apart.
 template <class Element>
@@ -32,12 +44,12 @@ struct Row {
 
 struct QueryBlock {
   int rows = 0;   // of them are real
-  int lanes = 0;  // rows rounded up to kLaneStep: the rest computes on zeros and is dropped
+  int lanes = 0;  // rows rounded up to the arithmetic's step: the rest computes on zeros and is dropped
   Row row[kLanes];
 
-  void add(Row r) {
+  void add(Row r, int step) {
     row[rows++] = r;
-    lanes = static_cast<int>(round_up(rows, kLaneStep));
+    lanes = static_cast<int>(round_up(rows, step));
   }
 
   // Whether its rows are consecutive tokens of one head (decode puts rows of several sequences into one block).
@@ -49,6 +61,7 @@ struct QueryBlock {
 };
 
 // Rows [first, first + kLanes) of one sequence and one key/value head, as many as there are.
+template <class Arithmetic>
 static void fill_block(QueryBlock& block, const AttentionProblem& p, const Sequence& s, int64_t kv_head,
                        int64_t first) {
   const int64_t group = p.num_heads / p.num_kv_heads;
@@ -56,7 +69,7 @@ static void fill_block(QueryBlock& block, const AttentionProblem& p, const Seque
   block.rows = block.lanes = 0;
   int64_t token = first / group, head = first % group;
   for (int64_t r = first; r < last; ++r) {
-    block.add({s.batch, kv_head * group + head, s.query_start + token});
+    block.add({s.batch, kv_head * group + head, s.query_start + token}, lane_step<Arithmetic>);
     if (++head == group) {
       head = 0;
       ++token;

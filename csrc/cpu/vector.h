@@ -13,7 +13,7 @@
 #endif
 
 #if !defined(PREFIXCORE_ISA)
-#error "compile with -DPREFIXCORE_ISA=baseline, avx2, avx512 or avx512_bf16"
+#error "compile with -DPREFIXCORE_ISA=baseline, avx2, avx512, avx512_bf16 or amx"
 #endif
 
 #define PREFIXCORE_INLINE inline __attribute__((always_inline))

@@ -57,8 +57,9 @@ struct Turn {
 // Calls work(turn, scratch) once for every unit below `count`. Workers take the next units when they are done with
 // some, so uneven units balance out; which worker does a unit never changes its result. Neighbours that read the same
 // memory go to one worker, up to `together` of them, as long as there are enough for every worker to take some many
-// times.
-template <class Work>
+// times. Each holds an object of `Held` while it works.
+struct Nothing {};
+template <class Held = Nothing, class Work>
 static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work,
                           int64_t together = 1) {
   if (count <= 0) return;
@@ -68,6 +69,7 @@ static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scrat
   Buffer scratch(workers * stride);
   int64_t next = 0;
   auto body = [&](int64_t begin, int64_t) {
+    [[maybe_unused]] Held held;
     char* own = scratch.data() + begin * stride;  // no other call starts at `begin`
     int64_t first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED), before = -1;
     while (first < count) {
