@@ -81,6 +81,18 @@ static void scale_rows(float* rows, int64_t width, Vec factor) {
     for (int64_t d = 0; d < width; d += kWidth) store(rows + i * width + d, load(rows + i * width + d) * each[i]);
 }
 
+// The greatest of each lane's scores: four at a time, for each takes longer than the next can wait.
+PREFIXCORE_INLINE Vec highest_score(const float* scores, const Rectangle& keys) {
+  constexpr int kChains = 4;
+  Vec highest[kChains];
+  for (int n = 0; n < kChains; ++n) highest[n] = splat(-kInfinity);
+  int i = keys.first;
+  for (; i + kChains <= keys.last; i += kChains)
+    for (int n = 0; n < kChains; ++n) highest[n] = max(load(scores + (i + n) * kLaneStride), highest[n]);
+  for (; i < keys.last; ++i) highest[0] = max(load(scores + i * kLaneStride), highest[0]);
+  return max(max(highest[0], highest[1]), max(highest[2], highest[3]));
+}
+
 // The online softmax of kWidth lanes: `keys.first` to `keys.last` turn from scores into probabilities, as columns.
 template <class Arithmetic>
 PREFIXCORE_INLINE void absorb_scores(ForwardScratch<Arithmetic>& w, const Rectangle& keys, int lane, float factor,
@@ -88,10 +100,7 @@ PREFIXCORE_INLINE void absorb_scores(ForwardScratch<Arithmetic>& w, const Rectan
   constexpr int kPack = Arithmetic::kPack;
   float* scores = w.scores + lane;
   const Vec before = load(w.maximum + lane);
-  Vec highest = splat(-kInfinity);
-#pragma GCC unroll 4
-  for (int i = keys.first; i < keys.last; ++i) highest = max(load(scores + i * kLaneStride), highest);
-  Vec after = max(Arithmetic::scaled(highest, factor), before);
+  Vec after = max(Arithmetic::scaled(highest_score(scores, keys), factor), before);
   Vec total = load(w.denominator + lane);
   if (!any(after > before + Arithmetic::kSlack)) {
     after = before;

@@ -16,6 +16,7 @@ constexpr int kTileRows = 16;
 constexpr int64_t kTileBytes = 64;  // of a row
 
 // The tile registers. Four sums, and what they are sums of; two more for rows that do not fill a tile.
+constexpr int kSumTiles = 4;
 constexpr int kSumTile = 0, kLeftTile = 4, kRightTile = 5, kLastSumTile = 6, kLastLeftTile = 7;
 
 template <int tile>
@@ -88,73 +89,72 @@ struct Bfloat16Tiles : Bfloat16Pairs {
   }
 };
 
-// `vectors` tiles of C side by side, in registers from `sum` on while k runs.
+// Tiles of C side by side, summed in registers from `sum` on while k runs. Strides in bytes.
 template <int sum, int left, int... vector>
-static void multiply_tiles(int64_t K, const Bfloat16Pair* a, int64_t a_stride, const Bfloat16Pair* b, int64_t b_stride,
-                           float* c, int64_t c_stride, bool accumulate, Lines ahead,
-                           std::integer_sequence<int, vector...>) {
-  constexpr int64_t kBytes = sizeof(float);
+PREFIXCORE_INLINE void multiply_tiles(int64_t K, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
+                                      char* c, int64_t c_stride, bool accumulate, Lines ahead,
+                                      std::integer_sequence<int, vector...>) {
   if (accumulate)
-    (load_tile_register<sum + vector>(c + vector * kWidth, c_stride * kBytes), ...);
+    (load_tile_register<sum + vector>(c + vector * kTileBytes, c_stride), ...);
   else
     (zero_tile_register<sum + vector>(), ...);
   for (int64_t k = 0; k < K; k += Bfloat16Tiles::kDepth) {
-    load_tile_register<left>(a + k, a_stride * kBytes);
-    ((load_tile_register<kRightTile>(b + k * b_stride + vector * kWidth, b_stride * kBytes),
+    load_tile_register<left>(a, a_stride);
+    ((load_tile_register<kRightTile>(b + vector * kTileBytes, b_stride),
       multiply_tile_registers<sum + vector, left, kRightTile>()),
      ...);
+    a += kTileBytes;
+    b += kTileRows * b_stride;
     for (int i = 0; i < Bfloat16Tiles::kDepth; ++i) ahead.ask();
   }
-  (store_tile_register<sum + vector>(c + vector * kWidth, c_stride * kBytes), ...);
+  (store_tile_register<sum + vector>(c + vector * kTileBytes, c_stride), ...);
+}
+
+// The rows of C, so many vectors of columns of them.
+template <int vectors>
+static void multiply_strip(int64_t M, int64_t K, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
+                           char* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
+  for (; M >= kTileRows; M -= kTileRows, a += kTileRows * a_stride, c += kTileRows * c_stride)
+    multiply_tiles<kSumTile, kLeftTile>(K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead.take(K),
+                                        std::make_integer_sequence<int, vectors>());
+  if (M == 0) return;
+  TileRegisters::set_last_rows(static_cast<int>(M));
+  for (int j = 0; j < vectors; ++j, b += kTileBytes, c += kTileBytes)
+    multiply_tiles<kLastSumTile, kLastLeftTile>(K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead.take(K),
+                                                std::make_integer_sequence<int, 1>());
 }
 
 // As multiply() of microkernel.h, with K a multiple of kDepth.
-template <ALayout layout>
-static void multiply_in_tiles(int64_t M, int64_t N, int64_t K, const Bfloat16Pair* a, int64_t a_stride,
-                              const Bfloat16Pair* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
-                              Ahead& ahead) {
-  alignas(kTileBytes) Bfloat16Pair room[kTileRows * kKeys / Bfloat16Pairs::kPack];
-  for (int64_t i = 0; i < M; i += kTileRows) {
-    const Bfloat16Pair* rows = a + i * a_stride;
-    int64_t rows_stride = a_stride;
-    if constexpr (layout == ALayout::columns) {
-      transpose(reinterpret_cast<float*>(room), K, reinterpret_cast<const float*>(a + i), a_stride, K, kTileRows,
-                nullptr);
-      rows = room;
-      rows_stride = K;
-    }
-    const bool whole = M - i >= kTileRows;
-    if (!whole) TileRegisters::set_last_rows(static_cast<int>(M - i));
-    int64_t j = 0;
-    auto take = [&](auto vectors, auto sum, auto left) {
-      multiply_tiles<sum(), left()>(K, rows, rows_stride, b + j, b_stride, c + i * c_stride + j, c_stride, accumulate,
-                                    ahead.take(K), std::make_integer_sequence<int, vectors()>());
-      j += vectors() * kWidth;
-    };
-    using std::integral_constant;
-    while (whole && N - j >= 4 * kWidth)
-      take(integral_constant<int, 4>(), integral_constant<int, kSumTile>(), integral_constant<int, kLeftTile>());
-    while (whole && N - j >= 2 * kWidth)
-      take(integral_constant<int, 2>(), integral_constant<int, kSumTile>(), integral_constant<int, kLeftTile>());
-    while (whole && j < N)
-      take(integral_constant<int, 1>(), integral_constant<int, kSumTile>(), integral_constant<int, kLeftTile>());
-    while (j < N)
-      take(integral_constant<int, 1>(), integral_constant<int, kLastSumTile>(),
-           integral_constant<int, kLastLeftTile>());
-  }
+static void multiply_rows_in_tiles(int64_t M, int64_t N, int64_t K, const Bfloat16Pair* a, int64_t a_stride,
+                                   const Bfloat16Pair* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
+                                   Ahead& ahead) {
+  constexpr decltype(&multiply_strip<1>) strips[kSumTiles] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>,
+                                                              multiply_strip<4>};
+  constexpr int64_t kBytes = sizeof(float);
+  for (int64_t j = 0; j < N; j += kSumTiles * kWidth)
+    strips[min<int64_t>((N - j) / kWidth, kSumTiles) - 1](
+        M, K, reinterpret_cast<const char*>(a), a_stride * kBytes, reinterpret_cast<const char*>(b + j),
+        b_stride * kBytes, reinterpret_cast<char*>(c + j), c_stride * kBytes, accumulate, ahead);
 }
 
 template <>
 void multiply<Bfloat16Tiles, ALayout::rows>(int64_t M, int64_t N, int64_t K, const Bfloat16Pair* a, int64_t a_stride,
                                             const Bfloat16Pair* b, int64_t b_stride, float* c, int64_t c_stride,
                                             bool accumulate, Ahead& ahead) {
-  multiply_in_tiles<ALayout::rows>(M, N, K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead);
+  multiply_rows_in_tiles(M, N, K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead);
 }
 template <>
 void multiply<Bfloat16Tiles, ALayout::columns>(int64_t M, int64_t N, int64_t K, const Bfloat16Pair* a, int64_t a_stride,
                                                const Bfloat16Pair* b, int64_t b_stride, float* c, int64_t c_stride,
                                                bool accumulate, Ahead& ahead) {
-  multiply_in_tiles<ALayout::columns>(M, N, K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead);
+  // A tile's worth of rows at a time, so that they are near when they are read.
+  alignas(kTileBytes) Bfloat16Pair rows[kTileRows * kKeys / Bfloat16Tiles::kPack];
+  for (int64_t i = 0; i < M; i += kTileRows) {
+    transpose(reinterpret_cast<float*>(rows), K, reinterpret_cast<const float*>(a + i), a_stride, K, kTileRows,
+              nullptr);
+    multiply_rows_in_tiles(min<int64_t>(M - i, kTileRows), N, K, rows, K, b, b_stride, c + i * c_stride, c_stride,
+                           accumulate, ahead);
+  }
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

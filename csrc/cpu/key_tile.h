@@ -13,7 +13,7 @@
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-constexpr int kKeys = 128;
+constexpr int kKeys = 96;
 
 struct Rectangle {
   int first, last;  // keys of the tile
@@ -23,7 +23,7 @@ struct Rectangle {
 struct TilePlan {
   int num_runs = 0, num_strips = 0;
   bool partial = false;  // some key is hidden from some lane inside its run
-  Rectangle run[kKeys], strip[kLanes / kLaneStep];
+  Rectangle strip[kLanes / kLaneStep], run[2 * kLanes / kLaneStep];
   int first_lane[kKeys], last_lane[kKeys];  // key i is seen by lanes [first_lane, last_lane)
 };
 
@@ -34,30 +34,36 @@ static void plan_whole(TilePlan& plan, int keys, int lanes) {
   plan.run[0] = plan.strip[0] = {0, keys, 0, lanes};
 }
 
-// The strips of a plan that has its runs. Keys are in order, so those that a lane sees follow each other.
-template <class Arithmetic>
-static void plan_strips(TilePlan& plan, int lanes) {
-  constexpr int kStep = lane_step<Arithmetic>;
-  plan.num_strips = 0;
-  for (int lane = 0; lane < lanes; lane += kStep) {
-    int first = kKeys, last = 0;
-    for (int n = 0; n < plan.num_runs; ++n) {
-      const Rectangle& run = plan.run[n];
-      if (lane < run.begin || lane >= run.end) continue;
-      first = min(first, run.first);
-      last = run.last;
+// The runs of a plan that has its strips. Neither end of what a lane sees lies before that of an earlier lane.
+static void plan_runs(TilePlan& plan) {
+  plan.num_runs = 0;
+  for (int at = 0;;) {
+    Rectangle run{kKeys, kKeys, kLanes, 0};  // begins where a strip goes on, and ends where one begins or ends
+    for (int n = 0; n < plan.num_strips; ++n)
+      if (plan.strip[n].last > at) run.first = min(run.first, max(plan.strip[n].first, at));
+    if (run.first == kKeys) return;
+    for (int n = 0; n < plan.num_strips; ++n) {
+      const Rectangle& strip = plan.strip[n];
+      if (strip.last <= run.first) continue;
+      run.last = min(run.last, strip.first > run.first ? strip.first : strip.last);
+      if (strip.first > run.first) continue;
+      run.begin = min(run.begin, strip.begin);
+      run.end = strip.end;
     }
-    if (first >= last) continue;
-    Rectangle* before = plan.num_strips > 0 ? &plan.strip[plan.num_strips - 1] : nullptr;
-    if (before != nullptr && before->end == lane && before->first == first && before->last == last)
-      before->end += kStep;
-    else
-      plan.strip[plan.num_strips++] = {first, last, lane, lane + kStep};
+    plan.run[plan.num_runs++] = run;
+    at = run.last;
   }
 }
 
-// `first_row`: the row of the sequence that lane 0 holds; the tile's keys are slots `slot` and on. Runs begin at
-// whole steps of keys, and end at one or with the tile.
+// How many of the numbers are below `bound`.
+PREFIXCORE_INLINE int count_below(const int (&numbers)[kKeys], int count, int bound) {
+  int below = 0;
+  for (int i = 0; i < count; ++i) below += numbers[i] < bound;
+  return below;
+}
+
+// `first_row`: the row of the sequence that lane 0 holds; the tile's keys are slots `slot` and on. Runs and strips
+// begin at whole steps of keys, and end at one or with the tile.
 template <class Arithmetic>
 static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Sequence& s, const KeyList& list,
                           int64_t slot, int keys, int64_t first_row, int lanes) {
@@ -65,32 +71,36 @@ static void plan_sequence(TilePlan& plan, const AttentionProblem& p, const Seque
   const int64_t group = p.num_heads / p.num_kv_heads, shift = s.key_length - s.query_length;
   plan_whole(plan, keys, lanes);
   if (keys == 0) return;
-  // The lane whose query stands where key i does, of a block that had all lanes.
-  auto lane_of = [&](int i) { return (list[slot + i] - shift) * group - first_row; };
+  // The lane whose query stands where a key does, of a block that had all lanes.
+  auto lane_of = [&](int64_t position) { return (position - shift) * group - first_row; };
   const int64_t window = min(p.sliding_window, s.key_length + s.query_length) * group;  // as many lanes
-  const bool cut_below = p.causal && lane_of(keys - 1) > 0, cut_above = window > 0 && lane_of(0) + window < lanes;
+  const bool cut_below = p.causal && lane_of(list[slot + keys - 1]) > 0;
+  const bool cut_above = window > 0 && lane_of(list[slot]) + window < lanes;
   if (!cut_below && !cut_above) return;
   auto clamped = [&](int64_t lane) { return static_cast<int>(min<int64_t>(max<int64_t>(lane, 0), lanes)); };
-  for (int i = 0; i < keys; ++i) plan.first_lane[i] = cut_below ? clamped(lane_of(i)) : 0;
-  for (int i = 0; i < keys; ++i) plan.last_lane[i] = cut_above ? clamped(lane_of(i) + window) : lanes;
+  auto fill = [&](auto position) {
+    for (int i = 0; i < keys; ++i) plan.first_lane[i] = cut_below ? clamped(lane_of(position(i))) : 0;
+    for (int i = 0; i < keys; ++i) plan.last_lane[i] = cut_above ? clamped(lane_of(position(i)) + window) : lanes;
+  };
+  if (list.position == nullptr)
+    fill([=](int i) { return slot + i; });
+  else
+    fill([&](int i) { return static_cast<int64_t>(list.position[slot + i]); });
+
   plan.partial = true;
-  plan.num_runs = 0;
-  for (int i = 0; i < keys; i += kKeyStep) {
-    int begin = lanes, end = 0;
-    const int stop = min(i + kKeyStep, keys);
-    for (int n = i; n < stop; ++n) {
-      if (plan.first_lane[n] >= plan.last_lane[n]) continue;
-      begin = min(begin, plan.first_lane[n] / kStep * kStep);
-      end = max(end, static_cast<int>(round_up(plan.last_lane[n], kStep)));
-    }
-    if (begin >= end) continue;
-    Rectangle* last = plan.num_runs > 0 ? &plan.run[plan.num_runs - 1] : nullptr;
-    if (last != nullptr && last->last == i && last->begin == begin && last->end == end)
-      last->last = stop;
+  plan.num_strips = 0;
+  for (int lane = 0; lane < lanes; lane += kStep) {
+    int first = count_below(plan.last_lane, keys, lane + 1), last = count_below(plan.first_lane, keys, lane + kStep);
+    if (first >= last) continue;
+    first = first / kKeyStep * kKeyStep;
+    last = min(static_cast<int>(round_up(last, kKeyStep)), keys);
+    Rectangle* before = plan.num_strips > 0 ? &plan.strip[plan.num_strips - 1] : nullptr;
+    if (before != nullptr && before->end == lane && before->first == first && before->last == last)
+      before->end += kStep;
     else
-      plan.run[plan.num_runs++] = {i, stop, begin, end};
+      plan.strip[plan.num_strips++] = {first, last, lane, lane + kStep};
   }
-  plan_strips<Arithmetic>(plan, lanes);
+  plan_runs(plan);
 }
 
 template <DType dtype>
