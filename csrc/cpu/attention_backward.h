@@ -7,9 +7,8 @@
 // that is float32 rows side by side, else in scratch.
 #pragma once
 
+#include "arithmetic.h"
 #include "backward_schedule.h"
-#include "bfloat16_tiles.h"
-#include "float32.h"
 #include "microkernel.h"
 #include "scores.h"
 

@@ -26,6 +26,8 @@ class DecodePass {
         value_width_(round_up(p.value_dim, kWidth)),
         lists_(p),
         groups_(p),
+        bf16_(are_bf16(p.query, p.prefix_key, p.prefix_value)),
+        tiles_(Bfloat16::kDepth > 1 && are_bf16(p.query, p.key, p.value)),
         plans_memory_(p.num_sequences * static_cast<int64_t>(sizeof(Plan))),
         units_memory_(plan() * static_cast<int64_t>(sizeof(Unit))),
         partials_(num_partials_ * partial_size() * static_cast<int64_t>(sizeof(float))) {
@@ -34,20 +36,21 @@ class DecodePass {
 
   void run(const Parallel& parallel) {
     Carver measure;
-    ForwardScratch<Float32>(p_, measure);
+    bf16_ || tiles_ ? measure_lanes<Bfloat16>(measure) : measure_lanes<Float32>(measure);
     DecodeScratch(p_, measure);
     auto work = [&](const Turn& turn, char* memory) {
       const Unit& unit = units_[turn.unit];
       Carver carve(memory);
       if (unit.sequence < 0 && uses_lanes(unit.prefix)) {
-        ForwardScratch<Float32> scratch(p_, carve);
-        run_prefix_lanes(unit, scratch);
+        bf16_ ? run_prefix_lanes<Bfloat16>(unit, carve) : run_prefix_lanes<Float32>(unit, carve);
+      } else if (unit.sequence >= 0 && tiles_) {
+        run_sequence_lanes<Bfloat16>(unit, carve);
       } else {
         DecodeScratch scratch(p_, carve);
         unit.sequence < 0 ? run_prefix_rows(unit, scratch) : run_sequence(unit, scratch);
       }
     };
-    for_each_unit(parallel, num_units_, measure.used(), work);
+    for_each_unit<Bfloat16::Registers>(parallel, num_units_, measure.used(), work);
     auto merge = [&](const Turn& turn, char* memory) {
       merge_rows(turn.unit / p_.num_kv_heads, turn.unit % p_.num_kv_heads, reinterpret_cast<float*>(memory));
     };
@@ -69,6 +72,10 @@ class DecodePass {
     int64_t sequence;           // whose keys are read; -1: those of a prefix
     int64_t prefix, first_row;  // then: which of the rows that name it come first in the block
   };
+
+  static bool are_bf16(const ConstView& a, const ConstView& b, const ConstView& c) {
+    return a.dtype == DType::bf16 && b.dtype == DType::bf16 && c.dtype == DType::bf16;
+  }
 
   int64_t rows_of(int64_t sequence) const { return p_.sequences[sequence].query_length * group_; }
   int64_t partial_size() const { return value_width_ + kWidth; }  // output, maximum, denominator
@@ -143,6 +150,7 @@ class DecodePass {
   };
 
   // The rows that name a prefix, of one head, from unit.first_row on.
+  template <class Arithmetic>
   void fill_shared(QueryBlock& block, Owner (&owner)[kLanes], const Unit& unit) const {
     int64_t place = -unit.first_row;
     for (const int64_t* i = groups_.begin(unit.prefix); i != groups_.end(unit.prefix); ++i)
@@ -150,15 +158,22 @@ class DecodePass {
         if (place < 0 || place >= kLanes) continue;
         const Sequence& s = p_.sequences[*i];
         owner[place] = {*i, r};
-        block.add({s.batch, unit.kv_head * group_ + r % group_, s.query_start + r / group_}, lane_step<Float32>);
+        block.add({s.batch, unit.kv_head * group_ + r % group_, s.query_start + r / group_}, lane_step<Arithmetic>);
       }
   }
 
+  template <class Arithmetic>
+  void measure_lanes(Carver& measure) const {
+    ForwardScratch<Arithmetic>(p_, 0, 0, measure);
+  }
+
   // A stretch of a prefix against the rows of all sequences that name it: many rows.
-  void run_prefix_lanes(const Unit& unit, ForwardScratch<Float32>& w) const {
+  template <class Arithmetic>
+  void run_prefix_lanes(const Unit& unit, Carver& carve) const {
+    ForwardScratch<Arithmetic> w(p_, 0, 0, carve);
     QueryBlock block;
     Owner owner[kLanes];
-    fill_shared(block, owner, unit);
+    fill_shared<Arithmetic>(block, owner, unit);
     const KeyList list{nullptr, p_.sequences[owner[0].sequence].prefix_length};
     begin_block(w, p_, block, nullptr);
     absorb_prefix(w, p_, unit.prefix, unit.kv_head, list,
@@ -172,7 +187,7 @@ class DecodePass {
   void run_prefix_rows(const Unit& unit, DecodeScratch& w) const {
     QueryBlock block;
     Owner owner[kLanes];
-    fill_shared(block, owner, unit);
+    fill_shared<Float32>(block, owner, unit);
     const KeyList list{nullptr, p_.sequences[owner[0].sequence].prefix_length};
     const KeySource prefix{&p_.prefix_key, &p_.prefix_value, unit.prefix, unit.kv_head, 0, list, nullptr};
     decode_rows(w, p_, block, prefix, part_of({0, list.count}, unit.part, plans_[owner[0].sequence].prefix_parts),
@@ -200,6 +215,24 @@ class DecodePass {
                          p_.mask.kind == Mask::Kind::none ? nullptr : &p_.mask};
     decode_rows(w, p_, block, keys, part_of(plan.keys, unit.part - plan.prefix_parts, plan.parts - plan.prefix_parts),
                 visible);
+    for (int r = 0; r < block.rows; ++r)
+      write_partial(partial(unit.sequence, unit.kv_head, unit.part, r), w.out + r * w.value_width, w.maximum[r],
+                    w.denominator[r]);
+  }
+
+  // The same where products of tiles make up for lanes without a row.
+  template <class Arithmetic>
+  void run_sequence_lanes(const Unit& unit, Carver& carve) const {
+    ForwardScratch<Arithmetic> w(p_, 0, 0, carve);
+    const Sequence& s = p_.sequences[unit.sequence];
+    const Plan& plan = plans_[unit.sequence];
+    const KeyList& list = lists_[unit.sequence];
+    const SlotRange range = part_of(plan.keys, unit.part - plan.prefix_parts, plan.parts - plan.prefix_parts);
+    QueryBlock block;
+    fill_block<Arithmetic>(block, p_, s, unit.kv_head, 0);
+    begin_block(w, p_, block, nullptr);
+    absorb_sequence(w, p_, block, s, unit.kv_head, list, range, 0, true,
+                    [&](int64_t slot) { ask_for_keys(w.ahead, p_, s, list, unit.kv_head, slot + kKeys, range.end); });
     for (int r = 0; r < block.rows; ++r)
       write_partial(partial(unit.sequence, unit.kv_head, unit.part, r), w.out + r * w.value_width, w.maximum[r],
                     w.denominator[r]);
@@ -241,6 +274,7 @@ class DecodePass {
   const int64_t group_, value_width_;
   const KeyLists lists_;
   const PrefixGroups groups_;
+  const bool bf16_, tiles_;  // of bfloat16 are queries and prefix; queries and keys, on a CPU that multiplies tiles
   Plan* plans_ = nullptr;
   Unit* units_ = nullptr;
   int64_t num_units_ = 0, num_partials_ = 0;

@@ -6,14 +6,16 @@
 // The prefix is nothing but more keys: one pass, one softmax, no copy of it per row of the batch.
 #pragma once
 
-#include "bfloat16_tiles.h"
-#include "float32.h"
+#include "arithmetic.h"
+#include "kept_columns.h"
 #include "microkernel.h"
 #include "prefix_groups.h"
 #include "scores.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
+// So many blocks of one head, which read the same keys, go to one worker where there are enough for all.
+constexpr int64_t kTogether = 16;
 // So many numbers stay in a core's own cache beside everything else.
 constexpr int64_t kNear = 128 * 1024;
 // Below every score, yet finite: differences with it are defined.
@@ -22,29 +24,31 @@ constexpr float kLowest = -1e30f;
 template <class Arithmetic>
 struct ForwardScratch {
   using Element = typename Arithmetic::Element;
-  int64_t key_width, value_width;  // head sizes rounded up to whole vectors of numbers
-  int64_t key_steps, value_steps;  // and of elements
-  Element* rows;                   // [kLanes, key_steps]
-  Element* query;                  // [key_steps, kLaneStride] transposed
-  Element *key, *value;            // room for a packed tile: [kKeys, key_steps], [kKeys, value_steps]
-  Element* value_columns;          // room for its columns: [kKeys / kPack, value_width]
-  float *scores, *mask;            // [kKeys, kLaneStride]
-  float* out;                      // [kLanes, value_width]
-  float *maximum, *denominator;    // [kLanes]
-  TileRows<Element> k, v;          // the tile at hand: rows of keys, columns of values
+  int64_t key_width, value_width;                   // head sizes rounded up to whole vectors of numbers
+  int64_t key_steps, value_steps;                   // and of elements
+  Element* rows;                                    // [kLanes, key_steps]
+  Element* query;                                   // [key_steps, kLaneStride] transposed
+  Element *key, *value;                             // room for a packed tile: [kKeys, key_steps], [kKeys, value_steps]
+  KeptColumns<Arithmetic> prefix_columns, columns;  // of values
+  float *scores, *mask;                             // [kKeys, kLaneStride]
+  float* out;                                       // [kLanes, value_width]
+  float *maximum, *denominator;                     // [kLanes]
+  TileRows<Element> k, v;                           // the tile at hand: rows of keys, columns of values
   TilePlan plan;
   Ahead ahead;
 
-  ForwardScratch(const AttentionProblem& p, Carver& carve)
+  // `prefix`, `keys`: how many of each have columns to be kept for the next block.
+  ForwardScratch(const AttentionProblem& p, int64_t prefix, int64_t keys, Carver& carve)
       : key_width(round_up(p.head_dim, kWidth)),
         value_width(round_up(p.value_dim, kWidth)),
         key_steps(steps<Arithmetic>(p.head_dim)),
-        value_steps(steps<Arithmetic>(p.value_dim)) {
+        value_steps(steps<Arithmetic>(p.value_dim)),
+        prefix_columns(prefix, value_width, carve),
+        columns(keys, value_width, carve) {
     rows = carve.take<Element>(kLanes * key_steps);
     query = carve.take<Element>(key_steps * kLaneStride);
     key = carve.take<Element>(kKeys * key_steps);
     value = carve.take<Element>(kKeys * value_steps);
-    value_columns = carve.take<Element>(Arithmetic::kPack > 1 ? kKeys / Arithmetic::kPack * value_width : 0);
     scores = carve.take<float>(kKeys * kLaneStride);
     mask = carve.take<float>(p.mask.kind == Mask::Kind::none ? 0 : kKeys * kLaneStride);
     out = carve.take<float>(kLanes * value_width);
@@ -155,14 +159,15 @@ static void absorb_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p
   if (first) zero_rows(w, lane, lanes);
 }
 
-// Fills w.k and w.v with the keys and values of `keys` slots.
+// Fills w.k and w.v with the keys and values of `keys` slots, of which the first is number `first` in `columns`.
 template <class Arithmetic>
 static void load_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const ConstView& key,
                       const ConstView& value, int64_t batch, int64_t head, int64_t start, const KeyList& list,
-                      int64_t slot, int keys) {
+                      int64_t slot, int keys, KeptColumns<Arithmetic>& columns, int64_t first) {
   w.k = Arithmetic::key_rows(w.key, w.key_steps, key, batch, head, start, list, slot, keys, p.head_dim);
-  w.v = Arithmetic::key_rows(w.value, w.value_steps, value, batch, head, start, list, slot, keys, p.value_dim);
-  w.v = Arithmetic::columns(w.value_columns, w.value_width, w.v, keys);
+  w.v = columns.of(first, keys, [&] {
+    return Arithmetic::key_rows(w.value, w.value_steps, value, batch, head, start, list, slot, keys, p.value_dim);
+  });
 }
 
 // Absorbs slots [range) of a prefix, first of all tiles.
@@ -171,13 +176,32 @@ static void absorb_prefix(ForwardScratch<Arithmetic>& w, const AttentionProblem&
                           const KeyList& list, SlotRange range, int lanes) {
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    load_tile(w, p, p.prefix_key, p.prefix_value, prefix, kv_head, 0, list, slot, keys);
+    load_tile(w, p, p.prefix_key, p.prefix_value, prefix, kv_head, 0, list, slot, keys, w.prefix_columns,
+              slot - range.begin);
     const int64_t next = slot + keys, end = min(next + kKeys, range.end);
     w.ahead.add_keys(p.prefix_key, prefix, kv_head, next, end, p.head_dim);
     w.ahead.add_keys(p.prefix_value, prefix, kv_head, next, end, p.value_dim);
     plan_whole(w.plan, keys, lanes);
     absorb_tile(w, p, lanes, nullptr, slot == range.begin);
   }
+}
+
+// Absorbs slots [range) of a sequence's own keys, `first` of all tiles or not. Calls ask(slot) for each tile before its
+// products, which then ask for whatever that added.
+template <class Arithmetic, class Ask>
+static void absorb_sequence(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const QueryBlock& block,
+                            const Sequence& s, int64_t kv_head, const KeyList& list, SlotRange range, int64_t first_row,
+                            bool first, Ask ask) {
+  for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
+    const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
+    load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys, w.columns, slot - range.begin);
+    ask(slot);
+    plan_sequence<Arithmetic>(w.plan, p, s, list, slot, keys, first_row, block.lanes);
+    const bool masked = p.mask.kind != Mask::Kind::none;
+    if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
+    absorb_tile(w, p, block.lanes, masked ? w.mask : nullptr, first);
+  }
+  if (first) zero_rows(w, 0, block.lanes);
 }
 
 // Divides by the denominator and writes the block's outputs and log-sum-exps.
@@ -204,6 +228,15 @@ struct ForwardUnit {
   int64_t kv_head = 0, first_row = 0;
   SlotRange range{0, 0};  // the keys it sees
 
+  // What of its columns is there after `before`, whose keys begin where its own do.
+  int64_t kept_prefix(const ForwardUnit& before) const {
+    if (before.sequence == nullptr || before.kv_head != kv_head) return 0;
+    return before.sequence->prefix == sequence->prefix ? before.sequence->prefix_length : 0;
+  }
+  int64_t kept_keys(const ForwardUnit& before) const {
+    return before.sequence == sequence && before.kv_head == kv_head ? before.range.end : 0;
+  }
+
   // Whether its keys are near after `before`: the same head's, and few enough for a core's cache.
   bool follows(const ForwardUnit& before, const AttentionProblem& p) const {
     return before.sequence == sequence && before.kv_head == kv_head &&
@@ -222,24 +255,18 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   fill_block<Arithmetic>(block, p, s, kv_head, first_row);
   begin_block(w, p, block, p.sinks);
 
+  w.prefix_columns.begin(unit.kept_prefix(previous));
+  w.columns.begin(unit.kept_keys(previous));
+
   const KeyList prefix{nullptr, prefix_of(s) >= 0 ? s.prefix_length : 0};
   absorb_prefix(w, p, s.prefix, kv_head, prefix, {0, prefix.count}, block.lanes);
-  bool first = prefix.count == 0;
-  for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
-    const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys);
+  absorb_sequence(w, p, block, s, kv_head, list, range, first_row, prefix.count == 0, [&](int64_t slot) {
     if (!unit.follows(previous, p)) ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
-    if (slot + kKeys >= range.end && next.sequence != nullptr) {
-      w.ahead.add_block(p.query, p, *next.sequence, next.kv_head, next.first_row, p.head_dim);
-      if (!next.follows(unit, p))
-        ask_for_keys(w.ahead, p, *next.sequence, *next.keys, next.kv_head, next.range.begin, next.range.end);
-    }
-    plan_sequence<Arithmetic>(w.plan, p, s, list, slot, keys, first_row, block.lanes);
-    const bool masked = p.mask.kind != Mask::Kind::none;
-    if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
-    absorb_tile(w, p, block.lanes, masked ? w.mask : nullptr, first);
-  }
-  if (first) zero_rows(w, 0, block.lanes);
+    if (slot + kKeys < range.end || next.sequence == nullptr) return;
+    w.ahead.add_block(p.query, p, *next.sequence, next.kv_head, next.first_row, p.head_dim);
+    if (!next.follows(unit, p))
+      ask_for_keys(w.ahead, p, *next.sequence, *next.keys, next.kv_head, next.range.begin, next.range.end);
+  });
   finish_block(w, p, block);
 }
 
@@ -255,8 +282,11 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
   start[0] = 0;
   for (int64_t i = 0; i < p.num_sequences; ++i) start[i + 1] = start[i] + blocks_of(i) * p.num_kv_heads;
 
+  int64_t longest = 0;
+  for (int64_t i = 0; i < p.num_sequences; ++i) longest = max(longest, lists[i].count);
+  const int64_t keys = keys_to_keep<Arithmetic>(p, longest), prefix = keys_to_keep<Arithmetic>(p, p.prefix_capacity);
   Carver measure;
-  ForwardScratch<Arithmetic>(p, measure);
+  ForwardScratch<Arithmetic>(p, prefix, keys, measure);
   auto unit_at = [&](int64_t unit) {
     int64_t low = 0, high = p.num_sequences;  // the sequence with start[low] <= unit < start[low + 1]
     while (high - low > 1) {
@@ -271,12 +301,11 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
   };
   auto work = [&](const Turn& turn, char* memory) {
     Carver carve(memory);
-    ForwardScratch<Arithmetic> scratch(p, carve);
+    ForwardScratch<Arithmetic> scratch(p, prefix, keys, carve);
     auto maybe_at = [&](int64_t unit) { return unit >= 0 ? unit_at(unit) : ForwardUnit{}; };
     forward_block(p, unit_at(turn.unit), maybe_at(turn.previous), maybe_at(turn.next), scratch);
   };
-  // Blocks of one head read the same keys.
-  for_each_unit<typename Arithmetic::Registers>(parallel, start[p.num_sequences], measure.used(), work, 4);
+  for_each_unit<typename Arithmetic::Registers>(parallel, start[p.num_sequences], measure.used(), work, kTogether);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -22,11 +22,6 @@ template <class Problem, class Use>
 static void with_arithmetic(const Problem& p, [[maybe_unused]] const Parallel& parallel, Use use) {
 #if defined(__AVX512BF16__)
   const bool bf16 = p.query.dtype == DType::bf16 && p.key.dtype == DType::bf16 && p.value.dtype == DType::bf16;
-#if defined(__AMX_BF16__)
-  using Bfloat16 = Bfloat16Tiles;
-#else
-  using Bfloat16 = Bfloat16Pairs;
-#endif
   if (bf16 && !DecodePass::fits(p)) return use(RoundedPrefix(p, parallel).problem(), Bfloat16{});
 #endif
   use(p, Float32{});
