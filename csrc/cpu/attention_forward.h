@@ -14,8 +14,6 @@
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-// So many blocks of one head, which read the same keys, go to one worker where there are enough for all.
-constexpr int64_t kTogether = 16;
 // So many numbers stay in a core's own cache beside everything else.
 constexpr int64_t kNear = 128 * 1024;
 // Below every score, yet finite: differences with it are defined.
@@ -305,7 +303,7 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
     auto maybe_at = [&](int64_t unit) { return unit >= 0 ? unit_at(unit) : ForwardUnit{}; };
     forward_block(p, unit_at(turn.unit), maybe_at(turn.previous), maybe_at(turn.next), scratch);
   };
-  for_each_unit<typename Arithmetic::Registers>(parallel, start[p.num_sequences], measure.used(), work, kTogether);
+  for_each_unit<typename Arithmetic::Registers>(parallel, start[p.num_sequences], measure.used(), work);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

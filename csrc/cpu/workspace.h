@@ -9,7 +9,6 @@
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kTurns = 16;  // that each worker should at least have, so that they end together
 
 // Uninitialised memory that frees itself. Allocated by the calling thread only, never by a worker,
 // so that std::bad_alloc reaches the caller.
@@ -49,35 +48,66 @@ class Carver {
   int64_t used_ = 0;
 };
 
+// Units of work that nobody has taken yet: a stretch of them. Its owner takes them in order, others from its end.
+class Share {
+ public:
+  Share(int64_t begin, int64_t end) : bounds_(pack(begin, end)) {}
+
+  // Either returns -1 if nothing is left.
+  int64_t take_first() { return take(1, 0); }
+  int64_t take_last() { return take(0, 1); }
+
+ private:
+  static uint64_t pack(int64_t begin, int64_t end) {
+    return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
+  }
+
+  int64_t take(int64_t first, int64_t last) {
+    uint64_t now = __atomic_load_n(&bounds_, __ATOMIC_RELAXED);
+    for (;;) {
+      const auto begin = static_cast<int64_t>(now >> 32), end = static_cast<int64_t>(now & 0xffffffffu);
+      if (begin >= end) return -1;
+      if (__atomic_compare_exchange_n(&bounds_, &now, pack(begin + first, end - last), true, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED))
+        return first != 0 ? begin : end - 1;
+    }
+  }
+
+  alignas(kAlignment) uint64_t bounds_;  // a cache line of its own
+};
+
 // A unit of work, and what the same worker did before and does after: -1 for nothing.
 struct Turn {
   int64_t previous, unit, next;
 };
 
-// Calls work(turn, scratch) once for every unit below `count`. Workers take the next units when they are done with
-// some, so uneven units balance out; which worker does a unit never changes its result. Neighbours that read the same
-// memory go to one worker, up to `together` of them, as long as there are enough for every worker to take some many
-// times. Each holds an object of `Held` while it works.
+// Calls work(turn, scratch) once for every unit below `count`, which is less than 2^32. Each worker has a share of
+// neighbours, which often read the same memory, and the same share every time, for it may still have that memory near;
+// then it helps the others, so uneven units balance out. Which worker does a unit never changes its result. Each holds
+// an object of `Held` while it works.
 struct Nothing {};
 template <class Held = Nothing, class Work>
-static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work,
-                          int64_t together = 1) {
+static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work) {
   if (count <= 0) return;
   const int64_t workers = max<int64_t>(1, min<int64_t>(parallel.num_threads, count));
-  const int64_t step = max<int64_t>(1, min(together, count / (kTurns * workers)));
-  const int64_t stride = round_up(scratch_bytes, kAlignment);
-  Buffer scratch(workers * stride);
-  int64_t next = 0;
-  auto body = [&](int64_t begin, int64_t) {
+  const int64_t stride = round_up(scratch_bytes, kAlignment), shares = workers * static_cast<int64_t>(sizeof(Share));
+  Buffer memory(shares + workers * stride);
+  auto* share = reinterpret_cast<Share*>(memory.data());
+  for (int64_t i = 0; i < workers; ++i) new (share + i) Share(count * i / workers, count * (i + 1) / workers);
+  auto body = [&](int64_t begin, int64_t) {  // no other call starts at `begin`
     [[maybe_unused]] Held held;
-    char* own = scratch.data() + begin * stride;  // no other call starts at `begin`
-    int64_t first = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED), before = -1;
-    while (first < count) {
-      const int64_t after = __atomic_fetch_add(&next, step, __ATOMIC_RELAXED);
-      const int64_t last = min(first + step, count) - 1;
-      for (int64_t unit = first; unit <= last; before = unit++)
-        work(Turn{before, unit, unit < last ? unit + 1 : after < count ? after : -1}, own);
-      first = after;
+    char* own = memory.data() + shares + begin * stride;
+    auto take = [&] {
+      int64_t unit = share[begin].take_first();
+      for (int64_t i = 1; unit < 0 && i < workers; ++i) unit = share[(begin + i) % workers].take_last();
+      return unit;
+    };
+    int64_t before = -1, unit = take();
+    while (unit >= 0) {
+      const int64_t after = take();
+      work(Turn{before, unit, after}, own);
+      before = unit;
+      unit = after;
     }
   };
   parallel(workers, body);
