@@ -25,6 +25,13 @@ Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_
   return Tensor(handle);
 }
 
+// A gradient with the heads where its tensor has them, outside the tokens or inside: autograd copies any other order.
+Tensor empty_gradient(const Tensor& t) {
+  if (t.stride(1) > t.stride(2) || t.stride(3) != 1)
+    return empty(t, type_of(t), {t.size(0), t.size(1), t.size(2), t.size(3)});
+  return empty_heads_last(t, t.size(0), t.size(1), t.size(2), t.size(3));
+}
+
 std::vector<int64_t> integers(const Tensor& t) {
   std::vector<int64_t> out(t.numel());
   const int64_t step = t.dim() ? t.stride(0) : 1;
@@ -206,11 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   const auto nothing = [&](bool single) {
     return empty(query, single ? aoti_torch_dtype_float32() : type_of(query), {0});
   };
-  const auto like = [](const Tensor& t) { return empty_heads_last(t, t.size(0), t.size(1), t.size(2), t.size(3)); };
   const auto float_like = [](const Tensor& t) { return empty_float(t, {t.sizes().begin(), t.sizes().end()}); };
-  Tensor grad_query = needs_query ? like(query) : nothing(false);
-  Tensor grad_key = needs_sequence ? like(key) : nothing(false);
-  Tensor grad_value = needs_sequence ? like(value) : nothing(false);
+  Tensor grad_query = needs_query ? empty_gradient(query) : nothing(false);
+  Tensor grad_key = needs_sequence ? empty_gradient(key) : nothing(false);
+  Tensor grad_value = needs_sequence ? empty_gradient(value) : nothing(false);
   Tensor grad_prefix_key = needs_prefix ? float_like(prefix_key) : nothing(true);
   Tensor grad_prefix_value = needs_prefix ? float_like(prefix_value) : nothing(true);
   if (needs_query) problem.grad_query = view(grad_query, "grad_query");

@@ -2,8 +2,7 @@
 //
 // At short lengths most of what a block reads is read once, from far away. The matrix products leave the load ports
 // half idle, so each step of the microkernel also asks for a cache line of what comes next: the following tile of keys,
-// the following block of queries, the gradients' rows about to be written. (Not the outputs' rows: another core may
-// have written them last, and then asking to read a line makes it dearer to write.)
+// the following block of queries, the rows of outputs and gradients about to be written.
 #pragma once
 
 #include "query_block.h"

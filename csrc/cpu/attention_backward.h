@@ -4,23 +4,41 @@
 //   P = exp(S - L),  dV = P^T dO,  dS = scale P * (dO V^T - delta),  dK = dS^T Q,  dQ = dS K.
 // Probabilities are recomputed, so a tile costs five products. dQ of the block stays in the cache
 // over all tiles; dK and dV of the whole sequence (and of the prefix) collect in float32: where they are wanted if
-// that is float32 rows side by side, else in scratch.
+// that is float32 rows near each other, else in scratch.
 #pragma once
 
 #include "arithmetic.h"
 #include "backward_schedule.h"
+#include "kept_tiles.h"
 #include "microkernel.h"
 #include "scores.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
+static void fill_zero(float* to, int64_t count) {
+  if (count > 0) __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
 struct Wanted {
   bool query, keys, prefix;
 };
 
-// Where the gradients of keys collect: rows of key_width and value_width floats. Only the first `written` hold numbers.
+// Rows of whole vectors, `stride` floats apart, in which gradients collect.
+struct SumRows {
+  float* data = nullptr;
+  int64_t stride = 0;
+
+  SumRows from(int64_t row) const { return {data + row * stride, stride}; }
+
+  void fill_zero(int64_t first, int64_t last, int64_t width) const {
+    if (stride == width) return PREFIXCORE_ISA::fill_zero(data + first * width, (last - first) * width);
+    for (int64_t i = first; i < last; ++i) PREFIXCORE_ISA::fill_zero(data + i * stride, width);
+  }
+};
+
+// Where the gradients of keys collect. Only the first `written` rows hold numbers.
 struct KeySums {
-  float *key = nullptr, *value = nullptr;
+  SumRows key, value;
   int64_t written = 0;
 };
 
@@ -33,32 +51,35 @@ struct BackwardScratch {
   TileRows<Element> q, grad;          // columns of the block: [lanes / kPack, key_width], ...
   Element *query, *grad_out;          // its rows transposed, [key_steps, kLaneStride], ...
   float* grad_query_room;             // [kLanes, key_width]
-  float* grad_query;                  // the same, or where the block's gradient is wanted
-  Element *key, *value;               // room for a packed tile: [kKeys, key_steps], ...
-  Element *query_columns, *grad_out_columns, *key_columns;  // room for what is packed as columns
-  float *probability, *grad_score;                          // [kKeys, kLaneStride]
-  Element* grad_score_columns;                              // [kKeys / kPack, kLaneStride]
-  float *slope, *mask;                                      // [kKeys, kLaneStride] of softcap and mask
-  float *lse, *delta;                                       // [kLanes], lse in units of log 2
-  float *grad_key, *grad_value;                             // of a sequence that is one item: [keys, key_width], ...
-  float *grad_prefix_key, *grad_prefix_value;               // of a prefix that is one slot: [P, key_width], ...
-  TileRows<Element> k, v, k_columns;                        // the tile at hand
+  SumRows grad_query;                 // the same, or where the block's gradient is wanted
+  KeptTiles<Element> prefix_keys, prefix_values, keys, values;  // rows
+  Element *query_columns, *grad_out_columns, *key_columns;      // room for what is packed as columns
+  float *probability, *grad_score;                              // [kKeys, kLaneStride]
+  Element* grad_score_columns;                                  // [kKeys / kPack, kLaneStride]
+  float *slope, *mask;                                          // [kKeys, kLaneStride] of softcap and mask
+  float *lse, *delta;                                           // [kLanes], lse in units of log 2
+  float *grad_key, *grad_value;                // of a sequence that is one item: [keys, key_width], ...
+  float *grad_prefix_key, *grad_prefix_value;  // of a prefix that is one slot: [P, key_width], ...
+  TileRows<Element> k, v, k_columns;           // the tile at hand
   TilePlan plan;
   Ahead ahead;
 
-  BackwardScratch(const AttentionProblem& p, const Wanted& wanted, int64_t key_rows, Carver& carve)
+  // `most_keys`: of an item; `key_rows`: of gradients in scratch.
+  BackwardScratch(const AttentionProblem& p, const Wanted& wanted, int64_t most_keys, int64_t key_rows, Carver& carve)
       : key_width(round_up(p.head_dim, kWidth)),
         value_width(round_up(p.value_dim, kWidth)),
         key_steps(steps<Arithmetic>(p.head_dim)),
-        value_steps(steps<Arithmetic>(p.value_dim)) {
+        value_steps(steps<Arithmetic>(p.value_dim)),
+        prefix_keys(to_keep(p, p.prefix_capacity, key_steps, p.head_dim, carve)),
+        prefix_values(to_keep(p, p.prefix_capacity, value_steps, p.value_dim, carve)),
+        keys(to_keep(p, most_keys, key_steps, p.head_dim, carve)),
+        values(to_keep(p, most_keys, value_steps, p.value_dim, carve)) {
     constexpr int64_t kPack = Arithmetic::kPack;
     query_room = carve.take<float>(kLanes * key_width);
     grad_out_room = carve.take<float>(kLanes * value_width);
     query = carve.take<Element>(key_steps * kLaneStride);
     grad_out = carve.take<Element>(value_steps * kLaneStride);
     grad_query_room = carve.take<float>(kLanes * key_width);
-    key = carve.take<Element>(kKeys * key_steps);
-    value = carve.take<Element>(kKeys * value_steps);
     probability = carve.take<float>(kKeys * kLaneStride);
     grad_score = carve.take<float>(kKeys * kLaneStride);
     query_columns = carve.take<Element>(kPack > 1 ? kLanes / kPack * key_width : 0);
@@ -74,16 +95,21 @@ struct BackwardScratch {
     grad_prefix_key = carve.take<float>(wanted.prefix ? p.prefix_capacity * key_width : 0);
     grad_prefix_value = carve.take<float>(wanted.prefix ? p.prefix_capacity * value_width : 0);
   }
+
+ private:
+  static KeptTiles<Element> to_keep(const AttentionProblem& p, int64_t count, int64_t width, int64_t dim,
+                                    Carver& carve) {
+    return {keys_to_keep(p, count), width, ceil_div(dim, Arithmetic::kPack), 1, carve};
+  }
 };
 
-static void fill_zero(float* to, int64_t count) {
-  if (count > 0) __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(float));
-}
-
-// Rows `place` and on of a gradient if rows of `width` floats can be summed there, else `room`.
-static float* rows_or_room(const View& gradient, const Row& place, int64_t count, int64_t width, float* room) {
-  const bool fits = gradient.dtype == DType::f32 && count == width && gradient.stride[2] == width;
-  return fits ? static_cast<float*>(gradient.data) + row_offset(gradient.stride, place) : room;
+// `rows` rows of a gradient from `place` on if rows of `width` floats can be summed there, else `room`.
+static SumRows rows_or_room(const View& gradient, const Row& place, int64_t rows, int64_t count, int64_t width,
+                            float* room) {
+  const int64_t stride = gradient.stride[2];
+  const bool near = stride == width || rows <= kScatteredRows;
+  if (gradient.dtype != DType::f32 || count != width || !near) return {room, width};
+  return {static_cast<float*>(gradient.data) + row_offset(gradient.stride, place), stride};
 }
 
 template <class Arithmetic, class Element = typename Arithmetic::Element>
@@ -100,9 +126,9 @@ static void begin_block(BackwardScratch<Arithmetic>& w, const AttentionBackward&
   transpose(reinterpret_cast<float*>(w.grad_out), kLaneStride, reinterpret_cast<const float*>(grad_out_rows.data),
             grad_out_rows.stride, block.lanes, w.value_steps, nullptr);
   w.grad = Arithmetic::columns(w.grad_out_columns, w.value_width, grad_out_rows, block.lanes);
-  w.grad_query = w.grad_query_room;
+  w.grad_query = {w.grad_query_room, w.key_width};
   if (p.grad_query.data != nullptr && p.num_heads == p.num_kv_heads && block.rows > 0)
-    w.grad_query = rows_or_room(p.grad_query, block.row[0], p.head_dim, w.key_width, w.grad_query_room);
+    w.grad_query = rows_or_room(p.grad_query, block.row[0], block.rows, p.head_dim, w.key_width, w.grad_query_room);
   for (int i = 0; i < kLanes; ++i) {
     w.lse[i] = kInfinity;  // makes every probability 0: lanes without a row, rows that see nothing
     if (i >= block.rows) continue;
@@ -122,8 +148,8 @@ static int64_t rows_to_keep(const BackwardScratch<Arithmetic>& w, const KeySums&
   for (int n = 0; n < w.plan.num_runs; ++n)
     if (w.plan.run[n].first == covered) covered = w.plan.run[n].last;
   if (covered >= keys) return sums.written;
-  fill_zero(sums.key + sums.written * w.key_width, (keys - sums.written) * w.key_width);
-  fill_zero(sums.value + sums.written * w.value_width, (keys - sums.written) * w.value_width);
+  sums.key.fill_zero(sums.written, keys, w.key_width);
+  sums.value.fill_zero(sums.written, keys, w.value_width);
   return keys;
 }
 
@@ -179,37 +205,43 @@ static void backward_tile(BackwardScratch<Arithmetic>& w, const AttentionBackwar
   for (int n = 0; wants_query && n < plan.num_strips; ++n) {
     const Rectangle& strip = plan.strip[n];
     const int64_t step = strip.first / kPack;
-    if (first) fill_zero(w.grad_query + lane * w.key_width, (strip.begin - lane) * w.key_width);
+    if (first) w.grad_query.fill_zero(lane, strip.begin, w.key_width);
     lane = min(strip.end, rows);
     multiply<Arithmetic, ALayout::columns>(lane - strip.begin, w.key_width, depth<Arithmetic>(strip.last - strip.first),
                                            grad_score_columns + step * kLaneStride + strip.begin, kLaneStride,
                                            w.k_columns.data + step * w.k_columns.stride, w.k_columns.stride,
-                                           w.grad_query + strip.begin * w.key_width, w.key_width, !first, w.ahead);
+                                           w.grad_query.from(strip.begin).data, w.grad_query.stride, !first, w.ahead);
   }
-  if (wants_query && first) fill_zero(w.grad_query + lane * w.key_width, (rows - lane) * w.key_width);
+  if (wants_query && first) w.grad_query.fill_zero(lane, rows, w.key_width);
 
-  const int64_t keep = sums.key != nullptr ? rows_to_keep(w, sums, keys) : 0;
-  for (int n = 0; sums.key != nullptr && n < plan.num_runs; ++n) {
+  const bool wants_keys = sums.key.data != nullptr;
+  const int64_t keep = wants_keys ? rows_to_keep(w, sums, keys) : 0;
+  for (int n = 0; wants_keys && n < plan.num_runs; ++n) {
     const Rectangle& run = plan.run[n];
     const int64_t height = run.last - run.first, lanes = run.end - run.begin;
     const int64_t place = run.first * kLaneStride + run.begin / kPack;
     multiply<Arithmetic, ALayout::rows>(height, w.value_width, lanes / kPack, probability_rows + place, kLaneStride,
                                         w.grad.data + run.begin / kPack * w.grad.stride, w.grad.stride,
-                                        sums.value + run.first * w.value_width, w.value_width, run.first < keep,
-                                        w.ahead);
+                                        sums.value.from(run.first).data, sums.value.stride, run.first < keep, w.ahead);
     multiply<Arithmetic, ALayout::rows>(height, w.key_width, lanes / kPack, grad_score_rows + place, kLaneStride,
                                         w.q.data + run.begin / kPack * w.q.stride, w.q.stride,
-                                        sums.key + run.first * w.key_width, w.key_width, run.first < keep, w.ahead);
+                                        sums.key.from(run.first).data, sums.key.stride, run.first < keep, w.ahead);
   }
 }
 
-// Fills w.k, w.v and, if wanted, w.k_columns with the keys and values of `keys` slots.
-template <class Arithmetic>
+// Fills w.k, w.v and, if wanted, w.k_columns with the keys and values of `keys` slots, of which the first is number
+// `first` in `key_tiles` and `value_tiles`.
+template <class Arithmetic, class Element = typename Arithmetic::Element>
 static void load_tile(BackwardScratch<Arithmetic>& w, const AttentionProblem& p, const ConstView& key,
                       const ConstView& value, int64_t batch, int64_t head, int64_t start, const KeyList& list,
-                      int64_t slot, int keys, bool wants_columns) {
-  w.k = Arithmetic::key_rows(w.key, w.key_steps, key, batch, head, start, list, slot, keys, p.head_dim);
-  w.v = Arithmetic::key_rows(w.value, w.value_steps, value, batch, head, start, list, slot, keys, p.value_dim);
+                      int64_t slot, int keys, KeptTiles<Element>& key_tiles, KeptTiles<Element>& value_tiles,
+                      int64_t first, bool wants_columns) {
+  w.k = key_tiles.of(first, keys, [&](Element* room) {
+    return Arithmetic::key_rows(room, w.key_steps, key, batch, head, start, list, slot, keys, p.head_dim);
+  });
+  w.v = value_tiles.of(first, keys, [&](Element* room) {
+    return Arithmetic::key_rows(room, w.value_steps, value, batch, head, start, list, slot, keys, p.value_dim);
+  });
   if (wants_columns) w.k_columns = Arithmetic::columns(w.key_columns, w.key_width, w.k, keys);
 }
 
@@ -231,14 +263,14 @@ static void ask_for_block(Ahead& ahead, const AttentionBackward& p, const Backwa
 template <class Arithmetic>
 static void ask_for_rest(BackwardScratch<Arithmetic>& w, const KeySums& sums, int64_t rows) {
   const int64_t bytes = sizeof(float), rest = rows - sums.written;
-  w.ahead.add(sums.value + sums.written * w.value_width, w.value_width * bytes, rest, w.value_width * bytes);
-  w.ahead.add(sums.key + sums.written * w.key_width, w.key_width * bytes, rest, w.key_width * bytes);
+  const SumRows value = sums.value.from(sums.written), key = sums.key.from(sums.written);
+  w.ahead.add(value.data, value.stride * bytes, rest, w.value_width * bytes);
+  w.ahead.add(key.data, key.stride * bytes, rest, w.key_width * bytes);
 }
 
 // The rows of `sums` for the keys of one tile, from `row` on.
-template <class Arithmetic>
-static KeySums tile_sums(const BackwardScratch<Arithmetic>& w, const KeySums& sums, int64_t row) {
-  return {sums.key + row * w.key_width, sums.value + row * w.value_width, max<int64_t>(sums.written - row, 0)};
+static KeySums tile_sums(const KeySums& sums, int64_t row) {
+  return {sums.key.from(row), sums.value.from(row), max<int64_t>(sums.written - row, 0)};
 }
 
 template <class Arithmetic>
@@ -254,7 +286,7 @@ static void backward_block(const AttentionBackward& p, const Wanted& wanted, con
   SlotRange range{0, 0};
   if (wanted.query || wanted.keys)
     range = visible_slots(p, s, list, first_row / group, (first_row + block.rows - 1) / group);
-  ask_for_keys(w.ahead, p, s, list, kv_head, range.begin, range.end);
+  ask_for_tile(w.ahead, w.keys, w.values, p, s, list, kv_head, range.begin, range.end, 0);
   if (wanted.keys) ask_for_rest(w, sums, range.end - item.keys.begin);
   if (wanted.query) w.ahead.add_block(p.grad_query, p, s, kv_head, first_row, p.head_dim);
 
@@ -262,29 +294,32 @@ static void backward_block(const AttentionBackward& p, const Wanted& wanted, con
   bool first = true;
   for (int64_t slot = 0; slot < prefix.count; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, prefix.count - slot));
-    load_tile(w, p, p.prefix_key, p.prefix_value, s.prefix, kv_head, 0, prefix, slot, keys, wanted.query);
+    load_tile(w, p, p.prefix_key, p.prefix_value, s.prefix, kv_head, 0, prefix, slot, keys, w.prefix_keys,
+              w.prefix_values, slot, wanted.query);
     plan_whole(w.plan, keys, block.lanes);
     backward_tile(w, p, wanted.query, first, nullptr, block.rows, keys,
-                  wanted.prefix ? tile_sums(w, prefix_sums, slot) : KeySums{});
+                  wanted.prefix ? tile_sums(prefix_sums, slot) : KeySums{});
     prefix_sums.written = max(prefix_sums.written, slot + keys);
   }
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys, wanted.query);
-    ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
-    if (slot + kKeys >= range.end && next != nullptr) ask_for_block(w.ahead, p, *next);
+    load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys, w.keys, w.values,
+              slot - range.begin, wanted.query);
+    const int64_t after = slot + kKeys;
+    ask_for_tile(w.ahead, w.keys, w.values, p, s, list, kv_head, after, range.end, after - range.begin);
+    if (after >= range.end && next != nullptr) ask_for_block(w.ahead, p, *next);
     plan_sequence<Arithmetic>(w.plan, p, s, list, slot, keys, first_row, block.lanes);
     const bool masked = p.mask.kind != Mask::Kind::none;
     if (masked) fill_mask(w.mask, block, p.mask, s.key_start, list, slot, keys);
     const int64_t row = slot - item.keys.begin;
     backward_tile(w, p, wanted.query, first, masked ? w.mask : nullptr, block.rows, keys,
-                  wanted.keys ? tile_sums(w, sums, row) : KeySums{});
+                  wanted.keys ? tile_sums(sums, row) : KeySums{});
     sums.written = max(sums.written, row + keys);
   }
   if (!wanted.query) return;
-  if (first) fill_zero(w.grad_query, block.rows * w.key_width);
-  if (w.grad_query == w.grad_query_room)
-    store_rows(p.grad_query, block, w.grad_query, w.key_width, p.head_dim, nullptr);
+  if (first) w.grad_query.fill_zero(0, block.rows, w.key_width);
+  if (w.grad_query.data == w.grad_query_room)
+    store_rows(p.grad_query, block, w.grad_query_room, w.key_width, p.head_dim, nullptr);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -24,7 +24,7 @@ class BackwardPass {
   void run(const Parallel& parallel) {
     const int64_t heads = p_.num_kv_heads;
     Carver measure;
-    BackwardScratch<Arithmetic>(p_, wanted_, schedule_.scratch_rows, measure);
+    BackwardScratch<Arithmetic>(p_, wanted_, schedule_.most_keys, schedule_.scratch_rows, measure);
     // Later parts of a sequence are the longest with causal attention: they go first.
     const int64_t last = schedule_.num_slots * heads - 1;
     auto first_block = [&](int64_t unit) {
@@ -33,14 +33,14 @@ class BackwardPass {
     };
     auto work = [&](const Turn& turn, char* memory) {
       Carver carve(memory);
-      BackwardScratch<Arithmetic> scratch(p_, wanted_, schedule_.scratch_rows, carve);
+      BackwardScratch<Arithmetic> scratch(p_, wanted_, schedule_.most_keys, schedule_.scratch_rows, carve);
       const BackwardBlock after = turn.next >= 0 ? first_block(turn.next) : BackwardBlock{};
       run_unit(schedule_.slots[(last - turn.unit) / heads], (last - turn.unit) % heads,
                turn.next >= 0 ? &after : nullptr, scratch);
     };
     if (wanted_.query || wanted_.keys || wanted_.prefix)
       for_each_unit<typename Arithmetic::Registers>(parallel, schedule_.num_slots * heads, measure.used(), work);
-    if (schedule_.partial_rows > 0) reduce_keys(parallel);
+    if (wanted_.keys) reduce_keys(parallel);
     if (wanted_.prefix) reduce_prefixes(parallel);
   }
 
@@ -59,20 +59,22 @@ class BackwardPass {
   void run_unit(const Slot& slot, int64_t kv_head, const BackwardBlock* after, BackwardScratch<Arithmetic>& w) const {
     KeySums sums;
     if (wanted_.prefix && slot.prefix >= 0) {
-      sums = {w.grad_prefix_key, w.grad_prefix_value};
+      sums = {{w.grad_prefix_key, key_width_}, {w.grad_prefix_value, value_width_}};
       if (slot.buffer >= 0) {
         float* buffer = prefix_buffer(kv_head, slot.buffer);
-        sums = {buffer, buffer + p_.prefix_capacity * key_width_};
+        sums = {{buffer, key_width_}, {buffer + p_.prefix_capacity * key_width_, value_width_}};
       }
     }
+    w.prefix_keys.begin(false);
+    w.prefix_values.begin(false);
     for (int64_t i = slot.first_item; i < slot.last_item; ++i) {
       const Item* items = schedule_.items;
       const BackwardBlock next{items + i + 1, kv_head, i + 1 < slot.last_item ? items[i + 1].first_block * kLanes : 0};
       run_item(items[i], kv_head, i + 1 < slot.last_item ? &next : after, sums, w);
     }
     fill_rest(sums, p_.prefix_capacity);
-    if (sums.key != nullptr && slot.buffer < 0)
-      write_prefix(slot.prefix, kv_head, 1, sums.key, sums.value, w.query_room, w.grad_out_room);
+    if (sums.key.data != nullptr && slot.buffer < 0)
+      write_prefix(slot.prefix, kv_head, 1, sums.key.data, sums.value.data, w.query_room, w.grad_out_room);
   }
 
   void run_item(const Item& item, int64_t kv_head, const BackwardBlock* after, KeySums& prefix_sums,
@@ -82,16 +84,19 @@ class BackwardPass {
     const int64_t rows = item.keys.end - item.keys.begin;
     KeySums sums;
     if (wanted_.keys && item.partial >= 0) {
-      sums = {partial_keys(kv_head) + item.partial * key_width_, partial_values(kv_head) + item.partial * value_width_};
+      sums = {{partial_keys(kv_head) + item.partial * key_width_, key_width_},
+              {partial_values(kv_head) + item.partial * value_width_, value_width_}};
     } else if (wanted_.keys) {
-      sums = {w.grad_key, w.grad_value};
+      sums = {{w.grad_key, key_width_}, {w.grad_value, value_width_}};
       // Without padding, the rows of the sums are rows of the gradient.
       if (list.position == nullptr) {
         const Row place{s.batch, kv_head, s.key_start + item.keys.begin};
-        sums = {rows_or_room(p_.grad_key, place, p_.head_dim, key_width_, w.grad_key),
-                rows_or_room(p_.grad_value, place, p_.value_dim, value_width_, w.grad_value)};
+        sums = {rows_or_room(p_.grad_key, place, rows, p_.head_dim, key_width_, w.grad_key),
+                rows_or_room(p_.grad_value, place, rows, p_.value_dim, value_width_, w.grad_value)};
       }
     }
+    w.keys.begin(false);
+    w.values.begin(false);
     for (int64_t block = item.first_block; block < item.last_block; ++block) {
       const bool last = block + 1 == item.last_block;
       const BackwardBlock place{&item, kv_head, block * kLanes}, next{&item, kv_head, (block + 1) * kLanes};
@@ -99,8 +104,8 @@ class BackwardPass {
     }
     fill_rest(sums, rows);
     if (!wanted_.keys || item.parts > 1) return;
-    finish_keys(p_.grad_key, s, list, item, sums.key, w.grad_key, kv_head, p_.head_dim, key_width_, w.query_room);
-    finish_keys(p_.grad_value, s, list, item, sums.value, w.grad_value, kv_head, p_.value_dim, value_width_,
+    finish_keys(p_.grad_key, s, list, item, sums.key.data, w.grad_key, kv_head, p_.head_dim, key_width_, w.query_room);
+    finish_keys(p_.grad_value, s, list, item, sums.value.data, w.grad_value, kv_head, p_.value_dim, value_width_,
                 w.grad_out_room);
   }
 
@@ -117,9 +122,9 @@ class BackwardPass {
 
   // Zeros in the rows that nothing was written to.
   void fill_rest(const KeySums& sums, int64_t rows) const {
-    if (sums.key == nullptr) return;
-    fill_zero(sums.key + sums.written * key_width_, (rows - sums.written) * key_width_);
-    fill_zero(sums.value + sums.written * value_width_, (rows - sums.written) * value_width_);
+    if (sums.key.data == nullptr) return;
+    sums.key.fill_zero(sums.written, rows, key_width_);
+    sums.value.fill_zero(sums.written, rows, value_width_);
   }
 
   void write_prefix(int64_t prefix, int64_t kv_head, int64_t buffers, const float* keys, const float* values,

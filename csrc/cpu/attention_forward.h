@@ -7,51 +7,60 @@
 #pragma once
 
 #include "arithmetic.h"
-#include "kept_columns.h"
+#include "kept_tiles.h"
 #include "microkernel.h"
 #include "prefix_groups.h"
 #include "scores.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-// So many numbers stay in a core's own cache beside everything else.
-constexpr int64_t kNear = 128 * 1024;
 // Below every score, yet finite: differences with it are defined.
 constexpr float kLowest = -1e30f;
 
 template <class Arithmetic>
 struct ForwardScratch {
   using Element = typename Arithmetic::Element;
-  int64_t key_width, value_width;                   // head sizes rounded up to whole vectors of numbers
-  int64_t key_steps, value_steps;                   // and of elements
-  Element* rows;                                    // [kLanes, key_steps]
-  Element* query;                                   // [key_steps, kLaneStride] transposed
-  Element *key, *value;                             // room for a packed tile: [kKeys, key_steps], [kKeys, value_steps]
-  KeptColumns<Arithmetic> prefix_columns, columns;  // of values
-  float *scores, *mask;                             // [kKeys, kLaneStride]
-  float* out;                                       // [kLanes, value_width]
-  float *maximum, *denominator;                     // [kLanes]
-  TileRows<Element> k, v;                           // the tile at hand: rows of keys, columns of values
+  int64_t key_width, value_width;            // head sizes rounded up to whole vectors of numbers
+  int64_t key_steps, value_steps;            // and of elements
+  Element* rows;                             // [kLanes, key_steps]
+  Element* query;                            // [key_steps, kLaneStride] transposed
+  Element* value_rows;                       // [kKeys, value_steps], if columns are made of them
+  KeptTiles<Element> prefix_keys, keys;      // rows
+  KeptTiles<Element> prefix_values, values;  // columns
+  float *scores, *mask;                      // [kKeys, kLaneStride]
+  float* out;                                // [kLanes, value_width]
+  float *maximum, *denominator;              // [kLanes]
+  TileRows<Element> k, v;                    // the tile at hand: rows of keys, columns of values
   TilePlan plan;
   Ahead ahead;
 
-  // `prefix`, `keys`: how many of each have columns to be kept for the next block.
-  ForwardScratch(const AttentionProblem& p, int64_t prefix, int64_t keys, Carver& carve)
+  // `kept_prefix`, `kept_keys`: how many of each are kept for the next block.
+  ForwardScratch(const AttentionProblem& p, int64_t kept_prefix, int64_t kept_keys, Carver& carve)
       : key_width(round_up(p.head_dim, kWidth)),
         value_width(round_up(p.value_dim, kWidth)),
         key_steps(steps<Arithmetic>(p.head_dim)),
         value_steps(steps<Arithmetic>(p.value_dim)),
-        prefix_columns(prefix, value_width, carve),
-        columns(keys, value_width, carve) {
+        prefix_keys(rows_to_keep(p, kept_prefix, carve)),
+        keys(rows_to_keep(p, kept_keys, carve)),
+        prefix_values(columns_to_keep(p, kept_prefix, carve)),
+        values(columns_to_keep(p, kept_keys, carve)) {
     rows = carve.take<Element>(kLanes * key_steps);
     query = carve.take<Element>(key_steps * kLaneStride);
-    key = carve.take<Element>(kKeys * key_steps);
-    value = carve.take<Element>(kKeys * value_steps);
+    value_rows = carve.take<Element>(Arithmetic::kPack > 1 ? kKeys * value_steps : 0);
     scores = carve.take<float>(kKeys * kLaneStride);
     mask = carve.take<float>(p.mask.kind == Mask::Kind::none ? 0 : kKeys * kLaneStride);
     out = carve.take<float>(kLanes * value_width);
     maximum = carve.take<float>(kLanes);
     denominator = carve.take<float>(kLanes);
+  }
+
+ private:
+  static constexpr int64_t kPack = Arithmetic::kPack;
+  KeptTiles<Element> rows_to_keep(const AttentionProblem& p, int64_t count, Carver& carve) const {
+    return {count, key_steps, ceil_div(p.head_dim, kPack), 1, carve};
+  }
+  KeptTiles<Element> columns_to_keep(const AttentionProblem& p, int64_t count, Carver& carve) const {
+    return {count, value_width, p.value_dim, kPack, carve};
   }
 };
 
@@ -157,14 +166,19 @@ static void absorb_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p
   if (first) zero_rows(w, lane, lanes);
 }
 
-// Fills w.k and w.v with the keys and values of `keys` slots, of which the first is number `first` in `columns`.
-template <class Arithmetic>
+// Fills w.k and w.v with the keys and values of `slots`, of which the first is number `first` in `rows` and `columns`.
+template <class Arithmetic, class Element = typename Arithmetic::Element>
 static void load_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const ConstView& key,
                       const ConstView& value, int64_t batch, int64_t head, int64_t start, const KeyList& list,
-                      int64_t slot, int keys, KeptColumns<Arithmetic>& columns, int64_t first) {
-  w.k = Arithmetic::key_rows(w.key, w.key_steps, key, batch, head, start, list, slot, keys, p.head_dim);
-  w.v = columns.of(first, keys, [&] {
-    return Arithmetic::key_rows(w.value, w.value_steps, value, batch, head, start, list, slot, keys, p.value_dim);
+                      int64_t slot, int keys, KeptTiles<Element>& rows, KeptTiles<Element>& columns, int64_t first) {
+  w.k = rows.of(first, keys, [&](Element* room) {
+    return Arithmetic::key_rows(room, w.key_steps, key, batch, head, start, list, slot, keys, p.head_dim);
+  });
+  w.v = columns.of(first, keys, [&](Element* room) {
+    Element* rows_room = Arithmetic::kPack > 1 ? w.value_rows : room;
+    const auto tile =
+        Arithmetic::key_rows(rows_room, w.value_steps, value, batch, head, start, list, slot, keys, p.value_dim);
+    return Arithmetic::columns(room, w.value_width, tile, keys);
   });
 }
 
@@ -174,7 +188,7 @@ static void absorb_prefix(ForwardScratch<Arithmetic>& w, const AttentionProblem&
                           const KeyList& list, SlotRange range, int lanes) {
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    load_tile(w, p, p.prefix_key, p.prefix_value, prefix, kv_head, 0, list, slot, keys, w.prefix_columns,
+    load_tile(w, p, p.prefix_key, p.prefix_value, prefix, kv_head, 0, list, slot, keys, w.prefix_keys, w.prefix_values,
               slot - range.begin);
     const int64_t next = slot + keys, end = min(next + kKeys, range.end);
     w.ahead.add_keys(p.prefix_key, prefix, kv_head, next, end, p.head_dim);
@@ -192,7 +206,8 @@ static void absorb_sequence(ForwardScratch<Arithmetic>& w, const AttentionProble
                             bool first, Ask ask) {
   for (int64_t slot = range.begin; slot < range.end; slot += kKeys, first = false) {
     const int keys = static_cast<int>(min<int64_t>(kKeys, range.end - slot));
-    load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys, w.columns, slot - range.begin);
+    load_tile(w, p, p.key, p.value, s.batch, kv_head, s.key_start, list, slot, keys, w.keys, w.values,
+              slot - range.begin);
     ask(slot);
     plan_sequence<Arithmetic>(w.plan, p, s, list, slot, keys, first_row, block.lanes);
     const bool masked = p.mask.kind != Mask::Kind::none;
@@ -226,19 +241,15 @@ struct ForwardUnit {
   int64_t kv_head = 0, first_row = 0;
   SlotRange range{0, 0};  // the keys it sees
 
-  // What of its columns is there after `before`, whose keys begin where its own do.
-  int64_t kept_prefix(const ForwardUnit& before) const {
-    if (before.sequence == nullptr || before.kv_head != kv_head) return 0;
-    return before.sequence->prefix == sequence->prefix ? before.sequence->prefix_length : 0;
-  }
-  int64_t kept_keys(const ForwardUnit& before) const {
-    return before.sequence == sequence && before.kv_head == kv_head ? before.range.end : 0;
+  // Whether it sees the same keys as `before`, or the same prefix.
+  bool shares_keys(const ForwardUnit& before) const { return before.sequence == sequence && before.kv_head == kv_head; }
+  bool shares_prefix(const ForwardUnit& before) const {
+    return before.sequence != nullptr && before.kv_head == kv_head && before.sequence->prefix == sequence->prefix;
   }
 
   // Whether its keys are near after `before`: the same head's, and few enough for a core's cache.
   bool follows(const ForwardUnit& before, const AttentionProblem& p) const {
-    return before.sequence == sequence && before.kv_head == kv_head &&
-           (range.end - range.begin) * (p.head_dim + p.value_dim) <= kNear;
+    return shares_keys(before) && (range.end - range.begin) * (p.head_dim + p.value_dim) <= kNear;
   }
 };
 
@@ -253,14 +264,17 @@ static void forward_block(const AttentionForward& p, const ForwardUnit& unit, co
   fill_block<Arithmetic>(block, p, s, kv_head, first_row);
   begin_block(w, p, block, p.sinks);
 
-  w.prefix_columns.begin(unit.kept_prefix(previous));
-  w.columns.begin(unit.kept_keys(previous));
-
   const KeyList prefix{nullptr, prefix_of(s) >= 0 ? s.prefix_length : 0};
+  for (auto* tiles : {&w.prefix_keys, &w.prefix_values}) tiles->begin(unit.shares_prefix(previous));
+  for (auto* tiles : {&w.keys, &w.values}) tiles->begin(unit.shares_keys(previous));
   absorb_prefix(w, p, s.prefix, kv_head, prefix, {0, prefix.count}, block.lanes);
   absorb_sequence(w, p, block, s, kv_head, list, range, first_row, prefix.count == 0, [&](int64_t slot) {
-    if (!unit.follows(previous, p)) ask_for_keys(w.ahead, p, s, list, kv_head, slot + kKeys, range.end);
-    if (slot + kKeys < range.end || next.sequence == nullptr) return;
+    const int64_t after = slot + kKeys;
+    if (!unit.follows(previous, p))
+      ask_for_tile(w.ahead, w.keys, w.values, p, s, list, kv_head, after, range.end, after - range.begin);
+    if (after < range.end) return;
+    w.ahead.add_block(p.out, p, s, kv_head, first_row, p.value_dim);
+    if (next.sequence == nullptr) return;
     w.ahead.add_block(p.query, p, *next.sequence, next.kv_head, next.first_row, p.head_dim);
     if (!next.follows(unit, p))
       ask_for_keys(w.ahead, p, *next.sequence, *next.keys, next.kv_head, next.range.begin, next.range.end);
@@ -282,7 +296,7 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
 
   int64_t longest = 0;
   for (int64_t i = 0; i < p.num_sequences; ++i) longest = max(longest, lists[i].count);
-  const int64_t keys = keys_to_keep<Arithmetic>(p, longest), prefix = keys_to_keep<Arithmetic>(p, p.prefix_capacity);
+  const int64_t keys = keys_to_keep(p, longest), prefix = keys_to_keep(p, p.prefix_capacity);
   Carver measure;
   ForwardScratch<Arithmetic>(p, prefix, keys, measure);
   auto unit_at = [&](int64_t unit) {

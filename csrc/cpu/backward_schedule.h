@@ -52,6 +52,7 @@ class BackwardSchedule {
   int64_t num_buffers = 0;   // of prefix gradients, for each key/value head
   int64_t partial_rows = 0;  // of partial key gradients, for each key/value head
   int64_t scratch_rows = 0;  // of key gradients that a worker needs
+  int64_t most_keys = 0;     // of an item
 
  private:
   int64_t blocks_of(const Sequence& s) const {
@@ -89,6 +90,7 @@ class BackwardSchedule {
     if (last_row >= first_row) item.keys = visible_slots(problem_, s, list, first_row / group, last_row / group);
     const int64_t keys = item.keys.end - item.keys.begin;
     item.cost = static_cast<double>(last_row - first_row + 1) * static_cast<double>(keys + s.prefix_length) + 1;
+    most_keys = max(most_keys, keys);
     if (parts > 1 && wants_keys) {
       item.partial = partial_rows;
       partial_rows += keys;

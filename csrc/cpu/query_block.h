@@ -108,15 +108,15 @@ static void pack_rows(Element* to, int64_t width, const ConstView& from, const Q
   }
 }
 
-// The same rows to be read only: where they lie if they are float32 rows of one head side by side and there is one for
-// every lane, else packed into `room`.
+// The same rows to be read only: where they lie if they are float32 rows of one head and there is one for every lane,
+// else packed into `room`.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
 static TileRows<Element> load_rows(Element* room, int64_t width, const ConstView& from, const QueryBlock& block,
                                    int64_t count) {
   if constexpr (Arithmetic::kPack == 1)
-    if (from.dtype == DType::f32 && count == width && from.stride[2] == width && block.rows == block.lanes &&
-        block.rows > 0 && block.consecutive())
-      return {static_cast<const float*>(from.data) + row_offset(from.stride, block.row[0]), width};
+    if (from.dtype == DType::f32 && count == width && block.rows == block.lanes && block.rows > 0 &&
+        block.consecutive())
+      return {static_cast<const float*>(from.data) + row_offset(from.stride, block.row[0]), from.stride[2]};
   pack_rows<Arithmetic>(room, width, from, block, count);
   return {room, width};
 }

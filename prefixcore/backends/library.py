@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import gradients
+from .layout import empty_gradient, empty_heads_last
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
 BUILT = LIBRARY.exists()
@@ -42,9 +43,7 @@ def host() -> ModuleType:
 
 
 def _prefix_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _dim = query.shape
-    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
-    return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
+    return empty_heads_last(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _prefix_attention_backward_fake(
@@ -53,16 +52,12 @@ def _prefix_attention_backward_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     needs_query, needs_sequence, needs_prefix = rest[-3:]
 
-    def like_heads_last(x: Tensor) -> Tensor:  # [B, H, T, D] laid out as [B, T, H, D]
-        batch, heads, length, dim = x.shape
-        return x.new_empty(batch, length, heads, dim).transpose(1, 2)
-
     none = query.new_empty(0)
     none32 = query.new_empty(0, dtype=torch.float32)
     return (
-        like_heads_last(query) if needs_query else none,
-        like_heads_last(key) if needs_sequence else none.clone(),
-        like_heads_last(value) if needs_sequence else none.clone(),
+        empty_gradient(query) if needs_query else none,
+        empty_gradient(key) if needs_sequence else none.clone(),
+        empty_gradient(value) if needs_sequence else none.clone(),
         prefix_key.new_empty(prefix_key.shape, dtype=torch.float32) if needs_prefix else none32,
         prefix_value.new_empty(prefix_value.shape, dtype=torch.float32) if needs_prefix else none32.clone(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,40 @@ def test_what_lies_beside_a_view_does_not_leak(isa: str, T: int, D: int, gap: in
         assert torch.equal(views[name].grad, x.grad), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mask": "padding"}, {"sliding_window": 70}], ids=str)
+@pytest.mark.parametrize(("T", "H", "Hkv", "D"), [(300, 2, 2, 64), (300, 4, 2, 48), (130, 3, 3, 32)])
+def test_where_rows_lie_changes_no_bit(
+    isa: str, T: int, H: int, Hkv: int, D: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Rows far apart are put together if there are many; sums of gradients collect in place or in scratch."""
+    tensors, arguments = Problem(B=2, T=T, H=H, Hkv=Hkv, D=D, P=20, dtype=dtype, **options).tensors()
+    apart = {}
+    for name, x in tensors.items():
+        room = torch.full((*x.transpose(-3, -2).shape[:-1], 2 * D), torch.nan, dtype=dtype)
+        apart[name] = room[..., :D].transpose(-3, -2).copy_(x).requires_grad_()
+        x.requires_grad_()
+    outs = [prefixcore.prefix_attention(**x, **arguments) for x in (tensors, apart)]
+    assert torch.equal(*outs)
+    grad_out = torch.randn(2, T, H, D).to(dtype).transpose(1, 2)
+    for out in outs:
+        out.backward(grad_out)
+    for name, x in tensors.items():
+        assert torch.equal(apart[name].grad, x.grad), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_lie_as_their_tensors_do(dtype: torch.dtype) -> None:
+    """Heads outside tokens or inside: otherwise autograd would copy them."""
+    tensors, _ = Problem(B=2, T=33, H=4, Hkv=2, D=16, P=3, dtype=dtype).tensors()
+    inside = {n: x.transpose(-3, -2).contiguous().transpose(-3, -2) for n, x in tensors.items()}
+    for kind in (tensors, inside):
+        leaves = [x.requires_grad_() for x in kind.values()]
+        out = prefixcore.prefix_attention(*leaves)
+        for name, x, grad in zip(kind, leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+            assert name.startswith("prefix") or grad.stride() == x.stride(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_virtual_tokens_beyond_an_entrys_length_do_not_leak(isa: str, dtype: torch.dtype) -> None:
     tensors, _ = Problem(B=2, T=40, P=8, N=2, dtype=dtype, prefix_dtype=torch.float32).tensors()
@@ -133,6 +168,18 @@ def test_a_query_that_sees_nothing_yields_zeros(isa: str) -> None:
     assert (out[:, :, :2] == 0).all()
     assert (lse[:, :, :2] == -torch.inf).all()
     assert (out[:, :, 2:] != 0).any()
+
+
+@pytest.mark.parametrize("T", [5, 260, 2100])
+def test_keys_that_nobody_sees_get_zeros(isa: str, T: int) -> None:
+    """The window of every query lies in the padding, in sequences that workers share out among them, too."""
+    tensors, _ = Problem(B=1, H=8, Hkv=1, T=T, S=T + 200, P=3).tensors()
+    mask = (torch.arange(T + 200) < 100)[None]
+    leaves = {n: x.requires_grad_() for n, x in tensors.items()}
+    prefixcore.prefix_attention(**leaves, attn_mask=mask, sliding_window=7).square().sum().backward()
+    assert (leaves["key"].grad == 0).all()
+    assert (leaves["value"].grad == 0).all()
+    assert (leaves["prefix_value"].grad != 0).any()
 
 
 @pytest.mark.parametrize("backend", [KERNELS, "reference"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import empty_gradient, empty_heads_last
 from .kernels import decode as decode_kernels
 from .kernels import forward as forward_kernel
 from .kernels import grad_keys as grad_keys_kernel
@@ -16,15 +17,9 @@ from .kernels import grad_query as grad_query_kernel
 from .problem import Problem
 
 
-def _heads_last(x: Tensor, dim: int) -> Tensor:
-    """Memory [B, T, H, dim] for what belongs to `x` [B, H, T, any]: transposing it back is free."""
-    batch, heads, length, _ = x.shape
-    return x.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
 def outputs(p: Problem) -> tuple[Tensor, Tensor]:
     """Memory for output and log-sum-exp."""
-    return _heads_last(p.query, p.value_dim), p.query.new_empty(p.query.shape[:3], dtype=torch.float32)
+    return empty_heads_last(p.query, p.value_dim), p.query.new_empty(p.query.shape[:3], dtype=torch.float32)
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -50,23 +45,23 @@ def no_gradient(p: Problem, needs_query: bool, needs_sequence: bool, needs_prefi
     """All gradients where there is no query."""
     grads = unwanted(p)
     if needs_query:
-        grads[0] = _heads_last(p.query, p.head_dim)
+        grads[0] = empty_gradient(p.query)
     if needs_sequence:
-        grads[1], grads[2] = _heads_last(p.key, p.head_dim).zero_(), _heads_last(p.value, p.value_dim).zero_()
+        grads[1], grads[2] = empty_gradient(p.key).zero_(), empty_gradient(p.value).zero_()
     if needs_prefix:
         grads[3:] = (torch.zeros_like(x, dtype=torch.float32) for x in (p.prefix_key, p.prefix_value))
     return tuple(grads)
 
 
 def grad_query(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    grad = _heads_last(p.query, p.head_dim)
+    grad = empty_gradient(p.query)
     grad_query_kernel.grad_query(p, grad_out, lse, delta, grad)
     return grad
 
 
 def grad_sequence(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of key and value."""
-    grad_key, grad_value = _heads_last(p.key, p.head_dim), _heads_last(p.value, p.value_dim)
+    grad_key, grad_value = empty_gradient(p.key), empty_gradient(p.value)
     grad_keys_kernel.grad_keys(p, grad_out, lse, delta, grad_key, grad_value)
     return grad_key, grad_value
 

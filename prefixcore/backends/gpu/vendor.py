@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import attention
 from torch.nn.attention import SDPBackend
 
+from ..layout import as_gradient, heads_last
 from .problem import Problem
 
 _aten = torch.ops.aten
@@ -34,7 +35,7 @@ class Vendor(NamedTuple):
     """A fused attention: ``forward(p)`` gives the sequence's own output and log-sum-exp [B, H, T], natural and float32;
     ``backward(p, grad_out, out, lse)`` the gradients of query, key and value, from the merged output and log-sum-exp.
 
-    Outputs are laid out as [B, T, H, D].
+    Outputs are laid out as [B, T, H, D], gradients as their tensors are.
     """
 
     name: str
@@ -108,11 +109,6 @@ def _causal(p: Problem) -> bool:
     return p.is_causal and p.queries > 1
 
 
-def _heads_last(x: Tensor) -> Tensor:
-    """`x` itself where it is laid out as [B, T, H, D], as it is if the query came from a transformer."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def _in_layout_of(query: Tensor, x: Tensor) -> Tensor:
     """`x` in the layout of an output for `query`. cuDNN's plans are cached by the layouts of the inputs alone."""
     wanted = torch.empty_like(query, device="meta").stride()
@@ -128,7 +124,7 @@ def _cudnn_forward(p: Problem) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention.default(
         p.query, p.key, p.value, None, True, _NO_DROPOUT, _causal(p), False, scale=p.scale
     )
-    return _heads_last(out), lse.reshape(out.shape[:3])  # from [B, H, T, 1]
+    return heads_last(out), lse.reshape(out.shape[:3])  # from [B, H, T, 1]
 
 
 def _cudnn_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,14 +134,14 @@ def _cudnn_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> t
         grad_out, p.query, p.key, p.value, out, lse.contiguous()[..., None], seed, seed, None, None, None,
         p.queries, p.keys, _NO_DROPOUT, _causal(p), scale=p.scale,
     )  # fmt: skip
-    return _heads_last(query), _heads_last(key), _heads_last(value)
+    return as_gradient(query, p.query), as_gradient(key, p.key), as_gradient(value, p.value)
 
 
 def _flash_forward(p: Problem) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_flash_attention.default(
         p.query, p.key, p.value, _NO_DROPOUT, _causal(p), False, scale=p.scale
     )
-    return _heads_last(out), lse.contiguous()
+    return heads_last(out), lse.contiguous()
 
 
 def _flash_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,21 +150,21 @@ def _flash_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> t
         grad_out, p.query, p.key, p.value, out, lse.contiguous(), None, None, p.queries, p.keys, _NO_DROPOUT,
         _causal(p), seed, seed, scale=p.scale,
     )  # fmt: skip
-    return _heads_last(query), _heads_last(key), _heads_last(value)
+    return as_gradient(query, p.query), as_gradient(key, p.key), as_gradient(value, p.value)
 
 
 def _stand_in_forward(p: Problem) -> tuple[Tensor, Tensor]:
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu.default(
         p.query, p.key, p.value, _NO_DROPOUT, _causal(p), scale=p.scale
     )
-    return _heads_last(out), lse.contiguous()
+    return heads_last(out), lse.contiguous()
 
 
 def _stand_in_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
         grad_out, p.query, p.key, p.value, out, lse, _NO_DROPOUT, _causal(p), scale=p.scale
     )
-    return _heads_last(query), _heads_last(key), _heads_last(value)
+    return as_gradient(query, p.query), as_gradient(key, p.key), as_gradient(value, p.value)
 
 
 CUDNN = Vendor("cuDNN", _cudnn_forward, _cudnn_backward)
