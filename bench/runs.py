@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,9 +148,20 @@ class Machine:
     tables: dict[str, list[Row]]
 
     @property
+    def maker(self) -> str:
+        """The first two words of the CPU's name."""
+        words = re.sub(r"\((R|TM)\)", "", self.stamps[0]["cpu"]).replace(",", " ").split()
+        return " ".join(words[:2])
+
+    @property
     def slug(self) -> str:
         stamp = self.stamps[0]
-        return f"{stamp['isa']}-{stamp['threads']}-threads"
+        return f"{self.maker.lower().replace(' ', '-')}-{stamp['isa']}-{stamp['threads']}-threads"
+
+    @property
+    def latest(self) -> str:
+        """When it was measured last: a date and a time that sort as they follow."""
+        return max(stamp["time"] for stamp in self.stamps)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -159,8 +171,8 @@ class Machine:
 
 
 def machines(runs: Iterable[Mapping[str, Any]]) -> list[Machine]:
-    """The runs put together by machine, the one with most tables first; a smoke run is refused, since its times mean
-    nothing."""
+    """The runs put together by machine, the one with most tables first, of such the one measured last; a smoke run is
+    refused, since its times mean nothing."""
     found: dict[tuple[Any, ...], Machine] = {}
     for run in runs:
         if run["stamp"]["scale"] == "smoke":
@@ -176,4 +188,4 @@ def machines(runs: Iterable[Mapping[str, Any]]) -> list[Machine]:
     slugs = [machine.slug for machine in found.values()]
     if len(set(slugs)) < len(slugs):
         raise ValueError(f"results of different machines with one name {slugs}: keep one machine's in bench/results/")
-    return sorted(found.values(), key=lambda machine: -len(machine.tables))
+    return sorted(found.values(), key=lambda machine: (len(machine.tables), machine.latest), reverse=True)

@@ -73,13 +73,13 @@ def summary(machine: Machine) -> str:
             what = ", ".join([row.case["model"], row.case["data"], *model(row.case)[1:]])
             lines.append([f"packed training step (the others padded), {what}", *figures])
     header = ["forward and backward, float32 (B,H,Hkv,T,D,P; B,T,P)", "over no prefix at all", "over PEFT's way"]
-    return markdown(header, lines) + f"\n\n{worst_of(machine)}."
+    return markdown(header, lines) + f"\n\n{machine.maker}, {isa}. {worst_of(machine)}."
 
 
 def sections(machine: Machine) -> str:
     """All tables of one machine."""
     first = machine.stamps[0]
-    parts = [f"### {first['isa']}, {first['threads']} threads", stamp_lines(machine)]
+    parts = [f"### {machine.maker}, {first['isa']}, {first['threads']} threads", stamp_lines(machine)]
     for name, (title, table) in TABLES.items():
         if rows := machine.tables.get(name):
             parts += [f"#### {title}", table(rows, first["isa"])]

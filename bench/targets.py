@@ -33,6 +33,7 @@ ATTENTION = {
     (8, 12, 12, 128, 64, 16): (0.50, 0.42, 0.30, 0.25),
     (4, 9, 3, 128, 64, 15): (0.55, 0.42, 0.35, 0.28),
 }
+WIDE = ("avx512", "amx")  # instruction sets that the targets are for, as their names begin
 AVX2 = Target(0.75)  # over R0 in the first three rows, float32, with PyTorch held to AVX2 too
 DECODE = Target(0.22)  # over SDPA with a cache that holds the prefix already
 ROBUST = Target(1.10)  # strided over contiguous, large scores over ordinary ones
@@ -53,7 +54,7 @@ def attention(case: Mapping[str, Any], reference: str, isa: str) -> Target | Non
     shape = shape_of(case)
     if shape not in ATTENTION or reference not in ("bare", "concatenated"):
         return None
-    if not isa.startswith("avx512"):
+    if not isa.startswith(WIDE):
         first_three = shape in list(ATTENTION)[:3]
         return AVX2 if isa == "avx2" and first_three and reference == "bare" and case["dtype"] == "fp32" else None
     fp32_bare, fp32_concatenated, bf16_bare, bf16_concatenated = ATTENTION[shape]
@@ -73,7 +74,7 @@ def step_over_peft(case: Mapping[str, Any]) -> Target | None:
 
 def attention_rate(case: Mapping[str, Any], isa: str) -> Target | None:
     """The target of our share of a 1024-cubed float32 product's rate, useful operations only."""
-    if not isa.startswith("avx512") or case["dtype"] != "fp32" or shape_of(case) not in ATTENTION:
+    if not isa.startswith(WIDE) or case["dtype"] != "fp32" or shape_of(case) not in ATTENTION:
         return None
     if case["T"] >= 1024:
         return Target(0.85, at_least=True)

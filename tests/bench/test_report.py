@@ -101,8 +101,8 @@ def test_rendering_keeps_what_stands_around_and_agrees_with_itself(place: tuple[
     assert "| 4,8,8,256,64,20 | fp32 | fwd+bwd | 1 | 0.41 (≤ 0.50) | 0.33 (≤ 0.40) | 0.30 | 0.82 |" in text
     assert "a-host-name" not in text
     assert sorted(p.name for p in folder.glob("*.png")) == [
-        "avx512-2-threads-attention.png",
-        "avx512-2-threads-growth.png",
+        "a-cpu-avx512-2-threads-attention.png",
+        "a-cpu-avx512-2-threads-growth.png",
     ]
     assert report.disagreements(pages(readme), folder) == []
     report.render(pages(readme), folder)
@@ -114,7 +114,7 @@ def test_a_changed_figure_shows_in_page_and_picture(place: tuple[Path, Path]) ->
     runs.write([runs.trimmed(raw(bare=0.45))], folder / "one.json")
     assert report.disagreements(pages(readme), folder) == [
         "page/README.md does not say what results/ says",
-        "avx512-2-threads-attention.png does not show what results/ says",
+        "a-cpu-avx512-2-threads-attention.png does not show what results/ says",
     ]
 
 
@@ -126,7 +126,7 @@ def test_a_page_changed_by_hand_shows(place: tuple[Path, Path]) -> None:
 
 def test_a_picture_of_nothing_shows_and_goes(place: tuple[Path, Path]) -> None:
     readme, folder = place
-    shutil.copy(folder / "avx512-2-threads-growth.png", folder / "old.png")
+    shutil.copy(folder / "a-cpu-avx512-2-threads-growth.png", folder / "old.png")
     assert report.disagreements(pages(readme), folder) == ["old.png belongs to no result"]
     report.render(pages(readme), folder)
     assert report.disagreements(pages(readme), folder) == []
@@ -195,7 +195,7 @@ def test_a_profile_is_tabled_and_drawn(tmp_path: Path) -> None:
     text = tables.sections(machine)
     assert "| model | B,T,P | dtype | training | attention, ms | matrix products, ms | all, ms |" in text
     assert "| Llama 30M | 1,1024,64 | fp32 | prefixcore prefix | 10 | 60.5 | 70.5 |" in text
-    assert "avx512-2-threads-profile.png" in [path.name for path in pictures.draw(machine, tmp_path)]
+    assert "a-cpu-avx512-2-threads-profile.png" in [path.name for path in pictures.draw(machine, tmp_path)]
 
 
 def test_the_front_page_has_the_ratios() -> None:
@@ -204,22 +204,30 @@ def test_the_front_page_has_the_ratios() -> None:
     assert report.front(found).splitlines()[2:] == [
         "| `prefix_attention`, 4,8,8,256,64,20 | 0.41 (≤ 0.50) | 0.33 (≤ 0.40) |",
         "",
-        "One run.",
+        "A CPU, avx512. One run.",
     ]
 
 
 def test_runs_of_two_settings_are_kept_apart() -> None:
     held = raw(isa="avx2", torch_isa="AVX2")
     first, second = runs.machines(runs.trimmed(run) for run in (held, raw(also=[STEP])))
-    assert (first.slug, second.slug) == ("avx512-2-threads", "avx2-2-threads")  # the one with most tables leads
+    # The one with most tables leads.
+    assert (first.slug, second.slug) == ("a-cpu-avx512-2-threads", "a-cpu-avx2-2-threads")
     text = tables.sections(second)
-    assert text.startswith("### avx2, 2 threads\n")
+    assert text.startswith("### A CPU, avx2, 2 threads\n")
     assert "| 0.41 (≤ 0.75) | 0.33 | 0.30 | 0.82 |" in text
+
+
+def test_of_machines_with_as_many_tables_the_one_measured_last_leads() -> None:
+    old, new = runs.trimmed(raw(cpu="Old CPU")), runs.trimmed(raw(cpu="New CPU"))
+    old["stamp"]["time"], new["stamp"]["time"] = "2026-01-02T03:04", "2026-01-03T00:00"
+    for order in ((old, new), (new, old)):
+        assert [machine.maker for machine in runs.machines(order)] == ["New CPU", "Old CPU"]
 
 
 @pytest.mark.parametrize(
     ("run", "message"),
-    [(raw(scale="smoke"), "smoke run"), (raw(cpu="Another CPU"), "different machines")],
+    [(raw(scale="smoke"), "smoke run"), (raw(cpu="A CPU, model 2"), "different machines")],
 )
 def test_what_cannot_be_kept_is_refused(run: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -239,7 +247,7 @@ def test_keep_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_three_runs_are_kept_in_one_file_that_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     three = [runs.trimmed(raw(bare=x)) for x in (0.41, 0.52, 0.43)]
-    runs.write([runs.trimmed(raw(cpu="Another CPU"))], tmp_path / "mine.json")
+    runs.write([runs.trimmed(raw(cpu="A CPU, model 2"))], tmp_path / "mine.json")
     report.keep_together(three, "mine", tmp_path)
     assert runs.kept(tmp_path) == three
     text = (tmp_path / "mine.json").read_text(encoding="utf-8")
