@@ -35,9 +35,6 @@ class DecodePass {
   }
 
   void run(const Parallel& parallel) {
-    Carver measure;
-    bf16_ || tiles_ ? measure_lanes<Bfloat16>(measure) : measure_lanes<Float32>(measure);
-    DecodeScratch(p_, measure);
     auto work = [&](const Turn& turn, char* memory) {
       const Unit& unit = units_[turn.unit];
       Carver carve(memory);
@@ -50,7 +47,7 @@ class DecodePass {
         unit.sequence < 0 ? run_prefix_rows(unit, scratch) : run_sequence(unit, scratch);
       }
     };
-    for_each_unit<Bfloat16::Registers>(parallel, num_units_, measure.used(), work);
+    for_each_unit<Bfloat16::Registers>(parallel, num_units_, scratch_bytes(), work);
     auto merge = [&](const Turn& turn, char* memory) {
       merge_rows(turn.unit / p_.num_kv_heads, turn.unit % p_.num_kv_heads, reinterpret_cast<float*>(memory));
     };
@@ -162,9 +159,13 @@ class DecodePass {
       }
   }
 
-  template <class Arithmetic>
-  void measure_lanes(Carver& measure) const {
-    ForwardScratch<Arithmetic>(p_, 0, 0, measure);
+  // As much as the unit that needs most: one call may have units of each kind.
+  int64_t scratch_bytes() const {
+    Carver numbers, pairs, rows;
+    ForwardScratch<Float32>(p_, 0, 0, numbers);
+    ForwardScratch<Bfloat16>(p_, 0, 0, pairs);
+    DecodeScratch(p_, rows);
+    return max(max(numbers.used(), pairs.used()), rows.used());
   }
 
   // A stretch of a prefix against the rows of all sequences that name it: many rows.
@@ -172,7 +173,7 @@ class DecodePass {
   void run_prefix_lanes(const Unit& unit, Carver& carve) const {
     ForwardScratch<Arithmetic> w(p_, 0, 0, carve);
     QueryBlock block;
-    Owner owner[kLanes];
+    Owner owner[kLanes] = {};
     fill_shared<Arithmetic>(block, owner, unit);
     const KeyList list{nullptr, p_.sequences[owner[0].sequence].prefix_length};
     begin_block(w, p_, block, nullptr);

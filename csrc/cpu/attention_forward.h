@@ -294,9 +294,13 @@ static void forward_pass(const AttentionForward& p, const Parallel& parallel) {
   start[0] = 0;
   for (int64_t i = 0; i < p.num_sequences; ++i) start[i + 1] = start[i] + blocks_of(i) * p.num_kv_heads;
 
-  int64_t longest = 0;
-  for (int64_t i = 0; i < p.num_sequences; ++i) longest = max(longest, lists[i].count);
-  const int64_t keys = keys_to_keep(p, longest), prefix = keys_to_keep(p, p.prefix_capacity);
+  // A sequence of one block leaves no keys to the next.
+  int64_t longest = 0, most_blocks = 0;
+  for (int64_t i = 0; i < p.num_sequences; ++i) {
+    longest = max(longest, lists[i].count);
+    most_blocks = max(most_blocks, blocks_of(i));
+  }
+  const int64_t keys = most_blocks > 1 ? keys_to_keep(p, longest) : 0, prefix = keys_to_keep(p, p.prefix_capacity);
   Carver measure;
   ForwardScratch<Arithmetic>(p, prefix, keys, measure);
   auto unit_at = [&](int64_t unit) {

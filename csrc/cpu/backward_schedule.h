@@ -19,7 +19,7 @@ struct Item {
   int64_t first_block, last_block;
   SlotRange keys;       // that these queries see
   int64_t part, parts;  // which piece of the sequence, of how many
-  int64_t partial;      // where its part of the key gradients lies, in rows; -1: the worker's scratch
+  int64_t partial;  // where its part of the key gradients lies, in rows; -1: whole, in the worker's scratch or in place
   double cost;
 };
 

@@ -81,11 +81,12 @@ struct Turn {
   int64_t previous, unit, next;
 };
 
+struct Nothing {};
+
 // Calls work(turn, scratch) once for every unit below `count`, which is less than 2^32. Each worker has a share of
 // neighbours, which often read the same memory, and the same share every time, for it may still have that memory near;
 // then it helps the others, so uneven units balance out. Which worker does a unit never changes its result. Each holds
 // an object of `Held` while it works.
-struct Nothing {};
 template <class Held = Nothing, class Work>
 static void for_each_unit(const Parallel& parallel, int64_t count, int64_t scratch_bytes, Work& work) {
   if (count <= 0) return;

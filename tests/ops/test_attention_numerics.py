@@ -170,6 +170,13 @@ def test_a_query_that_sees_nothing_yields_zeros(isa: str) -> None:
     assert (out[:, :, 2:] != 0).any()
 
 
+@pytest.mark.parametrize("prefix_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("D", "Dv"), [(256, 128), (192, 64), (64, 256)])
+def test_decode_with_keys_and_values_of_different_sizes(isa: str, D: int, Dv: int, prefix_dtype: torch.dtype) -> None:
+    """Units in float32 and units in bfloat16 share one scratch."""
+    check(Problem(B=16, H=2, Hkv=2, T=1, S=40, D=D, Dv=Dv, P=100, dtype=torch.bfloat16, prefix_dtype=prefix_dtype))
+
+
 @pytest.mark.parametrize("T", [5, 260, 2100])
 def test_keys_that_nobody_sees_get_zeros(isa: str, T: int) -> None:
     """The window of every query lies in the padding, in sequences that workers share out among them, too."""
