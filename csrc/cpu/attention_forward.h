@@ -166,7 +166,8 @@ static void absorb_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p
   if (first) zero_rows(w, lane, lanes);
 }
 
-// Fills w.k and w.v with the keys and values of `slots`, of which the first is number `first` in `rows` and `columns`.
+// Fills w.k and w.v with the keys and values of `keys` slots, of which the first is number `first` in `rows` and
+// `columns`.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
 static void load_tile(ForwardScratch<Arithmetic>& w, const AttentionProblem& p, const ConstView& key,
                       const ConstView& value, int64_t batch, int64_t head, int64_t start, const KeyList& list,

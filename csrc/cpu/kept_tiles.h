@@ -33,8 +33,9 @@ class KeptTiles {
     if (!same) *made_ = 0;
   }
 
-  // The tile of `keys` keys from number `first` on. Tiles come one after the other, the first at 0, and begin at
-  // multiples of kKeys. make(room) returns one, there or elsewhere.
+  // The tile of `keys` keys from number `first` on; it may go on with keys that another block saw, whose probabilities
+  // are 0 in this one (so an infinite value there is a NaN here, which the block alone would not see). Tiles come one
+  // after the other, the first at 0, and begin at multiples of kKeys. make(room) returns one, there or elsewhere.
   template <class Make>
   TileRows<Element> of(int64_t first, int keys, Make make) {
     if (capacity_ == 0) return make(room_);
@@ -71,12 +72,9 @@ static void ask_for_tile(Ahead& ahead, const KeptTiles<Element>& key_tiles, cons
                          const AttentionProblem& p, const Sequence& s, const KeyList& list, int64_t kv_head,
                          int64_t slot, int64_t end, int64_t first) {
   if (slot >= end) return;
-  const int64_t last = min(slot + kKeys, end);
-  const int64_t begin_token = s.key_start + list[slot], end_token = s.key_start + list[last - 1] + 1;
-  key_tiles.ask(ahead, first, last - slot,
-                [&] { ahead.add_keys(p.key, s.batch, kv_head, begin_token, end_token, p.head_dim); });
-  value_tiles.ask(ahead, first, last - slot,
-                  [&] { ahead.add_keys(p.value, s.batch, kv_head, begin_token, end_token, p.value_dim); });
+  const int64_t keys = min<int64_t>(kKeys, end - slot);
+  key_tiles.ask(ahead, first, keys, [&] { ask_for_rows(ahead, p.key, p.head_dim, s, list, kv_head, slot, end); });
+  value_tiles.ask(ahead, first, keys, [&] { ask_for_rows(ahead, p.value, p.value_dim, s, list, kv_head, slot, end); });
 }
 
 // How many keys are worth keeping of `keys`: none where a window's edge lets every block begin elsewhere.

@@ -133,13 +133,19 @@ static TileRows<float> tile_rows(float* room, int64_t width, const ConstView& vi
   return {room, width};
 }
 
-// Asks for the keys and values of the tile that starts at `slot`.
-static void ask_for_keys(Ahead& ahead, const AttentionProblem& p, const Sequence& s, const KeyList& list,
+// Asks for the keys, or values, of the tile that starts at `slot`.
+static void ask_for_rows(Ahead& ahead, const ConstView& view, int64_t width, const Sequence& s, const KeyList& list,
                          int64_t kv_head, int64_t slot, int64_t end) {
   if (slot >= end) return;
   const int64_t first = s.key_start + list[slot], last = s.key_start + list[min(slot + kKeys, end) - 1] + 1;
-  ahead.add_keys(p.key, s.batch, kv_head, first, last, p.head_dim);
-  ahead.add_keys(p.value, s.batch, kv_head, first, last, p.value_dim);
+  ahead.add_keys(view, s.batch, kv_head, first, last, width);
+}
+
+// Asks for both.
+static void ask_for_keys(Ahead& ahead, const AttentionProblem& p, const Sequence& s, const KeyList& list,
+                         int64_t kv_head, int64_t slot, int64_t end) {
+  ask_for_rows(ahead, p.key, p.head_dim, s, list, kv_head, slot, end);
+  ask_for_rows(ahead, p.value, p.value_dim, s, list, kv_head, slot, end);
 }
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA
