@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 590  # seconds, for everything
 KEPT = 20  # of them, for the figures and for stopping what runs
+SANITIZER = 80  # and for the sanitizer, which comes last: it slows every kernel down
 GIVEN = {"torch": "torch>=2.10", "triton": "triton>=3.6", "transformers": "transformers>=5.13"}
 NEEDED = {"setuptools": "setuptools>=77", "ninja": "ninja", "pybind11": "pybind11>=2.13", "pytest": "pytest>=8",
           "pytest_benchmark": "pytest-benchmark>=5", "hypothesis": "hypothesis>=6.100", "peft": "peft>=0.18",
@@ -103,14 +104,14 @@ def with_everything(wheels: Path | None) -> None:
 class Session:
     """The steps, their results, and the time that is left."""
 
-    def __init__(self, out: Path, rehearsal: bool, machine: dict[str, Any]) -> None:
-        self.out, self.rehearsal, self.machine = out, rehearsal, machine
+    def __init__(self, out: Path, rehearsal: bool, limit: float, machine: dict[str, Any]) -> None:
+        self.out, self.rehearsal, self.limit, self.machine = out, rehearsal, limit, machine
         self.began = time.monotonic()
         self.steps: list[dict[str, Any]] = []
         out.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
-        return LIMIT - (time.monotonic() - self.began)
+        return self.limit - (time.monotonic() - self.began)
 
     def note(self, name: str, state: str, **more: Any) -> bool:
         self.steps.append({"step": name, "state": state, **more})
@@ -250,6 +251,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "gpu", help="where results go")
     parser.add_argument("--wheels", type=Path, help="folder with wheels of the packages that are missing")
+    parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for everything (default {LIMIT})")
     parser.add_argument("--rehearsal", action="store_true", help="without a GPU, as far as that goes")
     options = parser.parse_args()
     if options.wheels is not None and not options.wheels.is_dir():
@@ -265,7 +267,7 @@ def main() -> int:
         )
     nvcc = shutil.which("nvcc")
     machine = {"gpus": found, "nvcc": nvcc is not None, "cores": os.cpu_count(), "python": sys.version.split()[0]}
-    session = Session(options.out.resolve(), options.rehearsal, machine)
+    session = Session(options.out.resolve(), options.rehearsal, options.limit, machine)
     if build(session, nvcc, [] if options.rehearsal else [gpu["capability"] for gpu in found]):
         steps(session, nvcc)
     passed = session.write(finished=True)
@@ -281,26 +283,13 @@ def steps(session: Session, nvcc: str | None) -> None:
     cores = os.cpu_count() or 1
     if session.rehearsal:
         session.pytest("tests", REHEARSED, "interpreter", 240, max(1, cores // 2))
-        session.note("sanitizer", "not run", why="there is no GPU")
         device, scale = "interpreter", "smoke"
     else:
         what = DEVICE_TESTS if nvcc is None else DEVICE_TESTS + CUDA_TESTS
         session.pytest("tests", what, "cuda", 220, min(16, cores))
-        sanitizer = shutil.which("compute-sanitizer")
-        if sanitizer is None:
-            session.note("sanitizer", "not run", why="compute-sanitizer is not on PATH")
-        else:
-            settings = {"PREFIXCORE_TEST_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            sanitized = [("memcheck", SANITIZED)]
-            if nvcc is not None:  # the kernels that use shared memory by hand
-                sanitized += [("memcheck", SANITIZED_CUDA), ("racecheck", SANITIZED_CUDA)]
-            commands = [
-                [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-m", "pytest", *tests]
-                for tool, tests in sanitized
-            ]
-            session.run("sanitizer", commands, 80, settings)
         device, scale = "cuda", "quick"
     measure(session, device, scale)
+    sanitize(session, nvcc)
 
 
 def measure(session: Session, device: str, scale: str) -> None:
@@ -315,7 +304,7 @@ def measure(session: Session, device: str, scale: str) -> None:
             "-W", "ignore::UserWarning", "--tb=short", "--benchmark-quiet", f"--benchmark-json={file}",
         ]  # fmt: skip
         settings = {"PREFIXCORE_BENCH_DEVICE": device, "PREFIXCORE_BENCH": scale}
-        session.run(f"benchmark {part}", [command], limit, settings)
+        session.run(f"benchmark {part}", [command], limit, settings, kept=KEPT + SANITIZER)
         if file.exists() and file.stat().st_size:
             figures.append(str(file))
     if figures:
@@ -324,6 +313,26 @@ def measure(session: Session, device: str, scale: str) -> None:
         session.run("figures", [[sys.executable, "-m", "bench.gpu.report", *figures]], KEPT, kept=0)
         if log.exists():
             print(log.read_text())
+
+
+def sanitize(session: Session, nvcc: str | None) -> None:
+    """A part of the tests again, watched for accesses out of bounds and for races."""
+    if session.rehearsal:
+        session.note("sanitizer", "not run", why="there is no GPU")
+        return
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        session.note("sanitizer", "not run", why="compute-sanitizer is not on PATH")
+        return
+    settings = {"PREFIXCORE_TEST_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    sanitized = [("memcheck", SANITIZED)]
+    if nvcc is not None:  # the kernels that use shared memory by hand
+        sanitized += [("memcheck", SANITIZED_CUDA), ("racecheck", SANITIZED_CUDA)]
+    commands = [
+        [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-m", "pytest", *tests]
+        for tool, tests in sanitized
+    ]
+    session.run("sanitizer", commands, SANITIZER, settings, kept=10)
 
 
 if __name__ == "__main__":

@@ -120,17 +120,16 @@ def prefix_attention_backward(
 
         if p.query.numel() == 0:
             return single.no_gradient(p, needs_query, needs_sequence, needs_prefix)
-        grads = single.unwanted(p)
         grad_out, out, lse = _rows(grad_out), _rows(out), lse.contiguous()
-        delta = delta_of(grad_out, out, grad_lse)
         path = choose.backward(p, all_three=needs_query and needs_sequence, grad_lse=grad_lse is not None)
         if path.vendor is not None:
-            grads[:3] = merged.backward(p, path.vendor, grad_out, out, lse, delta)
-        else:
-            if needs_query:
-                grads[0] = single.grad_query(p, grad_out, lse, delta)
-            if needs_sequence:
-                grads[1:3] = single.grad_sequence(p, grad_out, lse, delta)
+            return merged.backward(p, path.vendor, grad_out, out, lse, needs_prefix=needs_prefix)
+        grads = single.unwanted(p)
+        delta = delta_of(grad_out, out, grad_lse)
+        if needs_query:
+            grads[0] = single.grad_query(p, grad_out, lse, delta)
+        if needs_sequence:
+            grads[1:3] = single.grad_sequence(p, grad_out, lse, delta)
         if needs_prefix:
             grads[3:] = single.grad_prefix(p, grad_out, lse, delta)
     return tuple(grads)

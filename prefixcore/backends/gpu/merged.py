@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import single
+from .kernels import grad_short_prefix
+from .kernels.delta import delta as delta_of
 from .kernels.forward import forward as absorb_prefix
 from .kernels.grad_query import grad_query as add_grad_query
 from .problem import Problem
@@ -24,10 +27,13 @@ def forward(p: Problem, vendor: Vendor) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    p: Problem, vendor: Vendor, grad_out: Tensor, out: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value. That of the prefix is the same kernel's on every path."""
-    grad_query, grad_key, grad_value = vendor.backward(p, grad_out, out, lse)
+    p: Problem, vendor: Vendor, grad_out: Tensor, out: Tensor, lse: Tensor, *, needs_prefix: bool
+) -> tuple[Tensor, ...]:
+    """All five gradients; where the prefix's are not needed, two empty tensors in their place."""
+    sequence = vendor.backward(p, grad_out, out, lse)
+    if needs_prefix and grad_short_prefix.fits(p):
+        return *sequence, *single.as_prefix(p, grad_short_prefix.grad_short_prefix(p, grad_out, out, lse, sequence[0]))
+    delta = delta_of(grad_out, out, None)
     if p.virtual_tokens:
-        add_grad_query(p, grad_out, lse, delta, grad_query, prefix_only=True)
-    return grad_query, grad_key, grad_value
+        add_grad_query(p, grad_out, lse, delta, sequence[0], prefix_only=True)
+    return *sequence, *(single.grad_prefix(p, grad_out, lse, delta) if needs_prefix else single.unwanted(p)[3:])

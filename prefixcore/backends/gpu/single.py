@@ -67,6 +67,10 @@ def grad_sequence(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> t
 
 
 def grad_prefix(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the prefix, in its own shape, float32; the same kernel's on every path."""
-    grad_key, grad_value = grad_prefix_kernels.grad_prefix(p, grad_out, lse, delta)
-    return grad_key.reshape(p.prefix_key.shape), grad_value.reshape(p.prefix_value.shape)
+    """The gradients of the prefix, in its own shape, float32."""
+    return as_prefix(p, grad_prefix_kernels.grad_prefix(p, grad_out, lse, delta))
+
+
+def as_prefix(p: Problem, of_bank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradients of a bank in the shape of the prefix."""
+    return of_bank[0].reshape(p.prefix_key.shape), of_bank[1].reshape(p.prefix_value.shape)

@@ -25,7 +25,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prefixcore.backends.gpu.kernels import decode, delta, forward, grad_keys, grad_prefix, grad_query, launch
+from prefixcore.backends.gpu.kernels import (
+    decode,
+    delta,
+    forward,
+    grad_keys,
+    grad_prefix,
+    grad_query,
+    grad_short_prefix,
+    launch,
+)
 from prefixcore.backends.gpu.problem import Problem
 
 RECORDED = Path(__file__).with_name("resources.json")
@@ -39,9 +48,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def problem(
     D: int = 128, dtype: torch.dtype = BF16, Dv: int | None = None, mask: torch.dtype | None = None,
     padding: bool = False, sinks: bool = False, packed: bool = False, bank: bool = False, is_causal: bool = True,
-    window: int = 0, softcap: float = 0.0, prefix_dtype: torch.dtype | None = None,
+    window: int = 0, softcap: float = 0.0, prefix_dtype: torch.dtype | None = None, P: int = 16,
 ) -> Problem:  # fmt: skip
-    B, H, Hkv, T, P, N = 1 if packed else 2, 4, 2, 32, 16, 3
+    B, H, Hkv, T, N = 1 if packed else 2, 4, 2, 32, 3
     Dv = Dv or D
 
     def heads_last(count: int, dim: int) -> torch.Tensor:
@@ -67,6 +76,8 @@ CASES: dict[str, tuple[Problem, tuple[str, ...]]] = {
     "bf16 128": (problem(), EVERY),
     "bf16 64": (problem(64), SINGLE),
     "bf16 256": (problem(256), SINGLE),
+    "bf16 128, 64 virtual tokens": (problem(P=64), ("grad_short_prefix",)),
+    "bf16 64, 64 virtual tokens": (problem(64, P=64), ("grad_short_prefix",)),
     "fp32 64": (problem(64, FP32), SINGLE),
     "fp32 128": (problem(128, FP32), SINGLE[:4]),
     "fp32 256": (problem(256, FP32), SINGLE[:3]),
@@ -93,6 +104,8 @@ def call(name: str, p: Problem) -> None:
         grad_keys.grad_keys(p, out, lse, lse, torch.empty_like(p.key), torch.empty_like(p.value))
     elif name == "grad_prefix":
         grad_prefix.grad_prefix(p, out, lse, lse)
+    elif name == "grad_short_prefix":
+        grad_short_prefix.grad_short_prefix(p, out, out, lse, torch.empty_like(p.query))
     elif name == "decode":
         decode.decode(p, out, lse)
     elif name == "delta":
@@ -151,7 +164,7 @@ def _compiled(task: tuple[str, str, int]) -> list[tuple[str, dict[str, int]]]:
 
 def measure(jobs: int, architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> dict[str, Any]:
     launch.PROGRAMS = 10**6  # so small a problem is split too, and the reduction compiled
-    grad_prefix._TILES_A_SPLIT = 1
+    grad_prefix.TILES_A_SPLIT = grad_short_prefix.TILES_A_SPLIT = 1
     tasks = [(case, name, a) for case, (_, names) in CASES.items() for name in names for a in architectures]
     tasks = [task for task in tasks if only in f"{task[0]}: {task[1]}"]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:

@@ -122,7 +122,7 @@ def test_of_what_nobody_wants_nothing_is_computed(monkeypatch: pytest.MonkeyPatc
     out.backward(torch.randn(out.shape, generator=g).to(out))
     for name in GRADIENTS:
         if name.startswith("prefix"):
-            assert torch.equal(leaves[name].grad, whole[f"grad_{name}"]), name
+            assert relative_error(leaves[name].grad, whole[f"grad_{name}"]) < 1e-3, name
         else:
             assert leaves[name].grad is None
 

@@ -20,7 +20,7 @@ from .grad_keys import collect
 from .tiles import length_of, load_statistics, load_tile, prefix_of, span, store_tile
 
 _REDUCED = 1024
-_TILES_A_SPLIT = 4  # fewer tiles of rows than this are not worth a partial sum
+TILES_A_SPLIT = 4  # fewer tiles of rows than this are not worth a partial sum
 
 
 @triton.jit(do_not_specialize=["sizes", "tiles", "row_splits", "sequence_splits", "batch", "scale"])
@@ -111,11 +111,12 @@ def _splits(p: Problem, blocks: launch.Blocks, folded: bool) -> tuple[int, int]:
     run = p.group * p.queries * (p.batch if folded else 1)
     if p.cu_seqlens is not None:
         run //= max(p.sequences, 1)
-    over_rows = min(wanted // over_sequences, run // (blocks.rows * _TILES_A_SPLIT))
+    over_rows = min(wanted // over_sequences, run // (blocks.rows * TILES_A_SPLIT))
     return max(over_rows, 1), over_sequences
 
 
-def _reduce(partials: Tensor) -> Tensor:
+def reduce_partials(partials: Tensor) -> Tensor:
+    """``partials.sum(0)``, in the order of the first dimension."""
     if partials.shape[0] == 1:
         return partials[0]
     total = torch.empty_like(partials[0])
@@ -150,4 +151,4 @@ def grad_prefix(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tup
         delta=launch.view(delta), tiles=tiles, row_splits=over_rows, sequence_splits=over_sequences,
         batch=p.batch, scale=p.scale, FOLDED=folded, **arguments, **constants,
     )  # fmt: skip
-    return _reduce(grads[0]), _reduce(grads[1])
+    return reduce_partials(grads[0]), reduce_partials(grads[1])

@@ -221,11 +221,17 @@ def kept(j, end, padding, EDGE: tl.constexpr):
 
 
 @triton.jit
+def load_log_sum_exp(lse, rows, stride, keep):
+    """In units of log 2. Rows that see nothing get +infinity: probability 0."""
+    lse = tl.load(lse + rows.to(tl.int64) * stride, mask=keep, other=INFINITY)
+    return tl.where(tl.abs(lse) == INFINITY, INFINITY, lse * LOG2E)
+
+
+@triton.jit
 def load_statistics(lse, rows, lse_row, delta, delta_rows, delta_row, keep):
-    """lse in units of log 2, and delta, of a tile's rows. Rows that see nothing get +infinity: probability 0."""
-    lse = tl.load(lse + rows.to(tl.int64) * lse_row, mask=keep, other=INFINITY)
-    lse = tl.where(tl.abs(lse) == INFINITY, INFINITY, lse * LOG2E)
-    return lse, tl.load(delta + delta_rows.to(tl.int64) * delta_row, mask=keep, other=0.0)
+    """lse in units of log 2, and delta, of a tile's rows."""
+    delta = tl.load(delta + delta_rows.to(tl.int64) * delta_row, mask=keep, other=0.0)
+    return load_log_sum_exp(lse, rows, lse_row, keep), delta
 
 
 # --- scores -----------------------------------------------------------------------------------------
