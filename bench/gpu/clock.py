@@ -71,7 +71,12 @@ def graphed(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(kept: Call = call) -> None:
+        """Keeps the call, too: the graph reads its tensors, which would be freed with it."""
+        graph.replay()
+
+    return replay
 
 
 def copy_rate() -> float:

@@ -8,7 +8,7 @@
 * ``bank_decode(query, prefix_key, prefix_value, prefix_index, prefix_lengths, scale)``: attention of a few queries a
   row over the prefix that the row names, ``(out, lse)`` in float32, ready for ``lse_merge``.
 
-The kernels compile for sm_80, sm_90 and sm_100 without a spill, but no GPU has run them yet: they have to be asked
+The kernels compile for sm_80, sm_90 and sm_100 without a spill, and an H200 has run their tests. They have to be asked
 for with ``use_backend("cuda")`` or ``PREFIXCORE_BACKEND=cuda``.
 """
 

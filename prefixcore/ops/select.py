@@ -67,7 +67,7 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
 
 def _why_not_kernels(op: str, device_type: str, dtype: torch.dtype) -> str:
     if op == "soft_embedding" and device_type == "cuda" and cuda.refuses(op, device_type, dtype) is None:
-        return "the cuda backend has to be forced until a GPU has run its tests"
+        return 'the cuda backend has to be forced: use_backend("cuda")'
     name, backend = ("cpu", cpu) if device_type == "cpu" else ("gpu", gpu)
     return f"the {name} backend refuses: {backend.refuses(op, device_type, dtype)}"
 

@@ -90,7 +90,7 @@ def _check_device(x: Tensor) -> None:
 
 def describe() -> str:
     """The backend in a few words."""
-    return "Triton kernels, PyTorch's fused attention for the sequence where it can; no GPU has run its tests yet"
+    return "Triton kernels, PyTorch's fused attention for the sequence where it can"
 
 
 def prefix_attention(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from .vendor import Vendor
 
 PATHS = ("merged", "single", "decode")
 
-# Thresholds. No GPU has measured them yet: they are where the numbers of launches and of busy processors suggest.
+# Thresholds: where the numbers of launches and of busy processors suggest; not tuned on a device.
 DECODE_QUERIES = 16
 """Up to so many queries, there are more processors than blocks of queries: the keys are split instead."""
 MERGED_KEYS = 512

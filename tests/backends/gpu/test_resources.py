@@ -36,9 +36,16 @@ def test_the_same_kernels_are_recorded(found: dict[str, Any]) -> None:
     assert list(found["kernels"]) == list(recorded()["kernels"])
 
 
+MEASURED = ("grad_keys_kernel", "grad_prefix_kernel", "grad_short_prefix_kernel")
+"""On sm_90 these may spill a little: on an H200 they take half the time of the fastest blocks that do not."""
+
+
 def test_nothing_spills(found: dict[str, Any]) -> None:
     """Spilled registers lie on the stack; no kernel has anything else there."""
-    assert {name: needs for name, needs in found["kernels"].items() if needs["stack"] or needs["local"]} == {}
+    for name, needs in found["kernels"].items():
+        tolerated = 400 if name.startswith("sm_90") and name.endswith(MEASURED) else 0
+        assert needs["stack"] <= tolerated, name
+        assert needs["local"] == 0, name
 
 
 def test_shared_memory_fits(found: dict[str, Any]) -> None:
