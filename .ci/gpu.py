@@ -104,7 +104,7 @@ def with_everything(wheels: Path | None) -> None:
 class Session:
     """The steps, their results, and the time that is left."""
 
-    def __init__(self, out: Path, rehearsal: bool, limit: float, machine: dict[str, Any]) -> None:
+    def __init__(self, out: Path, rehearsal: bool, machine: dict[str, Any], limit: float = LIMIT) -> None:
         self.out, self.rehearsal, self.limit, self.machine = out, rehearsal, limit, machine
         self.began = time.monotonic()
         self.steps: list[dict[str, Any]] = []
@@ -267,7 +267,7 @@ def main() -> int:
         )
     nvcc = shutil.which("nvcc")
     machine = {"gpus": found, "nvcc": nvcc is not None, "cores": os.cpu_count(), "python": sys.version.split()[0]}
-    session = Session(options.out.resolve(), options.rehearsal, options.limit, machine)
+    session = Session(options.out.resolve(), options.rehearsal, machine, options.limit)
     if build(session, nvcc, [] if options.rehearsal else [gpu["capability"] for gpu in found]):
         steps(session, nvcc)
     passed = session.write(finished=True)
