@@ -35,7 +35,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(launch, "blocks_for", lambda kernel, p: launch.Blocks(16, 16, 4, 1))
         monkeypatch.setattr(launch, "PROGRAMS", 8)
         monkeypatch.setattr(decode, "_KEYS_A_PART", 16)
-        monkeypatch.setattr(grad_prefix, "_TILES_A_SPLIT", 1)
+        monkeypatch.setattr(grad_prefix, "TILES_A_SPLIT", 1)
 
 
 def arguments(problem: Problem) -> Arguments:
