@@ -18,6 +18,10 @@ constexpr int kBlockRows = 6, kBlockVectors = 4;
 constexpr int kBlockRows = 6, kBlockVectors = 2;
 #endif
 
+// Steps of k between two looks at whether more are left, with one line asked for. A block with half the vectors takes
+// half as long a step and would ask for more than the caches can have on the way, while its own loads wait.
+constexpr int kSteps = 4 / kBlockVectors;
+
 // The row after. The compiler does not see where from: it would work out and keep the place of every vector of C all
 // through the product, which takes as long as a tenth of it.
 template <class Number>
@@ -42,8 +46,7 @@ static void multiply_block(int64_t K, const typename Arithmetic::Element* a, int
   const typename Arithmetic::Element* a_row[rows];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) a_row[i] = a + i * a_stride;
-  for (int64_t k = 0; k < K; ++k) {
-    ahead.ask();
+  auto step = [&](int64_t k) __attribute__((always_inline)) {
     typename Arithmetic::Vector b_row[vectors];
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) b_row[j] = Arithmetic::load_elements(b + k * b_stride + j * kWidth);
@@ -53,7 +56,14 @@ static void multiply_block(int64_t K, const typename Arithmetic::Element* a, int
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) sum[i][j] = Arithmetic::multiply_add(sum[i][j], x, b_row[j]);
     }
+  };
+  int64_t k = 0;
+  for (; k + kSteps <= K; k += kSteps) {
+    ahead.ask();
+#pragma GCC unroll 8
+    for (int n = 0; n < kSteps; ++n) step(k + n);
   }
+  for (; kSteps > 1 && k < K; ++k) step(k);
   float* to = c;
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i, to = next_row(to, c_stride))
@@ -98,7 +108,7 @@ static void multiply(int64_t M, int64_t N, int64_t K, const typename Arithmetic:
       const int64_t end = M * (r + 1) / blocks;
       multiply_blocks<Arithmetic, layout>[end - i - 1][last - first - 1](
           K, a + (layout == ALayout::rows ? i* a_stride : i), a_stride, b + j, b_stride, c + i* c_stride + j, c_stride,
-          accumulate, ahead.take(K));
+          accumulate, ahead.take(K / kSteps));
       i = end;
     }
     first = last;
