@@ -122,6 +122,7 @@ PREFIXCORE_INLINE void absorb_scores(ForwardScratch<Arithmetic>& w, const Rectan
     store(w.maximum + lane, after);
   }
   const int end = keys.first + kPack * static_cast<int>(depth<Arithmetic>(keys.last - keys.first));
+#pragma GCC unroll 4
   for (int i = keys.first; i < end; i += kPack) {
     Vec probability[kPack];
     for (int n = 0; n < kPack; ++n) {

@@ -93,25 +93,33 @@ constexpr MultiplyBlock<typename Arithmetic::Element> multiply_blocks[kBlockRows
 #undef PREFIXCORE_BLOCKS
 };
 
-// Rows and vectors are shared out evenly (20 rows are 4 blocks of 5, never 3 of 6 and one of 2).
+// `total` things in as few parts of at most `most` as there can be, no two of which differ by more than one: 20 rows
+// are 4 blocks of 5, never 3 of 6 and one of 2.
+struct EvenParts {
+  int count, least, longer;  // the first `longer` parts have one more
+
+  EvenParts(int64_t total, int most)
+      : count(static_cast<int>(ceil_div(total, most))),
+        least(count > 0 ? static_cast<int>(total) / count : 0),
+        longer(static_cast<int>(total) - count * least) {}
+  int operator[](int part) const { return least + (part < longer); }
+};
+
 template <class Arithmetic, ALayout layout>
 static void multiply(int64_t M, int64_t N, int64_t K, const typename Arithmetic::Element* a, int64_t a_stride,
                      const typename Arithmetic::Element* b, int64_t b_stride, float* c, int64_t c_stride,
                      bool accumulate, Ahead& ahead) {
-  const int64_t vectors = N / kWidth;
-  const int64_t strips = ceil_div(vectors, kBlockVectors), blocks = ceil_div(M, kBlockRows);
-  int64_t first = 0;
-  for (int64_t s = 0; s < strips; ++s) {
-    const int64_t last = vectors * (s + 1) / strips, j = first * kWidth;
+  const EvenParts strips(N / kWidth, kBlockVectors), blocks(M, kBlockRows);
+  int64_t j = 0;
+  for (int s = 0; s < strips.count; ++s) {
     int64_t i = 0;
-    for (int64_t r = 0; r < blocks; ++r) {
-      const int64_t end = M * (r + 1) / blocks;
-      multiply_blocks<Arithmetic, layout>[end - i - 1][last - first - 1](
+    for (int r = 0; r < blocks.count; ++r) {
+      multiply_blocks<Arithmetic, layout>[blocks[r] - 1][strips[s] - 1](
           K, a + (layout == ALayout::rows ? i* a_stride : i), a_stride, b + j, b_stride, c + i* c_stride + j, c_stride,
           accumulate, ahead.take(K / kSteps));
-      i = end;
+      i += blocks[r];
     }
-    first = last;
+    j += strips[s] * kWidth;
   }
 }
 
