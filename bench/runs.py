@@ -149,9 +149,10 @@ class Machine:
 
     @property
     def maker(self) -> str:
-        """The first two words of the CPU's name."""
-        words = re.sub(r"\((R|TM)\)", "", self.stamps[0]["cpu"]).replace(",", " ").split()
-        return " ".join(words[:2])
+        """The first two words of the CPU's name, and its model where the name says little."""
+        cpu = self.stamps[0]["cpu"]
+        words = re.sub(r"\((R|TM)\)", "", cpu).replace(",", " ").split()
+        return " ".join([*words[:2], *re.findall(r"model \d+$", cpu)])
 
     @property
     def slug(self) -> str:

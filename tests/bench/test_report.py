@@ -225,9 +225,17 @@ def test_of_machines_with_as_many_tables_the_one_measured_last_leads() -> None:
         assert [machine.maker for machine in runs.machines(order)] == ["New CPU", "Old CPU"]
 
 
+def test_models_of_a_maker_have_names_of_their_own() -> None:
+    found = [runs.trimmed(raw(cpu=f"A CPU, family 25, model {n}")) for n in (1, 17)]
+    assert {machine.slug for machine in runs.machines(found)} == {
+        "a-cpu-model-1-avx512-2-threads",
+        "a-cpu-model-17-avx512-2-threads",
+    }
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
-    [(raw(scale="smoke"), "smoke run"), (raw(cpu="A CPU, model 2"), "different machines")],
+    [(raw(scale="smoke"), "smoke run"), (raw(cpu="A CPU, stepping 2"), "different machines")],
 )
 def test_what_cannot_be_kept_is_refused(run: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
