@@ -172,8 +172,8 @@ class Machine:
 
 
 def machines(runs: Iterable[Mapping[str, Any]]) -> list[Machine]:
-    """The runs put together by machine, the one with most tables first, of such the one measured last; a smoke run is
-    refused, since its times mean nothing."""
+    """The runs put together by machine: the one with most tables first, of such one with a full run, of such the one
+    measured last. A smoke run is refused, since its times mean nothing."""
     found: dict[tuple[Any, ...], Machine] = {}
     for run in runs:
         if run["stamp"]["scale"] == "smoke":
@@ -189,4 +189,8 @@ def machines(runs: Iterable[Mapping[str, Any]]) -> list[Machine]:
     slugs = [machine.slug for machine in found.values()]
     if len(set(slugs)) < len(slugs):
         raise ValueError(f"results of different machines with one name {slugs}: keep one machine's in bench/results/")
-    return sorted(found.values(), key=lambda machine: (len(machine.tables), machine.latest), reverse=True)
+
+    def weight(machine: Machine) -> tuple[int, bool, str]:
+        return len(machine.tables), any(stamp["scale"] == "full" for stamp in machine.stamps), machine.latest
+
+    return sorted(found.values(), key=weight, reverse=True)

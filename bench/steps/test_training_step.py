@@ -49,7 +49,7 @@ MORE = [] if SCALE == "quick" else ["PEFT Cartridge", "LoRA, all linear"]
 
 
 def too_slow(case: Step) -> str | None:
-    """Why such a step would take seconds of PyTorch's own, if it would."""
+    """Why such a step is not measured here, if it is not: PyTorch takes seconds for each, and there are dozens."""
     if case.dtype == "bf16" and SCALE != "smoke" and library.host().isa() in ("baseline", "avx2"):
         return "PyTorch's products in bfloat16 take minutes a model on a CPU without AVX-512"
     return None

@@ -1,8 +1,8 @@
 // Asking for memory before it is needed.
 //
 // At short lengths most of what a block reads is read once, from far away. The matrix products leave the load ports
-// half idle, so each step of the microkernel also asks for a cache line of what comes next: the following tile of keys,
-// the following block of queries, the rows of outputs and gradients about to be written.
+// half idle, so each step or two of the microkernel also ask for a cache line of what comes next: the following tile of
+// keys, the following block of queries, the rows of outputs and gradients about to be written.
 #pragma once
 
 #include "query_block.h"

@@ -225,6 +225,13 @@ def test_of_machines_with_as_many_tables_the_one_measured_last_leads() -> None:
         assert [machine.maker for machine in runs.machines(order)] == ["New CPU", "Old CPU"]
 
 
+def test_a_full_run_leads_a_later_quick_one() -> None:
+    full, quick = runs.trimmed(raw(cpu="Full CPU", scale="full")), runs.trimmed(raw(cpu="Quick CPU", scale="quick"))
+    full["stamp"]["time"], quick["stamp"]["time"] = "2026-01-02T03:04", "2026-01-03T00:00"
+    for order in ((full, quick), (quick, full)):
+        assert [machine.maker for machine in runs.machines(order)] == ["Full CPU", "Quick CPU"]
+
+
 def test_models_of_a_maker_have_names_of_their_own() -> None:
     found = [runs.trimmed(raw(cpu=f"A CPU, family 25, model {n}")) for n in (1, 17)]
     assert {machine.slug for machine in runs.machines(found)} == {

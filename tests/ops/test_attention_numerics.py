@@ -67,7 +67,7 @@ def test_large_scores_are_not_slow(isa: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     try:
         plain, large = (min(times) for times in zip(*([seconds(p) for p in problems] for _ in range(7)), strict=True))
-        assert large < 2 * plain
+        assert large < 1.5 * plain
     finally:
         torch.set_num_threads(threads)
 
