@@ -20,6 +20,13 @@ _any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 _ops = torch.ops.prefixcore
 
 
+def _apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, without what it first does for ``torch.func``: a fifth of a small call."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 class _NoSecondDerivative(Function):
     """A backward op where its own gradient may be asked for."""
 
@@ -90,7 +97,7 @@ def prefix_attention(
 ) -> tuple[Tensor, Tensor]:
     """The op, its gradient recorded where one is asked for: for eager code outside functional transforms."""
     if torch.is_grad_enabled() and _any_requires_grad(query, key, value, prefix_key, prefix_value):
-        return _PrefixAttention.apply(query, key, value, prefix_key, prefix_value, rest)
+        return _apply(_PrefixAttention, query, key, value, prefix_key, prefix_value, rest)
     with _below_autograd():
         return _ops.prefix_attention.default(query, key, value, prefix_key, prefix_value, *rest)
 
@@ -115,7 +122,7 @@ class _SoftEmbedding(Function):
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
     """As :func:`prefix_attention`."""
     if torch.is_grad_enabled() and _any_requires_grad(weight, virtual):
-        return _SoftEmbedding.apply(input_ids, weight, virtual)
+        return _apply(_SoftEmbedding, input_ids, weight, virtual)
     with _below_autograd():
         return _ops.soft_embedding.default(input_ids, weight, virtual)
 
