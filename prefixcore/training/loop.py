@@ -189,7 +189,9 @@ def fit(
         raise ValueError("no parameter requires a gradient; load the adapter with trainable=True")
     if not examples:
         raise ValueError("no examples to train on")
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay)
+    # Fused, as transformers' Trainer takes it: a prefix has two small parameters a layer, and a loop over them costs
+    # five times as much.
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     scheduler = LambdaLR(optimizer, options.factor)
     record = TrainingRecord(options)
     source = batches(examples, options.batch_size, options.seed)
