@@ -37,21 +37,27 @@ def prompt_over(row: Row, reference: str) -> str:
     return f"{row.over('prefixcore prompt', reference):.2f}"
 
 
-PACKED = ["model", "data", "B,T,P", "tokens", "with a label", "packed, ms", "over PEFT, padded", "spread"]
+PACKED = ["model", "data", "what", "B,T,P", "tokens", "with a label", "packed, ms", "over PEFT, padded", "spread"]
 PACKED += ["over ours, padded", "over bare, padded"]
+
+
+def packed_kind(row: Row) -> str:
+    """What is trained: a prefix, as in all results before soft prompts could be packed, or a prompt."""
+    return str(row.case.get("kind", "prefix"))
 
 
 def packed_step(rows: Sequence[Row], isa: str) -> str:
     lines = []
     for row in rows:
         case = row.case
-        name = [case["model"], case["data"]]
+        name = [case["model"], case["data"], packed_kind(row)]
         if row.skipped:
             lines.append(skipped(name, row, len(PACKED)))
             continue
+        peft = f"PEFT {packed_kind(row)}"
         lines.append(
             [*name, model(case)[1], f"{case['tokens']} of {case['B'] * case['T']}", str(case["labels"])]
-            + [milliseconds(row.seconds()), over(row, "PEFT prefix", targets.PACKED), spread(row, "PEFT prefix")]
+            + [milliseconds(row.seconds()), over(row, peft, targets.PACKED), spread(row, peft)]
             + [over(row, "padded"), over(row, "bare model")]
         )
     return markdown(PACKED, lines)

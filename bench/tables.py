@@ -69,8 +69,9 @@ def summary(machine: Machine) -> str:
             lines.append([f"training step, {what}", *figures])
     for row in machine.tables.get("packed step", ()):
         if row.runs:
-            figures = [over(row, "bare model"), over(row, "PEFT prefix", targets.PACKED)]
-            what = ", ".join([row.case["model"], row.case["data"], *model(row.case)[1:]])
+            kind = of_models.packed_kind(row)
+            figures = [over(row, "bare model"), over(row, f"PEFT {kind}", targets.PACKED)]
+            what = ", ".join([kind, row.case["model"], row.case["data"], *model(row.case)[1:]])
             lines.append([f"packed training step (the others padded), {what}", *figures])
     header = ["forward and backward, float32 (B,H,Hkv,T,D,P; B,T,P)", "over no prefix at all", "over PEFT's way"]
     return markdown(header, lines) + f"\n\n{machine.maker}, {isa}. {worst_of(machine)}."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prefixcore.training import collate, tokenize
-from prefixcore.training.data import pad_id
+from prefixcore.training.data import pack, pad_id
 
 from . import methods
 from .methods import BARE_NAME, PEFT_NAME, PREFIX_NAME, SOFT_PROMPT_NAME
@@ -52,12 +52,13 @@ def interleave(steps: Mapping[str, Step], *, rounds: int, warmup: int = 2) -> di
 def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_size: int = 8) -> Timing:
     """Time whole training steps on one batch of the task: forward, backward and AdamW.
 
-    The bare model's step is a forward and the gradient of its input embeddings, without any virtual token. All four
-    models share one set of frozen weights.
+    The bare model's step is a forward and the gradient of its input embeddings, without any virtual token. Ours are
+    given the packed batch that they are trained with. All four models share one set of frozen weights.
     """
     import prefixcore
 
-    batch = collate(tokenize(tokenizer, task.training[:batch_size], end=END), pad_id(tokenizer))
+    examples = tokenize(tokenizer, task.training[:batch_size], end=END)
+    batch = collate(examples, pad_id(tokenizer))
     with ExitStack() as stack:
         steps: dict[str, Step] = {BARE_NAME: bare_step(methods.shared_copy(model), batch)}
         peft = methods.peft_model(model, tokenizer, seed=0)
@@ -68,7 +69,7 @@ def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_s
         ):
             twin: Any = methods.shared_copy(model)
             handle = stack.enter_context(prefixcore.attach(twin, config, tokenizer=tokenizer))
-            steps[name] = training_step(twin, list(handle.parameters()), batch)
+            steps[name] = training_step(twin, list(handle.parameters()), pack(examples))
         seconds = interleave(steps, rounds=rounds)
     return Timing(
         {name: statistics.median(values) for name, values in seconds.items()},
@@ -91,7 +92,7 @@ def bare_step(model: Any, batch: Mapping[str, torch.Tensor]) -> Step:
     return step
 
 
-def training_step(model: Any, parameters: Sequence[torch.nn.Parameter], batch: Mapping[str, torch.Tensor]) -> Step:
+def training_step(model: Any, parameters: Sequence[torch.nn.Parameter], batch: Mapping[str, Any]) -> Step:
     """A whole training step: forward, backward and AdamW on `parameters`."""
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)

@@ -36,11 +36,11 @@ class Data:
         """What `PackedCollator` makes of them."""
         return pack(self.examples)
 
-    def case(self, model: str, data: str) -> dict[str, Any]:
+    def case(self, model: str, data: str, kind: str) -> dict[str, Any]:
         lengths = [example.length for example in self.examples]
         labels = sum(len(example.completion_ids) for example in self.examples)
         sizes = {"B": len(lengths), "T": max(lengths), "P": self.virtual, "tokens": sum(lengths), "labels": labels}
-        return {"model": model, "data": data, **sizes}
+        return {"model": model, "data": data, "kind": kind, **sizes}
 
 
 def ragged(vocabulary: int, rows: int, longest: int, virtual: int, shortest: int = SHORTEST) -> Data:
@@ -70,11 +70,11 @@ def demo_data() -> Data:
     return countries(AutoTokenizer.from_pretrained(base_model.converted_model()))
 
 
-def check(model: Any, data: Data) -> float:
-    """The gate: from one start, our prefix on the packed batch and on the padded one gives the loss and the gradient of
-    PEFT's on the padded one. Returns the greatest relative error."""
+def check(model: Any, data: Data, kind: str) -> float:
+    """The gate: from one start, our prefix or prompt on the packed batch and on the padded one gives the loss and the
+    gradient of PEFT's on the padded one. Returns the greatest relative error."""
     twin = models.twin(model)
-    theirs, handle = same_start(model, twin, data.padded(), data.virtual)
+    theirs, handle = same_start(model, twin, data.padded(), data.virtual, kind)
     loss = theirs(use_cache=False, **data.padded()).loss
     loss.backward()
     want = {"loss": loss, "gradient": peft_weight(theirs).grad}
@@ -84,5 +84,5 @@ def check(model: Any, data: Data) -> float:
         loss = twin(use_cache=False, **batch).loss
         loss.backward()
         got = {"loss": loss, "gradient": gradient(handle)}
-        worst = max(worst, gate(f"a {name} batch with our prefix", got, want, TOLERANCE))
+        worst = max(worst, gate(f"a {name} batch with our {kind}", got, want, TOLERANCE))
     return worst

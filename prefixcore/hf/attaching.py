@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
+from .attachment import warn_of_dropout
 from .attention import SLOT
 from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known, position_limit, text_config
@@ -138,7 +139,7 @@ def attach_prefix(
     """Attaches a prefix that exists."""
     _check_room(model, module.num_virtual_tokens)
     if any(parameter.requires_grad for parameter in module.parameters()):
-        _warn_of_dropout(model)
+        warn_of_dropout(model)
     module.to(calls[0].key.device).train(model.training)
     attachment = PrefixAttachment(model, backbone, module, calls)
     return Handle(attachment, [call.shape for call in calls], tokenizer)
@@ -149,7 +150,17 @@ def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: An
     _check_room(model, module.num_virtual_tokens)
     embed: Any = model.get_input_embeddings()
     module.to(embed.weight.device).train(model.training)
-    return Handle(SoftPromptAttachment(model, module), [], tokenizer)
+    return Handle(SoftPromptAttachment(model, module, _packing_decoder(model)), [], tokenizer)
+
+
+def _packing_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The decoder of a model that can be given packed batches with a soft prompt; None: it cannot."""
+    if not is_known(model):
+        return None
+    try:
+        return find_backbone(model, discover(model))
+    except NotImplementedError:  # a prefix would be refused, padded batches with a soft prompt are not
+        return None
 
 
 def _check_room(model: PreTrainedModel, num_virtual_tokens: int) -> None:
@@ -159,17 +170,6 @@ def _check_room(model: PreTrainedModel, num_virtual_tokens: int) -> None:
             f"{num_virtual_tokens} virtual tokens leave no room for an input: {type(model).__name__} has learned "
             f"{limit} positions"
         )
-
-
-def _warn_of_dropout(model: PreTrainedModel) -> None:
-    config = text_config(model)
-    for name in ("attention_dropout", "attn_pdrop"):
-        if rate := getattr(config, name, 0.0):
-            warnings.warn(
-                f"config.{name} is {rate}: while a prefix is attached, attention weights are not dropped out in "
-                "training (the frozen model's other dropout stays; set the rate to 0 to silence this)",
-                stacklevel=4,
-            )
 
 
 def _say_unknown(model: PreTrainedModel) -> None:

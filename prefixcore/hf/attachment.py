@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import Prefix, SoftPrompt
-from .families import position_limit
-from .patch import Patch
+from .families import position_limit, text_config
+from .patch import Patch, attention_implementations, restore_attention
 
 
 class Attachment:
@@ -37,12 +38,16 @@ class Attachment:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes as if nothing were attached."""
+        """Inside, the model computes as if nothing were attached, with the attention that it had."""
         before, self.enabled = self.enabled, False
+        implementations = attention_implementations(self.model)
+        restore_attention(self.patch.attention)
         try:
             yield
         finally:
             self.enabled = before
+            if self.patch.attention:  # not if it was detached inside
+                restore_attention(implementations)
 
 
 def refuse_replicas(module: nn.Module) -> None:
@@ -51,3 +56,15 @@ def refuse_replicas(module: nn.Module) -> None:
         raise RuntimeError(
             "torch.nn.DataParallel is not supported: start one process a device (torchrun or accelerate launch)"
         )
+
+
+def warn_of_dropout(model: PreTrainedModel) -> None:
+    """Warns if the attention that is about to be replaced drops weights out, which ours does not."""
+    config = text_config(model)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if rate := getattr(config, name, 0.0):
+            warnings.warn(
+                f"config.{name} is {rate}: attention through prefixcore (a prefix, or packed batches) drops no weights "
+                "out in training (the frozen model's other dropout stays; set the rate to 0 to silence this)",
+                stacklevel=4,
+            )

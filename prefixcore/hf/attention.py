@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..ops import prefix_attention
+from .packing import shared_tokens
 
 ATTENTION = "prefixcore"
 """The name of the function in transformers' attention and mask interfaces."""
@@ -72,7 +75,8 @@ def prefix_attention_forward(
         is_causal: overrides `module.is_causal`.
         s_aux: [H], attention sinks.
         cu_seq_lens_q, cu_seq_lens_k: of a packed batch; a mask that comes along says the same, or is the empty one
-            of `prefixcore.hf.packing`, and is dropped.
+            of `prefixcore.hf.packing`, which may say that so many tokens come before the packed ones and are seen by
+            all of them: then T and S count these too, and cu_seq_lens_q does not.
         position_bias, head_mask, cache, output_attentions: refused.
 
     Returns:
@@ -98,8 +102,9 @@ def prefix_attention_forward(
         if prefix_key.device != query.device:  # a model spread over several devices
             prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
 
+    shared = 0
     if cu_seq_lens_q is not None:
-        attention_mask = None
+        shared, attention_mask = shared_tokens(attention_mask), None
     elif attention_mask is not None and attention_mask.shape[-1] == 0:
         raise NotImplementedError(
             f"{type(module).__name__} is called without the cu_seq_lens_q that its model got, so sequences cannot be "
@@ -110,21 +115,48 @@ def prefix_attention_forward(
     elif is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    out = prefix_attention(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        attn_mask=attention_mask,
+    attend = partial(
+        prefix_attention,
         is_causal=is_causal,
         scale=scaling,
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
-        cu_seqlens=cu_seq_lens_q,
     )
+    if shared:
+        assert cu_seq_lens_q is not None
+        return _attend_after(attend, shared, query, key, value, cu_seq_lens_q, sliding_window), None
+    out = attend(query, key, value, prefix_key, prefix_value, attn_mask=attention_mask, cu_seqlens=cu_seq_lens_q)
     return out.transpose(1, 2), None
+
+
+def _attend_after(
+    attend: Callable[..., Tensor],
+    shared: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+) -> Tensor:
+    """Attention [1, P + T, H, Dv] of P shared tokens, and of T packed ones that see them and their own sequence.
+
+    To the packed tokens the keys and values of the shared ones are a prefix: one that depends on virtual tokens of an
+    earlier layer, and passes its gradient on to them. Where a window leaves some of them out, which it does not with
+    a prefix, each sequence is taken by itself.
+    """
+    parts = [shared, query.shape[2] - shared]
+    shared_query, query = query.split(parts, 2)
+    shared_key, key = key.split(parts, 2)
+    shared_value, value = value.split(parts, 2)
+    outs = [attend(shared_query, shared_key, shared_value)]
+    if window is None or shared + int(cu_seqlens.diff().max()) <= window:
+        outs.append(attend(query, key, value, shared_key[0], shared_value[0], cu_seqlens=cu_seqlens))
+    else:
+        lengths = cu_seqlens.diff().tolist()
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+            outs.append(attend(q, torch.cat((shared_key, k), 2), torch.cat((shared_value, v), 2)))
+    return torch.cat([out.transpose(1, 2) for out in outs], 1)
 
 
 def _refuse(**arguments: Any) -> NoReturn:

@@ -71,9 +71,9 @@ class Handle:
 
     @property
     def can_pack(self) -> bool:
-        """Whether `PackedCollator` suits: a prefix, on a known family, whose head computes the logits asked for."""
-        has_prefix = isinstance(self._attachment, PrefixAttachment)
-        return has_prefix and is_known(self.model) and "logits_to_keep" in argument_names(self.model)
+        """Whether `PackedCollator` suits: a known family, whose head computes the logits asked for."""
+        reached = not isinstance(self._attachment, SoftPromptAttachment) or self._attachment.decoder is not None
+        return reached and is_known(self.model) and "logits_to_keep" in argument_names(self.model)
 
     @property
     def num_trainable(self) -> int:

@@ -1,7 +1,8 @@
 """Packed batches: sequences end to end in one row without padding, and logits only where there is a label.
 
 Padding costs as much as text does, and the logits of a prompt, a whole vocabulary for each token, are computed only
-to be ignored. A packed batch has neither. Every packed sequence sees the prefix and itself.
+to be ignored. A packed batch has neither. Every packed sequence sees itself and the prefix, or the soft prompt, which
+stands before all of them and is computed once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ IGNORED = -100
 class PackedCollator:
     """A data collator that packs: `Trainer(model, args, data_collator=PackedCollator(), ...)`.
 
-    For a model with a prefix attached (`handle.can_pack`); a soft prompt, which is put in once a row, refuses packed
-    batches. The loss and its gradient are those of the same sequences padded on the right, also with gradient
-    accumulation: Trainer counts the same labels. To `Trainer.evaluate` a packed batch is one row, so each batch weighs
-    the same in `eval_loss`.
+    For a model with a prefix or a soft prompt attached (`handle.can_pack`). The loss and its gradient are those of the
+    same sequences padded on the right, also with gradient accumulation: Trainer counts the same labels. To
+    `Trainer.evaluate` a packed batch is one row, so each batch weighs the same in `eval_loss`.
 
     Each feature is a mapping with `input_ids` (a list or a tensor [T]), perhaps `labels` (as long; -100 where there is
     nothing to learn) and `attention_mask` (as long; 0 where there is padding, which is taken out). What else it holds
@@ -34,7 +34,8 @@ class PackedCollator:
     * with labels, `logits_to_keep`, int64 [L + 1]: the L places whose next token has a label, and the last place;
       and `labels`, int64 [1, L + 1], to those logits what labels are to all logits elsewhere: the one at i + 1 is for
       the logits at i. So transformers' losses, label smoothing and metrics shift and count them as they always do.
-      The first token of a sequence is never learnt, as nothing in the sequence comes before it.
+      The first token of a sequence is never learnt, as nothing in the sequence comes before it (a padded batch learns
+      it after a soft prompt, if it has a label).
 
     Raises:
         ValueError: no features, a sequence without a token, lengths that differ within a feature, or labels in some
@@ -104,12 +105,17 @@ def packed_positions(ends: Tensor) -> Tensor:
     return torch.arange(len(starts), device=ends.device) - starts
 
 
-def leave_mask_to_lengths(kwargs: dict[str, Any]) -> None:
+def leave_mask_to_lengths(kwargs: dict[str, Any], shared: int = 0) -> None:
     """Keeps transformers from building a mask [T, T] for a call that has `cu_seq_lens_q`, in place.
 
     A mask of four dimensions goes to the attention function as it is, whatever the model family and the transformers
-    version; the one put in here is empty. Attention drops it where it gets `cu_seq_lens_q` too, and cannot run with
-    it otherwise. Nothing is remembered between calls.
+    version; the one put in here is empty, [1, 1, shared, 0]. Attention drops it where it gets `cu_seq_lens_q` too, and
+    cannot run with it otherwise. Nothing is remembered between calls.
+
+    Args:
+        kwargs: the arguments of the call.
+        shared: how many tokens before the packed ones are seen by all of them: attention cannot be told of the lengths
+            and not of these (`shared_tokens`).
 
     Raises:
         ValueError: a mask that says more than `cu_seq_lens_q`, or `cu_seq_lens_k` of another shape.
@@ -123,6 +129,11 @@ def leave_mask_to_lengths(kwargs: dict[str, Any]) -> None:
         )
     if other is not None and other.shape != ends.shape:
         raise ValueError(f"cu_seq_lens_k: expected {list(ends.shape)} as cu_seq_lens_q, got {list(other.shape)}")
-    kwargs["attention_mask"] = torch.ones(1, 1, 0, 0, dtype=torch.bool, device=ends.device)
+    kwargs["attention_mask"] = torch.ones(1, 1, shared, 0, dtype=torch.bool, device=ends.device)
     if kwargs.get("position_ids") is None:  # which transformers would count through the whole row
         kwargs["position_ids"] = packed_positions(ends)[None]
+
+
+def shared_tokens(mask: Tensor | None) -> int:
+    """How many tokens before the packed ones are seen by all of them; `mask` as attention gets it in a packed batch."""
+    return mask.shape[2] if mask is not None and mask.dim() == 4 and mask.shape[3] == 0 else 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ from .attachment import Attachment, refuse_replicas
 from .attention import ATTENTION, Pair
 from .discover import AttentionCall, check_reached
 from .packing import leave_mask_to_lengths
-from .patch import attention_implementations, restore_attention
 from .positions import argument_names, by_name, shift_positions
 
 
@@ -67,18 +65,6 @@ class PrefixAttachment(Attachment):
             leave_mask_to_lengths(kwargs)
         shift_positions(kwargs, self.num_virtual_tokens, self.limit)
         return (), kwargs
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the model computes as if nothing were attached, with the attention that it had."""
-        implementations = attention_implementations(self.backbone)
-        restore_attention(self.patch.attention)
-        try:
-            with super().disabled():
-                yield
-        finally:
-            if self.patch.attention:  # not if it was detached inside
-                restore_attention(implementations)
 
     def _check(self, backbone: nn.Module, kwargs: dict[str, Any]) -> None:
         """Refuses what would leave the prefix out, or train it wrongly, in silence."""

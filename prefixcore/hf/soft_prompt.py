@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,13 @@ from transformers import Cache, PreTrainedModel
 
 from ..nn import SoftPrompt
 from ..ops import soft_embedding
-from .attachment import Attachment, refuse_replicas
+from .attachment import Attachment, refuse_replicas, warn_of_dropout
+from .attention import ATTENTION
 from .cache import cache_in, cache_of
+from .discover import check_reached
+from .families import known
 from .layout import Layout
+from .packing import leave_mask_to_lengths
 from .positions import argument_names, by_name, check_limit, past_length, query_length
 
 _LAYOUT = "_prefixcore_layout"
@@ -31,10 +35,19 @@ class SoftPromptAttachment(Attachment):
     The prompt enters with the first tokens of a sequence, as embeddings. With a cache it stays there, so that later
     calls only have their mask and positions moved. Loss and labels are those of the longer sequence, whose labels at
     virtual tokens are -100, as in PEFT: the first text token is predicted from the last virtual one.
+
+    In a packed batch the prompt stands once, before all sequences. What becomes of a virtual token does not depend on
+    the text after it, so each sequence sees the prompt that it would see in a row of its own.
+
+    Args:
+        model: the model as the user knows it.
+        module: the soft prompt.
+        decoder: the text decoder inside that holds the attention layers, where packed batches can be given to it.
     """
 
-    def __init__(self, model: PreTrainedModel, module: SoftPrompt) -> None:
+    def __init__(self, model: PreTrainedModel, module: SoftPrompt, decoder: PreTrainedModel | None = None) -> None:
         super().__init__(model, module)
+        self.decoder = decoder
         self.names = argument_names(model)
         self.key = uuid.uuid4().hex  # what its caches are known by
         backbone = model.base_model
@@ -60,7 +73,9 @@ class SoftPromptAttachment(Attachment):
         kwargs = by_name(self.names, args, kwargs)
         _check_arguments(kwargs)
         past = past_length(kwargs)
-        if past == 0:
+        if kwargs.get("cu_seq_lens_q") is not None:
+            self._start_packed(kwargs, int(past))
+        elif past == 0:
             self._start(kwargs)
         else:
             self._go_on(kwargs, int(past))
@@ -83,18 +98,14 @@ class SoftPromptAttachment(Attachment):
         if layout is None:
             return output
         cache = cache_in(output)
-        if isinstance(cache, Cache):
+        if isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
             setattr(cache, _PROMPT, self.key)
         return _cut(output, layout)
 
     def _start(self, kwargs: dict[str, Any]) -> None:
         """Puts the prompt into the arguments of a call that starts a sequence, in place."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if (ids is None) == (embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        tokens = ids if ids is not None else embeds
-        assert tokens is not None
-        (rows, length), virtual = tokens.shape[:2], self.num_virtual_tokens
+        (rows, length), virtual = _tokens(ids, embeds).shape[:2], self.num_virtual_tokens
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         cache = cache_of(kwargs)
         if mask is not None and mask.shape[1] < length:
@@ -107,8 +118,8 @@ class SoftPromptAttachment(Attachment):
             )
         if positions is not None and mask is None and bool((positions.diff(dim=-1) < 0).any()):
             raise NotImplementedError(
-                "position_ids restart within a row (a packed batch): a soft prompt is put in once a row; "
-                "pad the sequences into rows of their own, or attach a prefix, which every packed sequence sees"
+                "position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where: a "
+                "soft prompt needs it (PackedCollator gives it); or pad the sequences into rows of their own"
             )
 
         if mask is not None:
@@ -134,6 +145,46 @@ class SoftPromptAttachment(Attachment):
         setattr(kwargs["inputs_embeds"], _LAYOUT, layout)
         if isinstance(cache, Cache):
             setattr(cache, _PROMPT, self.key)
+
+    def _start_packed(self, kwargs: dict[str, Any], past: int) -> None:
+        """Puts the prompt before all sequences of a packed batch, in place."""
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        rows, length = _tokens(ids, embeds).shape[:2]
+        if rows != 1 or past:
+            got = f"{rows} rows" if rows != 1 else f"a cache of {past} tokens"
+            raise ValueError(f"expected one row and an empty cache in a packed batch (cu_seq_lens_q), got {got}")
+        self._switch_attention()
+        virtual = self.num_virtual_tokens
+        layout = Layout(1, length, virtual)
+        leave_mask_to_lengths(kwargs, virtual)
+        positions = kwargs["position_ids"] + virtual
+        kwargs["position_ids"] = layout.insert(positions, torch.arange(virtual, device=positions.device)[None])
+        if self.limit is not None and virtual + length > self.limit:
+            check_limit(int(positions.max()) + 1, virtual, self.limit)
+        keep = kwargs.get("logits_to_keep")
+        if isinstance(keep, Tensor):  # the labels are those of the places kept
+            kwargs["logits_to_keep"] = keep + virtual
+        elif kwargs.get("labels") is not None:
+            kwargs["labels"] = layout.fill(kwargs["labels"], -100)
+        kwargs["input_ids"] = None
+        kwargs["inputs_embeds"] = self._embed(layout, ids, embeds)
+        setattr(kwargs["inputs_embeds"], _LAYOUT, layout)
+
+    def _switch_attention(self) -> None:
+        """From the first packed batch on attention is ours, which alone can take one: with a prompt that is shared, and
+        without a mask of all tokens by all tokens."""
+        if self.patch.attention:
+            return
+        if self.decoder is None:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt, only "
+                f"models of a known family can ({known()}): pad the sequences into rows of their own"
+            )
+        if torch.compiler.is_compiling():
+            raise RuntimeError("run one packed batch through the model before it is compiled: that prepares it")
+        warn_of_dropout(self.model)
+        self.patch.set_attention(self.decoder, ATTENTION)
+        check_reached(self.decoder, [])
 
     def _embed(self, layout: Layout, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """Embeddings [B, P + T, E] of an input with its prompt."""
@@ -189,6 +240,13 @@ class SoftPromptAttachment(Attachment):
         return positions.device.type == "cpu" or length > 1 or getattr(cache, "_is_user_defined", False)
 
 
+def _tokens(ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    """What the input is given as: ids [B, T] or embeddings [B, T, E]."""
+    if (ids is None) == (embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    return ids if ids is not None else cast(Tensor, embeds)
+
+
 def _is_plain_table(embed: nn.Module) -> bool:
     """Whether the embedding is a look-up and nothing else: no scaling, no hooks, no other forward."""
     return (
@@ -216,14 +274,10 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
         )
     if positions is not None and positions.dim() != 2:
         raise NotImplementedError(f"a soft prompt needs position_ids [B, T], got {list(positions.shape)}")
-    if kwargs.get("cu_seq_lens_q") is not None:
+    if isinstance(kwargs.get("logits_to_keep"), Tensor) and kwargs.get("cu_seq_lens_q") is None:
         raise NotImplementedError(
-            "a packed batch (cu_seq_lens_q): a soft prompt is put in once a row; pad the sequences into rows of their "
-            "own, or attach a prefix, which every packed sequence sees"
-        )
-    if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise NotImplementedError(
-            "a soft prompt needs logits_to_keep as a number of last tokens, got a tensor of places"
+            "a soft prompt needs logits_to_keep as a number of last tokens, got a tensor of places, which is for "
+            "packed batches"
         )
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens

@@ -134,7 +134,7 @@ def train(
         held_out: examples that are never trained on; only their loss is followed.
         options: how to train.
         packed: batches without padding, and logits for the completions alone: the same losses but for rounding, in
-            less time. None: where `handle.can_pack`. A soft prompt is trained with padded batches.
+            less time. None: where `handle.can_pack`.
         progress: `show_progress` and `on_held_out`, as in `fit`.
 
     Returns:

@@ -34,8 +34,8 @@ def test_both_batches_hold_the_same_tokens_and_labels() -> None:
     assert together["input_ids"][0].tolist() == padded["input_ids"][padded["attention_mask"].bool()].tolist()
     labels = [label for label in padded["labels"].flatten().tolist() if label != -100]
     assert [label for label in together["labels"].flatten().tolist() if label != -100] == labels
-    assert data.case("m", "d")["labels"] == len(labels)
-    assert data.case("m", "d")["tokens"] == int(padded["attention_mask"].sum())
+    assert data.case("m", "d", "prefix")["labels"] == len(labels)
+    assert data.case("m", "d", "prefix")["tokens"] == int(padded["attention_mask"].sum())
 
 
 def test_the_demo_s_batch() -> None:
@@ -45,9 +45,10 @@ def test_the_demo_s_batch() -> None:
     assert all(" -> " in line and line.endswith("\n") for line in text)
 
 
-def test_a_wrong_packed_batch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_a_wrong_packed_batch_is_noticed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = models.make(TINY, 64), packed.ragged(TINY.vocabulary, 3, 40, 4)
-    assert packed.check(model, data) < 1e-5
+    assert packed.check(model, data, kind) < 1e-5
 
     def one_sequence(self: packed.Data) -> dict:
         ids = [token for e in self.examples for token in e.prompt_ids + e.completion_ids]
@@ -55,8 +56,8 @@ def test_a_wrong_packed_batch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
         return PackedCollator()([{"input_ids": ids, "labels": labels}])
 
     monkeypatch.setattr(packed.Data, "packed", one_sequence)
-    with pytest.raises(pytest.fail.Exception, match="a packed batch with our prefix is wrong"):
-        packed.check(model, data)
+    with pytest.raises(pytest.fail.Exception, match=f"a packed batch with our {kind} is wrong"):
+        packed.check(model, data, kind)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -91,7 +92,9 @@ def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_that_was_left_out_is_in_the_results_with_its_reason(tmp_path: Path) -> None:
     """Without the weights, whatever this machine has in its cache."""
     (tmp_path / "no_weights.py").write_text("from bench.demo import base_model\nbase_model.is_here = lambda: False\n")
-    done, raw = run(tmp_path, "-rs", "-p", "no_weights", "-k", "test_the_demo", "bench/steps/test_packed_step.py")
+    done, raw = run(
+        tmp_path, "-rs", "-p", "no_weights", "-k", "test_the_demo and prefix", "bench/steps/test_packed_step.py"
+    )
     assert "SKIPPED [1]" in done.stdout, done.stdout + done.stderr
     (row,) = raw["benchmarks"]
     assert row["extra_info"]["table"] == "packed step"

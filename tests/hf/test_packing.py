@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments
 
 import prefixcore
-from prefixcore import PackedCollator, PrefixTuningConfig, PromptTuningConfig
+from prefixcore import PackedCollator, PrefixTuningConfig
 
 from .models import FAMILIES, VOCABULARY, make, tokens
 
@@ -239,14 +239,6 @@ def test_without_the_prefix_it_is_the_bare_model(family: str) -> None:
     assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
     handle.detach()
     torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, rtol=0, atol=0)
-
-
-def test_a_soft_prompt_refuses() -> None:
-    model = make("llama")
-    handle = prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=3, init="random"))
-    assert not handle.can_pack
-    with pytest.raises(NotImplementedError, match="pad the sequences into rows of their own"):
-        model(**PackedCollator()(features()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

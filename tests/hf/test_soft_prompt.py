@@ -168,7 +168,6 @@ def test_what_is_refused() -> None:
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, NotImplementedError, "padding mask"),
         ({"position_ids": torch.arange(6)[None, None].expand(3, 1, -1)}, NotImplementedError, r"position_ids \[B, T\]"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, NotImplementedError, "packed batch"),
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, NotImplementedError, "packed batch"),
         ({"logits_to_keep": torch.tensor([1])}, NotImplementedError, "number of last tokens"),
         ({"weights": torch.ones(1, 6)}, NotImplementedError, "weights has a value a token"),
         ({"inputs_embeds": torch.ones(1, 6, 32)}, ValueError, "either input_ids or inputs_embeds"),
