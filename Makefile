@@ -24,7 +24,7 @@ help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
 	@echo "make test    run the tests"
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
-	@echo "             to ten minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
+	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, test and measure there, under ten minutes; PYTHON has to have"
 	@echo "             torch, triton and transformers. make gpu-rehearsal: the same without a GPU, as far as that goes"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import Prefix, SoftPrompt
+from .attention import ATTENTION
 from .families import position_limit, text_config
 from .patch import Patch, attention_implementations, restore_attention
 
@@ -55,6 +56,16 @@ def refuse_replicas(module: nn.Module) -> None:
     if getattr(module, "_is_replica", False):
         raise RuntimeError(
             "torch.nn.DataParallel is not supported: start one process a device (torchrun or accelerate launch)"
+        )
+
+
+def refuse_other_attention(decoder: PreTrainedModel) -> None:
+    """Raises RuntimeError if the attention of `decoder`, which was switched to ours, was switched again."""
+    name = decoder.config._attn_implementation
+    if name != ATTENTION:
+        raise RuntimeError(
+            f"the attention implementation was set to {name!r} after virtual tokens were attached, so they would not "
+            f"be seen; call set_attn_implementation({ATTENTION!r}), or detach first"
         )
 
 

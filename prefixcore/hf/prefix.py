@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..nn import Prefix
-from .attachment import Attachment, refuse_replicas
+from .attachment import Attachment, refuse_other_attention, refuse_replicas
 from .attention import ATTENTION, Pair
 from .discover import AttentionCall, check_reached
 from .packing import leave_mask_to_lengths
@@ -68,14 +68,9 @@ class PrefixAttachment(Attachment):
 
     def _check(self, backbone: nn.Module, kwargs: dict[str, Any]) -> None:
         """Refuses what would leave the prefix out, or train it wrongly, in silence."""
-        config: Any = backbone.config
-        if config._attn_implementation != ATTENTION:
-            raise RuntimeError(
-                f"the attention implementation was set to {config._attn_implementation!r} after a prefix was attached, "
-                f"so the prefix would not be seen; call set_attn_implementation({ATTENTION!r}), or detach first"
-            )
+        refuse_other_attention(self.backbone)
         refuse_replicas(backbone)
-        if kwargs.get("output_attentions") or config.output_attentions:
+        if kwargs.get("output_attentions") or self.backbone.config.output_attentions:
             raise NotImplementedError(
                 "output_attentions=True: prefix attention never forms attention weights; leave it out, or detach first"
             )

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..nn import SoftPrompt
 from ..ops import soft_embedding
-from .attachment import Attachment, refuse_replicas, warn_of_dropout
+from .attachment import Attachment, refuse_other_attention, refuse_replicas, warn_of_dropout
 from .attention import ATTENTION
 from .cache import cache_in, cache_of
 from .discover import check_reached
@@ -104,8 +104,7 @@ class SoftPromptAttachment(Attachment):
 
     def _start(self, kwargs: dict[str, Any]) -> None:
         """Puts the prompt into the arguments of a call that starts a sequence, in place."""
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        (rows, length), virtual = _tokens(ids, embeds).shape[:2], self.num_virtual_tokens
+        (rows, length), virtual = _tokens(kwargs).shape[:2], self.num_virtual_tokens
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         cache = cache_of(kwargs)
         if mask is not None and mask.shape[1] < length:
@@ -135,21 +134,13 @@ class SoftPromptAttachment(Attachment):
             check_limit(virtual + length if given is None else int(given.max()) + 1, virtual, self.limit)
         if kwargs.get("labels") is not None:
             kwargs["labels"] = layout.fill(kwargs["labels"], -100)
-        if kwargs.get("token_type_ids") is not None:
-            types = kwargs["token_type_ids"]
-            kwargs["token_type_ids"] = layout.insert(types, layout.first(types).expand(-1, virtual))
-        if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > length:
-            kwargs["logits_to_keep"] = 0
-        kwargs["input_ids"] = None
-        kwargs["inputs_embeds"] = self._embed(layout, ids, embeds)
-        setattr(kwargs["inputs_embeds"], _LAYOUT, layout)
+        self._put_in(kwargs, layout)
         if isinstance(cache, Cache):
             setattr(cache, _PROMPT, self.key)
 
     def _start_packed(self, kwargs: dict[str, Any], past: int) -> None:
         """Puts the prompt before all sequences of a packed batch, in place."""
-        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        rows, length = _tokens(ids, embeds).shape[:2]
+        rows, length = _tokens(kwargs).shape[:2]
         if rows != 1 or past:
             got = f"{rows} rows" if rows != 1 else f"a cache of {past} tokens"
             raise ValueError(f"expected one row and an empty cache in a packed batch (cu_seq_lens_q), got {got}")
@@ -166,25 +157,33 @@ class SoftPromptAttachment(Attachment):
             kwargs["logits_to_keep"] = keep + virtual
         elif kwargs.get("labels") is not None:
             kwargs["labels"] = layout.fill(kwargs["labels"], -100)
-        kwargs["input_ids"] = None
-        kwargs["inputs_embeds"] = self._embed(layout, ids, embeds)
-        setattr(kwargs["inputs_embeds"], _LAYOUT, layout)
+        self._put_in(kwargs, layout)
 
     def _switch_attention(self) -> None:
         """From the first packed batch on attention is ours, which alone can take one: with a prompt that is shared, and
         without a mask of all tokens by all tokens."""
-        if self.patch.attention:
-            return
         if self.decoder is None:
             raise NotImplementedError(
                 f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt, only "
                 f"models of a known family can ({known()}): pad the sequences into rows of their own"
             )
+        if self.patch.attention:
+            return refuse_other_attention(self.decoder)
         if torch.compiler.is_compiling():
             raise RuntimeError("run one packed batch through the model before it is compiled: that prepares it")
         warn_of_dropout(self.model)
         self.patch.set_attention(self.decoder, ATTENTION)
         check_reached(self.decoder, [])
+
+    def _put_in(self, kwargs: dict[str, Any], layout: Layout) -> None:
+        """Gives the call embeddings with the prompt in place of its input, and what has to go with them."""
+        if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > layout.length:
+            kwargs["logits_to_keep"] = 0
+        if (types := kwargs.get("token_type_ids")) is not None:
+            kwargs["token_type_ids"] = layout.insert(types, layout.first(types).expand(-1, layout.virtual))
+        kwargs["inputs_embeds"] = self._embed(layout, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        kwargs["input_ids"] = None
+        setattr(kwargs["inputs_embeds"], _LAYOUT, layout)
 
     def _embed(self, layout: Layout, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """Embeddings [B, P + T, E] of an input with its prompt."""
@@ -240,11 +239,12 @@ class SoftPromptAttachment(Attachment):
         return positions.device.type == "cpu" or length > 1 or getattr(cache, "_is_user_defined", False)
 
 
-def _tokens(ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    """What the input is given as: ids [B, T] or embeddings [B, T, E]."""
+def _tokens(kwargs: dict[str, Any]) -> Tensor:
+    """What the input of a call is given as: ids [B, T] or embeddings [B, T, E]."""
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("give either input_ids or inputs_embeds")
-    return ids if ids is not None else cast(Tensor, embeds)
+    return cast(Tensor, embeds if ids is None else ids)
 
 
 def _is_plain_table(embed: nn.Module) -> bool:

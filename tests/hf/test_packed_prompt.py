@@ -63,6 +63,35 @@ def test_loss_logits_and_gradient_are_those_of_the_padded_batch(family: str) -> 
 def test_virtual_tokens_stand_within_a_sliding_window(family: str, window: int) -> None:
     model, handle = attach(family, sliding_window=window)
     check_step(model, handle, rows())
+    batch = PackedCollator()(rows())
+    with torch.no_grad():  # with the cache that a forward keeps by default
+        torch.testing.assert_close(model(**batch).loss, model(**batch, use_cache=False).loss, **close)
+
+
+def test_types_of_tokens_go_along() -> None:
+    model, _ = attach("gpt2")
+    data = [{**row, "token_type_ids": [place + 3] * len(row["input_ids"])} for place, row in enumerate(rows((5, 5)))]
+    padded = pad(data)
+    types = torch.tensor([row["token_type_ids"] for row in data])
+    with torch.no_grad():
+        same = torch.full_like(types, 3)
+        expected = model(**padded, token_type_ids=same).loss
+        batch = PackedCollator()(data)
+        torch.testing.assert_close(model(**batch, token_type_ids=same.view(1, -1)).loss, expected, **close)
+        assert (model(**batch, token_type_ids=types.view(1, -1)).loss - expected).abs() > 1e-3
+
+
+def test_a_model_in_bfloat16() -> None:
+    model, handle = attach()
+    batch = PackedCollator()(rows())
+    model(**batch).loss.backward()
+    (wanted,) = gradients(handle)
+    handle.detach()
+    handle = prefixcore.attach(model.bfloat16(), PROMPT)
+    model(**batch).loss.backward()
+    (got,) = gradients(handle)
+    assert got.dtype == torch.float32
+    assert (got - wanted).norm() < 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,6 +201,10 @@ def test_what_is_refused() -> None:
     for changes, error, message in refused:
         with pytest.raises(error, match=message):
             model(**{**batch, **changes})
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="was set to 'sdpa' after virtual tokens were attached"):
+        model(**batch)
+    model.set_attn_implementation("prefixcore")
     cache = model(**batch, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=f"an empty cache in a packed batch .* got a cache of {P + total} tokens"):
         model(**batch, past_key_values=cache)
