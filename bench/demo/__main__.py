@@ -124,8 +124,8 @@ def summary(
         (
             f"{len(examples.held_out)} countries that were never trained on, greedy decoding, exact match{several}.",
             "Loss: nats a token. The weights were de-quantised from a 4-bit file, they are not the original ones.",
-            f"A step: {steps.batch_size} examples of up to {steps.length} tokens, ours packed and the others padded, "
-            f"as in training; float32, {steps.threads} threads; medians of {steps.rounds}, taken in turn.",
+            f"A step: {steps.batch_size} examples of up to {steps.length} tokens, ours packed and the others padded; "
+            f"float32, {steps.threads} threads; medians of {steps.rounds}, taken in turn.",
             "The bare model's step is a forward and the gradient of its embeddings, without virtual tokens.",
             "",
             report.results_table(fixed, runs, steps),

@@ -59,6 +59,14 @@ def refuse_replicas(module: nn.Module) -> None:
         )
 
 
+def refuse_weights(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for a call that asks for attention weights, which our attention never forms."""
+    if kwargs.get("output_attentions") or decoder.config.output_attentions:
+        raise NotImplementedError(
+            "output_attentions=True: prefix attention never forms attention weights; leave it out, or detach first"
+        )
+
+
 def refuse_other_attention(decoder: PreTrainedModel) -> None:
     """Raises RuntimeError if the attention of `decoder`, which was switched to ours, was switched again."""
     name = decoder.config._attn_implementation

@@ -1,4 +1,5 @@
-"""The attention function that transformers calls in place of its own while a prefix is attached."""
+"""The attention function that transformers calls in place of its own while a prefix is attached, and from the first
+packed batch on while a soft prompt is."""
 
 from __future__ import annotations
 
@@ -151,7 +152,9 @@ def _attend_after(
     shared_value, value = value.split(parts, 2)
     outs = [attend(shared_query, shared_key, shared_value)]
     if window is None or shared + int(cu_seqlens.diff().max()) <= window:
-        outs.append(attend(query, key, value, shared_key[0], shared_value[0], cu_seqlens=cu_seqlens))
+        dtype = torch.promote_types(key.dtype, value.dtype)  # under autocast a rotated key is not in the value's
+        prefix = shared_key[0].to(dtype), shared_value[0].to(dtype)
+        outs.append(attend(query, key, value, *prefix, cu_seqlens=cu_seqlens))
     else:
         lengths = cu_seqlens.diff().tolist()
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):

@@ -72,8 +72,9 @@ class Handle:
     @property
     def can_pack(self) -> bool:
         """Whether `PackedCollator` suits: a known family, whose head computes the logits asked for."""
-        reached = not isinstance(self._attachment, SoftPromptAttachment) or self._attachment.decoder is not None
-        return reached and is_known(self.model) and "logits_to_keep" in argument_names(self.model)
+        if isinstance(self._attachment, SoftPromptAttachment) and not self._attachment.can_pack:
+            return False
+        return is_known(self.model) and "logits_to_keep" in argument_names(self.model)
 
     @property
     def num_trainable(self) -> int:

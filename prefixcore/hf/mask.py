@@ -1,4 +1,4 @@
-"""The mask function that transformers calls while a prefix is attached.
+"""The mask function that transformers calls while attention is ours.
 
 Masks speak about the sequence only: the prefix is seen by every query. Where the structure is causal or a sliding
 window, it goes to the attention function by itself (`module.is_causal`, the `sliding_window` argument), and what is

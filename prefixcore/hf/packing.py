@@ -21,8 +21,9 @@ class PackedCollator:
     """A data collator that packs: `Trainer(model, args, data_collator=PackedCollator(), ...)`.
 
     For a model with a prefix or a soft prompt attached (`handle.can_pack`). The loss and its gradient are those of the
-    same sequences padded on the right, also with gradient accumulation: Trainer counts the same labels. To
-    `Trainer.evaluate` a packed batch is one row, so each batch weighs the same in `eval_loss`.
+    same sequences padded on the right (with a soft prompt: if their first tokens have no labels), also with gradient
+    accumulation: Trainer counts the same labels. To `Trainer.evaluate` a packed batch is one row, so each batch weighs
+    the same in `eval_loss`.
 
     Each feature is a mapping with `input_ids` (a list or a tensor [T]), perhaps `labels` (as long; -100 where there is
     nothing to learn) and `attention_mask` (as long; 0 where there is padding, which is taken out). What else it holds

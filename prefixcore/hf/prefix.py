@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..nn import Prefix
-from .attachment import Attachment, refuse_other_attention, refuse_replicas
+from .attachment import Attachment, refuse_other_attention, refuse_replicas, refuse_weights
 from .attention import ATTENTION, Pair
 from .discover import AttentionCall, check_reached
 from .packing import leave_mask_to_lengths
@@ -70,10 +70,7 @@ class PrefixAttachment(Attachment):
         """Refuses what would leave the prefix out, or train it wrongly, in silence."""
         refuse_other_attention(self.backbone)
         refuse_replicas(backbone)
-        if kwargs.get("output_attentions") or self.backbone.config.output_attentions:
-            raise NotImplementedError(
-                "output_attentions=True: prefix attention never forms attention weights; leave it out, or detach first"
-            )
+        refuse_weights(self.backbone, kwargs)
         if backbone.training and torch.is_grad_enabled() and _checkpoints_reentrantly(self.model):
             raise RuntimeError(
                 "reentrant gradient checkpointing gives a prefix no gradient, or several: turn it on with "

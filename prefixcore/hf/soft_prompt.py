@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..nn import SoftPrompt
-from ..ops import soft_embedding
-from .attachment import Attachment, refuse_other_attention, refuse_replicas, warn_of_dropout
+from ..ops import soft_embedding, which_backend
+from .attachment import Attachment, refuse_other_attention, refuse_replicas, refuse_weights, warn_of_dropout
 from .attention import ATTENTION
 from .cache import cache_in, cache_of
 from .discover import check_reached
@@ -63,6 +63,17 @@ class SoftPromptAttachment(Attachment):
             self.patch.undo()
             raise
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether attention, which is the model's own until a packed batch comes, can be ours and gains by it."""
+        if self.decoder is None:
+            return False
+        try:
+            choice = which_backend("prefix_attention", self.decoder.device, self.decoder.dtype)
+        except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
+            return False
+        return choice.name != "reference" or choice.why == "forced"
+
     def before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -72,6 +83,8 @@ class SoftPromptAttachment(Attachment):
         refuse_replicas(model)
         kwargs = by_name(self.names, args, kwargs)
         _check_arguments(kwargs)
+        if self.patch.attention:
+            refuse_weights(cast(PreTrainedModel, self.decoder), kwargs)
         past = past_length(kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             self._start_packed(kwargs, int(past))
@@ -144,7 +157,7 @@ class SoftPromptAttachment(Attachment):
         if rows != 1 or past:
             got = f"{rows} rows" if rows != 1 else f"a cache of {past} tokens"
             raise ValueError(f"expected one row and an empty cache in a packed batch (cu_seq_lens_q), got {got}")
-        self._switch_attention()
+        self._check_packed(kwargs, length)
         virtual = self.num_virtual_tokens
         layout = Layout(1, length, virtual)
         leave_mask_to_lengths(kwargs, virtual)
@@ -154,24 +167,45 @@ class SoftPromptAttachment(Attachment):
             check_limit(int(positions.max()) + 1, virtual, self.limit)
         keep = kwargs.get("logits_to_keep")
         if isinstance(keep, Tensor):  # the labels are those of the places kept
-            kwargs["logits_to_keep"] = keep + virtual
+            keep = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+            kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + virtual)  # from the end, or the beginning
         elif kwargs.get("labels") is not None:
             kwargs["labels"] = layout.fill(kwargs["labels"], -100)
+        self._switch_attention()
         self._put_in(kwargs, layout)
+
+    def _check_packed(self, kwargs: dict[str, Any], length: int) -> None:
+        """Raises NotImplementedError for a packed batch that one prompt for all sequences would not be right for."""
+        if self.decoder is None:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt: its "
+                f"attention is not known to be in reach (known families: {known()}): pad the sequences into rows of "
+                "their own"
+            )
+        refuse_weights(self.decoder, kwargs)
+        if kwargs.get("output_router_logits") or getattr(self.decoder.config, "output_router_logits", False):
+            raise NotImplementedError(
+                "output_router_logits: a packed batch has its soft prompt once, so the router's loss would not be that "
+                "of padded rows; leave it out, or pad the sequences into rows of their own"
+            )
+        if (types := kwargs.get("token_type_ids")) is not None:
+            first = types[0, kwargs["cu_seq_lens_q"][:-1].long().clamp(max=length - 1)]
+            if bool((first != first[0]).any()):
+                raise NotImplementedError(
+                    "token_type_ids: packed sequences begin with different types, but have one soft prompt, of one "
+                    "type; pad them into rows of their own"
+                )
 
     def _switch_attention(self) -> None:
         """From the first packed batch on attention is ours, which alone can take one: with a prompt that is shared, and
         without a mask of all tokens by all tokens."""
-        if self.decoder is None:
-            raise NotImplementedError(
-                f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt, only "
-                f"models of a known family can ({known()}): pad the sequences into rows of their own"
-            )
+        assert self.decoder is not None
         if self.patch.attention:
             return refuse_other_attention(self.decoder)
         if torch.compiler.is_compiling():
             raise RuntimeError("run one packed batch through the model before it is compiled: that prepares it")
-        warn_of_dropout(self.model)
+        if any(parameter.requires_grad for parameter in self.module.parameters()):
+            warn_of_dropout(self.model)
         self.patch.set_attention(self.decoder, ATTENTION)
         check_reached(self.decoder, [])
 

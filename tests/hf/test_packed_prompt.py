@@ -78,7 +78,57 @@ def test_types_of_tokens_go_along() -> None:
         expected = model(**padded, token_type_ids=same).loss
         batch = PackedCollator()(data)
         torch.testing.assert_close(model(**batch, token_type_ids=same.view(1, -1)).loss, expected, **close)
-        assert (model(**batch, token_type_ids=types.view(1, -1)).loss - expected).abs() > 1e-3
+        with pytest.raises(NotImplementedError, match="begin with different types"):
+            model(**batch, token_type_ids=types.view(1, -1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family: str) -> None:
+    model, handle = attach(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**pad(rows()))
+        expected.loss.backward()
+        (wanted,) = gradients(handle)
+        got = model(**PackedCollator()(rows()))
+        got.loss.backward()
+    (gradient,) = gradients(handle)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=0.02, atol=0.02)
+    assert (gradient - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("keep", [torch.tensor([-1, 2]), torch.arange(sum(LENGTHS)) % 5 == 0])
+def test_places_to_keep_in_other_words(keep: torch.Tensor) -> None:
+    model, _ = attach()
+    batch = PackedCollator()([{"input_ids": row["input_ids"]} for row in rows()])
+    expected = model(**batch).logits[:, keep]
+    torch.testing.assert_close(model(**batch, logits_to_keep=keep).logits, expected, **close)
+
+
+def test_weights_are_refused_from_the_first_packed_batch_on() -> None:
+    model, _ = attach("gpt2", attn_implementation="eager")
+    assert len(model(**pad(rows()), output_attentions=True).attentions) == 2
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="never forms attention weights"):
+            model(**PackedCollator()(rows()), output_attentions=True)
+        assert len(model(**pad(rows()), output_attentions=True).attentions) == 2  # refused before anything changed
+    model(**PackedCollator()(rows()))
+    with pytest.raises(NotImplementedError, match="never forms attention weights"):
+        model(**pad(rows()), output_attentions=True)
+
+
+def test_a_router_that_counts_tokens_is_refused() -> None:
+    model, _ = attach("gpt_oss")
+    with pytest.raises(NotImplementedError, match="output_router_logits"):
+        model(**PackedCollator()(rows()), output_router_logits=True)
+
+
+def test_packing_needs_kernels_for_attention() -> None:
+    model, handle = attach()
+    assert handle.can_pack
+    with prefixcore.use_backend("reference"):
+        assert handle.can_pack
+    model.double()
+    assert not handle.can_pack
 
 
 def test_a_model_in_bfloat16() -> None:
@@ -264,7 +314,7 @@ def test_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(packed[1], padded[1], rtol=1e-4, atol=1e-5)
 
 
-def test_in_one_graph_once_it_is_prepared() -> None:
+def test_compiled_once_it_is_prepared() -> None:
     model, handle = attach()
     batch = PackedCollator()(rows())
     expected = model(**batch, use_cache=False)
