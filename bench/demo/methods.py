@@ -106,7 +106,9 @@ def _train_ours(
     import prefixcore
 
     with prefixcore.attach(model, config, tokenizer=tokenizer) as handle:
-        outcome = _train(name, model, handle.parameters(), handle.num_trainable, tokenizer, task, options, seed)
+        outcome = _train(
+            name, model, handle.parameters(), handle.num_trainable, tokenizer, task, options, seed, packed=True
+        )
         if save_to is not None:
             handle.save(save_to)
     return outcome
@@ -121,6 +123,7 @@ def _train(
     task: Task,
     options: TrainingOptions,
     seed: int,
+    packed: bool = False,
 ) -> Outcome:
     held_out = tokenize(tokenizer, task.held_out, end=END)
     record = fit(
@@ -131,6 +134,7 @@ def _train(
         pad_token_id=pad_id(tokenizer),
         options=replace(options, seed=seed),
         on_held_out=say_loss,
+        packed=packed,
     )
     if record.interrupted:
         raise Interrupted

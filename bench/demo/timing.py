@@ -53,7 +53,7 @@ def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_s
     """Time whole training steps on one batch of the task: forward, backward and AdamW.
 
     The bare model's step is a forward and the gradient of its input embeddings, without any virtual token. Ours are
-    given a packed batch, as `prefixcore train` makes it. All four models share one set of frozen weights.
+    given the packed batch that they are trained with. All four models share one set of frozen weights.
     """
     import prefixcore
 

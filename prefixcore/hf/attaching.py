@@ -153,14 +153,14 @@ def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: An
     return Handle(SoftPromptAttachment(model, module, _packing_decoder(model)), [], tokenizer)
 
 
-def _packing_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The decoder of a model that can be given packed batches with a soft prompt; None: it cannot."""
+def _packing_decoder(model: PreTrainedModel) -> PreTrainedModel | str:
+    """The decoder of a model that can be given packed batches with a soft prompt; or why it cannot."""
     if not is_known(model):
-        return None
+        return f"only known families can ({known()})"
     try:
         return find_backbone(model, discover(model))
-    except NotImplementedError:  # a prefix would be refused, padded batches with a soft prompt are not
-        return None
+    except NotImplementedError as error:  # a prefix would be refused, padded batches with a soft prompt are not
+        return str(error)
 
 
 def _check_room(model: PreTrainedModel, num_virtual_tokens: int) -> None:

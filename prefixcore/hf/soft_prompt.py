@@ -15,7 +15,6 @@ from .attachment import Attachment, refuse_other_attention, refuse_replicas, ref
 from .attention import ATTENTION
 from .cache import cache_in, cache_of
 from .discover import check_reached
-from .families import known
 from .layout import Layout
 from .packing import leave_mask_to_lengths
 from .positions import argument_names, by_name, check_limit, past_length, query_length
@@ -42,10 +41,11 @@ class SoftPromptAttachment(Attachment):
     Args:
         model: the model as the user knows it.
         module: the soft prompt.
-        decoder: the text decoder inside that holds the attention layers, where packed batches can be given to it.
+        decoder: the text decoder inside that holds the attention layers, if packed batches can be given to it; or why
+            they cannot, in words.
     """
 
-    def __init__(self, model: PreTrainedModel, module: SoftPrompt, decoder: PreTrainedModel | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, module: SoftPrompt, decoder: PreTrainedModel | str) -> None:
         super().__init__(model, module)
         self.decoder = decoder
         self.names = argument_names(model)
@@ -66,7 +66,7 @@ class SoftPromptAttachment(Attachment):
     @property
     def can_pack(self) -> bool:
         """Whether attention, which is the model's own until a packed batch comes, can be ours and gains by it."""
-        if self.decoder is None:
+        if isinstance(self.decoder, str):
             return False
         try:
             choice = which_backend("prefix_attention", self.decoder.device, self.decoder.dtype)
@@ -83,8 +83,8 @@ class SoftPromptAttachment(Attachment):
         refuse_replicas(model)
         kwargs = by_name(self.names, args, kwargs)
         _check_arguments(kwargs)
-        if self.patch.attention:
-            refuse_weights(cast(PreTrainedModel, self.decoder), kwargs)
+        if self.patch.attention and not isinstance(self.decoder, str):
+            refuse_weights(self.decoder, kwargs)
         past = past_length(kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             self._start_packed(kwargs, int(past))
@@ -157,7 +157,7 @@ class SoftPromptAttachment(Attachment):
         if rows != 1 or past:
             got = f"{rows} rows" if rows != 1 else f"a cache of {past} tokens"
             raise ValueError(f"expected one row and an empty cache in a packed batch (cu_seq_lens_q), got {got}")
-        self._check_packed(kwargs, length)
+        decoder = self._packing_decoder(kwargs, length)
         virtual = self.num_virtual_tokens
         layout = Layout(1, length, virtual)
         leave_mask_to_lengths(kwargs, virtual)
@@ -171,16 +171,15 @@ class SoftPromptAttachment(Attachment):
             kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + virtual)  # from the end, or the beginning
         elif kwargs.get("labels") is not None:
             kwargs["labels"] = layout.fill(kwargs["labels"], -100)
-        self._switch_attention()
+        self._switch_attention(decoder)
         self._put_in(kwargs, layout)
 
-    def _check_packed(self, kwargs: dict[str, Any], length: int) -> None:
-        """Raises NotImplementedError for a packed batch that one prompt for all sequences would not be right for."""
-        if self.decoder is None:
+    def _packing_decoder(self, kwargs: dict[str, Any], length: int) -> PreTrainedModel:
+        """The decoder for a packed batch; NotImplementedError if one prompt for all sequences would not be right."""
+        if isinstance(self.decoder, str):
             raise NotImplementedError(
-                f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt: its "
-                f"attention is not known to be in reach (known families: {known()}): pad the sequences into rows of "
-                "their own"
+                f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt: "
+                f"{self.decoder}; pad the sequences into rows of their own"
             )
         refuse_weights(self.decoder, kwargs)
         if kwargs.get("output_router_logits") or getattr(self.decoder.config, "output_router_logits", False):
@@ -195,19 +194,17 @@ class SoftPromptAttachment(Attachment):
                     "token_type_ids: packed sequences begin with different types, but have one soft prompt, of one "
                     "type; pad them into rows of their own"
                 )
+        return self.decoder
 
-    def _switch_attention(self) -> None:
+    def _switch_attention(self, decoder: PreTrainedModel) -> None:
         """From the first packed batch on attention is ours, which alone can take one: with a prompt that is shared, and
         without a mask of all tokens by all tokens."""
-        assert self.decoder is not None
         if self.patch.attention:
-            return refuse_other_attention(self.decoder)
-        if torch.compiler.is_compiling():
-            raise RuntimeError("run one packed batch through the model before it is compiled: that prepares it")
+            return refuse_other_attention(decoder)
         if any(parameter.requires_grad for parameter in self.module.parameters()):
             warn_of_dropout(self.model)
-        self.patch.set_attention(self.decoder, ATTENTION)
-        check_reached(self.decoder, [])
+        self.patch.set_attention(decoder, ATTENTION)
+        check_reached(decoder, [])
 
     def _put_in(self, kwargs: dict[str, Any], layout: Layout) -> None:
         """Gives the call embeddings with the prompt in place of its input, and what has to go with them."""

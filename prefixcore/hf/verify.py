@@ -61,7 +61,7 @@ def verify_soft_prompt(model: PreTrainedModel, width: int) -> None:
             f"{type(model).__name__} does not return one output a token ({list(expected.shape)}), which a soft prompt "
             f"needs so far; known families: {known()}"
         )
-    attachment = SoftPromptAttachment(model, module)
+    attachment = SoftPromptAttachment(model, module, "it is being verified")
     try:
         got = run(ids[:, _TEXT:])
     finally:

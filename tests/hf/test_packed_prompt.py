@@ -15,7 +15,7 @@ import prefixcore
 from prefixcore import PackedCollator, PromptTuningConfig
 
 from .models import FAMILIES, VOCABULARY, assert_same, make, state, tokens
-from .test_packing import LENGTHS, close, features, gradients, pad, taught
+from .test_packing import LENGTHS, close, features, gradients, lose_lengths, pad, taught
 
 P = 3
 PROMPT = PromptTuningConfig(num_virtual_tokens=P, init="random", seed=0)
@@ -246,7 +246,8 @@ def test_what_is_refused() -> None:
         ({"attention_mask": torch.zeros(1, total)}, ValueError, "attention_mask: expected none in a packed batch"),
         ({"cu_seq_lens_k": torch.tensor([0, total])}, ValueError, r"cu_seq_lens_k: expected \[6\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 7, total]), "cu_seq_lens_k": None}, ValueError, "cu_seqlens"),
-        ({"cu_seq_lens_q": None}, NotImplementedError, "no cu_seq_lens_q that says where|packed batches"),
+        ({"cu_seq_lens_q": None}, NotImplementedError, "a tensor of places, which is for packed batches"),
+        ({"cu_seq_lens_q": None, "logits_to_keep": 0}, NotImplementedError, "no cu_seq_lens_q that says where"),
     ]
     for changes, error, message in refused:
         with pytest.raises(error, match=message):
@@ -266,10 +267,7 @@ def test_what_is_refused() -> None:
 def test_a_model_that_loses_the_lengths_is_refused() -> None:
     model, _ = attach()
 
-    def lose(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, {name: value for name, value in kwargs.items() if not name.startswith("cu_seq_lens")}
-
-    model.model.layers[1].register_forward_pre_hook(lose, with_kwargs=True)
+    lose_lengths(model.model.layers[1])
     with pytest.raises(NotImplementedError, match="LlamaAttention is called without the cu_seq_lens_q"):
         model(**PackedCollator()(rows()))
 
@@ -282,7 +280,9 @@ def test_a_model_without_the_attention_interface_is_refused_and_left_alone() -> 
         handle = prefixcore.attach(model, PROMPT)
     assert not handle.can_pack
     expected = model(**pad(rows())).logits
-    with pytest.raises(NotImplementedError, match="FalconForCausalLM cannot be given packed batches"):
+    with pytest.raises(
+        NotImplementedError, match="FalconForCausalLM cannot be given packed batches .* only known families can"
+    ):
         model(**PackedCollator()(rows()))
     assert torch.equal(model(**pad(rows())).logits, expected)
 
@@ -314,15 +314,32 @@ def test_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(packed[1], padded[1], rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_once_it_is_prepared() -> None:
+def test_a_known_family_out_of_reach_says_why() -> None:
+    model = make("llama")
+    model.model.layers[1].self_attn.is_causal = False
+    handle = prefixcore.attach(model, PROMPT)
+    assert not handle.can_pack
+    with pytest.raises(
+        NotImplementedError, match="LlamaForCausalLM cannot be .* model.layers.1.self_attn is not causal"
+    ):
+        model(**PackedCollator()(rows()))
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["first packed batch", "later"])
+def test_compiled(prepared: bool) -> None:
     model, handle = attach()
     batch = PackedCollator()(rows())
     expected = model(**batch, use_cache=False)
     expected.loss.backward()
     wanted = gradients(handle)
+    if not prepared:
+        handle.detach()
+        handle = prefixcore.attach(model, PROMPT)
     torch._dynamo.reset()
     got = torch.compile(model, backend="aot_eager")(**batch, use_cache=False)
     torch.testing.assert_close(got.loss, expected.loss, **close)
     got.loss.backward()
     torch.testing.assert_close(gradients(handle), wanted, **close)
     torch._dynamo.reset()
+    handle.detach()
+    assert model.config._attn_implementation == "sdpa"

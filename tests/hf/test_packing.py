@@ -60,6 +60,15 @@ def taught(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return logits[:, :-1][labels[:, 1:] != -100]
 
 
+def lose_lengths(layer: torch.nn.Module) -> Any:
+    """Lets `layer` pass everything on but the lengths, until the handle returned is removed."""
+
+    def lose(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {name: value for name, value in kwargs.items() if not name.startswith("cu_seq_lens")}
+
+    return layer.register_forward_pre_hook(lose, with_kwargs=True)
+
+
 def test_what_a_packed_batch_is() -> None:
     batch = PackedCollator()(
         [
@@ -202,10 +211,7 @@ def test_nothing_grows_with_the_square_of_the_tokens(family: str, checkpointing:
 def test_a_model_that_loses_the_lengths_is_refused() -> None:
     model, _ = attach()
 
-    def lose(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, {name: value for name, value in kwargs.items() if not name.startswith("cu_seq_lens")}
-
-    hook = model.model.layers[1].register_forward_pre_hook(lose, with_kwargs=True)
+    hook = lose_lengths(model.model.layers[1])
     with pytest.raises(NotImplementedError, match="LlamaAttention is called without the cu_seq_lens_q"):
         model(**PackedCollator()(features()))
     hook.remove()
