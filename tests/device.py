@@ -3,7 +3,7 @@
 * ``cpu`` (the default): CPU tensors, the CPU backend;
 * ``cuda``: CUDA tensors, the GPU backend: the whole matrix on real hardware;
 * ``interpreter``: CPU tensors, the GPU backend with Triton's interpreter and PyTorch's CPU flash attention in the
-  vendor's place: the same matrix as far as a CPU goes. Slow.
+  fused attention's place: the same matrix as far as a CPU goes. Slow.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ cpu_backend = pytest.mark.skipif(NAME != "cpu", reason="what it tests belongs to
 
 
 @contextmanager
-def gpu_backend() -> Iterator[None]:
+def triton_backend() -> Iterator[None]:
     """The GPU backend computes the tensors of ``DEVICE``, interpreted where they are on the CPU."""
-    from prefixcore.backends import gpu
+    from prefixcore.backends import triton
 
-    registered = gpu.register("CPU") if DEVICE.type == "cpu" else None
+    registered = triton.register("CPU") if DEVICE.type == "cpu" else None
     try:
         yield
     finally:

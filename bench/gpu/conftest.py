@@ -17,9 +17,9 @@ Measure = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def gpu_backend() -> Iterator[None]:
+def triton_backend() -> Iterator[None]:
     """In a rehearsal the GPU backend takes CPU tensors, its kernels interpreted."""
-    with device.gpu_backend():
+    with device.triton_backend():
         yield
 
 

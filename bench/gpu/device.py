@@ -20,10 +20,10 @@ HALF = torch.bfloat16 if REAL else torch.float32
 
 
 @contextmanager
-def gpu_backend() -> Iterator[None]:
-    from prefixcore.backends import gpu
+def triton_backend() -> Iterator[None]:
+    from prefixcore.backends import triton
 
-    registered = None if REAL else gpu.register("CPU")
+    registered = None if REAL else triton.register("CPU")
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""``prefix_attention`` in training: beside the same vendor's kernel without any prefix, beside concatenating and
+"""``prefix_attention`` in training: beside the same fused attention without any prefix, beside concatenating and
 masking, and beside compiled FlexAttention."""
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def name(problem: Any) -> str | None:
 
 def path(problem: Problem, *, backward: bool) -> dict[str, str]:
     """Which path and whose kernel, in words: part of the figure."""
-    from prefixcore.backends.gpu import choose
-    from prefixcore.backends.gpu.problem import Problem as Arguments
+    from prefixcore.backends.problem import AttentionProblem
+    from prefixcore.backends.triton import choose
 
     arguments: list[Any] = [*inputs(problem, gradients=False).values(), *[None] * 6, True, problem.D**-0.5, 0, 0.0]
-    p = Arguments(*arguments)
+    p = AttentionProblem(*arguments)
     paths = {"forward": choose.forward(p)}
     if backward:
         paths["backward"] = choose.backward(p, all_three=True, grad_lse=False)

@@ -84,11 +84,11 @@ def gpu_paths() -> list[tuple[str, str, str, str]]:
     """Which path the GPU backend takes for some problems, and why; nothing where the backend cannot run."""
     import torch
 
-    from ..backends import gpu
-    from ..backends.gpu import choose
-    from ..backends.gpu.problem import Problem
+    from ..backends import triton
+    from ..backends.problem import AttentionProblem
+    from ..backends.triton import choose
 
-    if gpu.refuses("prefix_attention", "cuda", torch.bfloat16):
+    if triton.refuses("prefix_attention", "cuda", torch.bfloat16):
         return []
     rows = []
     for name, (queries, keys, window, dtype) in {
@@ -102,7 +102,7 @@ def gpu_paths() -> list[tuple[str, str, str, str]]:
         query, key = head.expand(8, 32, queries, -1), head.expand(8, 8, keys, -1)
         prefix = head.expand(8, 64, -1)
         arguments: Any = (query, key, key, prefix, prefix, *[None] * 6, True, 128**-0.5, window, 0.0)
-        p = Problem(*arguments)
+        p = AttentionProblem(*arguments)
         path = choose.forward(p)
         rows.append((name, "forward", path.name, path.why))
         if queries > 1:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends import cpu, cuda, gpu, library
+from ..backends import cpu, cuda, library, triton
 
 OPS = ("prefix_attention", "soft_embedding")
-BACKENDS = ("cpu", "cuda", "gpu", "reference")
-_KERNELS = {"cpu": cpu, "cuda": cuda, "gpu": gpu}
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+_KERNELS = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 _forced: str | None = os.environ.get("PREFIXCORE_BACKEND") or None
 
@@ -36,7 +36,7 @@ def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
         if device_type == "cpu":
             name = "cpu" if dtype in cpu.DTYPES else "reference"
         else:
-            name = "reference" if gpu.refuses(op, device_type, dtype) else "gpu"
+            name = "reference" if triton.refuses(op, device_type, dtype) else "triton"
     elif name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r} (PREFIXCORE_BACKEND): use one of {BACKENDS}")
     elif name != "reference" and (reason := _KERNELS[name].refuses(op, device_type, dtype)):
@@ -68,7 +68,7 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
 def _why_not_kernels(op: str, device_type: str, dtype: torch.dtype) -> str:
     if op == "soft_embedding" and device_type == "cuda" and cuda.refuses(op, device_type, dtype) is None:
         return 'the cuda backend has to be forced: use_backend("cuda")'
-    name, backend = ("cpu", cpu) if device_type == "cpu" else ("gpu", gpu)
+    name, backend = ("cpu", cpu) if device_type == "cpu" else ("triton", triton)
     return f"the {name} backend refuses: {backend.refuses(op, device_type, dtype)}"
 
 

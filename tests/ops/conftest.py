@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefixcore.backends import library
-from tests.device import DEVICE, NAME, gpu_backend
+from tests.device import DEVICE, NAME, triton_backend
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def poisoned_memory() -> Iterator[None]:
 def gpu() -> Iterator[None]:
     """The GPU backend in the CPU backend's place, where that is what is under test."""
     torch.set_default_device(DEVICE)
-    with gpu_backend():
+    with triton_backend():
         yield
     torch.set_default_device("cpu")
 

@@ -180,7 +180,7 @@ def test_backends_can_be_asked_and_forced() -> None:
             assert prefixcore.which_backend(op, "cpu", torch.float32) == ("reference", "forced")
     with prefixcore.use_backend("cpu"), pytest.raises(ValueError, match="float64"):
         prefixcore.prefix_attention(*(torch.randn(1, 1, 2, 4, dtype=torch.float64) for _ in range(3)))
-    for backend, reason in (("cuda", "no kernel for prefix_attention"), ("gpu", "on NVIDIA GPUs, not on cpu")):
+    for backend, reason in (("cuda", "no kernel for prefix_attention"), ("triton", "on NVIDIA GPUs, not on cpu")):
         with prefixcore.use_backend(backend), pytest.raises(ValueError, match=reason):
             prefixcore.prefix_attention(*(torch.randn(1, 1, 2, 4) for _ in range(3)))
     with pytest.raises(ValueError, match="unknown backend"), prefixcore.use_backend("tpu"):

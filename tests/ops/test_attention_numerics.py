@@ -13,7 +13,7 @@ from tests.device import NAME, cpu_backend
 
 from .problems import Problem, check, run
 
-KERNELS = "gpu" if NAME == "cuda" else "cpu"  # interpreted kernels stand in the CPU backend's place
+KERNELS = "triton" if NAME == "cuda" else "cpu"  # interpreted kernels stand in the CPU backend's place
 
 WORK = {
     "many rows": Problem(B=5, H=6, Hkv=2, T=130, P=20),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ...problem import AttentionProblem
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Triton's interpreter: there, bfloat16 arithmetic is done on raw bits, so tiles are widened when they are loaded."""
@@ -87,7 +87,7 @@ def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def arguments(p: Problem) -> dict[str, Any]:
+def arguments(p: AttentionProblem) -> dict[str, Any]:
     """What every attention kernel is told about the problem, under the names of its parameters."""
     prefix_key, prefix_value = p.bank
     padding, mask = p.padding, p.mask
@@ -108,7 +108,7 @@ def arguments(p: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def constants(p: Problem, blocks: Blocks) -> dict[str, Any]:
+def constants(p: AttentionProblem, blocks: Blocks) -> dict[str, Any]:
     """What is known when a kernel is compiled."""
     return {
         "GROUP": p.group, "CAUSAL": p.is_causal,
@@ -128,7 +128,7 @@ def compute_dtype(x: Tensor) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
 
 
-def tiles(p: Problem, length: int, tile: int) -> int:
+def tiles(p: AttentionProblem, length: int, tile: int) -> int:
     """Tiles of ``length`` rows or keys, all packed sequences together: as ``tiles.locate`` counts them."""
     return triton.cdiv(length, tile) if p.cu_seqlens is None else length // tile + p.sequences
 
@@ -194,7 +194,7 @@ def family(device: torch.device) -> int:
     return 80 if major >= 12 else min(max(major, 8), 10) * 10
 
 
-def blocks_for(kernel: str, p: Problem) -> Blocks:
+def blocks_for(kernel: str, p: AttentionProblem) -> Blocks:
     widest = max(p.head_dim, p.value_dim)
     if widest > 256:
         raise ValueError(

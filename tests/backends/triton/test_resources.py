@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.backends.gpu.resources"]
+    command = [sys.executable, "-m", "tests.backends.triton.resources"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -59,4 +59,4 @@ def test_as_recorded(found: dict[str, Any]) -> None:
     want = recorded()
     if found["triton"] != want["triton"]:
         pytest.skip(f"recorded with Triton {want['triton']}, here is {found['triton']}: other compilers, other numbers")
-    assert found["kernels"] == want["kernels"], "python -m tests.backends.gpu.resources --write"
+    assert found["kernels"] == want["kernels"], "python -m tests.backends.triton.resources --write"

@@ -8,7 +8,8 @@ A launch never waits for the GPU, so that it can be captured in a CUDA graph. Th
 which raise on the CPU, give a meaningless result here, and never an access outside of a tensor.
 
 Outputs and the prefix's gradients have the same bits on every run. The gradients of query, key and value have them on
-the single path; vendors' kernels sum in any order unless ``torch.use_deterministic_algorithms(True)`` forbids it.
+the single path; PyTorch's fused attention sums in any order unless ``torch.use_deterministic_algorithms(True)``
+forbids it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import library
+from ..problem import AttentionProblem
 from . import choose
 from .choose import PATHS, use_path
-from .problem import Problem
 
 __all__ = ["DTYPES", "PATHS", "describe", "prefix_attention", "prefix_attention_backward", "refuses", "use_path"]
 
@@ -83,7 +84,7 @@ def _check_device(x: Tensor) -> None:
         _machines[index] = _too_old(torch.cuda.get_device_capability(x.device)) if x.is_cuda else None
     if reason := _machines[index]:
         raise RuntimeError(
-            f"the gpu backend cannot run on {x.device}: {reason}; move the tensors to a newer one, or run the slow "
+            f"the triton backend cannot run on {x.device}: {reason}; move the tensors to a newer one, or run the slow "
             "reference inside 'with prefixcore.use_backend(\"reference\")'"
         )
 
@@ -103,8 +104,8 @@ def prefix_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
         if p.query.numel() == 0:
             return single.outputs(p)
         path = choose.forward(p)
-        if path.vendor is not None:
-            return merged.forward(p, path.vendor)
+        if path.fused is not None:
+            return merged.forward(p, path.fused)
         return single.decode(p) if path.name == "decode" else single.forward(p)
 
 
@@ -122,8 +123,8 @@ def prefix_attention_backward(
             return single.no_gradient(p, needs_query, needs_sequence, needs_prefix)
         grad_out, out, lse = _rows(grad_out), _rows(out), lse.contiguous()
         path = choose.backward(p, all_three=needs_query and needs_sequence, grad_lse=grad_lse is not None)
-        if path.vendor is not None:
-            return merged.backward(p, path.vendor, grad_out, out, lse, needs_prefix=needs_prefix)
+        if path.fused is not None:
+            return merged.backward(p, path.fused, grad_out, out, lse, needs_prefix=needs_prefix)
         grads = single.unwanted(p)
         delta = delta_of(grad_out, out, grad_lse)
         if needs_query:
@@ -135,12 +136,12 @@ def prefix_attention_backward(
     return tuple(grads)
 
 
-def _problem(arguments: Any) -> Problem:
+def _problem(arguments: Any) -> AttentionProblem:
     """The op's arguments as kernels read them: contiguous rows, and small vectors without strides."""
     index, lengths, padding, mask, sinks, ends = arguments[5:11]
     index, lengths, sinks, ends = (None if x is None else x.contiguous() for x in (index, lengths, sinks, ends))
     read: Any = (*map(_rows, arguments[:5]), index, lengths, padding, mask, sinks, ends, *arguments[11:])
-    return Problem(*read)
+    return AttentionProblem(*read)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which path computes a problem: the rules, small enough to read, with the reason in words.
 
-* ``merged``: a vendor's kernel on the sequence, ours on the prefix (:mod:`.merged`);
+* ``merged``: PyTorch's fused attention on the sequence, ours on the prefix (:mod:`.merged`);
 * ``single``: one launch of our own kernels, which can do everything (:mod:`.single`);
 * ``decode``: the same for few queries, the keys split among the processors.
 
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from . import vendor
-from .problem import Problem
-from .vendor import Vendor
+from ..problem import AttentionProblem
+from . import fused_attention
+from .fused_attention import FusedAttention
 
 PATHS = ("merged", "single", "decode")
 
@@ -25,7 +25,7 @@ PATHS = ("merged", "single", "decode")
 DECODE_QUERIES = 16
 """Up to so many queries, there are more processors than blocks of queries: the keys are split instead."""
 MERGED_KEYS = 512
-"""Below so many keys, a second launch costs more than a vendor's kernel saves."""
+"""Below so many keys, a second launch costs more than PyTorch's fused attention saves."""
 
 _forced: str | None = os.environ.get("PREFIXCORE_GPU_PATH") or None
 
@@ -35,10 +35,10 @@ class Path(NamedTuple):
 
     name: str
     why: str
-    vendor: Vendor | None = None
+    fused: FusedAttention | None = None
 
 
-def forward(p: Problem) -> Path:
+def forward(p: AttentionProblem) -> Path:
     """The path of the forward. ValueError if one was forced that cannot do it."""
     if _forced is not None:
         return _force(p)
@@ -47,50 +47,50 @@ def forward(p: Problem) -> Path:
     return _merged_or_single(p, training=False)
 
 
-def backward(p: Problem, *, all_three: bool, grad_lse: bool) -> Path:
+def backward(p: AttentionProblem, *, all_three: bool, grad_lse: bool) -> Path:
     """The path of the backward.
 
-    `all_three`: query, key and value all want a gradient, which is what a vendor's kernel computes; `grad_lse`: the
-    log-sum-exp has been used as well as the output.
+    `all_three`: query, key and value all want a gradient, which is what PyTorch's fused attention computes;
+    `grad_lse`: the log-sum-exp has been used as well as the output.
     """
     if _forced not in (None, *PATHS):
         _force(p)
     if _forced not in (None, "merged"):
         return Path("single", "forced" if _forced == "single" else f"{_forced} has no backward")
     if grad_lse:
-        return Path("single", "a gradient of the log-sum-exp comes in, which no vendor's kernel takes")
+        return Path("single", "a gradient of the log-sum-exp comes in, which no fused attention takes")
     if not all_three:
         return Path("single", "not all of query, key and value want a gradient")
     return _merged_or_single(p, training=True)
 
 
-def _merged_or_single(p: Problem, training: bool) -> Path:
+def _merged_or_single(p: AttentionProblem, training: bool) -> Path:
     if p.keys < MERGED_KEYS and _forced is None:
         return Path("single", f"{p.keys} keys, fewer than {MERGED_KEYS}")
-    kernel, reason = _vendor(p, training)
+    kernel, reason = _fused_attention(p, training)
     if kernel is None:
         return Path("single", reason)
     return Path("merged", reason, kernel)
 
 
-def _vendor(p: Problem, training: bool) -> tuple[Vendor | None, str]:
+def _fused_attention(p: AttentionProblem, training: bool) -> tuple[FusedAttention | None, str]:
     """Whose kernel can do the sequence's part, and that in words; or None and why nobody's."""
-    if reason := vendor.cannot(p):
+    if reason := fused_attention.cannot(p):
         return None, reason
-    kernel = vendor.preferred(p, training=training)
+    kernel = fused_attention.preferred(p, training=training)
     if kernel is None:
         return None, f"PyTorch has no fused kernel with a log-sum-exp for {str(p.query.dtype).removeprefix('torch.')}"
     return kernel, f"{kernel.name} does the sequence"
 
 
-def _force(p: Problem) -> Path:
+def _force(p: AttentionProblem) -> Path:
     if _forced not in PATHS:
         raise ValueError(f"unknown path {_forced!r} (PREFIXCORE_GPU_PATH): use one of {PATHS}")
     if _forced == "decode" and p.cu_seqlens is not None:
         raise ValueError("the decode path was forced, but the rows are packed; stop forcing it, or force 'single'")
     if _forced != "merged":
         return Path(_forced, "forced")
-    kernel, reason = _vendor(p, training=False)
+    kernel, reason = _fused_attention(p, training=False)
     if kernel is None:
         raise ValueError(f"the merged path was forced, but {reason}; stop forcing it, or force 'single'")
     return Path("merged", f"forced; {reason}", kernel)

@@ -1,4 +1,4 @@
-"""The single path: prefix and sequence in one launch of our own kernels, for everything that vendors' cannot do.
+"""The single path: prefix and sequence in one launch of our own kernels, for everything that PyTorch's cannot do.
 
 Each function allocates what a kernel writes, laid out as the op promises, and has the kernel write it.
 """
@@ -9,39 +9,39 @@ import torch
 from torch import Tensor
 
 from ..layout import empty_gradient, empty_heads_last
+from ..problem import AttentionProblem
 from .kernels import decode as decode_kernels
 from .kernels import forward as forward_kernel
 from .kernels import grad_keys as grad_keys_kernel
 from .kernels import grad_prefix as grad_prefix_kernels
 from .kernels import grad_query as grad_query_kernel
-from .problem import Problem
 
 
-def outputs(p: Problem) -> tuple[Tensor, Tensor]:
+def outputs(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Memory for output and log-sum-exp."""
     return empty_heads_last(p.query, p.value_dim), p.query.new_empty(p.query.shape[:3], dtype=torch.float32)
 
 
-def forward(p: Problem) -> tuple[Tensor, Tensor]:
+def forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     out, lse = outputs(p)
     forward_kernel.forward(p, out, lse)
     return out, lse
 
 
-def decode(p: Problem) -> tuple[Tensor, Tensor]:
+def decode(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """The same for few queries over many keys, which are split among the processors."""
     out, lse = outputs(p)
     decode_kernels.decode(p, out, lse)
     return out, lse
 
 
-def unwanted(p: Problem) -> list[Tensor]:
+def unwanted(p: AttentionProblem) -> list[Tensor]:
     """What the op returns for gradients that nobody wants: five empty tensors."""
     return [p.query.new_empty(0, dtype=dtype) for dtype in (*[p.query.dtype] * 3, *[torch.float32] * 2)]
 
 
-def no_gradient(p: Problem, needs_query: bool, needs_sequence: bool, needs_prefix: bool) -> tuple[Tensor, ...]:
+def no_gradient(p: AttentionProblem, needs_query: bool, needs_sequence: bool, needs_prefix: bool) -> tuple[Tensor, ...]:
     """All gradients where there is no query."""
     grads = unwanted(p)
     if needs_query:
@@ -53,24 +53,24 @@ def no_gradient(p: Problem, needs_query: bool, needs_sequence: bool, needs_prefi
     return tuple(grads)
 
 
-def grad_query(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def grad_query(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     grad = empty_gradient(p.query)
     grad_query_kernel.grad_query(p, grad_out, lse, delta, grad)
     return grad
 
 
-def grad_sequence(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def grad_sequence(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of key and value."""
     grad_key, grad_value = empty_gradient(p.key), empty_gradient(p.value)
     grad_keys_kernel.grad_keys(p, grad_out, lse, delta, grad_key, grad_value)
     return grad_key, grad_value
 
 
-def grad_prefix(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def grad_prefix(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the prefix, in its own shape, float32."""
     return as_prefix(p, grad_prefix_kernels.grad_prefix(p, grad_out, lse, delta))
 
 
-def as_prefix(p: Problem, of_bank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_prefix(p: AttentionProblem, of_bank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Gradients of a bank in the shape of the prefix."""
     return of_bank[0].reshape(p.prefix_key.shape), of_bank[1].reshape(p.prefix_value.shape)

@@ -1,6 +1,6 @@
-"""The merged path: a vendor's kernel for the sequence, ours for the prefix, against the float64 reference.
+"""The merged path: PyTorch's fused attention for the sequence, ours for the prefix, against the float64 reference.
 
-Where there is no GPU, PyTorch's CPU flash attention stands in the vendor's place and Triton's interpreter runs ours.
+Where there is no GPU, PyTorch's CPU flash attention stands in its place and Triton's interpreter runs ours.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import prefixcore
-from prefixcore.backends.gpu import choose, merged, single, use_path, vendor
-from prefixcore.backends.gpu.kernels import grad_short_prefix
-from tests.device import DEVICE, gpu_backend
+from prefixcore.backends.triton import choose, fused_attention, merged, single, use_path
+from prefixcore.backends.triton.kernels import grad_short_prefix
+from tests.device import DEVICE, triton_backend
 from tests.ops.problems import GRADIENTS, Problem, check, relative_error, run
 
 DTYPES = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.float32,)
@@ -22,12 +22,12 @@ DTYPES = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.fl
 
 @pytest.fixture(autouse=True)
 def merged_path() -> Iterator[None]:
-    with gpu_backend(), use_path("merged"):
+    with triton_backend(), use_path("merged"):
         yield
 
 
 def output_alone(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a model uses the op: no gradient comes in through the log-sum-exp, so that the vendor does the backward."""
+    """As a model uses the op: no gradient comes in through the log-sum-exp, so that PyTorch's does the backward."""
     out, lse = prefixcore.prefix_attention(**arguments)
     return out, lse.detach()
 
@@ -154,16 +154,16 @@ def test_a_gradient_of_any_strides_may_come_in() -> None:
 
 @pytest.mark.parametrize("option", [{"sliding_window": 7}, {"softcap": 3.0}, {"mask": "padding"}, {"S": 50},
                                     {"packed": (5, 28)}, {"Dv": 16}, {"D": 20}])  # fmt: skip
-def test_what_a_vendor_cannot_do_is_refused_where_it_is_forced(option: dict[str, Any]) -> None:
+def test_what_fused_attention_cannot_do_is_refused_where_it_is_forced(option: dict[str, Any]) -> None:
     tensors, options = Problem(**{"T": 33, "dtype": DTYPES[0], **option}).tensors()
     with pytest.raises(ValueError, match="the merged path was forced, but .*; stop forcing it, or force 'single'"):
         prefixcore.prefix_attention(**tensors, **options)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the vendors themselves run")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU PyTorch's GPU kernels themselves run")
 def test_the_stand_in_is_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    real = vendor.STAND_IN
+    real = fused_attention.STAND_IN
 
     def forward(*arguments: Any) -> Any:
         calls.append("forward")
@@ -173,7 +173,7 @@ def test_the_stand_in_is_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append("backward")
         return real.backward(*arguments)
 
-    spy = vendor.Vendor("spy", forward, backward)
-    monkeypatch.setattr(vendor, "STAND_IN", spy)
+    spy = fused_attention.FusedAttention("spy", forward, backward)
+    monkeypatch.setattr(fused_attention, "STAND_IN", spy)
     run(Problem(T=33, P=20), output_alone)
     assert calls == ["forward", "backward"]

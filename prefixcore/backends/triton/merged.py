@@ -1,7 +1,7 @@
-"""The merged path: a vendor's kernel attends to the sequence, ours adds the prefix.
+"""The merged path: PyTorch's fused attention attends to the sequence, ours adds the prefix.
 
 One softmax over both is exact, because either part depends on the other only through the output and the log-sum-exp:
-forward, our kernel starts its online softmax from what the vendor's ended with; backward, the vendor's kernel is given
+forward, our kernel starts its online softmax from what PyTorch's ended with; backward, PyTorch's backward is given
 the merged output and log-sum-exp (Dao et al., arXiv:2205.14135; the identity that ring attention rests on).
 """
 
@@ -9,28 +9,28 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..problem import AttentionProblem
 from . import single
+from .fused_attention import FusedAttention
 from .kernels import grad_short_prefix
 from .kernels.delta import delta as delta_of
 from .kernels.forward import forward as absorb_prefix
 from .kernels.grad_query import grad_query as add_grad_query
-from .problem import Problem
-from .vendor import Vendor
 
 
-def forward(p: Problem, vendor: Vendor) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of prefix and sequence, and of the sinks, which a vendor need not know about either."""
-    out, lse = vendor.forward(p)
+def forward(p: AttentionProblem, fused: FusedAttention) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of prefix and sequence, and of the sinks, which PyTorch's need not know about either."""
+    out, lse = fused.forward(p)
     if p.virtual_tokens or p.sinks is not None:
         absorb_prefix(p, out, lse, from_state=True)
     return out, lse
 
 
 def backward(
-    p: Problem, vendor: Vendor, grad_out: Tensor, out: Tensor, lse: Tensor, *, needs_prefix: bool
+    p: AttentionProblem, fused: FusedAttention, grad_out: Tensor, out: Tensor, lse: Tensor, *, needs_prefix: bool
 ) -> tuple[Tensor, ...]:
     """All five gradients; where the prefix's are not needed, two empty tensors in their place."""
-    sequence = vendor.backward(p, grad_out, out, lse)
+    sequence = fused.backward(p, grad_out, out, lse)
     if needs_prefix and grad_short_prefix.fits(p):
         return *sequence, *single.as_prefix(p, grad_short_prefix.grad_short_prefix(p, grad_out, out, lse, sequence[0]))
     delta = delta_of(grad_out, out, None)

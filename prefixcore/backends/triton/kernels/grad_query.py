@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ...problem import AttentionProblem
 from . import launch
 from .tiles import (
     at,
@@ -119,7 +119,7 @@ def grad_query_kernel(
 
 
 def grad_query(
-    p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_query: Tensor, *, prefix_only: bool = False
+    p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_query: Tensor, *, prefix_only: bool = False
 ) -> None:
     """Writes ``grad_query`` [B, H, T, D] from ``grad_out`` [B, H, T, Dv] and the merged ``lse`` and ``delta``
     [B, H, T]; ``prefix_only`` adds the prefix's part to what is there instead."""

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from prefixcore.backends.gpu import choose, use_path, vendor
-from prefixcore.backends.gpu.problem import Problem
+from prefixcore.backends.problem import AttentionProblem
+from prefixcore.backends.triton import choose, fused_attention, use_path
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +36,14 @@ def pytorch_prefers(monkeypatch: pytest.MonkeyPatch) -> Any:
 def problem(
     T: int = 2048, S: int | None = None, D: int = 128, Dv: int | None = None, P: int = 64, is_causal: bool = True,
     dtype: torch.dtype = torch.bfloat16, window: int = 0, softcap: float = 0.0, **tensors: torch.Tensor,
-) -> Problem:  # fmt: skip
+) -> AttentionProblem:  # fmt: skip
     S, Dv = T if S is None else S, Dv or D
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
     names = ("prefix_index", "prefix_lengths", "padding", "mask", "sinks", "cu_seqlens")
-    return Problem(
+    return AttentionProblem(
         empty(2, 8, T, D), empty(2, 4, S, D), empty(2, 4, S, Dv), empty(4, P, D), empty(4, P, Dv),
         *(tensors.get(name) for name in names), is_causal, D**-0.5, window, softcap,
     )  # fmt: skip
@@ -74,22 +74,22 @@ TABLE: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-def test_rows_that_wide_loads_cannot_read_are_not_for_a_vendor() -> None:
+def test_rows_that_wide_loads_cannot_read_are_not_for_fused_attention() -> None:
     def rows(stride: int) -> torch.Tensor:
         shape, strides = (2, 8, 2048, 128), (8 * 2048 * stride, 2048 * stride, stride, 1)
         return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="cuda")
 
-    assert vendor.cannot(replace(problem(), query=rows(136))) is None
+    assert fused_attention.cannot(replace(problem(), query=rows(136))) is None
     assert choose.forward(replace(problem(), query=rows(132))).name == "single"
-    assert vendor.cannot(replace(problem(), query=rows(132))) == "rows do not begin at multiples of 16 bytes"
-    assert vendor._is_aligned(torch.empty(64, 128, device="meta")[:, 4:68])
-    assert not vendor._is_aligned(torch.empty(64, 128, device="meta")[:, 2:66])
+    assert fused_attention.cannot(replace(problem(), query=rows(132))) == "rows do not begin at multiples of 16 bytes"
+    assert fused_attention._is_aligned(torch.empty(64, 128, device="meta")[:, 4:68])
+    assert not fused_attention._is_aligned(torch.empty(64, 128, device="meta")[:, 2:66])
 
 
 @pytest.fixture
 def launch() -> ModuleType:
     pytest.importorskip("triton")
-    from prefixcore.backends.gpu.kernels import launch
+    from prefixcore.backends.triton.kernels import launch
 
     return launch
 
@@ -113,7 +113,7 @@ def test_the_table(case: str) -> None:
     choice = choose.forward(problem(**arguments))
     assert choice.name == path
     assert why in choice.why
-    assert (choice.vendor is not None) == (path == "merged")
+    assert (choice.fused is not None) == (path == "merged")
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_the_table(case: str) -> None:
         ({"cu_seqlens": (3,)}, "packed"),
     ],
 )
-def test_what_no_vendor_is_given(tensors: dict[str, tuple[int, ...]], why: str) -> None:
+def test_what_no_fused_attention_is_given(tensors: dict[str, tuple[int, ...]], why: str) -> None:
     path = choose.forward(problem(**{name: bools(*shape) for name, shape in tensors.items()}))
     assert path.name == "single"
     assert why in path.why
 
 
 def test_banks_and_sinks_are_no_obstacle() -> None:
-    """The vendor never sees them."""
+    """Fused attention never sees them."""
     index = torch.zeros(2, dtype=torch.long, device="cuda")
     assert choose.forward(problem(prefix_index=index)).name == "merged"
     assert choose.forward(problem(sinks=torch.zeros(8, device="cuda"))).name == "merged"
@@ -142,11 +142,11 @@ def test_banks_and_sinks_are_no_obstacle() -> None:
     [(SDPBackend.CUDNN_ATTENTION, "cuDNN"), (SDPBackend.FLASH_ATTENTION, "FlashAttention"),
      (SDPBackend.EFFICIENT_ATTENTION, None), (SDPBackend.MATH, None)],
 )  # fmt: skip
-def test_the_vendor_is_pytorchs_choice(pytorch_prefers: Any, backend: SDPBackend, name: str | None) -> None:
+def test_which_fused_attention_is_pytorchs_choice(pytorch_prefers: Any, backend: SDPBackend, name: str | None) -> None:
     pytorch_prefers(backend)
     for path in (choose.forward(problem()), choose.backward(problem(), all_three=True, grad_lse=False)):
         assert path.name == ("merged" if name else "single")
-        assert (path.vendor.name if path.vendor else None) == name
+        assert (path.fused.name if path.fused else None) == name
         assert name or "no fused kernel" in path.why
 
 
@@ -181,13 +181,13 @@ def test_pytorch_may_have_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_attention_goes_before_cudnn(monkeypatch: pytest.MonkeyPatch, because: str, able: bool) -> None:
     """Where a user has activated a FlashAttention, and where the layout of cuDNN's log-sum-exp is not known."""
     if because == "activated":
-        monkeypatch.setattr(vendor, "_active_flash", lambda: "FA3")
+        monkeypatch.setattr(fused_attention, "_active_flash", lambda: "FA3")
     else:
-        monkeypatch.setattr(vendor, "_CUDNN_LAYOUT_IS_KNOWN", False)
+        monkeypatch.setattr(fused_attention, "_CUDNN_LAYOUT_IS_KNOWN", False)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: able)
     expected = "FlashAttention" if able else ("cuDNN" if because == "activated" else None)
     path = choose.forward(problem())
-    assert (path.vendor.name if path.vendor else None) == expected
+    assert (path.fused.name if path.fused else None) == expected
 
 
 def test_the_backward() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefixcore.backends.gpu import vendor
-from prefixcore.backends.gpu.problem import Problem
+from prefixcore.backends.problem import AttentionProblem
+from prefixcore.backends.triton import fused_attention
 
 
-def problem(layout: str, T: int = 40, S: int = 40, is_causal: bool = True) -> Problem:
+def problem(layout: str, T: int = 40, S: int = 40, is_causal: bool = True) -> AttentionProblem:
     """On the meta device: shapes and strides alone. ``layout``: which of heads and tokens are together in memory."""
 
     def heads(count: int, length: int) -> torch.Tensor:
@@ -21,12 +21,12 @@ def problem(layout: str, T: int = 40, S: int = 40, is_causal: bool = True) -> Pr
 
     prefix = torch.empty(4, 5, 64, device="meta")
     no_tensors = [None] * 6
-    return Problem(heads(8, T), heads(4, S), heads(4, S), prefix, prefix, *no_tensors, is_causal, 0.1, 0, 0.0)
+    return AttentionProblem(heads(8, T), heads(4, S), heads(4, S), prefix, prefix, *no_tensors, is_causal, 0.1, 0, 0.0)
 
 
 @pytest.mark.parametrize("layout", ["heads last", "heads first", "fused projection"])
-@pytest.mark.parametrize("kernel", [vendor.CUDNN, vendor.FLASH], ids=lambda kernel: kernel.name)
-def test_what_comes_back(kernel: vendor.Vendor, layout: str) -> None:
+@pytest.mark.parametrize("kernel", [fused_attention.CUDNN, fused_attention.FLASH], ids=lambda kernel: kernel.name)
+def test_what_comes_back(kernel: fused_attention.FusedAttention, layout: str) -> None:
     """The ops exist with these arguments; what they give is laid out as the op promises, whatever the inputs are."""
     p = problem(layout)
     out, lse = kernel.forward(p)
@@ -52,9 +52,9 @@ def test_cudnn_gets_outputs_in_the_layout_of_its_own(monkeypatch: pytest.MonkeyP
             given.extend((arguments[0], arguments[4], arguments[5]))
             return p.query, p.key, p.value
 
-    out, lse = vendor.CUDNN.forward(p)
-    monkeypatch.setattr(vendor._aten, "_scaled_dot_product_cudnn_attention_backward", Spy)
-    vendor.CUDNN.backward(p, torch.empty(2, 8, 40, 64, device="meta", dtype=torch.bfloat16), out, lse)
+    out, lse = fused_attention.CUDNN.forward(p)
+    monkeypatch.setattr(fused_attention._aten, "_scaled_dot_product_cudnn_attention_backward", Spy)
+    fused_attention.CUDNN.backward(p, torch.empty(2, 8, 40, 64, device="meta", dtype=torch.bfloat16), out, lse)
     assert given[0].stride() == given[1].stride() == torch.empty_like(p.query).stride()
     assert given[2].shape == (2, 8, 40, 1)
 
@@ -63,8 +63,8 @@ def test_cudnn_gets_outputs_in_the_layout_of_its_own(monkeypatch: pytest.MonkeyP
                                                             (40, 70, False, False)])  # fmt: skip
 def test_causal_is_asked_for_only_where_it_means_the_same(T: int, S: int, is_causal: bool, asked: bool) -> None:
     p = problem("heads last", T, S, is_causal)
-    assert vendor.cannot(p) is None
-    assert vendor._causal(p) is asked
+    assert fused_attention.cannot(p) is None
+    assert fused_attention._causal(p) is asked
 
 
 def test_pytorchs_choice_can_be_asked_for() -> None:
@@ -74,4 +74,4 @@ def test_pytorchs_choice_can_be_asked_for() -> None:
     assert isinstance(choice, int)
     parameters = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, True)
     assert torch.backends.cuda.can_use_flash_attention(parameters) is False
-    assert vendor._active_flash() is None
+    assert fused_attention._active_flash() is None

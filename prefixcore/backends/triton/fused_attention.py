@@ -6,7 +6,7 @@ part of the gradients. Whether cuDNN or FlashAttention is asked is PyTorch's cho
 dim, what ``torch.nn.attention.sdpa_kernel`` allows). FlashAttention 3 and 4 override these very ops where a user has
 activated one.
 
-A vendor never gets a mask, so in what it computes every query sees a key, and no log-sum-exp is infinite.
+PyTorch's never gets a mask, so in what it computes every query sees a key, and no log-sum-exp is infinite.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend
 
 from ..layout import as_gradient, heads_last
-from .problem import Problem
+from ..problem import AttentionProblem
 
 _aten = torch.ops.aten
 _NO_DROPOUT = 0.0
@@ -31,7 +31,7 @@ _active_flash: Callable[[], str | None] = getattr(attention, "current_flash_atte
 _CUDNN_LAYOUT_IS_KNOWN = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") != "1"
 
 
-class Vendor(NamedTuple):
+class FusedAttention(NamedTuple):
     """A fused attention: ``forward(p)`` gives the sequence's own output and log-sum-exp [B, H, T], natural and float32;
     ``backward(p, grad_out, out, lse)`` the gradients of query, key and value, from the merged output and log-sum-exp.
 
@@ -39,12 +39,12 @@ class Vendor(NamedTuple):
     """
 
     name: str
-    forward: Callable[[Problem], tuple[Tensor, Tensor]]
-    backward: Callable[[Problem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[[AttentionProblem], tuple[Tensor, Tensor]]
+    backward: Callable[[AttentionProblem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def cannot(p: Problem) -> str | None:
-    """What about the sequence's part of `p` is beyond every vendor's kernels, in words; None if nothing is."""
+def cannot(p: AttentionProblem) -> str | None:
+    """What about the sequence's part of `p` is beyond every fused attention, in words; None if nothing is."""
     if p.cu_seqlens is not None:
         return "the rows are packed"
     if p.mask is not None:
@@ -75,8 +75,8 @@ def _is_aligned(x: Tensor) -> bool:
     return x.storage_offset() % wide == 0 and all(stride % wide == 0 for stride in strides)
 
 
-def preferred(p: Problem, *, training: bool) -> Vendor | None:
-    """The vendor that PyTorch would choose for what :func:`cannot` has nothing against; None: it has none for this.
+def preferred(p: AttentionProblem, *, training: bool) -> FusedAttention | None:
+    """The fused attention that PyTorch would choose where :func:`cannot` says None; None: it has none for this.
 
     `training`: a backward is what is asked for. Some kernels have one for fewer head dims than the forward.
     """
@@ -104,7 +104,7 @@ def preferred(p: Problem, *, training: bool) -> Vendor | None:
     return {SDPBackend.CUDNN_ATTENTION.value: CUDNN, SDPBackend.FLASH_ATTENTION.value: FLASH}.get(choice)
 
 
-def _causal(p: Problem) -> bool:
+def _causal(p: AttentionProblem) -> bool:
     """A lone query stands at the last key and sees all of them."""
     return p.is_causal and p.queries > 1
 
@@ -115,19 +115,19 @@ def _in_layout_of(query: Tensor, x: Tensor) -> Tensor:
     return x if x.stride() == wanted else torch.empty_like(query).copy_(x)
 
 
-def _unused_seed(p: Problem) -> Tensor:
+def _unused_seed(p: AttentionProblem) -> Tensor:
     """Stands where dropout would have its random state. Nothing reads it; its dtype spares a conversion."""
     return torch.empty((), dtype=torch.int64, device=p.query.device)
 
 
-def _cudnn_forward(p: Problem) -> tuple[Tensor, Tensor]:
+def _cudnn_forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_cudnn_attention.default(
         p.query, p.key, p.value, None, True, _NO_DROPOUT, _causal(p), False, scale=p.scale
     )
     return heads_last(out), lse.reshape(out.shape[:3])  # from [B, H, T, 1]
 
 
-def _cudnn_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cudnn_backward(p: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, out = _in_layout_of(p.query, grad_out), _in_layout_of(p.query, out)
     seed = _unused_seed(p)
     query, key, value = _aten._scaled_dot_product_cudnn_attention_backward.default(
@@ -137,14 +137,14 @@ def _cudnn_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> t
     return as_gradient(query, p.query), as_gradient(key, p.key), as_gradient(value, p.value)
 
 
-def _flash_forward(p: Problem) -> tuple[Tensor, Tensor]:
+def _flash_forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _aten._scaled_dot_product_flash_attention.default(
         p.query, p.key, p.value, _NO_DROPOUT, _causal(p), False, scale=p.scale
     )
     return heads_last(out), lse.contiguous()
 
 
-def _flash_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_backward(p: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     seed = _unused_seed(p)
     query, key, value = _aten._scaled_dot_product_flash_attention_backward.default(
         grad_out, p.query, p.key, p.value, out, lse.contiguous(), None, None, p.queries, p.keys, _NO_DROPOUT,
@@ -153,21 +153,23 @@ def _flash_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> t
     return as_gradient(query, p.query), as_gradient(key, p.key), as_gradient(value, p.value)
 
 
-def _stand_in_forward(p: Problem) -> tuple[Tensor, Tensor]:
+def _stand_in_forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu.default(
         p.query, p.key, p.value, _NO_DROPOUT, _causal(p), scale=p.scale
     )
     return heads_last(out), lse.contiguous()
 
 
-def _stand_in_backward(p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stand_in_backward(
+    p: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
         grad_out, p.query, p.key, p.value, out, lse, _NO_DROPOUT, _causal(p), scale=p.scale
     )
     return as_gradient(query, p.query), as_gradient(key, p.key), as_gradient(value, p.value)
 
 
-CUDNN = Vendor("cuDNN", _cudnn_forward, _cudnn_backward)
-FLASH = Vendor("FlashAttention", _flash_forward, _flash_backward)
-STAND_IN = Vendor("PyTorch's CPU flash attention", _stand_in_forward, _stand_in_backward)
+CUDNN = FusedAttention("cuDNN", _cudnn_forward, _cudnn_backward)
+FLASH = FusedAttention("FlashAttention", _flash_forward, _flash_backward)
+STAND_IN = FusedAttention("PyTorch's CPU flash attention", _stand_in_forward, _stand_in_backward)
 """Executes the merged path where there is no GPU: its ops take and give what the others do."""

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel as it would be launched, for devices that are not there, and reads what it needs.
 
-    python -m tests.backends.gpu.resources --write     makes resources.json anew
-    python -m tests.backends.gpu.resources             prints it as it is now
+    python -m tests.backends.triton.resources --write     makes resources.json anew
+    python -m tests.backends.triton.resources             prints it as it is now
 
 The launchers run as they are, on small CPU tensors; only their last step is replaced: a kernel is compiled instead of
 launched. So what is compiled is what the block table, the strides and the switches of a real call lead to.
@@ -25,7 +25,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prefixcore.backends.gpu.kernels import (
+from prefixcore.backends.problem import AttentionProblem
+from prefixcore.backends.triton.kernels import (
     decode,
     delta,
     forward,
@@ -35,7 +36,6 @@ from prefixcore.backends.gpu.kernels import (
     grad_short_prefix,
     launch,
 )
-from prefixcore.backends.gpu.problem import Problem
 
 RECORDED = Path(__file__).with_name("resources.json")
 ARCHITECTURES = (80, 90, 100)
@@ -49,7 +49,7 @@ def problem(
     D: int = 128, dtype: torch.dtype = BF16, Dv: int | None = None, mask: torch.dtype | None = None,
     padding: bool = False, sinks: bool = False, packed: bool = False, bank: bool = False, is_causal: bool = True,
     window: int = 0, softcap: float = 0.0, prefix_dtype: torch.dtype | None = None, P: int = 16,
-) -> Problem:  # fmt: skip
+) -> AttentionProblem:  # fmt: skip
     B, H, Hkv, T, N = 1 if packed else 2, 4, 2, 32, 3
     Dv = Dv or D
 
@@ -59,7 +59,7 @@ def problem(
     def prefix(dim: int) -> torch.Tensor:
         return torch.empty(*((N,) if bank else ()), Hkv, P, dim, dtype=prefix_dtype or dtype)
 
-    return Problem(
+    return AttentionProblem(
         heads_last(H, D), heads_last(Hkv, D), heads_last(Hkv, Dv), prefix(D), prefix(Dv),
         torch.zeros(B, dtype=torch.int64) if bank else None, torch.zeros(N, dtype=torch.int64) if bank else None,
         torch.ones(B, T, dtype=torch.bool) if padding else None,
@@ -72,7 +72,7 @@ def problem(
 EVERY = ("forward", "from_state", "grad_query", "prefix_only", "grad_keys", "grad_prefix", "decode", "delta")
 SINGLE = ("forward", "grad_query", "grad_keys", "grad_prefix", "decode")
 
-CASES: dict[str, tuple[Problem, tuple[str, ...]]] = {
+CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bf16 128": (problem(), EVERY),
     "bf16 64": (problem(64), SINGLE),
     "bf16 256": (problem(256), SINGLE),
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Problem, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def call(name: str, p: Problem) -> None:
+def call(name: str, p: AttentionProblem) -> None:
     out = torch.empty(p.batch, p.queries, p.heads, p.value_dim, dtype=p.query.dtype).transpose(1, 2)
     lse = torch.empty(p.batch, p.heads, p.queries)
     if name in ("forward", "from_state"):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ...problem import AttentionProblem
 from . import launch
 from .tiles import (
     at,
@@ -112,7 +112,7 @@ def grad_keys_kernel(
 
 
 def grad_keys(
-    p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_key: Tensor, grad_value: Tensor
+    p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_key: Tensor, grad_value: Tensor
 ) -> None:  # fmt: skip
     """Writes ``grad_key`` [B, Hkv, S, D] and ``grad_value`` [B, Hkv, S, Dv] from ``grad_out`` [B, H, T, Dv] and the
     merged ``lse`` and ``delta`` [B, H, T]."""

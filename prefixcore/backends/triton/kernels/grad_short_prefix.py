@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ...problem import AttentionProblem
 from . import launch
 from .grad_prefix import TILES_A_SPLIT, reduce_partials
 from .tiles import at, dot, finish_scores, length_of, load_log_sum_exp, load_tile, store_tile
@@ -74,14 +74,14 @@ def grad_short_prefix_kernel(
     store_tile(grad_value + place, j, DIM, exists, dv, DIM, WIDTH)
 
 
-def fits(p: Problem) -> bool:
+def fits(p: AttentionProblem) -> bool:
     """Whether one tile holds the prefix of `p`, and every row sees it."""
     widest = launch.width(max(p.head_dim, p.value_dim))
     return 0 < p.virtual_tokens <= LONGEST and widest <= 128 and p.head_dim == p.value_dim and p.prefix_index is None
 
 
 def grad_short_prefix(
-    p: Problem, grad_out: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor
+    p: AttentionProblem, grad_out: Tensor, out: Tensor, lse: Tensor, grad_query: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Adds the prefix's part to ``grad_query`` [B, H, T, D]; the prefix's own gradients [N, Hkv, P, D] in float32.
 

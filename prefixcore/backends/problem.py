@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Problem:
+class AttentionProblem:
     """The arguments of ``torch.ops.prefixcore.prefix_attention``, in its order and already checked."""
 
     query: Tensor  # [B, H, T, D]

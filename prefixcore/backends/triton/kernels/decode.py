@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ...problem import AttentionProblem
 from . import launch
 from .forward import absorb, absorb_prefix
 from .tiles import INFINITY, LN2, LOG2E, LOWEST, at, in_tiles, length_of, load_tile, padding_of, store_tile
@@ -154,7 +154,7 @@ def _parts(keys: int, programs: int, tile: int) -> tuple[int, int]:
     return triton.cdiv(keys, share), share
 
 
-def decode(p: Problem, out: Tensor, lse: Tensor) -> None:
+def decode(p: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     """Writes ``out`` [B, H, T, Dv] and ``lse`` [B, H, T] as :func:`.forward.forward` does, made for a T of a few.
 
     Not for packed sequences. The scratch is float32: a [B, H, T, Dv] a part.

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ...problem import AttentionProblem
 from . import launch
 from .tiles import (
     INFINITY,
@@ -153,7 +153,7 @@ def forward_kernel(
     tl.store(lse_at, tl.where(sees, (peak + tl.log2(tl.where(sees, total, 1.0))) * LN2, -INFINITY), mask=exists)
 
 
-def forward(p: Problem, out: Tensor, lse: Tensor, *, from_state: bool = False) -> None:
+def forward(p: AttentionProblem, out: Tensor, lse: Tensor, *, from_state: bool = False) -> None:
     """Writes ``out`` [B, H, T, Dv] and ``lse`` [B, H, T] (float32, natural log; -inf where a query sees nothing).
 
     ``from_state``: ``out`` and ``lse`` already hold attention over the sequence alone (of any kernel; rows that see

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ...problem import AttentionProblem
 from . import launch
 from .grad_keys import collect
 from .tiles import length_of, load_statistics, load_tile, prefix_of, span, store_tile
@@ -102,7 +102,7 @@ def reduce_kernel(partials, total, count, splits, BLOCK: tl.constexpr):
     tl.store(total + at, sum, mask=exists)
 
 
-def _splits(p: Problem, blocks: launch.Blocks, folded: bool) -> tuple[int, int]:
+def _splits(p: AttentionProblem, blocks: launch.Blocks, folded: bool) -> tuple[int, int]:
     """``(over rows, over sequences)``: as many programs as keep a device busy, no split of too few rows."""
     entries = p.bank[0].shape[0]
     programs = triton.cdiv(p.virtual_tokens, blocks.keys) * p.kv_heads * entries
@@ -127,7 +127,7 @@ def reduce_partials(partials: Tensor) -> Tensor:
     return total
 
 
-def grad_prefix(p: Problem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def grad_prefix(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """``[N, Hkv, P, D]`` and ``[N, Hkv, P, Dv]`` in float32, whole: zeros for what no row of the batch names.
 
     From ``grad_out`` [B, H, T, Dv] and the merged ``lse`` and ``delta`` [B, H, T].

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixcore.backends.gpu.problem import Problem as Arguments
+from prefixcore.backends.problem import AttentionProblem
 from prefixcore.ops.reference import prefix_attention_reference
 
 from ...ops.problems import TOLERANCE, Problem, relative_error
@@ -25,8 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="its tensors are on the CPU, and a GPU is under test")
 
 if INTERPRETED:
-    from prefixcore.backends.gpu.kernels import decode, forward, grad_keys, grad_prefix, grad_query, launch
-    from prefixcore.backends.gpu.kernels.delta import delta
+    from prefixcore.backends.triton.kernels import decode, forward, grad_keys, grad_prefix, grad_query, launch
+    from prefixcore.backends.triton.kernels.delta import delta
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(grad_prefix, "TILES_A_SPLIT", 1)
 
 
-def arguments(problem: Problem) -> Arguments:
+def arguments(problem: Problem) -> AttentionProblem:
     """As :func:`prefixcore.prefix_attention` normalises them."""
     tensors, options = problem.tensors()
     padding, mask = None, options.get("attn_mask")
@@ -47,14 +47,14 @@ def arguments(problem: Problem) -> Arguments:
     query, key = tensors["query"], tensors["key"]
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    return Arguments(
+    return AttentionProblem(
         *tensors.values(), options.get("prefix_index"), options.get("prefix_lengths"), padding, mask,
         options.get("sinks"), options.get("cu_seqlens"), problem.is_causal, problem.scale or problem.D**-0.5,
         problem.sliding_window or 0, problem.softcap or 0.0,
     )  # fmt: skip
 
 
-def reference(p: Arguments, **changes: Any) -> tuple[Tensor, Tensor]:
+def reference(p: AttentionProblem, **changes: Any) -> tuple[Tensor, Tensor]:
     values = vars(replace(p, **changes)).values()
     return prefix_attention_reference(*(x.double() if _floating(x) else x for x in values))
 
@@ -63,7 +63,7 @@ def _floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def without_prefix(p: Arguments) -> Arguments:
+def without_prefix(p: AttentionProblem) -> AttentionProblem:
     return replace(p, prefix_key=p.prefix_key[..., :0, :], prefix_value=p.prefix_value[..., :0, :], prefix_lengths=None)
 
 
@@ -74,7 +74,7 @@ def poisoned(like: Tensor, dtype: torch.dtype) -> Tensor:
 class Expected:
     """The reference's output, lse and gradients, and the gradients that lead to them."""
 
-    def __init__(self, p: Arguments) -> None:
+    def __init__(self, p: AttentionProblem) -> None:
         names = ("query", "key", "value", "prefix_key", "prefix_value")
         leaves = {name: getattr(p, name).double().requires_grad_() for name in names}
         out, lse = reference(p, **leaves)
@@ -97,7 +97,7 @@ def close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, slack: float
     assert error < tolerance, f"{name}: relative error {error:.2e} exceeds {tolerance}"
 
 
-def check_forward(p: Arguments, expected: Expected) -> tuple[Tensor, Tensor]:
+def check_forward(p: AttentionProblem, expected: Expected) -> tuple[Tensor, Tensor]:
     out, lse = poisoned(expected.out, p.query.dtype), poisoned(expected.lse, torch.float32)
     forward.forward(p, out, lse)
     close("out", out, expected.out, p.query.dtype)
@@ -105,14 +105,14 @@ def check_forward(p: Arguments, expected: Expected) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def check_decode(p: Arguments, expected: Expected) -> None:
+def check_decode(p: AttentionProblem, expected: Expected) -> None:
     out, lse = poisoned(expected.out, p.query.dtype), poisoned(expected.lse, torch.float32)
     decode.decode(p, out, lse)
     close("decoded out", out, expected.out, p.query.dtype)
     close("decoded lse", lse, expected.lse, p.query.dtype)
 
 
-def check_backward(p: Arguments, expected: Expected, out: Tensor, lse: Tensor) -> None:
+def check_backward(p: AttentionProblem, expected: Expected, out: Tensor, lse: Tensor) -> None:
     dtype, grad_out = p.query.dtype, expected.grad_out
     d = delta(grad_out, out, expected.grad_lse)
     dq, dk, dv = (poisoned(x, dtype) for x in (p.query, p.key, p.value))
@@ -123,7 +123,7 @@ def check_backward(p: Arguments, expected: Expected, out: Tensor, lse: Tensor) -
         close(f"gradient of {name}", got, expected.grads[name], dtype)
 
 
-def check_from_state(p: Arguments, expected: Expected) -> None:
+def check_from_state(p: AttentionProblem, expected: Expected) -> None:
     """The sequence by the reference, the prefix by us; then the queries' gradient in the same two parts."""
     dtype, sequence = p.query.dtype, without_prefix(p)
     out, lse = reference(sequence, sinks=None)
@@ -238,7 +238,7 @@ def test_offsets_beyond_32_bits() -> None:
     close("out", out, expected.out, torch.float32)
 
 
-def same_bits(p: Arguments, q: Arguments) -> None:
+def same_bits(p: AttentionProblem, q: AttentionProblem) -> None:
     """Output and the prefix's gradients of both."""
     expected = Expected(q)
     results = []

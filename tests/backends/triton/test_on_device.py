@@ -12,7 +12,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore.backends import cuda
-from prefixcore.backends.gpu import PATHS, use_path
+from prefixcore.backends.triton import PATHS, use_path
 from tests.device import DEVICE, NAME
 from tests.ops.problems import Problem, relative_error, run
 

@@ -12,9 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prefixcore
-from prefixcore.backends import gpu
-from prefixcore.backends.gpu import choose, merged, single, use_path
-from tests.device import DEVICE, NAME, gpu_backend
+from prefixcore.backends import triton
+from prefixcore.backends.triton import choose, merged, single, use_path
+from tests.device import DEVICE, NAME, triton_backend
 from tests.ops.problems import Problem
 
 without_gpu = pytest.mark.skipif(NAME == "cuda", reason="there is a GPU")
@@ -22,11 +22,11 @@ without_gpu = pytest.mark.skipif(NAME == "cuda", reason="there is a GPU")
 
 @pytest.fixture
 def no_machine_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_machines", {})
+    monkeypatch.setattr(triton, "_machines", {})
 
 
 def test_importing_prefixcore_does_not_import_triton() -> None:
-    code = "import sys, prefixcore; from prefixcore.backends import gpu; print('triton' in sys.modules)"
+    code = "import sys, prefixcore; from prefixcore.backends import triton; print('triton' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
@@ -34,21 +34,22 @@ def test_importing_prefixcore_does_not_import_triton() -> None:
 @without_gpu
 def test_without_a_gpu_the_reference_runs_and_says_why(no_machine_is_known: None) -> None:
     choice = prefixcore.which_backend("prefix_attention", "cuda", torch.bfloat16)
-    assert choice == ("reference", "the gpu backend refuses: no GPU is there")
-    with prefixcore.use_backend("gpu"), pytest.raises(ValueError, match="gpu backend was forced, but no GPU is there"):
+    assert choice == ("reference", "the triton backend refuses: no GPU is there")
+    refusal = "triton backend was forced, but no GPU is there"
+    with prefixcore.use_backend("triton"), pytest.raises(ValueError, match=refusal):
         prefixcore.which_backend("prefix_attention", "cuda", torch.bfloat16)
 
 
 def test_with_a_gpu_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_machines", {"all": None})
-    for dtype in gpu.DTYPES:
-        assert prefixcore.which_backend("prefix_attention", "cuda", dtype) == ("gpu", gpu.describe())
+    monkeypatch.setattr(triton, "_machines", {"all": None})
+    for dtype in triton.DTYPES:
+        assert prefixcore.which_backend("prefix_attention", "cuda", dtype) == ("triton", triton.describe())
     assert prefixcore.which_backend("prefix_attention", "cuda", torch.float64).name == "reference"
-    assert "no kernel for soft_embedding" in (gpu.refuses("soft_embedding", "cuda", torch.bfloat16) or "")
-    assert "not on mps" in (gpu.refuses("prefix_attention", "mps", torch.bfloat16) or "")
-    monkeypatch.setattr(gpu, "_TRITON", False)
+    assert "no kernel for soft_embedding" in (triton.refuses("soft_embedding", "cuda", torch.bfloat16) or "")
+    assert "not on mps" in (triton.refuses("prefix_attention", "mps", torch.bfloat16) or "")
+    monkeypatch.setattr(triton, "_TRITON", False)
     choice = prefixcore.which_backend("prefix_attention", "cuda", torch.bfloat16)
-    assert choice == ("reference", "the gpu backend refuses: Triton is not installed: pip install triton")
+    assert choice == ("reference", "the triton backend refuses: Triton is not installed: pip install triton")
 
 
 @pytest.mark.parametrize(
@@ -63,19 +64,19 @@ def test_old_gpus(
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda device: capabilities[getattr(device, "index", device)]
     )
-    refusal = gpu.refuses("prefix_attention", "cuda", torch.bfloat16)
+    refusal = triton.refuses("prefix_attention", "cuda", torch.bfloat16)
     assert reason in refusal if reason and refusal else refusal is reason
     if len(capabilities) > 1:  # one of several is too old: only when its own tensors come is it known
         first, second = (SimpleNamespace(device=torch.device("cuda", index), is_cuda=True) for index in range(2))
         with pytest.raises(RuntimeError, match="cannot run on cuda:0: .* the GPU has 7.0"):
-            gpu._check_device(first)
-        gpu._check_device(second)
+            triton._check_device(first)
+        triton._check_device(second)
 
 
 @pytest.mark.parametrize("heads_last", [False, True])
 def test_shapes_of_fake_cuda_tensors(monkeypatch: pytest.MonkeyPatch, heads_last: bool) -> None:
     """What compiled code is told about the outputs: on the device of the inputs, laid out as promised."""
-    monkeypatch.setattr(gpu, "_machines", {"all": None})
+    monkeypatch.setattr(triton, "_machines", {"all": None})
     with FakeTensorMode():
         shape = (2, 33, 8, 64) if heads_last else (2, 8, 33, 64)
         tensors = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -106,7 +107,7 @@ def test_the_path_that_was_chosen_runs(monkeypatch: pytest.MonkeyPatch, path: st
 
         monkeypatch.setattr(module, name, watched)
     tensors, _ = Problem(T=5).tensors()
-    with gpu_backend(), use_path(path):
+    with triton_backend(), use_path(path):
         if path == "merged" and DEVICE.type == "cuda":
             tensors = {name: x.bfloat16() for name, x in tensors.items()}
         prefixcore.prefix_attention(**tensors)
@@ -118,7 +119,7 @@ def test_where_there_is_no_query(problem: Problem) -> None:
     """The gradients of what nobody asked anything of are zero, not whatever the memory held."""
     tensors, options = problem.tensors()
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    with gpu_backend():
+    with triton_backend():
         out, lse = prefixcore.prefix_attention(**leaves, **options, return_lse=True)
         (out.sum() + lse.sum()).backward()
     assert out.numel() == lse.numel() == 0
@@ -134,11 +135,11 @@ def test_compiled_code_may_be_the_first_to_ask(monkeypatch: pytest.MonkeyPatch, 
     def look() -> None:
         torch._dynamo.graph_break()
 
-    look._dynamo_marked_constant = gpu._look_at_the_machine._dynamo_marked_constant  # type: ignore[attr-defined]
-    monkeypatch.setattr(gpu, "_look_at_the_machine", look)
+    look._dynamo_marked_constant = triton._look_at_the_machine._dynamo_marked_constant  # type: ignore[attr-defined]
+    monkeypatch.setattr(triton, "_look_at_the_machine", look)
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if gpu.refuses("prefix_attention", "cuda", torch.bfloat16) else x + 2
+        return x + 1 if triton.refuses("prefix_attention", "cuda", torch.bfloat16) else x + 2
 
     torch._dynamo.reset()
     assert torch.compile(ask, fullgraph=True, backend="eager")(torch.zeros(())).item() == 2
