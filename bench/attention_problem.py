@@ -85,7 +85,7 @@ class Problem:
         return partial(prefixcore.prefix_attention, prefix_index=self.index())
 
     def concatenated(self) -> Attention:
-        """R1, with its mask built beforehand."""
+        """PEFT's way, with its mask built beforehand."""
         return partial(concatenated_sdpa, mask=visible(self.T, self.keys, self.P), prefix_index=self.index())
 
 

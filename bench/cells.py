@@ -11,6 +11,12 @@ from .targets import Target
 
 MIB = 2**20
 NOTHING = "-"
+REFERENCES = {
+    "bare": "SDPA without a prefix",
+    "concatenated": "concatenated (PEFT's way)",
+    "merged": "merged",
+}
+"""What attention is measured beside, by its name in the results; `docs/method.md` says what each is."""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -67,7 +73,7 @@ def skipped(name: Sequence[str], row: Row, columns: int) -> list[str]:
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """Rows with targets in the order of the targets, whatever order they were measured in."""
-    order = list(targets.ATTENTION)
+    order = targets.ATTENTION
 
     def place(row: Row) -> tuple[Any, ...]:
         found = targets.shape_of(row.case)

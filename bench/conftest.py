@@ -22,7 +22,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 def measure(benchmark: Any) -> Measure:
     """``measure(table, case, candidate, references, **facts)``: times in turns and notes the row of a table.
 
-    ``table`` names the table of bench/README.md that the figures go to, ``case`` is what the row is about and
+    ``table`` names the table of bench/docs/results.md that the figures go to, ``case`` is what the row is about and
     ``facts`` are further figures that were not timed here.
     """
 

@@ -57,7 +57,7 @@ def packed_step(rows: Sequence[Row], isa: str) -> str:
         peft = f"PEFT {packed_kind(row)}"
         lines.append(
             [*name, model(case)[1], f"{case['tokens']} of {case['B'] * case['T']}", str(case["labels"])]
-            + [milliseconds(row.seconds()), over(row, peft, targets.PACKED), spread(row, peft)]
+            + [milliseconds(row.seconds()), over(row, peft, targets.packed_over_peft(case)), spread(row, peft)]
             + [over(row, "padded"), over(row, "bare model")]
         )
     return markdown(PACKED, lines)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cells import in_order, model, shape
+from .cells import REFERENCES, in_order, model, shape
 from .runs import FOLDER, Machine, Row
-from .targets import attention as attention_target
+from .targets import over_bare
 
 DIGEST = "prefixcore-digest"
 COLOURS = {
@@ -27,9 +27,9 @@ COLOURS = {
 }
 LABELS = {
     "candidate": "prefixcore",
-    "bare": "no prefix (R0; the bare model)",
-    "concatenated": "PEFT's way (R1; PEFT)",
-    "merged": "two flash calls merged (R2)",
+    "bare": "no prefix (SDPA, or the bare model)",
+    "concatenated": "concatenated (PEFT's way, or PEFT)",
+    "merged": "merged (two flash calls)",
 }
 AXES = {
     "T": "T, sequence length",
@@ -53,16 +53,15 @@ def growth(machine: Machine) -> dict[str, dict[str, list[list[float]]]]:
 
 
 def ratios(machine: Machine) -> list[dict[str, Any]]:
-    """Forward and backward of the shapes with targets: ratio, spread and target over R0."""
-    isa = machine.stamps[0]["isa"]
+    """Forward and backward of the shapes with targets: ratios, and the target over SDPA without a prefix."""
     bars = []
     for row in in_order(machine.tables.get("attention", ())):
         if row.case["backward"]:
-            target = attention_target(row.case, "bare", isa)
+            target = over_bare(row.case, machine.isa)
             bars.append(
                 {
                     "label": f"{shape(row.case)} {row.case['dtype']}",
-                    "over": {name: round(row.worst(name), 3) for name in ("bare", "concatenated", "merged")},
+                    "over": {name: round(row.worst(name), 3) for name in REFERENCES},
                     "target": target.bound if target else None,
                 }
             )
@@ -139,7 +138,8 @@ def draw_ratios(bars: list[dict[str, Any]]) -> Any:
     plot.axvline(1, color="black", linewidth=0.8)
     plot.set_yticks(range(len(bars)), [bar["label"] for bar in bars], fontsize=8)
     plot.invert_yaxis()
-    plot.set_xlabel("our time, forward and backward, over the reference's (black mark: target over R0; 1: as fast)")
+    mark = "; black mark: the goal over no prefix" if any(bar["target"] for bar in bars) else ""
+    plot.set_xlabel(f"our time, forward and backward, over the reference's (1: as fast{mark})")
     handles, labels = plot.get_legend_handles_labels()
     plot.legend(handles[:3], labels[:3], fontsize=8)
     return figure

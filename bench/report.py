@@ -1,9 +1,10 @@
-"""Tables and pictures from results.
+"""Tables, pages and pictures from results.
 
-``python -m bench.report show FILE...`` prints the tables of runs that pytest-benchmark wrote (one after the other of
-one machine are put together, and the worst is quoted). ``keep FILE... --as NAME`` puts runs of the same things, of one
-commit on one machine, into one file in bench/results/. ``render`` rewrites what the pages say between their marks, and
-draws the pictures; ``check`` fails if they do not say what the results say.
+`python -m bench.report show FILE...` prints the tables of runs that pytest-benchmark wrote (one after the other of one
+machine are put together, and the worst is quoted). `keep FILE... --as NAME` puts runs of the same things, of one commit
+on one machine, into one file in bench/results/; `keep-gpu FOLDER --as NAME` keeps what `make gpu` left. `render`
+rewrites what the pages say between their marks, and draws the pictures; `check` fails if they do not say what the
+results say.
 """
 
 from __future__ import annotations
@@ -11,70 +12,96 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import pictures, runs, tables
+from . import front, front_picture, pages, pictures, runs, tables
+from .gpu import kept as gpu
+from .gpu import report as gpu_report
 from .runs import FOLDER, Machine, machines
 
-BEGIN, END = "<!-- rendered from bench/results -->", "<!-- end of what is rendered -->"
 NOTHING = "Nothing has been kept in `bench/results/` yet: `make bench` measures."
-Page = Callable[[Sequence[Machine]], str]
+HERE = Path(__file__).resolve().parent
 
 
-def rendered(found: Sequence[Machine]) -> str:
-    """All that is said about the kept results."""
+@dataclass(frozen=True)
+class Kept:
+    """All that the pages are rendered from."""
+
+    machines: Sequence[Machine]
+    sessions: Sequence[gpu.Session] = ()
+    demo: str = ""
+
+
+def load(folder: Path = FOLDER) -> Kept:
+    """The results in `folder`, the GPU's, and what the demo printed."""
+    return Kept(machines(runs.kept(folder)), gpu.sessions(), pages.read(HERE / "demo" / "summary.txt"))
+
+
+def results(kept: Kept) -> str:
+    """All that is said about the CPUs' results."""
     parts = []
-    for machine in found:
+    for machine in kept.machines:
         names = pictures.shown(machine)
-        parts.append("\n\n".join([tables.sections(machine), *(f"![{name}](results/{name})" for name in names)]))
+        parts.append("\n\n".join([tables.sections(machine), *(f"![{name}](../results/{name})" for name in names)]))
     return "\n\n".join(parts) or NOTHING
 
 
-def front(found: Sequence[Machine]) -> str:
-    """What the repository's front page says of the first machine."""
-    return tables.summary(found[0]) if found else NOTHING
+Page = dict[str, Callable[[Kept], str]]
+"""What is rendered, by the names of the marks around it."""
+PAGES: Mapping[Path, Page] = {
+    HERE / "docs" / "results.md": {"CPUs": results},
+    HERE / "docs" / "results-gpu.md": {"GPUs": lambda kept: gpu_report.rendered(kept.sessions)},
+    HERE.parent / "README.md": {
+        "claim": lambda kept: front.claim(kept.machines, kept.sessions),
+        "picture": lambda kept: front_picture.element(kept.machines, kept.sessions),
+        "demo": lambda kept: front.demo(kept.demo),
+        "benchmarks": lambda kept: front.benchmarks(kept.machines),
+        "GPU": lambda kept: front.gpu(kept.sessions),
+    },
+}
 
 
-HERE = Path(__file__).resolve().parent
-PAGES: dict[Path, Page] = {HERE / "README.md": rendered, HERE.parent / "README.md": front}
+def right(page: Path, content: Page, kept: Kept) -> str:
+    """The page's text as it should be."""
+    parts = {name: part(kept) for name, part in content.items()}
+    return pages.with_parts(pages.read(page), parts, str(page))
 
 
-def with_block(page: Path, block: str) -> tuple[str, str]:
-    """The page's text as it is, and with `block` between its marks."""
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected the marks {BEGIN!r} and {END!r} in {page}")
-    return text, f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
-
-
-def disagreements(pages: Mapping[Path, Page] = PAGES, folder: Path = FOLDER) -> list[str]:
+def disagreements(content: Mapping[Path, Page] = PAGES, folder: Path = FOLDER) -> list[str]:
     """Where a page or a picture differs from the kept results; nothing if all is well."""
-    found = machines(runs.kept(folder))
-    wrong = []
-    for page, content in pages.items():
-        text, right = with_block(page, content(found))
-        if text != right:
-            wrong.append(f"{page.parent.name}/{page.name} does not say what {folder.name}/ says")
-    expected = {name: content for machine in found for name, content in pictures.shown(machine).items()}
-    for name, shown in expected.items():
+    kept = load(folder)
+    wrong = [
+        f"{page.parent.name}/{page.name} does not say what {folder.name}/ says"
+        for page, parts in content.items()
+        if pages.read(page) != right(page, parts, kept)
+    ]
+    drawn = {name: shown for machine in kept.machines for name, shown in pictures.shown(machine).items()}
+    for name, shown in drawn.items():
         path = folder / name
         if not path.exists() or pictures.digest_in(path) != pictures.digest(shown):
             wrong.append(f"{name} does not show what {folder.name}/ says")
-    wrong += [f"{p.name} belongs to no result" for p in sorted(folder.glob("*.png")) if p.name not in expected]
-    return wrong
+    written = front_picture.pictures(kept.machines, kept.sessions, folder)
+    for path, shown in written.items():
+        if not path.exists() or pages.read(path) != shown:
+            wrong.append(f"{path.name} does not show what {folder.name}/ says")
+    expected = {*drawn, *(path.name for path in written)}
+    there = [path for kind in ("png", "svg") for path in sorted(folder.glob(f"*.{kind}"))]
+    return [*wrong, *(f"{path.name} belongs to no result" for path in there if path.name not in expected)]
 
 
-def render(pages: Mapping[Path, Page] = PAGES, folder: Path = FOLDER) -> None:
+def render(content: Mapping[Path, Page] = PAGES, folder: Path = FOLDER) -> None:
     """Make `disagreements` go away."""
-    found = machines(runs.kept(folder))
-    drawn = {path for machine in found for path in pictures.draw(machine, folder)}
-    for path in set(folder.glob("*.png")) - drawn:
+    kept = load(folder)
+    drawn = {path for machine in kept.machines for path in pictures.draw(machine, folder)}
+    written = front_picture.pictures(kept.machines, kept.sessions, folder)
+    for path in {*folder.glob("*.png"), *folder.glob("*.svg")} - drawn - set(written):
         path.unlink()
-    for page, content in pages.items():
-        page.write_text(with_block(page, content(found))[1], encoding="utf-8")
+    for page, parts in content.items():
+        page.write_text(right(page, parts, kept), encoding="utf-8")
+    for path, shown in written.items():
+        path.write_text(shown, encoding="utf-8")
 
 
 def keep_together(found: Sequence[Mapping[str, Any]], name: str, folder: Path = FOLDER) -> None:
@@ -85,23 +112,32 @@ def keep_together(found: Sequence[Mapping[str, Any]], name: str, folder: Path = 
     runs.write(found, folder / f"{name}.json")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n", 1)[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The commands."""
+    result = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").split("\n", 1)[0])
+    commands = result.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the tables of these runs")
     show.add_argument("files", nargs="+", type=Path)
     keep = commands.add_parser("keep", help="put runs into one file in bench/results/")
     keep.add_argument("files", nargs="+", type=Path)
     keep.add_argument("--as", dest="name", required=True, help="the file's name there, without .json")
+    keep_gpu = commands.add_parser("keep-gpu", help="put what `make gpu` left into bench/gpu/results/")
+    keep_gpu.add_argument("folder", type=Path)
+    keep_gpu.add_argument("--as", dest="name", required=True, help="how its files' names begin there, e.g. h200")
     commands.add_parser("render", help="rewrite the pages and draw the pictures")
     commands.add_parser("check", help="fail if they do not agree with the results")
-    options = parser.parse_args(arguments)
+    return result
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     if options.command == "show":
         for machine in machines(runs.read_all(options.files)):
             print(tables.sections(machine), end="\n\n")
     elif options.command == "keep":
         keep_together(runs.read_all(options.files), options.name)
+    elif options.command == "keep-gpu":
+        gpu.keep(options.folder, options.name)
     elif options.command == "render":
         render()
     else:

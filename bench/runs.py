@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .cpus import product
+
 FOLDER = Path(__file__).parent / "results"
 FORMAT = 2
 DIGITS = 5  # significant ones: more is noise
@@ -148,16 +150,24 @@ class Machine:
     tables: dict[str, list[Row]]
 
     @property
-    def maker(self) -> str:
-        """The first two words of the CPU's name, and its model where the name says little."""
-        cpu = self.stamps[0]["cpu"]
-        words = re.sub(r"\((R|TM)\)", "", cpu).replace(",", " ").split()
-        return " ".join([*words[:2], *re.findall(r"model \d+$", cpu)])
+    def name(self) -> str:
+        """The CPU's, as people know it."""
+        return product(self.stamps[0]["cpu"])
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of our kernels."""
+        return str(self.stamps[0]["isa"])
+
+    @property
+    def title(self) -> str:
+        """What tells this machine and its settings from the others."""
+        return f"{self.name}, {self.isa}, {self.stamps[0]['threads']} threads"
 
     @property
     def slug(self) -> str:
-        stamp = self.stamps[0]
-        return f"{self.maker.lower().replace(' ', '-')}-{stamp['isa']}-{stamp['threads']}-threads"
+        """The title as part of a file's name."""
+        return re.sub("[^a-z0-9_]+", "-", self.title.lower())
 
     @property
     def latest(self) -> str:

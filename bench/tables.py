@@ -1,4 +1,4 @@
-"""The tables of bench/README.md and of the front page, as Markdown, from results alone."""
+"""The tables of one machine, as Markdown, from results alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 
 from . import model_tables as of_models
 from . import op_tables as of_ops
-from . import targets
-from .cells import in_order, markdown, model, over, shape
 from .runs import Machine, Row
 
 Table = Callable[[Sequence[Row], str], str]
@@ -53,35 +51,10 @@ def worst_of(machine: Machine) -> str:
     return f"Worst of {most} runs" if least == most else f"Worst of {least} to {most} runs"
 
 
-def summary(machine: Machine) -> str:
-    """For the front page: forward and backward of the op in float32, and whole steps, as ratios with their goals."""
-    isa = machine.stamps[0]["isa"]
-    lines = []
-    for row in in_order(machine.tables.get("attention", ())):
-        if row.case["backward"] and row.case["dtype"] == "fp32":
-            figures = [over(row, name, targets.attention(row.case, name, isa)) for name in ("bare", "concatenated")]
-            lines.append([f"`prefix_attention`, {shape(row.case)}", *figures])
-    for row in machine.tables.get("step", ()):
-        if row.runs:
-            figures = [over(row, "bare model", targets.STEP_OVER_BARE)]
-            figures += [over(row, "PEFT prefix", targets.step_over_peft(row.case))]
-            what = ", ".join([*model(row.case), *["bfloat16"] * (row.case.get("dtype") == "bf16")])
-            lines.append([f"training step, {what}", *figures])
-    for row in machine.tables.get("packed step", ()):
-        if row.runs:
-            kind = of_models.packed_kind(row)
-            figures = [over(row, "bare model"), over(row, f"PEFT {kind}", targets.PACKED)]
-            what = ", ".join([kind, row.case["model"], row.case["data"], *model(row.case)[1:]])
-            lines.append([f"packed training step (the others padded), {what}", *figures])
-    header = ["forward and backward, float32 (B,H,Hkv,T,D,P; B,T,P)", "over no prefix at all", "over PEFT's way"]
-    return markdown(header, lines) + f"\n\n{machine.maker}, {isa}. {worst_of(machine)}."
-
-
 def sections(machine: Machine) -> str:
     """All tables of one machine."""
-    first = machine.stamps[0]
-    parts = [f"### {machine.maker}, {first['isa']}, {first['threads']} threads", stamp_lines(machine)]
+    parts = [f"### {machine.title}", stamp_lines(machine)]
     for name, (title, table) in TABLES.items():
         if rows := machine.tables.get(name):
-            parts += [f"#### {title}", table(rows, first["isa"])]
+            parts += [f"#### {title}", table(rows, machine.isa)]
     return "\n\n".join(parts)

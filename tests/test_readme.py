@@ -1,4 +1,4 @@
-"""The README's examples run as they stand there."""
+"""The README's examples, and the one of bench/README.md, run as they stand there; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 
 from prefixcore.__main__ import COMMANDS, parser
+from prefixcore.hf.families import FAMILIES
 from tests import tiny
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCH = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README + BENCH, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "bench").glob("**/*.md"))]
 
 
 def execute(index, **names):
@@ -27,21 +33,21 @@ def test_there_is_one_for_each_kind_of_user():
 
 def test_someone_with_a_transformers_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ids = torch.randint(2, 90, (2, 9))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    names = execute(0, name=str(tiny.folder(tmp_path / "model")), batches=[batch] * 3)
+    examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, 90, (6, 9))]
+    args = transformers.TrainingArguments(str(tmp_path / "out"), max_steps=2, use_cpu=True, report_to=[])
+    names = execute(0, name=str(tiny.folder(tmp_path / "model")), examples=examples, args=args)
     assert (tmp_path / "capitals" / "adapter_model.safetensors").exists()
     assert "Portugal ->" in capsys.readouterr().out
     assert names["handle"].num_trainable > 0
 
 
 def test_someone_who_measures(capsys):
-    execute(1)
+    execute(2)
     assert capsys.readouterr().out.count("Measurement") == 2
 
 
 def test_someone_who_writes_a_framework():
-    names = execute(2)
+    names = execute(1)
     assert names["out"].shape == (4, 8, 128, 64)
     for virtual in ("prefix_key", "prefix_value"):
         gradient = names[virtual].grad
@@ -55,3 +61,35 @@ def test_the_commands_are_understood():
     assert len(lines) == 4
     for line in lines:
         parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+LABELS = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gpt_oss": "gpt-oss",
+    "gpt2": "GPT-2",
+}
+
+
+def test_every_family_is_named():
+    (named,) = re.findall(r"## Model families\n\n(.*) are tested", README)
+    assert sorted(re.split(r", | and ", named)) == sorted(LABELS[family] for family in FAMILIES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_something(page):
+    text = page.read_text(encoding="utf-8")
+    links = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src(?:set)?="([^"]+)"', text)]
+    local = [link for link in links if not link.startswith(("http:", "https:"))]
+    if not (ROOT / "docs").is_dir():
+        local = [link for link in local if not link.startswith("docs/")]
+    for link in local:
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), f"{link}: there is no such file"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link

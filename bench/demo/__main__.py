@@ -74,9 +74,10 @@ def run(seed: int, seeds: int, split_seed: int, out: Path) -> None:
     after = weights_digest(model)
     write_files(out, examples, fixed, runs, steps)
     announce("done")
-    print()
-    print(summary(out, examples, fixed, runs, steps, range(seed, seed + seeds)))
-    print(f"\nSHA-256 of the frozen weights before: {before}\n                              after:  {after}")
+    said = summary(out, examples, fixed, runs, steps, range(seed, seed + seeds))
+    said += f"\n\nSHA-256 of the frozen weights before: {before}\n                              after:  {after}\n"
+    (out / "summary.txt").write_text(said, encoding="utf-8")
+    print(f"\n{said}", end="")
     if before != after:
         raise base_model.DemoError("the frozen weights changed: that must never happen; please report it")
 

@@ -45,7 +45,7 @@ def grad_out(problem: Problem) -> Tensor:
 
 
 def concatenated(problem: Problem) -> Attention:
-    """R1, with its mask built beforehand."""
+    """PEFT's way, with its mask built beforehand."""
     return partial(concatenated_sdpa, mask=visible(problem.T, problem.keys, problem.P).to(DEVICE))
 
 

@@ -31,7 +31,7 @@ def kept(attention: Attention, tensors: dict[str, Tensor]) -> int:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("problem", pick(smoke=[TOY], quick=ROWS[1:3], full=ROWS), ids=name)
 def test_attention(note: Note, problem: Problem, dtype: str) -> None:
-    """Beyond the inputs, which every implementation keeps. R1's mask is shared by all layers and is not counted."""
+    """Beyond the inputs, which every implementation keeps. PEFT's mask is shared by all layers and is not counted."""
     error = check(problem, problem.ours(), NAMES[dtype], backward=True)
     tensors = inputs(problem, NAMES[dtype], gradients=True)
     concatenated = problem.concatenated()

@@ -1,5 +1,5 @@
-"""``prefix_attention`` on the shapes that have targets, beside PyTorch without a prefix (R0), PEFT's way (R1), two
-flash calls merged (R2) and FlexAttention."""
+"""``prefix_attention`` on the shapes that have targets, beside SDPA without a prefix, concatenated (PEFT's way),
+two flash calls merged, and FlexAttention."""
 
 from __future__ import annotations
 

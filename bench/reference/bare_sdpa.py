@@ -1,4 +1,4 @@
-"""R0: PyTorch's attention over the sequence alone, without any prefix. What a prefix can cost, measured from here."""
+"""PyTorch's attention over the sequence alone, without any prefix. What a prefix can cost, measured from here."""
 
 from __future__ import annotations
 

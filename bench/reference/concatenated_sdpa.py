@@ -1,4 +1,4 @@
-"""R1: what PEFT's prefix tuning makes transformers do. Concatenate, repeat the heads, mask, attend."""
+"""What PEFT's prefix tuning makes transformers do. Concatenate, repeat the heads, mask, attend."""
 
 from __future__ import annotations
 

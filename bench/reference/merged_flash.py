@@ -1,4 +1,4 @@
-"""R2: two calls of PyTorch's flash kernel, over the prefix and over the sequence, merged by log-sum-exp.
+"""Two calls of PyTorch's flash kernel, over the prefix and over the sequence, merged by log-sum-exp.
 
 The best that can be put together from PyTorch's own parts. Nothing is concatenated; the prefix is expanded over the
 batch as a view. The backward rests on this: given the merged output and log-sum-exp, each part's flash backward yields

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import prefixcore
+from bench import front
 from bench.demo import __main__ as demo
 from bench.demo import methods, prompts, report, task, timing
 from prefixcore.training import Evaluation, TrainingOptions, weights_digest
@@ -133,3 +134,5 @@ def test_the_whole_demo_writes_what_it_says(small, tmp_path, monkeypatch, capsys
     results = json.loads((out / "results.json").read_text())
     assert len(results["runs"]) == 2
     assert len((out / "answers.txt").read_text().splitlines()) == 2 + 5
+    assert said.endswith("\n\n" + (out / "summary.txt").read_text())
+    assert front.demo(said).splitlines()[2].startswith("| bare model | ")

@@ -79,21 +79,21 @@ def test_a_gate_fails_what_is_wrong(got: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("problem", [Problem(2, 4, 2, 33, 16, 5), Problem(1, 2, 2, 7, 32, 1, gain=4.0)])
 def test_the_references_are_right(problem: Problem, dtype: torch.dtype) -> None:
-    for who, attention in (("R1", problem.concatenated()), ("R2", merged_flash)):
+    for who, attention in (("concatenated", problem.concatenated()), ("merged", merged_flash)):
         assert check(problem, attention, dtype, backward=True, who=who) > 0
-    check(problem, bare_sdpa, dtype, backward=True, who="R0", bare=True)
+    check(problem, bare_sdpa, dtype, backward=True, who="bare SDPA", bare=True)
 
 
 def test_a_wrong_reference_is_noticed() -> None:
     problem = Problem(2, 4, 2, 33, 16, 5)
-    with pytest.raises(pytest.fail.Exception, match="R2 is wrong"):
-        check(problem, lambda *x: 1.001 * merged_flash(*x), torch.float32, backward=False, who="R2")
+    with pytest.raises(pytest.fail.Exception, match="merged is wrong"):
+        check(problem, lambda *x: 1.001 * merged_flash(*x), torch.float32, backward=False, who="merged")
 
 
 def test_a_bank_of_prefixes_is_one_problem_for_all() -> None:
     problem = Problem(3, 2, 2, 9, 16, 4, N=2)
     assert check(problem, problem.ours(), torch.float32, backward=True) < 1e-5
-    check(problem, problem.concatenated(), torch.float32, backward=True, who="R1")
+    check(problem, problem.concatenated(), torch.float32, backward=True, who="concatenated")
     assert answers(problem)["grad_prefix_key"].shape == (2, 2, 4, 16)
 
 
