@@ -20,6 +20,7 @@ REFERENCES = {
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -32,28 +33,34 @@ def judged(figure: float, target: Target | None) -> str:
 
 
 def between(spread: tuple[float, float]) -> str:
+    """Two bounds."""
     return f"{spread[0]:.2f}..{spread[1]:.2f}"
 
 
 def milliseconds(seconds: float) -> str:
+    """With three significant digits, and no fraction from a second on."""
     value = 1000 * seconds
     return f"{value:.3f}" if value < 1 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def shape(case: dict[str, Any]) -> str:
+    """B,H,Hkv,T,D,P."""
     return ",".join(str(x) for x in targets.shape_of(case))
 
 
 def passes(case: dict[str, Any]) -> str:
+    """What of forward and backward was timed."""
     return "fwd+bwd" if case["backward"] else "fwd"
 
 
 def model(case: dict[str, Any]) -> list[str]:
+    """The model and B,T,P: the first two columns."""
     rows = ", ragged" if case.get("ragged") else ""
     return [case["model"] + rows, f"{case['B']},{case['T']},{case['P']}"]
 
 
 def dtype(case: dict[str, Any]) -> str:
+    """Of a case that does not name it: float32."""
     return case.get("dtype", "fp32")
 
 
@@ -63,6 +70,7 @@ def over(row: Row, reference: str, target: Target | None = None) -> str:
 
 
 def spread(row: Row, reference: str) -> str:
+    """Between which the rounds lie, where it was measured."""
     return between(row.spread(reference)) if reference in row.references else NOTHING
 
 

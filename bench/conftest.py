@@ -20,10 +20,10 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 @pytest.fixture
 def measure(benchmark: Any) -> Measure:
-    """``measure(table, case, candidate, references, **facts)``: times in turns and notes the row of a table.
+    """`measure(table, case, candidate, references, **facts)`: times in turns and notes the row of a table.
 
-    ``table`` names the table of bench/docs/results.md that the figures go to, ``case`` is what the row is about and
-    ``facts`` are further figures that were not timed here.
+    `table` names the table of bench/docs/results.md that the figures go to, `case` is what the row is about and
+    `facts` are further figures that were not timed here.
     """
 
     def run(
@@ -42,7 +42,7 @@ def measure(benchmark: Any) -> Measure:
 
 @pytest.fixture
 def note(benchmark: Any) -> Callable[..., None]:
-    """``note(table, case, call, **facts)``: notes figures that are not times; ``call`` is run once more, timed."""
+    """`note(table, case, call, **facts)`: notes figures that are not times; `call` is run once more, timed."""
 
     def run(table: str, case: Mapping[str, Any], call: timing.Call, **facts: Any) -> None:
         benchmark.group = table
@@ -54,7 +54,7 @@ def note(benchmark: Any) -> Callable[..., None]:
 
 @pytest.fixture
 def leave_out(note: Callable[..., None]) -> Callable[..., NoReturn]:
-    """``leave_out(table, case, reason)``: skips, and has the table say so."""
+    """`leave_out(table, case, reason)`: skips, and has the table say so."""
 
     def run(table: str, case: Mapping[str, Any], reason: str) -> NoReturn:
         note(table, case, lambda: None, skipped=reason)

@@ -1,4 +1,4 @@
-"""The names that people know CPUs by, from what the system says: ``lscpu``'s name, family and model."""
+"""The names that people know CPUs by, from what the system says: `lscpu`'s name, family and model."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit's short name, with ``+changes`` where tracked files differ from it."""
+    """The commit's short name, with `+changes` where tracked files differ from it."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

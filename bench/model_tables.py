@@ -13,6 +13,7 @@ STEP += ["prompt over bare", "over PEFT prompt", "over LoRA"]
 
 
 def step(rows: Sequence[Row], isa: str) -> str:
+    """Whole training steps."""
     lines = []
     for row in rows:
         name = [*model(row.case), dtype(row.case)]
@@ -47,6 +48,7 @@ def packed_kind(row: Row) -> str:
 
 
 def packed_step(rows: Sequence[Row], isa: str) -> str:
+    """Steps on ragged data: ours packed, the others padded."""
     lines = []
     for row in rows:
         case = row.case
@@ -64,6 +66,7 @@ def packed_step(rows: Sequence[Row], isa: str) -> str:
 
 
 def profile(rows: Sequence[Row], isa: str) -> str:
+    """Where a step goes, by parts."""
     lines = []
     for row in rows:
         for name, parts in row.runs[0]["milliseconds"].items():
@@ -75,6 +78,7 @@ def profile(rows: Sequence[Row], isa: str) -> str:
 
 
 def generation(rows: Sequence[Row], isa: str) -> str:
+    """Greedy generation."""
     lines = [
         [*model(r.case), str(r.case["new"]), r.case["kind"], milliseconds(r.seconds())]
         + [f"{r.worst(name):.2f} ({between(r.spread(name))})" for name in ("bare model", "PEFT")]
@@ -84,6 +88,7 @@ def generation(rows: Sequence[Row], isa: str) -> str:
 
 
 def files(rows: Sequence[Row], isa: str) -> str:
+    """Saving and loading."""
     lines = [
         [r.case["model"], str(r.case["P"]), r.case["what"], milliseconds(r.seconds())]
         + [f"{r.worst('PEFT'):.2f} ({between(r.spread('PEFT'))})"]
@@ -93,6 +98,7 @@ def files(rows: Sequence[Row], isa: str) -> str:
 
 
 def saved_by_model(rows: Sequence[Row], isa: str) -> str:
+    """Bytes that a whole model keeps for its backward."""
     lines = []
     for row in rows:
         bare = row.bytes("bare model")
@@ -102,6 +108,7 @@ def saved_by_model(rows: Sequence[Row], isa: str) -> str:
 
 
 def peak(rows: Sequence[Row], isa: str) -> str:
+    """Peak resident memory of a step."""
     lines = []
     for row in rows:
         peaks: dict[str, list[int]] = {}

@@ -10,6 +10,7 @@ from .runs import Row
 
 
 def attention(rows: Sequence[Row], isa: str) -> str:
+    """Times and rates of `prefix_attention`."""
     lines = []
     for row in in_order(rows):
         case = row.case
@@ -28,6 +29,7 @@ def attention(rows: Sequence[Row], isa: str) -> str:
 
 
 def flex(rows: Sequence[Row], isa: str) -> str:
+    """The forward beside FlexAttention."""
     lines = [
         [shape(r.case), r.case["dtype"], milliseconds(r.seconds()), f"{r.worst('flex'):.2f}", between(r.spread("flex"))]
         for r in in_order(rows)
@@ -36,6 +38,7 @@ def flex(rows: Sequence[Row], isa: str) -> str:
 
 
 def decode(rows: Sequence[Row], isa: str) -> str:
+    """One new token a row over a shared prefix."""
     lines = [
         [
             shape(r.case),
@@ -53,6 +56,7 @@ def decode(rows: Sequence[Row], isa: str) -> str:
 
 
 def robustness(rows: Sequence[Row], isa: str) -> str:
+    """Strided inputs and large scores beside the plain case."""
     lines = [
         [
             shape(r.case),
@@ -67,6 +71,7 @@ def robustness(rows: Sequence[Row], isa: str) -> str:
 
 
 def soft_embedding(rows: Sequence[Row], isa: str) -> str:
+    """Times and bandwidth of `soft_embedding`."""
     lines = []
     for row in rows:
         case = row.case
@@ -82,6 +87,7 @@ def soft_embedding(rows: Sequence[Row], isa: str) -> str:
 
 
 def saved_by_attention(rows: Sequence[Row], isa: str) -> str:
+    """Bytes that one attention keeps for its backward."""
     names = ("candidate", *REFERENCES)
     lines = [
         [shape(r.case), r.case["dtype"], *(f"{r.bytes(name) / MIB:.2f}" for name in names)] for r in in_order(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def with_parts(text: str, parts: Mapping[str, str], where: str) -> str:
             raise ValueError(f"expected the marks {begin(name)!r} and {END!r} in {where}")
         text = f"{before}{mark}\n\n{part}\n\n{end}{after}"
     return text
+
+
+def anchor(title: str) -> str:
+    """What a link to the heading `title` ends with."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def read(page: Path) -> str:

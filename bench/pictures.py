@@ -85,7 +85,13 @@ def shown(machine: Machine) -> dict[str, Any]:
     return {name: content for name, content in pictures.items() if content}
 
 
+def kind_of(name: str) -> str:
+    """What the picture of that file name shows: one of `KINDS`."""
+    return name.removesuffix(".png").rpartition("-")[2]
+
+
 def digest(content: Any) -> str:
+    """Of what a picture shows."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,6 +104,7 @@ def digest_in(path: Path) -> str | None:
 
 
 def draw_growth(series: dict[str, dict[str, list[list[float]]]]) -> Any:
+    """A plot an axis, a curve an implementation."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FormatStrFormatter, LogLocator
@@ -126,6 +133,7 @@ def draw_growth(series: dict[str, dict[str, list[list[float]]]]) -> Any:
 
 
 def draw_ratios(bars: list[dict[str, Any]]) -> Any:
+    """Three bars a row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.45 * len(bars) + 1), layout="constrained")
@@ -146,6 +154,7 @@ def draw_ratios(bars: list[dict[str, Any]]) -> Any:
 
 
 def draw_profile(steps: dict[str, dict[str, dict[str, float]]]) -> Any:
+    """A stacked bar a way of training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.7 * len(steps) + 0.6), layout="constrained")
@@ -178,7 +187,7 @@ def draw(machine: Machine, folder: Path = FOLDER) -> list[Path]:
         path = folder / name
         paths.append(path)
         if not path.exists() or digest_in(path) != digest(content):
-            _, drawn = KINDS[name.removeprefix(machine.slug + "-").removesuffix(".png")]
+            _, drawn = KINDS[kind_of(name)]
             figure = drawn(content)
             figure.savefig(path, dpi=110, bbox_inches="tight", metadata={DIGEST: digest(content)})
     return paths

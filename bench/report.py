@@ -40,12 +40,14 @@ def load(folder: Path = FOLDER) -> Kept:
 
 
 def results(kept: Kept) -> str:
-    """All that is said about the CPUs' results."""
-    parts = []
+    """All that is said about the CPUs' results: a contents list, and the tables and pictures of each machine."""
+    if not kept.machines:
+        return NOTHING
+    parts = ["\n".join(f"- [{machine.title}](#{pages.anchor(machine.title)})" for machine in kept.machines)]
     for machine in kept.machines:
-        names = pictures.shown(machine)
-        parts.append("\n\n".join([tables.sections(machine), *(f"![{name}](../results/{name})" for name in names)]))
-    return "\n\n".join(parts) or NOTHING
+        shown = [f"![{machine.title}: {pictures.kind_of(name)}](../results/{name})" for name in pictures.shown(machine)]
+        parts += [tables.sections(machine), *shown]
+    return "\n\n".join(parts)
 
 
 Page = dict[str, Callable[[Kept], str]]
@@ -130,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
     options = parser().parse_args(arguments)
     if options.command == "show":
         for machine in machines(runs.read_all(options.files)):

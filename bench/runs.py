@@ -45,6 +45,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def read_all(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The runs in all of these files."""
     return [run for path in paths for run in read(path)]
 
 
@@ -94,6 +95,7 @@ class Row:
     skipped: str | None = None
 
     def add(self, benchmark: dict[str, Any]) -> None:
+        """Count in what one run says of this case."""
         if reason := benchmark.get("skipped"):
             self.skipped = reason if not self.runs else None
         else:
@@ -102,6 +104,7 @@ class Row:
 
     @property
     def references(self) -> list[str]:
+        """What it was timed beside."""
         return self.names("ratios")
 
     def names(self, figures: str) -> list[str]:
@@ -139,6 +142,7 @@ class Row:
         return statistics.median(parts[part] for parts in self.all("milliseconds", name))
 
     def bytes(self, name: str) -> int:
+        """Of several runs the most."""
         return max(self.all("bytes", name))
 
 

@@ -1,6 +1,6 @@
-"""How much is measured: ``PREFIXCORE_BENCH`` is ``full`` (the default), ``quick`` or ``smoke``.
+"""How much is measured: `PREFIXCORE_BENCH` is `full` (the default), `quick` or `smoke`.
 
-``quick`` is the heart of the suite in a few minutes; ``smoke`` runs every line of it on toy shapes in seconds and its
+`quick` is the heart of the suite in a few minutes; `smoke` runs every line of it on toy shapes in seconds and its
 times mean nothing.
 """
 

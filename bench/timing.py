@@ -80,8 +80,8 @@ def interleaved(benchmark: Any, candidate: Call, references: Mapping[str, Call])
     """Time `candidate` with pytest-benchmark and `references` in turn with it; all figures go to its `extra_info`.
 
     Returns:
-        ``{"rounds", "seconds": {name: summary}, "ratios": {reference: ratio}}`` with ``"candidate"`` among the names
-        of ``seconds``; without figures under ``--benchmark-disable``, where nothing is timed.
+        `{"rounds", "seconds": {name: summary}, "ratios": {reference: ratio}}` with `"candidate"` among the names
+        of `seconds`; without figures under `--benchmark-disable`, where nothing is timed.
     """
     turns = Turns(references)
     once, times, seconds = repeated(candidate)

@@ -17,7 +17,7 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCH = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README + BENCH, re.DOTALL)
+EXAMPLES = re.findall(r"``python\n(.*?)``", README + BENCH, re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "bench").glob("**/*.md"))]
 
 

@@ -19,6 +19,7 @@ DEFAULT_OUT = Path(__file__).parent / "out"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
         run(options.seed, options.seeds, options.split_seed, options.out)

@@ -48,6 +48,7 @@ def error(info: Info) -> str:
 
 
 def attention(rows: Sequence[Info]) -> str:
+    """`prefix_attention`, and which path it took."""
     header = ["B,H,Hkv,T,D,P", "pass", "ms", f"over {REFERENCES['bare']}", f"over {REFERENCES['concatenated']}"]
     header += ["over FlexAttention", "forward runs as", "backward runs as", "relative error"]
     lines = [
@@ -61,6 +62,7 @@ def attention(rows: Sequence[Info]) -> str:
 
 
 def decode(rows: Sequence[Info]) -> str:
+    """Decoding over a shared prefix."""
     header = ["B,H,Hkv,T,D,P", "S", "ms", "over SDPA on a concatenated cache", f"over {REFERENCES['bare']}"]
     lines = [
         [shape(info["case"]), str(info["case"]["S"]), least(info)]
@@ -71,6 +73,7 @@ def decode(rows: Sequence[Info]) -> str:
 
 
 def soft_embedding(rows: Sequence[Info]) -> str:
+    """Times and bandwidth of `soft_embedding`."""
     lines = [
         [",".join(str(info["case"][name]) for name in "BTPVE"), passes(info["case"]), least(info)]
         + [over(info, "embedding + cat"), over(info, "output copied"), copy_rate(info), error(info)]
@@ -81,6 +84,7 @@ def soft_embedding(rows: Sequence[Info]) -> str:
 
 
 def step(rows: Sequence[Info]) -> str:
+    """Whole training steps and their peak memory."""
     header = ["model", "B,T,P", "gradient checkpointing", "prefix, ms", "over bare", "over PEFT prefix"]
     header += ["peak memory, MiB", "over bare and its own state", "relative error"]
     lines = []

@@ -1,4 +1,4 @@
-"""Peak resident memory of training steps in a fresh process: ``python -m bench.memory.peak CASE``, CASE as JSON.
+"""Peak resident memory of training steps in a fresh process: `python -m bench.memory.peak CASE`, CASE as JSON.
 
 What is reported is how far the peak of a few steps lies above what was resident before the first of them, with the
 model loaded and the optimizer made. Linux only: the kernel's own high-water mark is reset before the steps.
@@ -19,7 +19,7 @@ STEPS = 3
 
 
 def resident(field: str) -> int:
-    """Bytes; ``VmRSS`` is now, ``VmHWM`` the most there has been."""
+    """Bytes; `VmRSS` is now, `VmHWM` the most there has been."""
     for line in STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
@@ -31,7 +31,7 @@ def can_measure() -> bool:
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
-    """``{"before", "peak", "state"}`` in bytes, in this process."""
+    """`{"before", "peak", "state"}` in bytes, in this process."""
     from bench import models
     from bench.steps.contenders import MAKERS
 

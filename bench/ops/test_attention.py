@@ -1,4 +1,4 @@
-"""``prefix_attention`` on the shapes that have targets, beside SDPA without a prefix, concatenated (PEFT's way),
+"""`prefix_attention` on the shapes that have targets, beside SDPA without a prefix, concatenated (PEFT's way),
 two flash calls merged, and FlexAttention."""
 
 from __future__ import annotations

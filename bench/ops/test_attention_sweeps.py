@@ -1,4 +1,4 @@
-"""How the cost of ``prefix_attention`` grows: T, P, B, N and threads, one at a time, with the references beside."""
+"""How the cost of `prefix_attention` grows: T, P, B, N and threads, one at a time, with the references beside."""
 
 from __future__ import annotations
 

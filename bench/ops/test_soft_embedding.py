@@ -1,4 +1,4 @@
-"""``soft_embedding`` beside lookup-and-concatenate, and beside how fast this machine copies memory."""
+"""`soft_embedding` beside lookup-and-concatenate, and beside how fast this machine copies memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where the time of one step goes: ``python -m bench.steps.profile [CONTENDER ...]``.
+"""Where the time of one step goes: `python -m bench.steps.profile [CONTENDER ...]`.
 
 Prints, for each way of training, the operators that take most of a step by themselves, as milliseconds a step. The
-suite notes the same by parts of a step (``test_profile.py``).
+suite notes the same by parts of a step (`test_profile.py`).
 """
 
 from __future__ import annotations

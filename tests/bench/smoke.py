@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict]:
-    """pytest on benchmarks, with plugins of ``folder``; and the results, which it leaves there."""
+    """pytest on benchmarks, with plugins of `folder`; and the results, which it leaves there."""
     file = folder / "raw.json"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--benchmark-json={file}", *options]
     path = os.pathsep.join([str(folder), str(ROOT)])
