@@ -131,9 +131,8 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run a command; returns the exit status."""
-    options = parser().parse_args(arguments)
     if options.command == "show":
         for machine in machines(runs.read_all(options.files)):
             print(tables.sections(machine), end="\n\n")
@@ -148,6 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{line}: run 'python -m bench.report render'", file=sys.stderr)
         return int(bool(wrong))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; what is wrong with the files that it was given is said without a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except (OSError, ValueError) as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -130,5 +130,12 @@ def rendered(found: Sequence[Session]) -> str:
     return "\n\n".join(parts)
 
 
+def printed(files: Sequence[Path]) -> str:
+    """What was measured on, and all tables of the figures in these files of pytest-benchmark's."""
+    benchmarks = [benchmark for file in files for benchmark in read(file)["benchmarks"]]
+    devices = sorted({benchmark["extra_info"]["device"] for benchmark in benchmarks})
+    return "\n\n".join([*devices, sections(tables(benchmarks))])
+
+
 if __name__ == "__main__":
-    print(sections(tables(b for file in sys.argv[1:] for b in read(Path(file))["benchmarks"])))
+    print(printed([Path(file) for file in sys.argv[1:]]))

@@ -79,6 +79,13 @@ def test_what_is_kept_is_rendered_with_its_goals(tmp_path: Path) -> None:
     assert "**1.2 times** as fast as PEFT's, in 1.02 times the time without" in front.claim([], found)
 
 
+def test_what_was_measured_is_printed_with_the_device(tmp_path: Path) -> None:
+    folder = out(tmp_path / "out", ATTENTION, STEP)
+    said = report.printed(sorted(folder.glob("bench-*.json")))
+    assert said.startswith("A GPU, CUDA 13\n\n#### `prefix_attention`\n\n| B,H,Hkv,T,D,P |")
+    assert "#### Whole training steps" in said
+
+
 def test_keeping_takes_the_place_of_what_was_kept_by_that_name(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     kept.keep(out(tmp_path / "one", ATTENTION, STEP), "h", folder)

@@ -307,6 +307,15 @@ def test_keep_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert runs.kept(folder) == [runs.trimmed(raw())]
 
 
+def test_what_is_wrong_with_the_files_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["keep-gpu", str(tmp_path), "--as", "x"]) == 1
+    (tmp_path / "x.json").write_text('{"format": 0}', encoding="utf-8")
+    assert report.main(["show", str(tmp_path / "x.json")]) == 1
+    missing, old = capsys.readouterr().err.splitlines()
+    assert "No such file" in missing
+    assert "expected results of format 2" in old
+
+
 def test_three_runs_are_kept_in_one_file_that_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     three = [runs.trimmed(raw(bare=x)) for x in (0.41, 0.52, 0.43)]
     runs.write([runs.trimmed(raw(cpu="A CPU, model 2"))], tmp_path / "mine.json")
