@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from .cells import NOTHING, markdown
 from .gpu.kept import Info, Session
@@ -12,6 +13,7 @@ from .runs import Machine, Row
 
 Which = Callable[[Row], bool]
 RAGGED = "lengths of 16 to 1024"
+GPU_LENGTH = 2048
 
 
 def trained_attention(row: Row) -> bool:
@@ -29,36 +31,39 @@ def packed(data: str) -> Which:
     return lambda row: row.case["data"] == data and packed_kind(row) == "prefix"
 
 
-LINES: tuple[tuple[str, str, Which, tuple[tuple[str, str], ...]], ...] = (
-    ("attention", "attention", trained_attention, (("PEFT's way", "concatenated"), ("no prefix", "bare"))),
-    *(
-        (name, "step", which, (("PEFT", "PEFT prefix"), ("bare model", "bare model")))
-        for name, which in (
-            ("training step, 1,024 tokens", steps_of(1024)),
-            ("the same in bfloat16", steps_of(1024, "bf16")),
-            ("training step, 128 tokens", steps_of(128)),
-            ("training step, 8 texts of 8 tokens", steps_of(8, rows=8)),
-        )
-    ),
-    (
-        "training step, texts of 16 to 1,024 tokens, packed",
-        "packed step",
-        packed(RAGGED),
-        (("PEFT, padded", "PEFT prefix"),),
-    ),
-    (
-        "training step, the demo's short texts, packed",
-        "packed step",
-        packed("the demo"),
-        (("PEFT, padded", "PEFT prefix"),),
-    ),
-)
-"""What is timed, its table, which of its rows, and what it is measured beside: by our name and by the table's."""
+class Line(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        name: what it is, in words.
+        table: where its rows are.
+        which: which of them.
+        beside: what it is measured beside: our word, and the table's.
+    """
+
+    name: str
+    table: str
+    which: Which
+    beside: tuple[tuple[str, str], ...]
 
 
-def figures(machine: Machine, table: str, which: Which, reference: str) -> list[float]:
+MODELS = (("PEFT", "PEFT prefix"), ("bare model", "bare model"))
+OPS = (("PEFT's way", "concatenated"), ("no prefix", "bare"))
+PADDED = (("PEFT, padded", "PEFT prefix"),)
+
+ATTENTION = Line("attention, 128 to 2,048 tokens", "attention", trained_attention, OPS)
+STEP = Line("training step, 1,024 tokens", "step", steps_of(1024), MODELS)
+STEP_BF16 = Line("the same in bfloat16", "step", steps_of(1024, "bf16"), MODELS)
+SHORT_STEP = Line("training step, 128 tokens", "step", steps_of(128), MODELS)
+TINY_STEP = Line("training step, 8 texts of 8 tokens", "step", steps_of(8, rows=8), MODELS)
+PACKED = Line("training step, texts of 16 to 1,024 tokens, packed", "packed step", packed(RAGGED), PADDED)
+DEMO = Line("training step, the demo's short texts, packed", "packed step", packed("the demo"), PADDED)
+LINES = (ATTENTION, STEP, STEP_BF16, SHORT_STEP, TINY_STEP, PACKED, DEMO)
+
+
+def figures(machine: Machine, line: Line, reference: str) -> list[float]:
     """Our time over the reference's in such rows: of several runs the worst."""
-    rows = [row for row in machine.tables.get(table, ()) if row.runs and which(row)]
+    rows = [row for row in machine.tables.get(line.table, ()) if row.runs and line.which(row)]
     return [row.worst(reference) for row in rows if reference in row.references]
 
 
@@ -80,21 +85,31 @@ def benchmarks(found: Sequence[Machine]) -> str:
     """Our time over the other's, a column a machine."""
     here = measured_whole(found)
     lines = []
-    for name, table, which, references in LINES:
-        for place, (label, reference) in enumerate(references):
-            cells = [span(figures(machine, table, which, reference)) for machine in here]
+    for line in LINES:
+        for place, (label, reference) in enumerate(line.beside):
+            cells = [span(figures(machine, line, reference)) for machine in here]
             if set(cells) != {NOTHING}:
-                lines.append([name if place == 0 else "", label, *cells])
+                lines.append([line.name if place == 0 else "", label, *cells])
     return markdown(["forward and backward", "over", *(f"{machine.name} ({machine.isa})" for machine in here)], lines)
 
 
 def gpu_ratio(rows: Iterable[Info], virtual: int, reference: str) -> float | None:
-    """Our time over the reference's in the training row with so many virtual tokens."""
+    """Our time over the reference's in the training row of `GPU_LENGTH` tokens with so many virtual ones."""
     for info in rows:
-        training = info["case"].get("backward", True) and not info["case"].get("checkpointing", False)
-        if training and info["case"]["P"] == virtual and reference in info["ratios"]:
+        case = info["case"]
+        training = case.get("backward", True) and not case.get("checkpointing", False)
+        if training and (case["T"], case["P"]) == (GPU_LENGTH, virtual) and reference in info["ratios"]:
             return float(info["ratios"][reference]["of_minima"])
     return None
+
+
+def gpu_steps(found: Sequence[Session]) -> dict[str, list[Info]]:
+    """The rows of whole steps by the model's name."""
+    groups: dict[str, list[Info]] = {}
+    for session in found:
+        for info in session.rows.get("gpu step", ()):
+            groups.setdefault(info["case"]["model"], []).append(info)
+    return groups
 
 
 def gpu(found: Sequence[Session]) -> str:
@@ -102,18 +117,15 @@ def gpu(found: Sequence[Session]) -> str:
     parts = []
     for session in found:
         groups: dict[str, list[Info]] = {"attention": session.rows.get("gpu attention", [])}
-        for info in session.rows.get("gpu step", ()):
-            groups.setdefault(f"training step, {info['case']['model']}", []).append(info)
+        groups |= {f"training step, {model}": rows for model, rows in gpu_steps([session]).items()}
         lengths = sorted({info["case"]["P"] for rows in groups.values() for info in rows})
         lines = []
         for name, rows in groups.items():
-            attention = name == "attention"
-            others = (("PEFT's way", "concatenated"), ("no prefix", "bare")) if attention else LINES[1][3]
-            for place, (label, reference) in enumerate(others):
+            for place, (label, reference) in enumerate(OPS if name == "attention" else MODELS):
                 ratios = [gpu_ratio(rows, virtual, reference) for virtual in lengths]
                 cells = [NOTHING if ratio is None else f"{ratio:.2f}" for ratio in ratios]
                 lines.append([name if place == 0 else "", label, *cells])
-        header = ["bfloat16, T = 2,048", "over", *(f"P = {virtual:,}" for virtual in lengths)]
+        header = [f"bfloat16, {GPU_LENGTH:,} tokens", "over", *(f"P = {virtual:,}" for virtual in lengths)]
         tests = session.tests
         passed = tests["tests"] - tests["failures"] - tests["errors"] - tests["skipped"]
         said = f"{session.device.split(',')[0]}: {passed} of {tests['tests']} tests passed, {tests['skipped']} skipped."
@@ -125,32 +137,30 @@ def claim(found: Sequence[Machine], sessions: Sequence[Session]) -> str:
     """What training with a prefix gains, a line a kind of machine."""
     here = measured_whole(found)
 
-    def over(line: int, reference: int, power: int = 1, form: str = ".2f") -> str:
-        _, table, which, references = LINES[line]
-        ratios = [x for machine in here for x in figures(machine, table, which, references[reference][1])]
-        return span((x**power for x in ratios), form)
+    def over(line: Line, reference: str) -> list[float]:
+        return [x for machine in here for x in figures(machine, line, reference)]
+
+    def times(line: Line, reference: str) -> str:
+        return span((1 / x for x in over(line, reference)), ".1f")
 
     lines = [
-        f"- **On a CPU**, attention with a prefix runs **{over(0, 0, -1, '.1f')} times** as fast as PEFT's way. A "
-        f"training step on 1,024 tokens runs **{over(1, 0, -1, '.1f')} times** as fast as PEFT's "
-        f"({over(2, 0, -1, '.1f')} in bfloat16), in {over(1, 1)} of the time that the frozen model takes without any "
-        f"virtual tokens; on texts of many lengths, packed, **{over(5, 0, -1, '.1f')} times**."
+        f"- **On a CPU**, attention with a prefix runs **{times(ATTENTION, 'concatenated')} times** as fast as PEFT's "
+        f"way. A training step on 1,024 tokens runs **{times(STEP, 'PEFT prefix')} times** as fast as PEFT's "
+        f"({times(STEP_BF16, 'PEFT prefix')} in bfloat16), in {span(over(STEP, 'bare model'))} of the time that the "
+        f"frozen model takes without any virtual tokens; on texts of many lengths, packed, "
+        f"**{times(PACKED, 'PEFT prefix')} times**."
     ]
-    steps = [info for session in sessions for info in session.rows.get("gpu step", ())]
-    ratios = {
-        name: [
-            ratio
-            for model in {info["case"]["model"] for info in steps}
-            if (ratio := gpu_ratio([info for info in steps if info["case"]["model"] == model], 64, name)) is not None
-        ]
-        for name in ("PEFT prefix", "bare model")
-    }
-    if ratios["PEFT prefix"]:
-        faster = span((1 / x for x in ratios["PEFT prefix"]), ".1f")
+    groups = gpu_steps(sessions)
+    beside_peft, beside_bare = (
+        [ratio for rows in groups.values() if (ratio := gpu_ratio(rows, 64, reference)) is not None]
+        for _, reference in MODELS
+    )
+    if beside_peft:
         device = sessions[0].device.split(",")[0]
         lines.append(
-            f"- **On an {device}**, a training step of models of 1 and 8 billion parameters runs **{faster} times** as "
-            f"fast as PEFT's, in {span(ratios['bare model'])} times the time without virtual tokens."
+            f"- **On an {device}**, a training step of {' and '.join(groups)} runs "
+            f"**{span((1 / x for x in beside_peft), '.1f')} times** as fast as PEFT's, in {span(beside_bare)} times the "
+            f"time without virtual tokens."
         )
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import targets
-from .front import RAGGED, gpu_ratio, packed, steps_of
+from .front import RAGGED, Which, gpu_ratio, gpu_steps, packed, steps_of
 from .gpu.kept import Session
 from .runs import FOLDER, Machine, Row
 
@@ -37,9 +37,9 @@ def three(ours_over_bare: float, ours_over_peft: float) -> dict[str, float]:
 def panels(found: Sequence[Machine], sessions: Sequence[Session]) -> list[Panel]:
     """What the picture shows: of the first machine, and of the first GPU; what was not measured is left out."""
 
-    def row(table: str, which: object) -> Row | None:
+    def row(table: str, which: Which) -> Row | None:
         rows = found[0].tables.get(table, ()) if found else ()
-        return next((row for row in rows if row.runs and which(row)), None)  # type: ignore[operator]
+        return next((row for row in rows if row.runs and which(row)), None)
 
     shown = []
 
@@ -59,7 +59,7 @@ def panels(found: Sequence[Machine], sessions: Sequence[Session]) -> list[Panel]
     ragged = row("packed step", lambda row: is_model(row) and packed(RAGGED)(row))
     add("Ragged texts, packed", f"{MODEL}, 16 to 1,024 tokens", ragged, "bare model", "PEFT prefix")
     for session in sessions[:1]:
-        steps = [info for info in session.rows.get("gpu step", ()) if info["case"]["model"] == GPU_MODEL]
+        steps = gpu_steps([session]).get(GPU_MODEL, [])
         bare, peft = (gpu_ratio(steps, 64, name) for name in ("bare model", "PEFT prefix"))
         if bare is not None and peft is not None:
             device = session.device.split(",")[0].removeprefix("NVIDIA ")

@@ -201,7 +201,7 @@ def test_a_profile_is_tabled_and_drawn(tmp_path: Path) -> None:
 def test_the_front_page_has_the_ratios() -> None:
     found = runs.machines([runs.trimmed(raw(also=[STEP]))])
     assert front.benchmarks(found).splitlines()[2:] == [
-        "| attention | PEFT's way | 0.33 |",
+        "| attention, 128 to 2,048 tokens | PEFT's way | 0.33 |",
         "|  | no prefix | 0.41 |",
         "| the same in bfloat16 | PEFT | 0.86 |",
         "|  | bare model | 0.90 |",
