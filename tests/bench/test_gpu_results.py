@@ -76,7 +76,9 @@ def test_what_is_kept_is_rendered_with_its_goals(tmp_path: Path) -> None:
     assert "| attention | PEFT's way | 0.37 |\n|  | no prefix | 1.21 |" in shown
     assert "| training step, Llama 1B's shape | PEFT | 0.84 |\n|  | bare model | 1.02 |" in shown
     assert shown.endswith("A GPU: 7 of 9 tests passed, 2 skipped.")
-    assert "**1.2 times** as fast as PEFT's, in 1.02 times the time without" in front.claim([], found)
+    assert "(Llama 1B's shape) runs **1.2 times** as fast as PEFT's, in 1.02 of the time without" in front.claim(
+        [], found
+    )
 
 
 def test_what_was_measured_is_printed_with_the_device(tmp_path: Path) -> None:
