@@ -159,8 +159,8 @@ def claim(found: Sequence[Machine], sessions: Sequence[Session]) -> str:
         device = sessions[0].device.split(",")[0]
         lines.append(
             f"- **On an {device}**, a training step with 64 virtual tokens ({', '.join(groups)}) runs "
-            f"**{span((1 / x for x in beside_peft), '.1f')} times** as fast as PEFT's, in {span(beside_bare)} of the time "
-            f"without them."
+            f"**{span((1 / x for x in beside_peft), '.1f')} times** as fast as PEFT's, in {span(beside_bare)} of the "
+            f"time without them."
         )
     return "\n".join(lines)
 
