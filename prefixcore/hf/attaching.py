@@ -12,7 +12,7 @@ from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuning
 from .attachment import warn_of_dropout
 from .attention import SLOT
 from .discover import AttentionCall, discover, find_backbone
-from .families import is_known, known, position_limit, text_config
+from .families import is_known, known_families, position_limit, text_config
 from .handle import Handle
 from .initialize import prefix_start, prompt_start
 from .patch import ATTACHMENT, MODULE
@@ -101,7 +101,9 @@ def reach_input(model: PreTrainedModel) -> int:
     """E, of a model that a soft prompt can be put into."""
     kind = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"{kind} is an encoder-decoder; soft prompts are for decoders so far ({known()})")
+        raise NotImplementedError(
+            f"{kind} is an encoder-decoder; soft prompts are for decoders so far ({known_families()})"
+        )
     if not model.can_generate() and model.base_model is not model:
         raise NotImplementedError(
             f"{kind} has a head that may count on where the text stands; soft prompts are for causal language models "
@@ -156,7 +158,7 @@ def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: An
 def _packing_decoder(model: PreTrainedModel) -> PreTrainedModel | str:
     """The decoder of a model that can be given packed batches with a soft prompt; or why it cannot."""
     if not is_known(model):
-        return f"only known families can ({known()})"
+        return f"only known families can ({known_families()})"
     try:
         return find_backbone(model, discover(model))
     except NotImplementedError as error:  # a prefix would be refused, padded batches with a soft prompt are not
@@ -174,7 +176,7 @@ def _check_room(model: PreTrainedModel, num_virtual_tokens: int) -> None:
 
 def _say_unknown(model: PreTrainedModel) -> None:
     warnings.warn(
-        f"{text_config(model).model_type!r} is not among the families that prefixcore is tested with ({known()}); "
-        "attached virtual tokens made of a text acted as the text does, so it is attached",
+        f"{text_config(model).model_type!r} is not among the families that prefixcore is tested with "
+        f"({known_families()}); attached virtual tokens made of a text acted as the text does, so it is attached",
         stacklevel=4,
     )

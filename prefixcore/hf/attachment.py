@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..nn import Prefix, SoftPrompt
 from .attention import ATTENTION
-from .families import position_limit, text_config
+from .families import attention_dropout, position_limit
 from .patch import Patch, attention_implementations, restore_attention
 
 
@@ -79,11 +79,9 @@ def refuse_other_attention(decoder: PreTrainedModel) -> None:
 
 def warn_of_dropout(model: PreTrainedModel) -> None:
     """Warns if the attention that is about to be replaced drops weights out, which ours does not."""
-    config = text_config(model)
-    for name in ("attention_dropout", "attn_pdrop"):
-        if rate := getattr(config, name, 0.0):
-            warnings.warn(
-                f"config.{name} is {rate}: attention through prefixcore (a prefix, or packed batches) drops no weights "
-                "out in training (the frozen model's other dropout stays; set the rate to 0 to silence this)",
-                stacklevel=4,
-            )
+    for name, rate in attention_dropout(model).items():
+        warnings.warn(
+            f"config.{name} is {rate}: attention through prefixcore (a prefix, or packed batches) drops no weights "
+            "out in training (the frozen model's other dropout stays; set the rate to 0 to silence this)",
+            stacklevel=4,
+        )

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..nn import LayerShape
 from .attention import ATTENTION, prefix_attention_forward
-from .families import known, text_config
+from .families import known_families, text_config
 from .mask import prefix_mask
 from .patch import frozen_run
 from .positions import argument_names
@@ -95,12 +95,15 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     """
     kind = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"{kind} is an encoder-decoder; prefixes are for decoders so far ({known()})")
+        raise NotImplementedError(
+            f"{kind} is an encoder-decoder; prefixes are for decoders so far ({known_families()})"
+        )
     calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
     if not calls:
         raise NotImplementedError(
             f"{kind} does not run its attention through transformers' attention interface, so a prefix cannot reach "
-            f"it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: {known()}"
+            "it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: "
+            f"{known_families()}"
         )
     config = text_config(model)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -109,7 +112,7 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     if len(modules) != expected or len(calls) != expected:
         raise NotImplementedError(
             f"{kind} has {expected} attention layers, but {len(modules)} attention modules were reached in "
-            f"{len(calls)} calls; a prefix must reach each layer once. Known families: {known()}"
+            f"{len(calls)} calls; a prefix must reach each layer once. Known families: {known_families()}"
         )
     for call in calls:
         _check(call)
@@ -129,7 +132,7 @@ def _check(call: AttentionCall) -> None:
         )
     is_causal = call.kwargs.get("is_causal")
     if not (getattr(call.module, "is_causal", True) if is_causal is None else is_causal):
-        raise NotImplementedError(f"{call.name} is not causal; prefixes are for decoders so far ({known()})")
+        raise NotImplementedError(f"{call.name} is not causal; prefixes are for decoders so far ({known_families()})")
     if call.num_heads % call.shape.num_kv_heads:
         raise NotImplementedError(
             f"{call.name} has {call.num_heads} query heads on {call.shape.num_kv_heads} key heads, an uneven group"
@@ -146,7 +149,7 @@ def _check_windows(config: Any, windows: list[int | None]) -> None:
         if expected != found:
             raise NotImplementedError(
                 f"attention layer {layer} of {config.model_type} should have the sliding window {expected}, but tells "
-                f"its attention function {found}; known families: {known()}"
+                f"its attention function {found}; known families: {known_families()}"
             )
 
 
@@ -164,7 +167,7 @@ def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrai
             return module
     raise NotImplementedError(
         f"{type(model).__name__} takes no position_ids, so the sequence cannot be placed after the prefix; "
-        f"known families: {known()}"
+        f"known families: {known_families()}"
     )
 
 
@@ -175,5 +178,5 @@ def check_reached(backbone: PreTrainedModel, calls: list[AttentionCall]) -> None
         if config._attn_implementation != ATTENTION:
             raise NotImplementedError(
                 f"{type(backbone).__name__} keeps its attention implementation {config._attn_implementation!r}; "
-                f"known families: {known()}"
+                f"known families: {known_families()}"
             )

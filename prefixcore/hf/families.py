@@ -1,27 +1,64 @@
-"""The model families that are known, and how each counts positions.
+"""The known model families: one record for each, which everything that depends on the family asks.
 
 A family stands here when `tests/hf` compares it, prefix and soft prompt, with real PEFT or with the model reading
-the same text. A model of another family is attached too, after it has passed the same comparison on the spot
+the same text. A model of another family is attached too, after it has passed the second comparison on the spot
 (`prefixcore.hf.verify`).
+
+A record holds what a model cannot be asked at run time, and what tests and documentation are held to. The rest is
+found by running the model (`prefixcore.hf.discover`) or by looking at its modules, for any family.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 ROTARY = "rotary"
-LEARNED = "learned"
+"""Positions are computed, so there is no last one."""
 
-FAMILIES: dict[str, str] = {
-    "llama": ROTARY,
-    "mistral": ROTARY,
-    "qwen2": ROTARY,
-    "qwen3": ROTARY,
-    "gemma2": ROTARY,
-    "gpt_oss": ROTARY,
-    "gpt2": LEARNED,
+LEARNED = "learned"
+"""Positions are rows of a trained table, `config.max_position_embeddings` of them."""
+
+NO_LAYERS, SOME_LAYERS, ALL_LAYERS = "no layers", "some layers", "all layers"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known about one family of decoders.
+
+    Attributes:
+        model_type: transformers' `config.model_type` of the text decoder.
+        label: the name that people write, in README, CHANGELOG and docstrings.
+        positions: `ROTARY` or `LEARNED`.
+        sliding_window: which layers attend through `config.sliding_window` where it is set: `NO_LAYERS`,
+            `SOME_LAYERS` (those that `config.layer_types` names) or `ALL_LAYERS`.
+        attention_arguments: what its attention passes besides heads, scale and window: "softcap", "s_aux" (sinks).
+        attention_dropout: the field of its configuration with the dropout rate of attention weights.
+        peft_methods: what PEFT can train on it, so that tests compare with PEFT: "prefix", "prompt".
+    """
+
+    model_type: str
+    label: str
+    positions: str = ROTARY
+    sliding_window: str = NO_LAYERS
+    attention_arguments: frozenset[str] = frozenset()
+    attention_dropout: str = "attention_dropout"
+    peft_methods: frozenset[str] = frozenset({"prefix", "prompt"})
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral", sliding_window=ALL_LAYERS),
+        Family("qwen2", "Qwen2", sliding_window=SOME_LAYERS),
+        Family("qwen3", "Qwen3", sliding_window=SOME_LAYERS),
+        Family("gemma2", "Gemma 2", sliding_window=SOME_LAYERS, attention_arguments=frozenset({"softcap"})),
+        Family("gpt_oss", "gpt-oss", sliding_window=SOME_LAYERS, attention_arguments=frozenset({"s_aux"})),
+        Family("gpt2", "GPT-2", positions=LEARNED, attention_dropout="attn_pdrop"),
+    )
 }
-"""transformers' `model_type` of a text decoder -> kind of its positions."""
+"""The known families by their `model_type`."""
 
 
 def text_config(model: Any) -> Any:
@@ -29,17 +66,33 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def family_of(model: Any) -> Family | None:
+    """The record of the text decoder inside `model`; None: its family is not known."""
+    return FAMILIES.get(text_config(model).model_type)
+
+
 def is_known(model: Any) -> bool:
     """Whether the text decoder of `model` is of a known family."""
-    return text_config(model).model_type in FAMILIES
+    return family_of(model) is not None
 
 
-def known() -> str:
-    """The known families, for messages."""
+def known_families() -> str:
+    """The known families by `model_type`, for messages."""
     return ", ".join(sorted(FAMILIES))
 
 
 def position_limit(model: Any) -> int | None:
-    """How many positions the model has a learned row for; None: positions are computed, without a limit."""
+    """How many positions the model has learned; None: it computes them, without a limit."""
+    family = family_of(model)
+    return text_config(model).max_position_embeddings if family and family.positions == LEARNED else None
+
+
+def attention_dropout(model: Any) -> dict[str, float]:
+    """The dropout rates of attention weights that are not zero, by their name in the configuration.
+
+    A family that is not known may use any of the names that the known ones do.
+    """
+    family = family_of(model)
+    names = [family.attention_dropout] if family else {each.attention_dropout for each in FAMILIES.values()}
     config = text_config(model)
-    return config.max_position_embeddings if FAMILIES.get(config.model_type) == LEARNED else None
+    return {name: rate for name in sorted(names) if (rate := getattr(config, name, 0.0))}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from .discover import AttentionCall, record
-from .families import known, text_config
+from .families import known_families, text_config
 from .patch import frozen_run
 from .prefix import PrefixAttachment
 from .soft_prompt import SoftPromptAttachment
@@ -59,7 +59,7 @@ def verify_soft_prompt(model: PreTrainedModel, width: int) -> None:
     if expected.shape[:2] != ids.shape:
         raise NotImplementedError(
             f"{type(model).__name__} does not return one output a token ({list(expected.shape)}), which a soft prompt "
-            f"needs so far; known families: {known()}"
+            f"needs so far; known families: {known_families()}"
         )
     attachment = SoftPromptAttachment(model, module, "it is being verified")
     try:
@@ -84,5 +84,5 @@ def _compare(model: PreTrainedModel, what: str, expected: Tensor, got: Any, with
         raise NotImplementedError(
             f"a {what} on {type(model).__name__} does not act as the text it was made of (off by {float(missing):.3g}, "
             f"where the text changes the output by {float(effect):.3g}), so this family is not supported; known "
-            f"families: {known()}"
+            f"families: {known_families()}"
         )

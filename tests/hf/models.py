@@ -10,6 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from prefixcore.hf import FAMILIES as KNOWN
+from prefixcore.hf.families import NO_LAYERS
+
 VOCABULARY = 97
 
 _DECODER = {
@@ -32,12 +35,19 @@ def _llama(**changes: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_DECODER, **changes}))
 
 
+def _some_windows(changes: dict[str, Any]) -> dict[str, Any]:
+    """A Qwen has windows where it is told to use them, from some layer on."""
+    return {"use_sliding_window": True, "max_window_layers": 1} if "sliding_window" in changes else {}
+
+
 def _qwen2(**changes: Any) -> Any:
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**_DECODER, **changes}))
+    options = {**_DECODER, **_some_windows(changes), **changes}
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**options))
 
 
 def _qwen3(**changes: Any) -> Any:
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**_DECODER, **changes}))
+    options = {**_DECODER, **_some_windows(changes), **changes}
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**options))
     for layer in model.model.layers:  # a norm of ones would hide where it is applied
         torch.nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2.0)
     return model
@@ -96,13 +106,20 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 }
 
 FAMILIES = list(_MAKERS)
-PEFT_FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gpt2"]
+WINDOWED = [name for name, family in KNOWN.items() if family.sliding_window != NO_LAYERS]
+PEFT_PREFIX = [name for name, family in KNOWN.items() if "prefix" in family.peft_methods]
+PEFT_PROMPT = [name for name, family in KNOWN.items() if "prompt" in family.peft_methods]
 
 
 def make(family: str, seed: int = 0, **changes: Any) -> Any:
     """A model in evaluation mode; the same seed gives the same weights."""
     torch.manual_seed(seed)
     return _MAKERS[family](**changes).eval()
+
+
+def window_of(family: str, size: int) -> dict[str, int]:
+    """What to change for sliding windows of `size`; nothing where the family has none."""
+    return {"sliding_window": size} if family in WINDOWED else {}
 
 
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:

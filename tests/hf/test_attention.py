@@ -15,7 +15,7 @@ import prefixcore
 from prefixcore import PrefixTuningConfig
 from prefixcore.hf.attention import ATTENTION, SLOT, PrefixSlot, prefix_attention_forward
 
-from .models import FAMILIES, make, padded, tokens
+from .models import FAMILIES, KNOWN, make, padded, tokens, window_of
 
 
 def test_both_interfaces_know_the_name() -> None:
@@ -29,8 +29,7 @@ def test_both_interfaces_know_the_name() -> None:
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_without_a_prefix_it_is_eager_attention(family: str, side: str) -> None:
     """Softcap (Gemma 2), sinks (gpt-oss), windows, grouped heads and scales all arrive at the op."""
-    window = {"sliding_window": 4} if family in ("mistral", "gemma2", "gpt_oss") else {}
-    model, batch = make(family, **window).requires_grad_(False), padded(side)
+    model, batch = make(family, **window_of(family, 4)).requires_grad_(False), padded(side)
     outputs = {}
     for implementation in ("eager", ATTENTION):
         model.set_attn_implementation(implementation)
@@ -41,15 +40,15 @@ def test_without_a_prefix_it_is_eager_attention(family: str, side: str) -> None:
         torch.testing.assert_close(outputs[ATTENTION].loss, outputs["eager"].loss, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if KNOWN[name].attention_arguments])
 def test_softcap_and_sinks_matter(family: str) -> None:
     """So that the test above would notice if they did not arrive."""
     model, ids = make(family), tokens(2, 6)
     expected = model(ids).logits
     for layer in model.model.layers:
-        if family == "gemma2":
+        if "softcap" in KNOWN[family].attention_arguments:
             layer.self_attn.attn_logit_softcapping = None
-        else:
+        if "s_aux" in KNOWN[family].attention_arguments:
             torch.nn.init.constant_(layer.self_attn.sinks, -30.0)
     assert (model(ids).logits - expected).abs().max() > 1e-3
 

@@ -12,7 +12,7 @@ import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 from prefixcore.hf import attention
 
-from .models import make, padded, tokens
+from .models import make, padded, tokens, window_of
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def attach(family: str, **changes: Any) -> Any:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
 @pytest.mark.parametrize("mask", [None, "ones"])
 def test_nothing_where_nothing_is_padded(family: str, mask: str | None, calls: list[dict[str, Any]]) -> None:
-    model, ids = attach(family, **({} if family in ("llama", "gpt2") else {"sliding_window": 4})), tokens(2, 9)
+    model, ids = attach(family, **window_of(family, 4)), tokens(2, 9)
     calls.clear()
     model(ids, attention_mask=None if mask is None else torch.ones_like(ids))
     model.generate(ids, max_new_tokens=4)
@@ -53,7 +53,7 @@ def test_nothing_where_nothing_is_padded(family: str, mask: str | None, calls: l
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padding_mask_is_the_largest(family: str, side: str, calls: list[dict[str, Any]]) -> None:
-    model, batch = attach(family, **({} if family in ("llama", "gpt2") else {"sliding_window": 4})), padded(side)
+    model, batch = attach(family, **window_of(family, 4)), padded(side)
     calls.clear()
     model(**batch)
     assert all(call["attn_mask"].shape == (3, 9) for call in calls)
@@ -102,7 +102,7 @@ def test_packed_rows_by_their_lengths(family: str, calls: list[dict[str, Any]]) 
     """As `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them: no mask reaches the op."""
     from transformers import DataCollatorWithFlattening
 
-    model = attach(family, **({"sliding_window": 3} if family == "mistral" else {}))
+    model = attach(family, **window_of(family, 3))
     parts = [tokens(1, length, seed=length)[0].tolist() for length in (4, 3, 2)]
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch = collate([{"input_ids": part, "labels": part} for part in parts])

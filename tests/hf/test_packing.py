@@ -14,10 +14,9 @@ from transformers import Trainer, TrainingArguments
 import prefixcore
 from prefixcore import PackedCollator, PrefixTuningConfig
 
-from .models import FAMILIES, VOCABULARY, make, tokens
+from .models import FAMILIES, VOCABULARY, make, tokens, window_of
 
 LENGTHS = (5, 9, 1, 2, 7)
-WINDOW = {"mistral": 3, "gemma2": 3, "gpt_oss": 3}
 
 close = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -44,7 +43,7 @@ def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def attach(family: str = "llama", **changes: Any) -> tuple[Any, prefixcore.Handle]:
-    model = make(family, **({"sliding_window": WINDOW[family]} if family in WINDOW else {}), **changes)
+    model = make(family, **window_of(family, 3), **changes)
     handle = prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="random", seed=0))
     return model, handle
 

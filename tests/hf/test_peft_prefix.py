@@ -12,7 +12,7 @@ import torch
 import prefixcore
 from prefixcore.nn import join_layers
 
-from .models import PEFT_FAMILIES, make, padded, tokens
+from .models import PEFT_PREFIX, make, padded, tokens
 
 P = 5
 
@@ -32,7 +32,7 @@ def gradient(handle: prefixcore.Handle) -> torch.Tensor:
     return join_layers([(layer.key.grad, layer.value.grad) for layer in handle.module.layers])
 
 
-@pytest.mark.parametrize("family", PEFT_FAMILIES)
+@pytest.mark.parametrize("family", PEFT_PREFIX)
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 def test_logits_loss_gradients(family: str, side: str) -> None:
     model, batch = make(family), padded(side)
@@ -50,7 +50,7 @@ def test_logits_loss_gradients(family: str, side: str) -> None:
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("prefixcore."))
 
 
-@pytest.mark.parametrize("family", PEFT_FAMILIES)
+@pytest.mark.parametrize("family", PEFT_PREFIX)
 def test_without_a_mask(family: str) -> None:
     model, ids = make(family), tokens(2, 7)
     theirs = with_peft(model)
@@ -58,7 +58,7 @@ def test_without_a_mask(family: str) -> None:
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", PEFT_FAMILIES)
+@pytest.mark.parametrize("family", PEFT_PREFIX)
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_greedy_tokens(family: str, side: str) -> None:
     model, batch = make(family), padded(side)

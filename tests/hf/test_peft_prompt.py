@@ -11,7 +11,7 @@ import torch
 
 import prefixcore
 
-from .models import PEFT_FAMILIES, make, padded, tokens
+from .models import PEFT_PROMPT, make, padded, tokens
 
 P = 5
 
@@ -26,7 +26,7 @@ def same_prompt(theirs: Any) -> prefixcore.PromptTuningConfig:
     return prefixcore.PromptTuningConfig(init=theirs.get_prompt_embedding_to_save("default"))
 
 
-@pytest.mark.parametrize("family", PEFT_FAMILIES)
+@pytest.mark.parametrize("family", PEFT_PROMPT)
 @pytest.mark.parametrize("side", ["none", "right"])
 def test_logits_loss_gradients(family: str, side: str) -> None:
     """Labels count from the first text token, which the last virtual one predicts."""
@@ -46,7 +46,7 @@ def test_logits_loss_gradients(family: str, side: str) -> None:
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("prefixcore."))
 
 
-@pytest.mark.parametrize("family", PEFT_FAMILIES)
+@pytest.mark.parametrize("family", PEFT_PROMPT)
 def test_greedy_tokens(family: str) -> None:
     model, ids = make(family), tokens(2, 7)
     theirs = with_peft(model)
@@ -56,7 +56,7 @@ def test_greedy_tokens(family: str) -> None:
     assert torch.equal(model.generate(ids, **options), expected)
 
 
-@pytest.mark.parametrize("family", PEFT_FAMILIES)
+@pytest.mark.parametrize("family", PEFT_PROMPT)
 def test_left_padding_is_that_of_each_row_alone(family: str) -> None:
     """By design not PEFT's: there, padding stands between prompt and text."""
     model, batch = make(family), padded("left")

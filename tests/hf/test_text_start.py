@@ -9,8 +9,9 @@ import torch
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
+from prefixcore.hf.families import ALL_LAYERS
 
-from .models import FAMILIES, VOCABULARY, Tokenizer, make, tokens
+from .models import FAMILIES, KNOWN, VOCABULARY, WINDOWED, Tokenizer, make, tokens
 
 TEXT = "hello, world"
 
@@ -34,7 +35,7 @@ def test_logits_and_greedy_tokens_of_the_text(family: str, config: Any) -> None:
     assert torch.equal(model.generate(rest, **options), written)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", WINDOWED)
 def test_a_window_slides_over_the_sequence_only(family: str) -> None:
     """Against the bare model with a mask that says so: the text is seen by all, the rest through the window."""
     window = 4
@@ -45,7 +46,7 @@ def test_a_window_slides_over_the_sequence_only(family: str) -> None:
     masks = {"full_attention": j <= i, "sliding_attention": windowed | ((i >= length) & (j < length))}
     masks = {kind: torch.where(mask, 0.0, -torch.inf).expand(2, 1, -1, -1) for kind, mask in masks.items()}
     model.set_attn_implementation("eager")
-    mask = masks["sliding_attention"] if family == "mistral" else masks
+    mask = masks["sliding_attention"] if KNOWN[family].sliding_window == ALL_LAYERS else masks
     expected = model(text_and(rest), attention_mask=mask).logits[:, length:]
 
     prefixcore.attach(model, PrefixTuningConfig(init_text=TEXT), tokenizer=Tokenizer())
