@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
 from .attachment import warn_of_dropout
-from .attention import SLOT
+from .attention import LAYER_PREFIX
 from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known_families, position_limit, text_config
 from .handle import Handle
@@ -67,7 +67,7 @@ def check_model(model: Any) -> None:
         wrapped = isinstance(model, nn.Module) and any(isinstance(m, PreTrainedModel) for m in model.modules())
         hint = "; attach to the model inside, before it is wrapped" if wrapped else ""
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}")
-    carriers = [name for name, m in model.named_modules() if ATTACHMENT in m.__dict__ or SLOT in m.__dict__]
+    carriers = [name for name, m in model.named_modules() if ATTACHMENT in m.__dict__ or LAYER_PREFIX in m.__dict__]
     if carriers:
         raise ValueError(
             f"something is attached to {type(model).__name__} already (seen at {carriers[0] or 'the model itself'!r}); "

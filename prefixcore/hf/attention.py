@@ -12,35 +12,39 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..ops import prefix_attention
-from .packing import shared_tokens
+from .packing import num_shared_tokens
 
 ATTENTION = "prefixcore"
 """The name of the function in transformers' attention and mask interfaces."""
 
-SLOT = "_prefixcore"
-"""The attribute of an attention module that holds its slot."""
+LAYER_PREFIX = "_prefixcore"
+"""The attribute of an attention module that holds its `LayerPrefix`."""
 
-Pair = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
 """A prefix of one layer: key [Hkv, P, D] and value [Hkv, P, Dv]."""
 
 
-class PrefixSlot:
-    """Where an attention module finds its layer's prefix.
+class LayerPrefix:
+    """The prefix of one attention module, as the forward that is running computed it.
 
-    Two entries, because a forward without gradients may come between a forward and its backward, and gradient
-    checkpointing reads the slot again in the backward: what it reads then must still be the differentiable one.
+    Gradient checkpointing runs a layer's forward again in the backward, and must find the differentiable prefix of
+    the first run. A forward without gradients may come in between, so it has an entry of its own.
 
-    Copies and pickles start empty: the values belong to one forward of one model, and the next forward fills them.
+    Copies and pickles start empty: the values belong to one forward of one model, and the next forward sets them.
+
+    Attributes:
+        differentiable: what forwards that record gradients read; None: not computed yet.
+        baked: what forwards without gradients read; None: not computed yet.
     """
 
     __slots__ = ("differentiable", "baked")
 
     def __init__(self) -> None:
-        self.differentiable: Pair | None = None
-        self.baked: Pair | None = None
+        self.differentiable: KeyValue | None = None
+        self.baked: KeyValue | None = None
 
-    def __reduce__(self) -> tuple[type[PrefixSlot], tuple[()]]:
-        return PrefixSlot, ()
+    def __reduce__(self) -> tuple[type[LayerPrefix], tuple[()]]:
+        return LayerPrefix, ()
 
 
 def prefix_attention_forward(
@@ -57,16 +61,17 @@ def prefix_attention_forward(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
     position_bias: Tensor | None = None,
     head_mask: Tensor | None = None,
     cache: Any = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over the module's prefix, if it has a slot, and the sequence.
+    """Attention over the module's prefix, if it has one, and the sequence.
 
     Args:
-        module: the attention module; without a slot (another model that shares the config) no prefix is seen.
+        module: the attention module; without a `LayerPrefix` (another model that shares the config) it has none.
         query: [B, H, T, D], after the rotary embedding.
         key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], after the cache.
         attention_mask: what `prefixcore.hf.mask` made: None, a padding mask [B, S], or four dimensions that say
@@ -75,9 +80,10 @@ def prefix_attention_forward(
         scaling, sliding_window, softcap: as the op's.
         is_causal: overrides `module.is_causal`.
         s_aux: [H], attention sinks.
-        cu_seq_lens_q, cu_seq_lens_k: of a packed batch; a mask that comes along says the same, or is the empty one
-            of `prefixcore.hf.packing`, which may say that so many tokens come before the packed ones and are seen by
-            all of them: then T and S count these too, and cu_seq_lens_q does not.
+        cu_seq_lens_q, cu_seq_lens_k: int [sequences + 1], where the sequences of a packed batch meet. A mask that comes
+            along says the same, or is the empty one of `prefixcore.hf.packing`, whose shape tells how many tokens come
+            before the packed ones and are seen by all of them: T and S count these too, cu_seq_lens_q does not.
+        max_length_q: the longest packed sequence; None: it is read from cu_seq_lens_q where it matters.
         position_bias, head_mask, cache, output_attentions: refused.
 
     Returns:
@@ -91,21 +97,21 @@ def prefix_attention_forward(
         _refuse(position_bias=position_bias, head_mask=head_mask, cache=cache, output_attentions=output_attentions)
 
     prefix_key = prefix_value = None
-    slot = module.__dict__.get(SLOT)
-    if slot is not None:
-        pair = slot.differentiable if torch.is_grad_enabled() else slot.baked
-        if pair is None:
+    layer_prefix = module.__dict__.get(LAYER_PREFIX)
+    if layer_prefix is not None:
+        key_value = layer_prefix.differentiable if torch.is_grad_enabled() else layer_prefix.baked
+        if key_value is None:
             raise RuntimeError(
                 f"{type(module).__name__} was called outside its model's forward, which evaluates the prefix: "
                 "call the model that the prefix is attached to"
             )
-        prefix_key, prefix_value = pair
+        prefix_key, prefix_value = key_value
         if prefix_key.device != query.device:  # a model spread over several devices
             prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
 
-    shared = 0
+    num_shared = 0
     if cu_seq_lens_q is not None:
-        shared, attention_mask = shared_tokens(attention_mask), None
+        num_shared, attention_mask = num_shared_tokens(attention_mask), None
     elif attention_mask is not None and attention_mask.shape[-1] == 0:
         raise NotImplementedError(
             f"{type(module).__name__} is called without the cu_seq_lens_q that its model got, so sequences cannot be "
@@ -124,35 +130,40 @@ def prefix_attention_forward(
         softcap=softcap,
         sinks=s_aux,
     )
-    if shared:
+    if num_shared:
         assert cu_seq_lens_q is not None
-        return _attend_after(attend, shared, query, key, value, cu_seq_lens_q, sliding_window), None
+        return _attend_after_shared(
+            attend, num_shared, query, key, value, cu_seq_lens_q, max_length_q, sliding_window
+        ), None
     out = attend(query, key, value, prefix_key, prefix_value, attn_mask=attention_mask, cu_seqlens=cu_seq_lens_q)
     return out.transpose(1, 2), None
 
 
-def _attend_after(
+def _attend_after_shared(
     attend: Callable[..., Tensor],
-    shared: int,
+    num_shared: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
+    max_length: int | None,
     window: int | None,
 ) -> Tensor:
     """Attention [1, P + T, H, Dv] of P shared tokens, and of T packed ones that see them and their own sequence.
 
-    To the packed tokens the keys and values of the shared ones are a prefix: one that depends on virtual tokens of an
-    earlier layer, and passes its gradient on to them. Where a window leaves some of them out, which it does not with
-    a prefix, each sequence is taken by itself.
+    To the packed tokens the keys and values of the shared ones are a prefix, one that is computed from the layer below
+    and passes its gradient on to it. The op shows a prefix to every query, but the shared tokens stand within the
+    sliding window: where the window hides some of them, each sequence runs by itself, behind its own copy of them.
     """
-    parts = [shared, query.shape[2] - shared]
+    parts = [num_shared, query.shape[2] - num_shared]
     shared_query, query = query.split(parts, 2)
     shared_key, key = key.split(parts, 2)
     shared_value, value = value.split(parts, 2)
     outs = [attend(shared_query, shared_key, shared_value)]
-    if window is None or shared + int(cu_seqlens.diff().max()) <= window:
-        dtype = torch.promote_types(key.dtype, value.dtype)  # under autocast a rotated key is not in the value's
+    if max_length is None:
+        max_length = 0 if window is None else int(cu_seqlens.diff().max())
+    if window is None or num_shared + max_length <= window:
+        dtype = torch.promote_types(key.dtype, value.dtype)  # they differ under autocast: rotation is in float32
         prefix = shared_key[0].to(dtype), shared_value[0].to(dtype)
         outs.append(attend(query, key, value, *prefix, cu_seqlens=cu_seqlens))
     else:

@@ -87,6 +87,13 @@ def position_limit(model: Any) -> int | None:
     return text_config(model).max_position_embeddings if family and family.positions == LEARNED else None
 
 
+def has_windows(model: Any) -> bool:
+    """Whether some attention layer of the text decoder inside `model` has a sliding window."""
+    family = family_of(model)
+    able = family is None or family.sliding_window != NO_LAYERS
+    return able and getattr(text_config(model), "sliding_window", None) is not None
+
+
 def attention_dropout(model: Any) -> dict[str, float]:
     """The dropout rates of attention weights that are not zero, by their name in the configuration.
 

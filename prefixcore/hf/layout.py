@@ -1,7 +1,7 @@
-"""Where the virtual tokens of a soft prompt stand in a batch: [padding][prompt][text], and text right-padded as it is.
+"""Where the virtual tokens of a soft prompt stand in a batch: [left padding][prompt][text][right padding].
 
-A row's prompt stands directly before its text, also where the row is padded on the left: a prompt that stood before
-the padding, as PEFT puts it, would be cut off from the text that it prompts.
+The prompt stands directly before the text, also in a batch row that is padded on the left. PEFT puts it before the
+padding, which then separates the prompt from the text that it is to prompt.
 """
 
 from __future__ import annotations
@@ -14,56 +14,62 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How B rows of T tokens become rows of P + T.
+    """How B batch rows of T tokens become batch rows of P + T.
 
     Attributes:
-        rows, length, virtual: B, T, P.
-        lead: [B, 1], how many padding tokens come before each row's prompt; None: none in any row.
+        batch_size: B.
+        length: T.
+        num_virtual_tokens: P.
+        left_padding: int64 [B, 1], how many padding tokens come before the prompt; None: no batch row has any.
     """
 
-    rows: int
+    batch_size: int
     length: int
-    virtual: int
-    lead: Tensor | None = None
+    num_virtual_tokens: int
+    left_padding: Tensor | None = None
 
     @classmethod
-    def of(cls, mask: Tensor | None, rows: int, length: int, virtual: int) -> Layout:
-        """From a padding mask [B, T] (None: no padding). A row of nothing but padding gets its prompt at the end."""
+    def from_mask(cls, mask: Tensor | None, batch_size: int, length: int, num_virtual_tokens: int) -> Layout:
+        """The layout for a padding mask [B, T]; None: no padding. All padding counts as left padding."""
         if mask is None or length == 0 or bool(mask[:, 0].all()):
-            return cls(rows, length, virtual)
-        lead = (mask.bool().cumsum(1) == 0).sum(1, keepdim=True)
-        return cls(rows, length, virtual, lead)
+            return cls(batch_size, length, num_virtual_tokens)
+        left_padding = (mask.bool().cumsum(1) == 0).sum(1, keepdim=True)
+        return cls(batch_size, length, num_virtual_tokens, left_padding)
 
     def insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         """`prompt` [B, P, ...] put into `tokens` [B, T, ...]: [B, P + T, ...]."""
-        joined = torch.cat((prompt, tokens), 1)
-        if self.lead is None:
-            return joined
-        at = torch.arange(self.virtual + self.length, device=tokens.device)
-        lead = self.lead.to(tokens.device)
-        # Row b of the result reads `joined` at: its padding, then the prompt, then the rest.
-        source = torch.where(at < lead, at + self.virtual, torch.where(at < lead + self.virtual, at - lead, at))
-        return _take(joined, source)
+        prepended = torch.cat((prompt, tokens), 1)
+        if self.left_padding is None:
+            return prepended
+        i = torch.arange(self.num_virtual_tokens + self.length, device=tokens.device)
+        padding = self.left_padding.to(tokens.device)
+        prompt_end = padding + self.num_virtual_tokens
+        # From prompt, padding, text to padding, prompt, text: which token of `prepended` the i-th of the result is.
+        source = torch.where(i < padding, i + self.num_virtual_tokens, torch.where(i < prompt_end, i - padding, i))
+        return _gather_tokens(prepended, source)
 
-    def fill(self, tokens: Tensor, value: int) -> Tensor:
+    def insert_value(self, tokens: Tensor, value: int) -> Tensor:
         """`insert` of one value for every virtual token."""
-        return self.insert(tokens, tokens.new_full((tokens.shape[0], self.virtual, *tokens.shape[2:]), value))
+        shape = (tokens.shape[0], self.num_virtual_tokens, *tokens.shape[2:])
+        return self.insert(tokens, tokens.new_full(shape, value))
 
-    def cut(self, x: Tensor) -> Tensor:
-        """The rows of `x` [B, P + T, ...] that belong to the caller's own tokens: [B, T, ...]."""
-        if self.lead is None:
-            return x[:, self.virtual :]
-        at = torch.arange(self.length, device=x.device)
-        return _take(x, torch.where(at < self.lead.to(x.device), at, at + self.virtual))
+    def remove(self, tokens: Tensor) -> Tensor:
+        """The inverse of `insert`: of `tokens` [B, P + T, ...] the caller's own [B, T, ...]."""
+        if self.left_padding is None:
+            return tokens[:, self.num_virtual_tokens :]
+        i = torch.arange(self.length, device=tokens.device)
+        source = torch.where(i < self.left_padding.to(tokens.device), i, i + self.num_virtual_tokens)
+        return _gather_tokens(tokens, source)
 
-    def first(self, x: Tensor) -> Tensor:
-        """What `x` [B, T] holds at each row's first token after its padding: [B, 1]."""
-        if self.lead is None:
-            return x[:, :1]
-        return x.gather(1, self.lead.to(x.device).clamp(max=self.length - 1))
+    def first_of_text(self, tokens: Tensor) -> Tensor:
+        """Of `tokens` [B, T] the first after the left padding: [B, 1]."""
+        if self.left_padding is None:
+            return tokens[:, :1]
+        return tokens.gather(1, self.left_padding.to(tokens.device).clamp(max=self.length - 1))
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """`x[b, index[b, i]]` for `x` [B, N, ...] and `index` [B, M]: [B, M, ...]."""
-    index = index.view(*index.shape, *(1 for _ in x.shape[2:])).expand(*index.shape, *x.shape[2:])
-    return x.gather(1, index)
+def _gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """`tokens[b, index[b, i]]` for `tokens` [B, N, ...] and `index` [B, M]: [B, M, ...]."""
+    inner = tokens.shape[2:]
+    index = index.view(*index.shape, *(1 for _ in inner)).expand(*index.shape, *inner)
+    return tokens.gather(1, index)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention import SLOT, PrefixSlot
+from .attention import LAYER_PREFIX, LayerPrefix
 
 MODULE = "prefixcore"
 """The name under which the trainable module is registered in the model."""
@@ -22,20 +22,27 @@ ATTACHMENT = "_prefixcore_attachment"
 
 
 _patches: WeakSet[Patch] = WeakSet()
-"""The patches in force, of all models: two models may share one configuration."""
+"""The patches in force, of all models."""
 
 
 class Patch:
-    """The changes made to one model, each undone by `undo` in reverse order.
+    """The changes made to one model, which `undo` takes back.
 
     Plain data and no closures, so that copying or pickling an attached model copies its patch along with it.
+
+    Attributes:
+        model: the model.
+        frozen: every parameter whose gradient was turned off, and whether it required one before.
+        attention: every configuration that was switched, and the attention implementation it named before.
+        prefixed: the attention modules that hold a `LayerPrefix`.
+        hooks: the hooks that were registered.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.frozen: list[tuple[nn.Parameter, bool]] = []
         self.attention: list[tuple[PretrainedConfig, str | None]] = []
-        self.slots: list[nn.Module] = []
+        self.prefixed: list[nn.Module] = []
         self.hooks: list[RemovableHandle] = []
 
     def freeze(self) -> None:
@@ -46,9 +53,9 @@ class Patch:
 
     def set_attention(self, backbone: PreTrainedModel, name: str) -> None:
         """Lets the attention of `backbone` run through the function registered as `name`."""
-        # A configuration that another patch has switched already goes back to what it was before that.
-        before = {id(config): former for patch in _patches for config, former in patch.attention}
-        self.attention = [(c, before.get(id(c), former)) for c, former in attention_implementations(backbone)]
+        # Two models may share a configuration: what another patch has switched goes back to what it was before that.
+        original = {id(config): before for patch in _patches for config, before in patch.attention}
+        self.attention = [(c, original.get(id(c), before)) for c, before in attention_implementations(backbone)]
         _patches.add(self)
         backbone.set_attn_implementation(name)
 
@@ -57,33 +64,33 @@ class Patch:
         self.model.add_module(MODULE, module)
         setattr(self.model, ATTACHMENT, attachment)
 
-    def add_slot(self, module: nn.Module) -> PrefixSlot:
-        """Gives an attention module a slot for its prefix."""
-        slot = PrefixSlot()
-        setattr(module, SLOT, slot)
-        self.slots.append(module)
-        return slot
+    def add_layer_prefix(self, module: nn.Module) -> LayerPrefix:
+        """Gives an attention module a place to find its prefix, empty until the first forward."""
+        layer_prefix = LayerPrefix()
+        setattr(module, LAYER_PREFIX, layer_prefix)
+        self.prefixed.append(module)
+        return layer_prefix
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Calls `hook(module, args, kwargs)` before each forward of `module`, ahead of hooks that are there."""
+    def hook_before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Calls `hook(module, args, kwargs)` before each forward of `module`, ahead of any other hook."""
         self.hooks.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Calls `hook(module, args, kwargs, output)` after each forward of `module`, ahead of hooks that are there."""
+    def hook_after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Calls `hook(module, args, kwargs, output)` after each forward of `module`, ahead of any other hook."""
         self.hooks.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def undo(self) -> None:
         """Puts the model back to what it was. A second call does nothing."""
         while self.hooks:
             self.hooks.pop().remove()
-        while self.slots:
-            delattr(self.slots.pop(), SLOT)
+        while self.prefixed:
+            delattr(self.prefixed.pop(), LAYER_PREFIX)
         if MODULE in self.model._modules:
             delattr(self.model, MODULE)
         self.model.__dict__.pop(ATTACHMENT, None)
         _patches.discard(self)
         in_use = {id(config) for patch in _patches for config, _ in patch.attention}
-        restore_attention([(config, former) for config, former in self.attention if id(config) not in in_use])
+        restore_attention([(config, before) for config, before in self.attention if id(config) not in in_use])
         self.attention = []
         for parameter, flag in self.frozen:
             parameter.requires_grad_(flag)
@@ -116,7 +123,12 @@ def restore_attention(implementations: list[tuple[PretrainedConfig, str | None]]
 
 @contextmanager
 def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
-    """Run `model` without gradients, dropout or autocast, and leave no trace; `attention` names the function to use."""
+    """A block in which `model` runs without gradients, dropout or autocast; afterwards it is as it was.
+
+    Args:
+        model: the model.
+        attention: the attention implementation to use inside; None: the model's own.
+    """
     training = [(module, module.training) for module in model.modules()]
     implementations = attention_implementations(model)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import cache_of
+from .cache import cache_argument
 
 
 def argument_names(module: nn.Module) -> list[str]:
@@ -17,15 +17,15 @@ def argument_names(module: nn.Module) -> list[str]:
     return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind not in kinds]
 
 
-def by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call as keywords."""
+def as_keywords(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; TypeError: more positional ones than the forward takes."""
     if len(args) > len(names):
         raise TypeError(f"forward takes {len(names)} positional arguments, got {len(args)}")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def query_length(kwargs: dict[str, Any]) -> int:
-    """T of a call."""
+    """T of a call; ValueError: it has no tokens [B, T], nor embeddings of them."""
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
@@ -34,16 +34,21 @@ def query_length(kwargs: dict[str, Any]) -> int:
 
 
 def past_length(kwargs: dict[str, Any]) -> int | Tensor:
-    """How many tokens the cache of a call holds; a static cache tells it as a tensor."""
-    cache = cache_of(kwargs)
+    """How many tokens the cache of a call holds: an int, or a tensor [] if the cache is static."""
+    cache = cache_argument(kwargs)
     return 0 if cache is None else cache.get_seq_length()
 
 
 def shift_positions(kwargs: dict[str, Any], shift: int, limit: int | None) -> None:
-    """Adds `shift` to the positions of a call, in place; those that transformers would count are made explicit.
+    """Adds `shift` to the positions of a call, in place; positions that transformers would count are made explicit.
+
+    Args:
+        kwargs: the arguments of the call.
+        shift: P.
+        limit: how many positions the model has learned; None: it computes them.
 
     Raises:
-        ValueError: the model has learned positions for `limit` tokens and the call needs more.
+        ValueError: the call needs more positions than `limit`.
     """
     positions = kwargs.get("position_ids")
     past, length = past_length(kwargs), query_length(kwargs)
@@ -53,7 +58,7 @@ def shift_positions(kwargs: dict[str, Any], shift: int, limit: int | None) -> No
         positions = (torch.arange(length, device=device) + past).unsqueeze(0)
     kwargs["position_ids"] = positions + shift
     if limit is not None and past + length + shift > limit:
-        # Padding makes rows longer than their positions: only now is it worth looking at the values.
+        # Padded batch rows are longer than their positions, so values decide. Reading them makes a GPU wait.
         check_limit(int(kwargs["position_ids"].max()) + 1, shift, limit)
 
 

@@ -113,7 +113,7 @@ class Prefix(nn.Module):
         if self.reparameterization is None:
             pairs = _pairs(self.layers)
         else:
-            pairs = split_layers(without_autocast(self.reparameterization), self.shapes)
+            pairs = _split_contiguous(without_autocast(self.reparameterization), self.shapes)
             if self.initial is not None:
                 pairs = [(k + dk, v + dv) for (k, v), (dk, dv) in zip(_pairs(self.initial), pairs, strict=True)]
         if self.frozen is not None:
@@ -127,6 +127,16 @@ class Prefix(nn.Module):
     def bake(self) -> list[tuple[Tensor, Tensor]]:
         """The final prefix, as `forward` returns it, detached and in memory of its own."""
         return [(key.clone(), value.clone()) for key, value in self()]
+
+
+def _split_contiguous(flat: Tensor, shapes: Sequence[LayerShape]) -> list[tuple[Tensor, Tensor]]:
+    """What `split_layers` returns, contiguous where all layers have one shape with D = Dv: by a single copy."""
+    shape, tokens = shapes[0], flat.shape[0]
+    if len(set(shapes)) > 1 or shape.key_dim != shape.value_dim:
+        return split_layers(flat, shapes)
+    layers = flat.view(tokens, 2 * len(shapes), shape.num_kv_heads, shape.key_dim).permute(1, 2, 0, 3).contiguous()
+    both = layers.unbind()  # its gradient is one stack; that of indexing would be a whole tensor for each layer
+    return list(zip(both[::2], both[1::2], strict=True))
 
 
 def _stack(pairs: KeyValues, *, trainable: bool) -> nn.ModuleList:

@@ -334,7 +334,7 @@ def test_two_prefixes_on_one_configuration_are_detached_in_any_order(first: int)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3]])
-@pytest.mark.parametrize("where", ["add_module", "before"])
+@pytest.mark.parametrize("where", ["add_module", "hook_before"])
 def test_an_error_while_patching_leaves_the_model_untouched(
     config: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

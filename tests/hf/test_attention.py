@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import prefixcore
 from prefixcore import PrefixTuningConfig
-from prefixcore.hf.attention import ATTENTION, SLOT, PrefixSlot, prefix_attention_forward
+from prefixcore.hf.attention import ATTENTION, LAYER_PREFIX, LayerPrefix, prefix_attention_forward
 
 from .models import FAMILIES, KNOWN, make, padded, tokens, window_of
 
@@ -99,13 +99,13 @@ def test_a_layer_that_is_not_reached_is_found_when_attaching() -> None:
 
 
 def test_a_layer_without_its_model_is_an_error() -> None:
-    module: Any = SimpleNamespace(is_causal=True, **{SLOT: PrefixSlot()})
+    module: Any = SimpleNamespace(is_causal=True, **{LAYER_PREFIX: LayerPrefix()})
     query = torch.randn(2, 4, 3, 8)
     with pytest.raises(RuntimeError, match="outside its model's forward"):
         prefix_attention_forward(module, query, query, query, None)
 
 
-def test_modules_without_a_slot_see_no_prefix() -> None:
+def test_modules_without_a_layer_prefix_see_none() -> None:
     model, ids = make("llama"), tokens(2, 6)
     other = make("llama", seed=5)
     expected = other(ids).logits

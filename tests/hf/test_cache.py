@@ -4,18 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefixcore.hf.cache import cache_in, cache_of
+from prefixcore.hf.cache import cache_argument, cache_output
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_either_name(name: str) -> None:
     cache = object()
-    assert cache_of({name: cache, "attention_mask": None}) is cache
-    assert cache_in(SimpleNamespace(**{name: cache})) is cache
+    assert cache_argument({name: cache, "attention_mask": None}) is cache
+    assert cache_output(SimpleNamespace(**{name: cache})) is cache
 
 
 def test_no_cache() -> None:
-    assert cache_of({"cache": None, "past_key_values": None}) is None
-    assert cache_of({}) is None
-    assert cache_in(()) is None
-    assert cache_in(SimpleNamespace(cache=None)) is None
+    assert cache_argument({"cache": None, "past_key_values": None}) is None
+    assert cache_argument({}) is None
+    assert cache_output(()) is None
+    assert cache_output(SimpleNamespace(cache=None)) is None

@@ -20,7 +20,7 @@ def masks(draw: st.DrawFn) -> torch.Tensor:
 @given(masks(), st.integers(1, 4), st.sampled_from([(), (2,)]))
 def test_insert_and_cut(mask: torch.Tensor, virtual: int, inner: tuple[int, ...]) -> None:
     rows, length = mask.shape
-    layout = Layout.of(mask, rows, length, virtual)
+    layout = Layout.from_mask(mask, rows, length, virtual)
     values = torch.arange(1, rows * length + 1).view(rows, length, *(1 for _ in inner)).expand(rows, length, *inner)
     prompt = -torch.arange(1, virtual + 1).view(1, virtual, *(1 for _ in inner)).expand(rows, virtual, *inner)
     got = layout.insert(values, prompt)
@@ -28,21 +28,21 @@ def test_insert_and_cut(mask: torch.Tensor, virtual: int, inner: tuple[int, ...]
         seen = mask[row].nonzero()
         lead = int(seen[0]) if len(seen) else length
         assert torch.equal(got[row], torch.cat((values[row, :lead], prompt[row], values[row, lead:])))
-    assert torch.equal(layout.cut(got), values)
-    assert torch.equal(layout.insert(values, torch.full_like(prompt, 7)), layout.fill(values, 7))
+    assert torch.equal(layout.remove(got), values)
+    assert torch.equal(layout.insert(values, torch.full_like(prompt, 7)), layout.insert_value(values, 7))
 
 
 def test_without_left_padding_nothing_is_gathered() -> None:
-    assert Layout.of(None, 2, 3, 4).lead is None
-    assert Layout.of(torch.tensor([[1, 1, 0], [1, 1, 1]]), 2, 3, 4).lead is None
-    assert Layout.of(torch.tensor([[0, 1, 0], [1, 1, 1]]), 2, 3, 4).lead is not None
+    assert Layout.from_mask(None, 2, 3, 4).left_padding is None
+    assert Layout.from_mask(torch.tensor([[1, 1, 0], [1, 1, 1]]), 2, 3, 4).left_padding is None
+    assert Layout.from_mask(torch.tensor([[0, 1, 0], [1, 1, 1]]), 2, 3, 4).left_padding is not None
 
 
 @given(masks())
 def test_first(mask: torch.Tensor) -> None:
     rows, length = mask.shape
     values = torch.arange(rows * length).view(rows, length)
-    got = Layout.of(mask, rows, length, 2).first(values)
+    got = Layout.from_mask(mask, rows, length, 2).first_of_text(values)
     for row in range(rows):
         seen = mask[row].nonzero()
         assert int(got[row]) == int(values[row, int(seen[0]) if len(seen) else -1])

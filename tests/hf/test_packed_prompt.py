@@ -97,7 +97,7 @@ def test_autocast(family: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [torch.tensor([-1, 2]), torch.arange(sum(LENGTHS)) % 5 == 0])
-def test_places_to_keep_in_other_words(keep: torch.Tensor) -> None:
+def test_logits_to_keep_from_the_end_or_as_a_mask(keep: torch.Tensor) -> None:
     model, _ = attach()
     batch = PackedCollator()([{"input_ids": row["input_ids"]} for row in rows()])
     expected = model(**batch).logits[:, keep]
@@ -170,17 +170,17 @@ def test_an_encoder_of_the_prompt_gets_its_gradient() -> None:
     torch.testing.assert_close(gradients(handle), wanted, **close)
 
 
-def test_without_places_to_keep_every_logit_is_there() -> None:
+def test_without_logits_to_keep_every_logit_is_there() -> None:
     """As a collator makes the batch that knows nothing of `logits_to_keep`; embeddings do in place of ids."""
     model, _ = attach()
     batch = PackedCollator()(rows())
     expected = model(**batch)
-    places = batch.pop("logits_to_keep")
+    kept = batch.pop("logits_to_keep")
     batch["labels"] = torch.cat([torch.tensor(row["labels"]) for row in rows()])[None]
     got = model(**batch)
     assert got.logits.shape == (1, sum(LENGTHS), VOCABULARY)
     torch.testing.assert_close(got.loss, expected.loss, **close)
-    torch.testing.assert_close(got.logits[:, places], expected.logits, **close)
+    torch.testing.assert_close(got.logits[:, kept], expected.logits, **close)
     embedded = model.get_input_embeddings()(batch.pop("input_ids"))
     torch.testing.assert_close(model(inputs_embeds=embedded, **batch).logits, got.logits, **close)
     del batch["position_ids"]
@@ -246,7 +246,7 @@ def test_what_is_refused() -> None:
         ({"attention_mask": torch.zeros(1, total)}, ValueError, "attention_mask: expected none in a packed batch"),
         ({"cu_seq_lens_k": torch.tensor([0, total])}, ValueError, r"cu_seq_lens_k: expected \[6\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 9, 7, total]), "cu_seq_lens_k": None}, ValueError, "cu_seqlens"),
-        ({"cu_seq_lens_q": None}, NotImplementedError, "a tensor of places, which is for packed batches"),
+        ({"cu_seq_lens_q": None}, NotImplementedError, "a tensor of token indices, which is for packed batches"),
         ({"cu_seq_lens_q": None, "logits_to_keep": 0}, NotImplementedError, "no cu_seq_lens_q that says where"),
     ]
     for changes, error, message in refused:

@@ -124,10 +124,10 @@ def test_autocast_does_not_round_a_reparameterized_prefix() -> None:
         for parameter in handle.parameters():
             parameter.normal_()
     seen = []
-    from prefixcore.hf.attention import SLOT
+    from prefixcore.hf.attention import LAYER_PREFIX
 
-    slot = model.model.layers[0].self_attn.__dict__[SLOT]
-    model.model.layers[0].register_forward_hook(lambda *_: seen.append(slot.differentiable[0]))
+    layer_prefix = model.model.layers[0].self_attn.__dict__[LAYER_PREFIX]
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(layer_prefix.differentiable[0]))
     model(ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids)

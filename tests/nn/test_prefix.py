@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefixcore.nn import LayerShape, Prefix, PrefixTuningConfig, join_layers
+from prefixcore.nn import LayerShape, Prefix, PrefixTuningConfig, join_layers, split_layers
 
 SHAPES = [LayerShape(2, 8, 8), LayerShape(1, 6, 4)]
 P = 5
@@ -170,3 +171,36 @@ def test_compiles_as_one_graph(name):
     prefix = Prefix(SHAPES, _config(name, num_frozen_tokens=1), _initial())
     compiled = torch.compile(prefix, fullgraph=True, backend="aot_eager")
     assert _same(compiled(), prefix())
+
+
+@pytest.mark.parametrize("name", ["mlp", "random_basis"])
+def test_layers_of_one_shape_are_laid_out_by_one_copy(name):
+    """Not by two a layer; values and gradients are those of cutting the flat prefix up."""
+
+    class Calls(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 9):
+        shapes = [LayerShape(2, 8, 8)] * layers
+        # Random, without a start to add: an MLP alone; for a basis the start stays out of the count.
+        prefix = Prefix(shapes, _config(name, init="random" if name == "mlp" else "zero"))
+        with torch.no_grad():
+            for parameter in prefix.parameters():
+                parameter.normal_()
+        expected = split_layers(prefix.reparameterization(), shapes)
+        assert _same(prefix(), expected)
+        assert all(t.is_contiguous() for pair in prefix() for t in pair)
+        target = [(torch.randn(2, P, 8), torch.randn(2, P, 8)) for _ in shapes]
+        wanted = torch.autograd.grad(_distance(expected, target), prefix.parameters())
+        got = torch.autograd.grad(_distance(prefix(), target), prefix.parameters())
+        torch.testing.assert_close(got, wanted)
+        prefix.initial = None
+        with torch.no_grad(), Calls() as calls:
+            prefix()
+        counts.append(calls.count)
+    assert counts[0] == counts[1]
