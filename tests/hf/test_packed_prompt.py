@@ -66,6 +66,8 @@ def test_virtual_tokens_stand_within_a_sliding_window(family: str, window: int) 
     batch = PackedCollator()(rows())
     with torch.no_grad():  # with the cache that a forward keeps by default
         torch.testing.assert_close(model(**batch).loss, model(**batch, use_cache=False).loss, **close)
+        wrong = {**batch, "max_length_q": 1}
+        torch.testing.assert_close(model(**wrong).loss, model(**batch).loss, rtol=0, atol=0)
 
 
 def test_types_of_tokens_go_along() -> None:
