@@ -1,4 +1,4 @@
-"""What a prefix and a soft prompt have in common once they are attached."""
+"""What a prefix and a soft prompt have in common once they are attached, and the calls that both refuse."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class Attachment:
     """What connects a trainable module to a model.
 
     Attributes:
-        model, module: the two.
-        handle: what the user holds.
+        model: the model as the user knows it.
+        module: the trainable module.
+        handle: the `Handle` that the user holds.
         enabled: False while the model is to compute as if nothing were attached.
         num_virtual_tokens: P.
         limit: positions that the model has learned; None: it computes them.
-        patch: what was changed in the model.
+        patch: what was changed in the model, to be put back.
     """
 
     def __init__(self, model: PreTrainedModel, module: Prefix | SoftPrompt) -> None:
@@ -52,15 +53,15 @@ class Attachment:
 
 
 def refuse_replicas(module: nn.Module) -> None:
-    """Raises RuntimeError under `torch.nn.DataParallel`, whose replicas share what a forward keeps."""
+    """Raises RuntimeError under `torch.nn.DataParallel`, whose replicas share one attachment and one `LayerPrefix`."""
     if getattr(module, "_is_replica", False):
         raise RuntimeError(
             "torch.nn.DataParallel is not supported: start one process a device (torchrun or accelerate launch)"
         )
 
 
-def refuse_weights(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Raises NotImplementedError for a call that asks for attention weights, which our attention never forms."""
+def refuse_attention_weights(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for a call that asks for attention weights: an online softmax never forms them."""
     if kwargs.get("output_attentions") or decoder.config.output_attentions:
         raise NotImplementedError(
             "output_attentions=True: prefix attention never forms attention weights; leave it out, or detach first"
@@ -78,7 +79,7 @@ def refuse_other_attention(decoder: PreTrainedModel) -> None:
 
 
 def warn_of_dropout(model: PreTrainedModel) -> None:
-    """Warns if the attention that is about to be replaced drops weights out, which ours does not."""
+    """Warns if the attention that ours replaces has dropout of its weights, which ours does not apply."""
     for name, rate in attention_dropout(model).items():
         warnings.warn(
             f"config.{name} is {rate}: attention through prefixcore (a prefix, or packed batches) drops no weights "

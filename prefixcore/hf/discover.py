@@ -22,9 +22,10 @@ from .positions import argument_names
 
 RECORDING = "prefixcore_recording"
 
-_ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Values of `config.layer_types` that mean attention; others are linear attention, state spaces, convolutions."""
 
-_UNDERSTOOD = {
+_KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cu_seq_lens_q",
     "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "past_key_values", "cache_position",
     "output_hidden_states", "return_dict",
@@ -75,16 +76,22 @@ AttentionMaskInterface.register(RECORDING, prefix_mask)
 
 
 def record(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
-    """The attention calls of one forward over `input_ids` [B, T], in order; the model is left as it was."""
+    """The attention calls of one forward over `input_ids` [B, T], in order; the model is left as it was.
+
+    Keys and values are those that attention sees: after the rotary embedding, not repeated for the query heads.
+    """
     names = {module: name for name, module in model.named_modules()}
     token = _calls.set([])
     try:
         with frozen_run(model, RECORDING):
             model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
-        calls = _calls.get()
+        calls = _calls.get() or []
     finally:
         _calls.reset(token)
-    return [AttentionCall(m, names[m], q.shape[1], k, v, kw) for m, q, k, v, kw in calls or ()]
+    return [
+        AttentionCall(module, names[module], query.shape[1], key, value, kwargs)
+        for module, query, key, value, kwargs in calls
+    ]
 
 
 def discover(model: PreTrainedModel) -> list[AttentionCall]:
@@ -93,42 +100,43 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     Raises:
         NotImplementedError: no layer, not every layer, or a layer in a way that is not understood.
     """
-    kind = type(model).__name__
+    model_class = type(model).__name__
     if model.config.is_encoder_decoder:
         raise NotImplementedError(
-            f"{kind} is an encoder-decoder; prefixes are for decoders so far ({known_families()})"
+            f"{model_class} is an encoder-decoder; prefixes are for decoders so far ({known_families()})"
         )
     calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
     if not calls:
         raise NotImplementedError(
-            f"{kind} does not run its attention through transformers' attention interface, so a prefix cannot reach "
-            "it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: "
+            f"{model_class} does not run its attention through transformers' attention interface, so a prefix cannot "
+            "reach it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: "
             f"{known_families()}"
         )
     config = text_config(model)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    expected = sum(kind in _ATTENDING for kind in kinds)
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    expected = sum(layer_type in _ATTENTION_LAYERS for layer_type in layer_types)
     modules = {call.module for call in calls}
     if len(modules) != expected or len(calls) != expected:
         raise NotImplementedError(
-            f"{kind} has {expected} attention layers, but {len(modules)} attention modules were reached in "
+            f"{model_class} has {expected} attention layers, but {len(modules)} attention modules were reached in "
             f"{len(calls)} calls; a prefix must reach each layer once. Known families: {known_families()}"
         )
     for call in calls:
-        _check(call)
+        _check_call(call)
     _check_windows(config, [call.kwargs.get("sliding_window") for call in calls])
     return calls
 
 
-def _check(call: AttentionCall) -> None:
-    strange = {
+def _check_call(call: AttentionCall) -> None:
+    """Raises NotImplementedError for attention that `prefix_attention` does not compute."""
+    unknown = {
         name
         for name, value in call.kwargs.items()
-        if value is not None and value is not False and name not in _UNDERSTOOD
+        if value is not None and value is not False and name not in _KNOWN_ARGUMENTS
     }
-    if strange:
+    if unknown:
         raise NotImplementedError(
-            f"{call.name} calls attention with {', '.join(sorted(strange))}, which prefix attention does not know"
+            f"{call.name} calls attention with {', '.join(sorted(unknown))}, which prefix attention does not know"
         )
     is_causal = call.kwargs.get("is_causal")
     if not (getattr(call.module, "is_causal", True) if is_causal is None else is_causal):
@@ -140,12 +148,15 @@ def _check(call: AttentionCall) -> None:
 
 
 def _check_windows(config: Any, windows: list[int | None]) -> None:
-    """The mask leaves a sliding window to the attention function, which must therefore be told the same window."""
+    """Raises NotImplementedError unless each attention call is passed the window that its layer is configured with.
+
+    `prefixcore.hf.mask` reads the configuration and leaves a sliding window to attention, which reads its arguments.
+    """
     window = getattr(config, "sliding_window", None)
-    kinds = [kind for kind in getattr(config, "layer_types", None) or () if kind in _ATTENDING]
-    kinds = kinds or ["sliding_attention"] * len(windows)
-    told = [window if kind == "sliding_attention" else None for kind in kinds]
-    for layer, (expected, found) in enumerate(zip(told, windows, strict=True)):
+    layer_types = [each for each in getattr(config, "layer_types", None) or () if each in _ATTENTION_LAYERS]
+    layer_types = layer_types or ["sliding_attention"] * len(windows)
+    configured = [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+    for layer, (expected, found) in enumerate(zip(configured, windows, strict=True)):
         if expected != found:
             raise NotImplementedError(
                 f"attention layer {layer} of {config.model_type} should have the sliding window {expected}, but tells "
@@ -160,8 +171,8 @@ def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrai
         NotImplementedError: none takes `position_ids`.
     """
     paths = [call.name.split(".") for call in calls]
-    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))
-    for end in range(shared, -1, -1):
+    common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))
+    for end in range(common, -1, -1):
         module = model.get_submodule(".".join(paths[0][:end]))
         if isinstance(module, PreTrainedModel) and "position_ids" in argument_names(module):
             return module

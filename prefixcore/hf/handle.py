@@ -1,4 +1,4 @@
-"""What `attach` and `load` return."""
+"""`Handle`: what `attach` and `load` return."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Handle:
         self.tokenizer = tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model takes its handle along, but not a tokenizer, which may be large or not picklable.
+        # A copied or pickled model takes its handle along, but no tokenizer, which may be large or not picklable.
         return {**self.__dict__, "tokenizer": None}
 
     @property
@@ -71,7 +71,7 @@ class Handle:
 
     @property
     def can_pack(self) -> bool:
-        """Whether `PackedCollator` suits: a known family, whose head computes the logits asked for."""
+        """Whether the model takes what `PackedCollator` makes: a known family, whose head knows `logits_to_keep`."""
         if isinstance(self._attachment, SoftPromptAttachment) and not self._attachment.can_pack:
             return False
         return is_known(self.model) and "logits_to_keep" in argument_names(self.model)
@@ -90,11 +90,14 @@ class Handle:
         return self.module.named_parameters()
 
     def bake(self) -> list[tuple[Tensor, Tensor]] | Tensor:
-        """The final values in copies: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or the prompt [P, E]."""
+        """The final values: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or the prompt [P, E].
+
+        Copies in the module's dtype (float32 unless the model was cast after attaching), on the model's device.
+        """
         return self.module.bake()
 
     def backend(self) -> Choice:
-        """Which backend the op behind this handle uses for this model, and why."""
+        """Which backend the op behind this handle (`prefix_attention` or `soft_embedding`) uses here, and why."""
         op = "prefix_attention" if isinstance(self.module, Prefix) else "soft_embedding"
         return which_backend(op, self.model.device, self.model.dtype)
 
@@ -111,6 +114,10 @@ class Handle:
 
         Returns:
             The folder.
+
+        Raises:
+            AdapterError: a value is not finite, or the folder is something else than an adapter.
+            OSError: the file system refused. In both cases nothing has been written.
         """
         shapes = self._layer_shapes or None
         manifest = Manifest.create(self.model, self.config, shapes, task=task, tokenizer=self.tokenizer)

@@ -1,6 +1,7 @@
-"""How a prefix or a soft prompt starts where that takes the model: from a text, or from tokens of the vocabulary.
+"""Initial values that take the model: from a text, or from tokens of the vocabulary.
 
-A good start is most of what prefix tuning needs (Li & Liang 2021, section 7.4: real words beat random numbers).
+Initialization decides how well prefix tuning does with little data: activations of real words beat random numbers
+(Li and Liang, arXiv:2101.00190, section 7.4).
 """
 
 from __future__ import annotations
@@ -19,21 +20,28 @@ from .families import position_limit, text_config
 from .patch import frozen_run
 
 
-def prefix_start(
+def initial_prefix(
     model: PreTrainedModel,
     config: PrefixTuningConfig,
     layers: Sequence[int],
     shapes: Sequence[LayerShape],
     tokenizer: Any = None,
 ) -> list[tuple[Tensor, Tensor]] | None:
-    """One (key [Hkv, P, D], value [Hkv, P, Dv]) for each of `layers`, or None where `Prefix` starts by itself.
+    """One (key [Hkv, P, D], value [Hkv, P, Dv]) for each of `layers`, or None where `Prefix` draws it itself.
 
-    The keys and values of a text are what the frozen model computes for it at positions 0 to P-1, so that a fresh
-    prefix does what the text in front of the input would do.
+    The keys and values of a text are those that the frozen model computes for it at positions 0 to P-1, so that the
+    untrained prefix has the effect of the text before the input.
+
+    Args:
+        model: the frozen model.
+        config: its `init` says where the prefix comes from.
+        layers: the indices of the layers that get a prefix.
+        shapes: the shape of each of these layers.
+        tokenizer: reads `config.init_text`; None: the one that `config.tokenizer_name_or_path` names.
     """
     if config.init is not None and not isinstance(config.init, str):
         return tensor_start(config.init, shapes, config.num_virtual_tokens)
-    ids = start_ids(model, config, tokenizer)
+    ids = initial_ids(model, config, tokenizer)
     if ids is None:
         return None
     limit = position_limit(model)
@@ -43,23 +51,23 @@ def prefix_start(
     return [(calls[layer].key[0].float(), calls[layer].value[0].float()) for layer in layers]
 
 
-def prompt_start(
-    model: PreTrainedModel, config: PromptTuningConfig | PTuningConfig, width: int, tokenizer: Any = None
+def initial_prompt(
+    model: PreTrainedModel, config: PromptTuningConfig | PTuningConfig, hidden_size: int, tokenizer: Any = None
 ) -> Tensor | None:
-    """Embeddings [P, E], or None where `SoftPrompt` starts by itself."""
+    """Embeddings [P, E], fp32, or None where `SoftPrompt` draws them itself."""
     if isinstance(config.init, Tensor):
-        check_tensor("init", config.init, (config.num_virtual_tokens or config.init.shape[0], width))
+        check_tensor("init", config.init, (config.num_virtual_tokens or config.init.shape[0], hidden_size))
         return config.init
-    ids = start_ids(model, config, tokenizer)
+    ids = initial_ids(model, config, tokenizer)
     if ids is None:
         return None
     embed = model.get_input_embeddings()
     with frozen_run(model):
-        # Through the module, not its table: what it returns is what the model gets, scaled where it scales.
+        # The module is called, not its table read: some families (Gemma) scale embeddings in it.
         return embed(torch.tensor(ids, device=next(embed.parameters()).device)).float()
 
 
-def start_ids(
+def initial_ids(
     model: PreTrainedModel, config: PrefixTuningConfig | PromptTuningConfig | PTuningConfig, tokenizer: Any = None
 ) -> list[int] | None:
     """The P token ids that `config` starts from, or None if it starts from none."""

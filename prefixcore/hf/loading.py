@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import Adapter, AdapterError, compare_fingerprints, fingerprint, make_module, read_adapter
 from ..nn import Prefix, PrefixTuningConfig
-from .attaching import attach_prefix, attach_soft_prompt, check_model, reach, reach_input
+from .attaching import attach_prefix, attach_soft_prompt, check_model, find_attention_layers, find_hidden_size
 from .discover import AttentionCall
 from .handle import Handle
 
@@ -19,8 +19,9 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
     Args:
         model: as for `attach`.
         directory: the adapter's folder.
-        trainable: True: go on training exactly where it stopped (the optimizer's state aside), reparameterization
-            included; an adapter that PEFT wrote goes on from its values. False: the values, frozen.
+        trainable: True: the module as it was saved, reparameterization included, so that training goes on where it
+            stopped (the optimizer's state aside); an adapter that PEFT wrote goes on from its values. False: the final
+            values, frozen.
 
     Returns:
         The handle, as of `attach`.
@@ -28,7 +29,8 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
     Raises:
         AdapterError: a file or field that is missing, damaged or foreign, or another model's adapter; named.
         TypeError, ValueError, NotImplementedError: as of `attach`.
-        In every case the model is left as it was.
+
+    After an error the model is as it was.
     """
     check_model(model)
     adapter = read_adapter(directory)
@@ -37,20 +39,20 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
     module = make_module(adapter, trainable=trainable)
     if isinstance(adapter.config, PrefixTuningConfig):
         assert isinstance(module, Prefix)
-        calls, backbone = reach(model)
-        return attach_prefix(model, backbone, _fitting(adapter, calls, directory), module)
+        calls, backbone = find_attention_layers(model)
+        return attach_prefix(model, backbone, _layers_of(adapter, calls, directory), module)
     assert not isinstance(module, Prefix)
-    width = reach_input(model)
-    if module.hidden_size != width:
+    hidden_size = find_hidden_size(model)
+    if module.hidden_size != hidden_size:
         raise AdapterError(
             f"{directory}: its virtual tokens have {module.hidden_size} numbers, but the model's embeddings have "
-            f"{width}; it was trained for another model"
+            f"{hidden_size}; it was trained for another model"
         )
     return attach_soft_prompt(model, module)
 
 
-def _fitting(adapter: Adapter, calls: list[AttentionCall], directory: str | Path) -> list[AttentionCall]:
-    """The attention layers that the adapter is for."""
+def _layers_of(adapter: Adapter, calls: list[AttentionCall], directory: str | Path) -> list[AttentionCall]:
+    """The attention layers that the adapter is for; AdapterError: the model lacks them, or their shapes differ."""
     if adapter.manifest is None and len(adapter.layers) != len(calls):
         raise AdapterError(
             f"{directory}: it has a prefix for {len(adapter.layers)} layers, but the model has {len(calls)} attention "

@@ -37,15 +37,15 @@ def prefix_mask(
         q_offset, kv_offset: position of the first query and of the first key.
         attention_mask: padding mask [B, >= S] of the whole sequence.
         local_size: window or chunk size, where the structure has one.
-        allow_is_causal_skip: whether transformers says that `mask_function` is the plain structure.
+        allow_is_causal_skip: False: transformers has put more into `mask_function` than causality and a window.
         config: the model's.
         kwargs: what transformers' own `sdpa_mask` needs besides.
 
     Raises:
         ValueError: the padding mask is shorter than the sequence.
     """
-    structural = allow_is_causal_skip and _ends_together(q_length, kv_length, q_offset, kv_offset)
-    if not structural or not _is_plain(local_size, config):
+    structural = allow_is_causal_skip and _is_bottom_right(q_length, kv_length, q_offset, kv_offset)
+    if not structural or not _is_known_structure(local_size, config):
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -54,7 +54,7 @@ def prefix_mask(
             kv_offset=kv_offset,
             attention_mask=attention_mask,
             local_size=local_size,
-            # A mask left out here would be read as "keys and queries end together", which they do not.
+            # None would mean causal and aligned bottom-right to our attention function.
             allow_is_causal_skip=False,
             config=config,
             **kwargs,
@@ -67,21 +67,25 @@ def prefix_mask(
             f"included, got {list(attention_mask.shape)}"
         )
     padding = attention_mask[:, kv_offset : kv_offset + kv_length]
-    # Once a forward, not once a layer. Compiled code may not look at values, and keeps the mask.
+    # Values are read once a forward, as transformers' own masks do. Compiled code cannot, and keeps the mask.
     if not is_tracing(padding) and bool(padding.all()):
         return None
     return padding
 
 
-def _ends_together(q_length: int, kv_length: int, q_offset: Any, kv_offset: int) -> bool:
-    """Whether the last query stands at the last key, as the op assumes. A static cache has room after it, and
-    tells its length as a tensor."""
+def _is_bottom_right(q_length: int, kv_length: int, q_offset: Any, kv_offset: int) -> bool:
+    """Whether the last query stands at the last key, as the op assumes.
+
+    Not in a static cache, which has unused keys after it and tells its length as a tensor.
+    """
     return isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
 
 
-def _is_plain(local_size: int | None, config: Any) -> bool:
-    """Whether the structure is causal, with or without a sliding window. A chunk has a size too, but no argument
-    that would tell the attention function."""
+def _is_known_structure(local_size: int | None, config: Any) -> bool:
+    """Whether the structure is causal, with or without a sliding window.
+
+    Chunked attention has a `local_size` too, but nothing tells the attention function of chunks.
+    """
     if local_size is None:
         return True
     return getattr(config, "attention_chunk_size", None) is None and local_size == getattr(

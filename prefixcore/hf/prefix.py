@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..nn import Prefix
-from .attachment import Attachment, refuse_other_attention, refuse_replicas, refuse_weights
+from .attachment import Attachment, refuse_attention_weights, refuse_other_attention, refuse_replicas
 from .attention import ATTENTION, KeyValue
 from .discover import AttentionCall, check_reached
 from .packing import set_empty_mask
@@ -71,7 +71,7 @@ class PrefixAttachment(Attachment):
         """Raises where the prefix would silently be left out, or trained wrongly."""
         refuse_other_attention(self.backbone)
         refuse_replicas(backbone)
-        refuse_weights(self.backbone, kwargs)
+        refuse_attention_weights(self.backbone, kwargs)
         if backbone.training and torch.is_grad_enabled() and _checkpoints_reentrantly(self._checkpointable):
             raise RuntimeError(
                 "reentrant gradient checkpointing gives a prefix no gradient, or several: turn it on with "

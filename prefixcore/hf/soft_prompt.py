@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..nn import SoftPrompt
 from ..ops import soft_embedding, which_backend
-from .attachment import Attachment, refuse_other_attention, refuse_replicas, refuse_weights, warn_of_dropout
+from .attachment import Attachment, refuse_attention_weights, refuse_other_attention, refuse_replicas, warn_of_dropout
 from .attention import ATTENTION
 from .cache import cache_argument, cache_output
 from .discover import check_reached
@@ -89,7 +89,7 @@ class SoftPromptAttachment(Attachment):
         kwargs = as_keywords(self.names, args, kwargs)
         _check_arguments(kwargs)
         if self.patch.attention and not isinstance(self.decoder, str):
-            refuse_weights(self.decoder, kwargs)
+            refuse_attention_weights(self.decoder, kwargs)
         past = past_length(kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             self._start_packed(kwargs, int(past))
@@ -190,7 +190,7 @@ class SoftPromptAttachment(Attachment):
                 f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt: "
                 f"{self.decoder}; pad the sequences into rows of their own"
             )
-        refuse_weights(self.decoder, kwargs)
+        refuse_attention_weights(self.decoder, kwargs)
         if kwargs.get("output_router_logits") or getattr(self.decoder.config, "output_router_logits", False):
             raise NotImplementedError(
                 "output_router_logits: a packed batch has its soft prompt once, so the router's loss would not be that "

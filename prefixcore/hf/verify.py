@@ -1,4 +1,4 @@
-"""Does an attached model do what it should? The check that a model of an unknown family has to pass.
+"""The check that a model of an unknown family has to pass before anything is attached to it.
 
 A prefix made of the keys and values of a text, or a prompt made of its embeddings, must have the effect of the text.
 """
@@ -18,15 +18,16 @@ from .patch import frozen_run
 from .prefix import PrefixAttachment
 from .soft_prompt import SoftPromptAttachment
 
-_TEXT, _REST = 3, 4
+_TEXT, _CONTINUATION = 3, 4
+"""How many tokens become virtual ones, and how many follow them."""
 
 _TOLERANCE = 0.05
-"""How much of the text's effect may be missing. Rounding in bfloat16 leaves about a hundredth."""
+"""The share of the text's effect that may be missing. Rounding in bfloat16 takes about a hundredth."""
 
 
 def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list[AttentionCall]) -> None:
     """Raises NotImplementedError unless a prefix on these layers acts as the text it was made of."""
-    ids = _some_tokens(model)
+    ids = _probe_ids(model)
     found = record(model, ids[:, :_TEXT])
     initial = [(call.key[0], call.value[0]) for call in found]
     module = Prefix([call.shape for call in calls], PrefixTuningConfig(init=initial), initial).to(model.device)
@@ -44,9 +45,9 @@ def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list
     _compare(model, "prefix", expected, got, without)
 
 
-def verify_soft_prompt(model: PreTrainedModel, width: int) -> None:
+def verify_soft_prompt(model: PreTrainedModel, hidden_size: int) -> None:
     """Raises NotImplementedError unless a soft prompt acts as the text whose embeddings it has."""
-    ids = _some_tokens(model)
+    ids = _probe_ids(model)
 
     def run(tokens: Tensor) -> Tensor:
         with frozen_run(model):
@@ -54,7 +55,7 @@ def verify_soft_prompt(model: PreTrainedModel, width: int) -> None:
 
     with frozen_run(model):
         initial = model.get_input_embeddings()(ids[0, :_TEXT]).float()
-    module = SoftPrompt(width, PromptTuningConfig(init=initial), initial).to(model.device)
+    module = SoftPrompt(hidden_size, PromptTuningConfig(init=initial), initial).to(model.device)
     expected, without = run(ids), run(ids[:, _TEXT:])
     if expected.shape[:2] != ids.shape:
         raise NotImplementedError(
@@ -69,15 +70,16 @@ def verify_soft_prompt(model: PreTrainedModel, width: int) -> None:
     _compare(model, "soft prompt", expected[:, _TEXT:], got, without)
 
 
-def _some_tokens(model: PreTrainedModel) -> Tensor:
-    """[1, 7] ids spread over the vocabulary, its ends left out."""
-    count = _TEXT + _REST
+def _probe_ids(model: PreTrainedModel) -> Tensor:
+    """[1, 7] ids spread evenly over the vocabulary."""
+    count = _TEXT + _CONTINUATION
     vocabulary = text_config(model).vocab_size
     ids = torch.arange(1, count + 1, device=model.device) * vocabulary // (count + 1)
     return ids.clamp(max=vocabulary - 1).unsqueeze(0)
 
 
 def _compare(model: PreTrainedModel, what: str, expected: Tensor, got: Any, without: Tensor) -> None:
+    """Raises NotImplementedError if `got` is not `expected`, measured by how far `without` the text is from it."""
     effect = (expected - without).float().norm()
     missing = (expected - got).float().norm()
     if not missing <= _TOLERANCE * effect:
