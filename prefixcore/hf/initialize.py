@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..nn import LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, fit_ids, tensor_start, vocab_ids
+from ..nn import LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, fit_ids, tensor_init, vocab_ids
 from ..nn.initialization import check_tensor
 from .discover import record
 from .families import position_limit, text_config
@@ -40,7 +40,7 @@ def initial_prefix(
         tokenizer: reads `config.init_text`; None: the one that `config.tokenizer_name_or_path` names.
     """
     if config.init is not None and not isinstance(config.init, str):
-        return tensor_start(config.init, shapes, config.num_virtual_tokens)
+        return tensor_init(config.init, shapes, config.num_virtual_tokens)
     ids = initial_ids(model, config, tokenizer)
     if ids is None:
         return None

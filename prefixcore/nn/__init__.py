@@ -1,4 +1,4 @@
-"""Trainable modules: the prefix, the soft prompt, their reparameterizations and starts. Needs torch alone."""
+"""Trainable modules: the prefix, the soft prompt, their reparameterizations and initial values. Needs torch alone."""
 
 from .config import Config, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from .initialization import (
@@ -6,9 +6,9 @@ from .initialization import (
     fit_ids,
     join_layers,
     split_layers,
-    tensor_start,
+    tensor_init,
     vocab_ids,
-    vocab_start,
+    vocab_init,
 )
 from .prefix import Prefix
 from .soft_prompt import SoftPrompt
@@ -24,7 +24,7 @@ __all__ = [
     "fit_ids",
     "join_layers",
     "split_layers",
-    "tensor_start",
+    "tensor_init",
     "vocab_ids",
-    "vocab_start",
+    "vocab_init",
 ]

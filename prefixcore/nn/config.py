@@ -43,8 +43,8 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _length(init: Any) -> int:
-    """P of a start given as tensors; shapes are checked against the model later."""
+def _num_tokens(init: Any) -> int:
+    """P of initial values given as tensors; shapes are checked against the model later."""
     if isinstance(init, Tensor):
         if init.dim() != 2:
             raise ValueError(f"init as a tensor must be [P, width], got shape {list(init.shape)}")
@@ -83,13 +83,13 @@ class _Config:
         if isinstance(self.init, str):
             _check_choice("init", self.init, INITS)
         elif isinstance(self.init, (Tensor, Sequence)):
-            length = _length(self.init)
-            if self.num_virtual_tokens not in (None, length):
+            num_tokens = _num_tokens(self.init)
+            if self.num_virtual_tokens not in (None, num_tokens):
                 raise ValueError(
-                    f"num_virtual_tokens is {self.num_virtual_tokens} but init holds {length} of them; "
+                    f"num_virtual_tokens is {self.num_virtual_tokens} but init holds {num_tokens} of them; "
                     "leave num_virtual_tokens out or make them equal"
                 )
-            self._set(num_virtual_tokens=length)
+            self._set(num_virtual_tokens=num_tokens)
         else:
             raise ValueError(
                 f"init must be one of {', '.join(map(repr, INITS))} or tensors, got {type(self.init).__name__}"
@@ -121,11 +121,11 @@ class _Config:
 
     @property
     def init_name(self) -> str:
-        """The start's name; 'tensor' where it was given as tensors."""
+        """The name of `init`; "tensor" where it was given as tensors."""
         return self.init if isinstance(self.init, str) else "tensor"
 
-    def settled(self, num_virtual_tokens: int) -> Self:
-        """The same with this P, and holding no tensors."""
+    def resolved(self, num_virtual_tokens: int) -> Self:
+        """A copy with this P, in which tensors given as `init` are the word "tensor"."""
         return dataclasses.replace(self, num_virtual_tokens=num_virtual_tokens, init=self.init_name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,27 +136,33 @@ class _Config:
 
 @dataclass(frozen=True, eq=False)
 class PrefixTuningConfig(_Config):
-    """Train keys and values that every query of every layer sees.
+    """Prefix tuning: train keys and values that every query of every layer sees.
+
+    Attention in each layer becomes `softmax(scale * q [P_k; K]^T) [P_v; V]` with trained `P_k` and `P_v` (Li and Liang,
+    arXiv:2101.00190). P-tuning v2 (Liu et al., arXiv:2110.07602) is the same for language understanding.
 
     Args:
-        num_virtual_tokens: P. May be left out where the start has a length of its own: a text, tensors.
-        init: how the prefix starts. "text": keys and values that the frozen model computes for `init_text`
+        num_virtual_tokens: P. May be left out where `init` has a length of its own: a text, tensors.
+        init: the initial values. "text": keys and values that the frozen model computes for `init_text`
             (repeated or cut to P tokens); "vocab": the same for tokens drawn from the vocabulary; "random":
-            unit normal, PEFT's default; "zero"; or tensors: `[P, L*2*Hkv*D]` as PEFT stores them, or one
-            `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer. None: "text" if `init_text` is given, else
-            "vocab". "tensor" names a start whose values are kept elsewhere (in an adapter).
+            unit normal, PEFT's default; "zero"; or tensors of any floating dtype: `[P, L*2*Hkv*D]` as PEFT stores
+            them, or one `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer. None: "text" if `init_text` is given, else
+            "vocab". "tensor" stands for tensors that are kept elsewhere (in an adapter).
         init_text: the text of `init="text"`.
         prefix_projection: PEFT's name for `reparameterization="mlp"`.
         encoder_hidden_size: width of the MLP's hidden layer; None: Hkv*D.
-        layers: indices of the layers that get a prefix; None: all.
-        num_frozen_tokens: the first virtual tokens are kept as they start (attention sinks).
-        reparameterization: what is trained in place of the prefix: "none", "mlp", "low_rank", "random_basis".
+        layers: indices of the layers that get a prefix, from 0; None: all.
+        num_frozen_tokens: how many virtual tokens, from the first, keep their initial values (as attention sinks, Xiao
+            et al., arXiv:2309.17453).
+        reparameterization: what is trained in place of the prefix. "none"; "mlp": an embedding and two linear layers
+            (Li and Liang, section 4.3); "low_rank": two factors a layer; "random_basis": coefficients of a frozen
+            random basis (Li et al., arXiv:1804.08838; Aghajanyan et al., arXiv:2012.13255).
         rank: of "low_rank".
         num_basis: how many numbers "random_basis" trains in all, 10 to 1,000 as a rule.
-        seed: of random starts (None: torch's global generator) and of the frozen basis (None: 0).
+        seed: of random initial values (None: torch's global generator) and of the frozen basis (None: 0).
         task_type: PEFT's task type, kept in the adapter.
-        tokenizer_name_or_path: which tokenizer `init_text` was read with, kept in the adapter.
-        init_weights: PEFT's name: "zero" is `init="zero"`, None says nothing.
+        tokenizer_name_or_path: the tokenizer that reads `init_text` where `attach` is given none; kept in the adapter.
+        init_weights: PEFT's name: "zero" is `init="zero"`; None leaves `init` as it is.
 
     Raises:
         ValueError: a value is out of range or two contradict each other.
@@ -213,14 +219,14 @@ class PrefixTuningConfig(_Config):
 
 @dataclass(frozen=True, eq=False)
 class PromptTuningConfig(_Config):
-    """Train embeddings that are put before the input.
+    """Prompt tuning: train embeddings that are put before the input (Lester et al., arXiv:2104.08691).
 
     Args:
-        num_virtual_tokens: P. May be left out where the start has a length of its own: a text, a tensor.
-        init: "text": the embeddings of `init_text` (repeated or cut to P tokens); "vocab": the embeddings of
+        num_virtual_tokens: P. May be left out where `init` has a length of its own: a text, a tensor.
+        init: the initial values. "text": the embeddings of `init_text` (repeated or cut to P tokens); "vocab": those of
             tokens drawn from the vocabulary; "random": unit normal, PEFT's default; "zero"; or a tensor
-            `[P, hidden]`. None: "text" if `init_text` is given, else "vocab". "tensor" names a start whose
-            values are kept elsewhere (in an adapter).
+            `[P, E]` of any floating dtype. None: "text" if `init_text` is given, else "vocab". "tensor" stands for a
+            tensor that is kept elsewhere (in an adapter).
         init_text: the text of `init="text"`.
         reparameterization: what is trained in place of the prompt: "none", "low_rank" or "random_basis" (an
             MLP or LSTM is `PTuningConfig`).
@@ -260,12 +266,12 @@ class PromptTuningConfig(_Config):
 
 @dataclass(frozen=True, eq=False)
 class PTuningConfig(_Config):
-    """Train a soft prompt through a small encoder (P-tuning, Liu et al. 2021, arXiv:2103.10385).
+    """P-tuning: train a soft prompt through a small encoder (Liu et al., arXiv:2103.10385).
 
     Args:
         num_virtual_tokens, init, init_text, seed, task_type, tokenizer_name_or_path: as in
             `PromptTuningConfig`. With `init="random"` the encoder alone makes the prompt, as in PEFT; with
-            any other start the encoder adds to it and begins at zero.
+            any other initial values the encoder is added to them, and begins at zero.
         encoder_reparameterization_type: "MLP" (three linear layers) or "LSTM" (bidirectional, then two).
         encoder_hidden_size: hidden width of the encoder; None: the model's hidden size.
         encoder_num_layers: layers of the LSTM; the MLP has its three whatever this says, as in PEFT.

@@ -1,6 +1,6 @@
-"""How a prefix or a soft prompt starts, as far as plain tensors tell.
+"""Initial values of a prefix or a soft prompt that need no model.
 
-A text start of a prefix runs the frozen model and is found where the models are, in `prefixcore.hf`.
+The keys and values of a text take the frozen model: `prefixcore.hf.initialize` computes them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LayerShape:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draw as from `seed`, leaving torch's global generator as it was; None: draw from that one."""
+    """A block that draws from `seed` and leaves torch's global generator as it was; None: draws from that one."""
     if seed is None:
         yield
         return
@@ -65,25 +65,28 @@ def join_layers(pairs: KeyValues) -> Tensor:
     return torch.cat([t.transpose(0, 1).flatten(1) for pair in pairs for t in pair], dim=1)
 
 
-def random_start(layers: Sequence[LayerShape], num_virtual_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Unit normal, drawn in PEFT's order, so that the same generator gives PEFT's prefix."""
+def random_init(layers: Sequence[LayerShape], num_virtual_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Unit normal fp32, drawn in PEFT's order, so that the same generator gives PEFT's prefix."""
     return split_layers(torch.randn(num_virtual_tokens, sum(s.width for s in layers)), layers)
 
 
-def zero_start(layers: Sequence[LayerShape], num_virtual_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """All zero. Not a no-op: zero keys still take their share of the softmax."""
+def zero_init(layers: Sequence[LayerShape], num_virtual_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """All zero. Not without effect: a score of zero takes its share of the softmax."""
     return split_layers(torch.zeros(num_virtual_tokens, sum(s.width for s in layers)), layers)
 
 
-def tensor_start(
+def tensor_init(
     init: Tensor | KeyValues, layers: Sequence[LayerShape], num_virtual_tokens: int | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Checks a start given as tensors and returns it in fp32, copied.
+    """Checks initial values given as tensors and copies them, in fp32.
 
     Args:
         init: `[P, sum of widths]` in PEFT's layout, or one `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer.
-        layers: the shapes that it must have.
-        num_virtual_tokens: P that it must have; None: whatever it has.
+        layers: the shapes that they must have.
+        num_virtual_tokens: P that they must have; None: any.
+
+    Returns:
+        One contiguous `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer, sharing no memory with `init`.
 
     Raises:
         ValueError: a layer too many or too few, a wrong shape, integers, or a number that is not finite.
@@ -96,7 +99,7 @@ def tensor_start(
     for index, (shape, (key, value)) in enumerate(zip(layers, pairs, strict=True)):
         for name, tensor, dim in (("key", key, shape.key_dim), ("value", value, shape.value_dim)):
             check_tensor(f"{name} of layer entry {index}", tensor, (shape.num_kv_heads, tokens, dim))
-        checked.append((_own(key), _own(value)))
+        checked.append((_fp32_copy(key), _fp32_copy(value)))
     return checked
 
 
@@ -110,7 +113,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: holds a number that is NaN or infinite")
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _fp32_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
 
 
@@ -120,10 +123,10 @@ def vocab_ids(vocab_size: int, num_virtual_tokens: int, seed: int | None = None)
         return torch.randint(0, vocab_size, (num_virtual_tokens,))
 
 
-def vocab_start(weight: Tensor, num_virtual_tokens: int, seed: int | None = None) -> Tensor:
+def vocab_init(weight: Tensor, num_virtual_tokens: int, seed: int | None = None) -> Tensor:
     """`[P, E]` in fp32: rows of an embedding table `[V, E]`, drawn as PEFT's SAMPLE_VOCAB does."""
     ids = vocab_ids(weight.shape[0], num_virtual_tokens, seed)
-    return _own(weight.detach()[ids.to(weight.device)])
+    return _fp32_copy(weight.detach()[ids.to(weight.device)])
 
 
 def fit_ids(ids: Sequence[int], num_virtual_tokens: int | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""The trainable prefix: keys and values of virtual tokens, for every layer that gets them."""
+"""The trainable prefix: keys and values of virtual tokens, for every layer that has one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import KeyValues, PrefixTuningConfig
-from .initialization import LayerShape, random_start, seeded, split_layers, tensor_start, zero_start
+from .initialization import LayerShape, random_init, seeded, split_layers, tensor_init, zero_init
 from .reparameterization import LowRank, Mlp, RandomBasis, without_autocast
 
 
@@ -34,16 +34,17 @@ class Prefix(nn.Module):
     Args:
         layers: the shape of each layer that gets a prefix, in the model's order.
         config: what to train. `num_virtual_tokens` may be None if `initial` is given.
-        initial: one `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer, where the prefix starts; kept in fp32.
-            None: `config.init` must be "random" or "zero".
+        initial: the initial values, one `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer; copied, in fp32. None:
+            `config.init` must be "random" or "zero".
 
     Attributes:
         shapes: `layers` as a tuple.
         config: what is trained, its `num_virtual_tokens` set.
-        num_virtual_tokens, num_frozen_tokens: P and how many of them, from the first, never change.
+        num_virtual_tokens: P.
+        num_frozen_tokens: how many of them, from the first, never change.
 
     Raises:
-        ValueError: no start, a start that does not fit, or a reparameterization larger than the prefix.
+        ValueError: no initial values, values that do not fit, or a reparameterization larger than the prefix.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Prefix(nn.Module):
         self.shapes = tuple(layers)
         self.num_frozen_tokens = config.num_frozen_tokens
         if initial is not None:
-            initial = tensor_start(initial, self.shapes, config.num_virtual_tokens)
+            initial = tensor_init(initial, self.shapes, config.num_virtual_tokens)
             self.num_virtual_tokens = initial[0][0].shape[1]
         elif config.num_virtual_tokens is not None and config.init in ("random", "zero"):
             self.num_virtual_tokens = config.num_virtual_tokens
@@ -64,9 +65,10 @@ class Prefix(nn.Module):
                 f"init={config.init_name!r} needs a model to start from: give `initial`, one "
                 "(key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or take init='random' or 'zero'"
             )
-        self.config = config.settled(self.num_virtual_tokens)
-        frozen, rows = self.num_frozen_tokens, self.num_virtual_tokens - self.num_frozen_tokens
-        if rows < 0 or (rows == 0 and config.reparameterization != "none"):
+        self.config = config.resolved(self.num_virtual_tokens)
+        frozen = self.num_frozen_tokens
+        num_trained = self.num_virtual_tokens - frozen
+        if num_trained < 0 or (num_trained == 0 and config.reparameterization != "none"):
             raise ValueError(
                 f"num_frozen_tokens is {frozen} of {self.num_virtual_tokens} virtual tokens: "
                 "none would be left to train"
@@ -75,11 +77,11 @@ class Prefix(nn.Module):
         self.frozen: nn.ModuleList | None = None
         self.initial: nn.ModuleList | None = None
         self.reparameterization: nn.Module | None = None
-        # An MLP without a start makes the whole prefix, as in PEFT; everything else is added to a start.
-        alone = config.reparameterization == "mlp" and initial is None
+        # An MLP without initial values makes the whole prefix, as in PEFT; all else is added to initial values.
+        from_nothing = config.reparameterization == "mlp" and initial is None
         with seeded(config.seed):
-            if initial is None and not (alone and frozen == 0):
-                make = random_start if config.init == "random" else zero_start
+            if initial is None and not (from_nothing and frozen == 0):
+                make = random_init if config.init == "random" else zero_init
                 initial = make(self.shapes, self.num_virtual_tokens)
             if initial is not None and frozen:
                 self.frozen = _stack([(k[:, :frozen], v[:, :frozen]) for k, v in initial], trainable=False)
@@ -88,20 +90,21 @@ class Prefix(nn.Module):
                 assert initial is not None
                 self.layers = _stack(initial, trainable=True)
                 return
-            self.reparameterization = self._reparameterize(config, rows, alone)
-            if initial is not None and not alone:
+            self.reparameterization = self._reparameterize(config, num_trained, from_nothing)
+            if initial is not None and not from_nothing:
                 self.initial = _stack(initial, trainable=False)
 
-    def _reparameterize(self, config: PrefixTuningConfig, rows: int, alone: bool) -> nn.Module:
+    def _reparameterize(self, config: PrefixTuningConfig, num_tokens: int, from_nothing: bool) -> nn.Module:
+        """What is trained in place of `num_tokens` virtual tokens; `from_nothing`: it is added to no initial values."""
         widths = [shape.width for shape in self.shapes]
         if config.reparameterization == "low_rank":
-            return LowRank(rows, widths, config.rank)
+            return LowRank(num_tokens, widths, config.rank)
         if config.reparameterization == "random_basis":
-            return RandomBasis(rows, sum(widths), config.num_basis, config.seed or 0)
+            return RandomBasis(num_tokens, sum(widths), config.num_basis, config.seed or 0)
         token_dim = max(shape.key_width for shape in self.shapes)
         hidden = config.encoder_hidden_size or token_dim
-        begin_at_zero = not alone or config.init == "zero"
-        return Mlp(rows, token_dim, hidden, sum(widths), begin_at_zero=begin_at_zero)
+        begin_at_zero = not from_nothing or config.init == "zero"
+        return Mlp(num_tokens, token_dim, hidden, sum(widths), begin_at_zero=begin_at_zero)
 
     @property
     def is_reparameterized(self) -> bool:
@@ -109,7 +112,7 @@ class Prefix(nn.Module):
         return self.reparameterization is not None
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """One contiguous `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer, differentiable."""
+        """One contiguous `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer, differentiable, in the parameters' dtype."""
         if self.reparameterization is None:
             pairs = _pairs(self.layers)
         else:

@@ -1,8 +1,8 @@
 """What is trained in place of a prefix or a soft prompt.
 
-Every module here makes `rows` virtual tokens: `forward()` returns `[rows, width]`, where the width is a
-soft prompt's hidden size, or that of a prefix in PEFT's layout. Where the virtual tokens have a start of
-their own, this is added to it and begins at exactly zero.
+Every module here makes `num_tokens` virtual tokens: `forward()` returns `[num_tokens, width]`, where the width is a
+soft prompt's hidden size, or that of a prefix in PEFT's layout (`split_layers`). Where the virtual tokens have
+initial values, this is added to them and begins at exactly zero.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """An embedding per virtual token, then linear, tanh, linear (Li & Liang 2021, arXiv:2101.00190).
+    """An embedding per virtual token, then linear, tanh, linear (Li and Liang, arXiv:2101.00190, section 4.3).
 
     Parameters have the names, shapes and order of initialization of PEFT's PrefixEncoder.
     """
 
-    def __init__(self, rows: int, input_width: int, hidden: int, width: int, *, begin_at_zero: bool):
+    def __init__(self, num_tokens: int, input_width: int, hidden: int, width: int, *, begin_at_zero: bool):
         super().__init__()
-        self.embedding = nn.Embedding(rows, input_width)
+        self.embedding = nn.Embedding(num_tokens, input_width)
         first, last = nn.Linear(input_width, hidden), nn.Linear(hidden, width)
         self.transform = nn.Sequential(first, nn.Tanh(), last)
         if begin_at_zero:
@@ -35,23 +35,27 @@ class Mlp(nn.Module):
 
 
 class LowRank(nn.Module):
-    """`left [rows, rank] @ right [rank, width]` for each of `widths` (layers); `right` begins at zero.
+    """`left [num_tokens, rank] @ right [rank, width]` for each of `widths` (layers); `right` begins at zero.
 
-    `left` is drawn with variance 1/rank, so that a step of the optimizer in `right` moves the virtual tokens by
-    about as much as the same step in themselves would.
+    As in LoRA (Hu et al., arXiv:2106.09685), one factor is random and the other begins at zero. `left` is drawn with
+    variance 1/rank, so that a step of the optimizer in `right` moves the virtual tokens by about as much as the same
+    step in themselves would.
+
+    Raises:
+        ValueError: the two factors hold no fewer numbers than their product.
     """
 
-    def __init__(self, rows: int, widths: Sequence[int], rank: int):
+    def __init__(self, num_tokens: int, widths: Sequence[int], rank: int):
         super().__init__()
         for width in widths:
-            largest = (rows * width - 1) // (rows + width)
-            if rank > largest:
-                mend = f"take rank <= {largest}" if largest else "take another reparameterization"
+            max_rank = (num_tokens * width - 1) // (num_tokens + width)
+            if rank > max_rank:
+                mend = f"take rank <= {max_rank}" if max_rank else "take another reparameterization"
                 raise ValueError(
-                    f"rank {rank} is not low for {rows} virtual tokens x {width}: it would train "
-                    f"{rank * (rows + width)} numbers in place of {rows * width}; {mend}"
+                    f"rank {rank} is not low for {num_tokens} virtual tokens x {width}: it would train "
+                    f"{rank * (num_tokens + width)} numbers in place of {num_tokens * width}; {mend}"
                 )
-        self.left = nn.ParameterList(torch.randn(rows, rank) / math.sqrt(rank) for _ in widths)
+        self.left = nn.ParameterList(torch.randn(num_tokens, rank) / math.sqrt(rank) for _ in widths)
         self.right = nn.ParameterList(torch.zeros(rank, width) for width in widths)
 
     def forward(self) -> Tensor:
@@ -61,25 +65,31 @@ class LowRank(nn.Module):
 class RandomBasis(nn.Module):
     """`basis @ coefficients` with a frozen random basis: `num_basis` numbers are trained in all.
 
-    The idea is Li et al. 2018, arXiv:1804.08838. The basis is never formed, as in Fastfood (Le et al. 2013):
-    the numbers are cut into blocks of K, the power of two from `num_basis` up, and block b is
-    `flip[b] * hadamard(sign[b] * coefficients) / sqrt(num_basis)`. So the basis vectors are dense, of one
-    magnitude everywhere and orthogonal within each whole block; memory is that of the prefix. A step of the
-    optimizer moves every number of the prefix by about as much as the same step would without the basis.
+    Training in a random subspace, `theta = theta_0 + P theta_d`, measures intrinsic dimension (Li et al.,
+    arXiv:1804.08838; of fine-tuned language models Aghajanyan et al., arXiv:2012.13255). As in the Fastfood transform
+    (Le et al., arXiv:1408.3060), the basis is a product of a Hadamard matrix and random signs and is never formed.
+    Without Fastfood's permutation and Gaussian factors: the virtual tokens' numbers are cut into blocks of K, the
+    power of two from `num_basis` up, and block b is `flip[b] * hadamard(sign[b] * coefficients) / sqrt(num_basis)`.
+    So basis vectors are dense, of one magnitude everywhere and orthogonal within each whole block, and memory is that
+    of the prefix. A step of the optimizer moves every number of the prefix by about as much as the same step would
+    without the basis.
 
-    `sign` and `flip` are bits of SHAKE-128 of the seed, the same on any device and with any version of torch,
-    so they are not stored.
+    `sign` [blocks, num_basis] and `flip` [blocks, K], int8, are bits of SHAKE-128 of the seed, the same on any device
+    and with any version of torch, so they are not stored.
+
+    Raises:
+        ValueError: `num_basis` is more than the numbers that it is to move.
     """
 
     sign: Tensor
     flip: Tensor
 
-    def __init__(self, rows: int, width: int, num_basis: int, seed: int):
+    def __init__(self, num_tokens: int, width: int, num_basis: int, seed: int):
         super().__init__()
-        size = rows * width
+        size = num_tokens * width
         if num_basis > size:
             raise ValueError(f"num_basis is {num_basis} but only {size} numbers are to move; take fewer")
-        self.rows, self.width, self.num_basis = rows, width, num_basis
+        self.num_tokens, self.width, self.num_basis = num_tokens, width, num_basis
         self.block = 1 << (num_basis - 1).bit_length()
         blocks = -(-size // self.block)
         self.coefficients = nn.Parameter(torch.zeros(num_basis))
@@ -89,18 +99,20 @@ class RandomBasis(nn.Module):
     def forward(self) -> Tensor:
         signed = self.sign * (self.coefficients / math.sqrt(self.num_basis))
         mixed = hadamard(nn.functional.pad(signed, (0, self.block - self.num_basis)))
-        return (self.flip * mixed).flatten()[: self.rows * self.width].view(self.rows, self.width)
+        return (self.flip * mixed).flatten()[: self.num_tokens * self.width].view(self.num_tokens, self.width)
 
 
 class PromptEncoder(nn.Module):
-    """P-tuning's encoder: an embedding per virtual token, then an MLP, or a bidirectional LSTM and a head.
+    """P-tuning's encoder: an embedding per virtual token, then an MLP, or a bidirectional LSTM and an MLP.
+
+    Liu et al., arXiv:2103.10385.
 
     Parameters have the names, shapes and order of initialization of PEFT's PromptEncoder.
     """
 
     def __init__(
         self,
-        rows: int,
+        num_tokens: int,
         width: int,
         hidden: int,
         *,
@@ -110,7 +122,7 @@ class PromptEncoder(nn.Module):
         begin_at_zero: bool,
     ):
         super().__init__()
-        self.embedding = nn.Embedding(rows, width)
+        self.embedding = nn.Embedding(num_tokens, width)
         self.lstm_head: nn.LSTM | None = None
         steps: list[nn.Module]
         if kind == "LSTM":
@@ -133,14 +145,14 @@ class PromptEncoder(nn.Module):
 
 
 def without_autocast(module: nn.Module) -> Tensor:
-    """What one of these modules makes, in its parameters' own dtype under autocast too."""
+    """What `module` makes, under autocast too in the dtype of its parameters: rounded, small steps would be lost."""
     device = next(module.parameters()).device
     with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         return module()
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """The last dimension (a power of two, K) times the K x K Hadamard matrix of +-1, in K log K steps."""
+    """`x` [..., K], K a power of two, times the K x K Hadamard matrix of +-1: in K log K additions."""
     half = 1
     while half < x.shape[-1]:
         low, high = x.unflatten(-1, (-1, 2, half)).unbind(-2)

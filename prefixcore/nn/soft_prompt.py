@@ -11,20 +11,20 @@ from .reparameterization import LowRank, PromptEncoder, RandomBasis, without_aut
 
 
 class SoftPrompt(nn.Module):
-    """Embeddings `[P, hidden]` of P virtual tokens, or what reparameterizes them.
+    """Embeddings `[P, E]` of P virtual tokens, or what reparameterizes them.
 
     Args:
-        hidden_size: of the model's embeddings.
+        hidden_size: E, the width of the model's embeddings.
         config: what to train. `num_virtual_tokens` may be None if `initial` is given.
-        initial: `[P, hidden]`, where the prompt starts; kept in fp32. None: `config.init` must be "random" or
-            "zero".
+        initial: the initial values, `[P, E]`; copied, in fp32. None: `config.init` must be "random" or "zero".
 
     Attributes:
-        hidden_size, num_virtual_tokens: hidden and P.
+        hidden_size: E.
+        num_virtual_tokens: P.
         config: what is trained, its `num_virtual_tokens` set.
 
     Raises:
-        ValueError: no start, a start that does not fit, or a reparameterization larger than the prompt.
+        ValueError: no initial values, values that do not fit, or a reparameterization larger than the prompt.
     """
 
     initial: Tensor | None
@@ -37,7 +37,7 @@ class SoftPrompt(nn.Module):
         if initial is not None:
             self.num_virtual_tokens = config.num_virtual_tokens or initial.shape[0]
             check_tensor("initial soft prompt", initial, (self.num_virtual_tokens, hidden_size))
-            start = initial.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
+            initial = initial.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
         elif config.num_virtual_tokens is not None and config.init in ("random", "zero"):
             self.num_virtual_tokens = config.num_virtual_tokens
         else:
@@ -45,15 +45,15 @@ class SoftPrompt(nn.Module):
                 f"init={config.init_name!r} needs the model's embeddings: give `initial`, a tensor "
                 f"[P, {hidden_size}], or take init='random' or 'zero'"
             )
-        rows = self.num_virtual_tokens
-        self.config = config.settled(rows)
+        num_tokens = self.num_virtual_tokens
+        self.config = config.resolved(num_tokens)
         self.embedding: nn.Parameter | None = None
         self.reparameterization: nn.Module | None = None
         self.register_buffer("initial", None)
         with seeded(config.seed):
             if isinstance(config, PTuningConfig):
                 self.reparameterization = PromptEncoder(
-                    rows,
+                    num_tokens,
                     hidden_size,
                     config.encoder_hidden_size or hidden_size,
                     kind=config.encoder_reparameterization_type,
@@ -61,20 +61,20 @@ class SoftPrompt(nn.Module):
                     dropout=config.encoder_dropout,
                     begin_at_zero=initial is not None or config.init == "zero",
                 )
-                # Without a start the encoder makes the whole prompt, as in PEFT.
-                self.initial = None if initial is None else start
+                # Without initial values the encoder makes the whole prompt, as in PEFT.
+                self.initial = initial
                 return
             if initial is None:
                 make = torch.randn if config.init == "random" else torch.zeros
-                start = make(rows, hidden_size)
+                initial = make(num_tokens, hidden_size)
             if config.reparameterization == "none":
-                self.embedding = nn.Parameter(start)
+                self.embedding = nn.Parameter(initial)
                 return
-            self.initial = start
+            self.initial = initial
             if config.reparameterization == "low_rank":
-                self.reparameterization = LowRank(rows, [hidden_size], config.rank)
+                self.reparameterization = LowRank(num_tokens, [hidden_size], config.rank)
             else:
-                self.reparameterization = RandomBasis(rows, hidden_size, config.num_basis, config.seed or 0)
+                self.reparameterization = RandomBasis(num_tokens, hidden_size, config.num_basis, config.seed or 0)
 
     @property
     def is_reparameterized(self) -> bool:
@@ -82,7 +82,7 @@ class SoftPrompt(nn.Module):
         return self.reparameterization is not None
 
     def forward(self) -> Tensor:
-        """`[P, hidden]`, differentiable."""
+        """`[P, E]`, differentiable, in the dtype of the parameters."""
         if self.reparameterization is None:
             assert self.embedding is not None
             return self.embedding
@@ -94,7 +94,7 @@ class SoftPrompt(nn.Module):
         training = self.training
         self.eval()
         try:
-            with torch.enable_grad():  # without gradients an LSTM takes another kernel, which rounds otherwise
+            with torch.enable_grad():  # without gradients an LSTM takes another kernel, which rounds differently
                 return self().detach().clone()
         finally:
             self.train(training)

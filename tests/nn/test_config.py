@@ -53,9 +53,9 @@ def test_dict_survives_json_and_makes_the_same_config(config):
 
 
 def test_settled_has_a_length_and_no_tensors():
-    settled = PrefixTuningConfig(init=torch.zeros(2, 8), num_frozen_tokens=1).settled(2)
-    assert (settled.init, settled.num_virtual_tokens, settled.num_frozen_tokens) == ("tensor", 2, 1)
-    assert PromptTuningConfig(init_text="abc").settled(3).num_virtual_tokens == 3
+    resolved = PrefixTuningConfig(init=torch.zeros(2, 8), num_frozen_tokens=1).resolved(2)
+    assert (resolved.init, resolved.num_virtual_tokens, resolved.num_frozen_tokens) == ("tensor", 2, 1)
+    assert PromptTuningConfig(init_text="abc").resolved(3).num_virtual_tokens == 3
 
 
 def test_a_config_does_not_change():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefixcore.nn import LayerShape, fit_ids, join_layers, split_layers, tensor_start, vocab_ids, vocab_start
+from prefixcore.nn import LayerShape, fit_ids, join_layers, split_layers, tensor_init, vocab_ids, vocab_init
 
 SHAPES = [LayerShape(2, 4, 4), LayerShape(1, 8, 3)]
 
@@ -31,9 +31,9 @@ def test_join_inverts_split_for_layers_that_differ():
         split_layers(torch.zeros(3, 26), SHAPES)
 
 
-def test_tensor_start_copies_into_fp32():
+def test_tensor_init_copies_into_fp32():
     flat = torch.randn(3, 27, dtype=torch.float64)
-    pairs = tensor_start(flat, SHAPES)
+    pairs = tensor_init(flat, SHAPES)
     assert all(t.dtype == torch.float32 and t.is_contiguous() for pair in pairs for t in pair)
     before = flat.clone()
     pairs[0][0].zero_()
@@ -51,20 +51,20 @@ def test_tensor_start_copies_into_fp32():
         (lambda p: [(p[0][0], p[0][1] + float("inf")), p[1]], "value of layer entry 0: .*infinite"),
     ],
 )
-def test_tensor_start_refuses(change, message):
+def test_tensor_init_refuses(change, message):
     pairs = split_layers(torch.ones(3, 27), SHAPES)
     with pytest.raises(ValueError, match=message):
-        tensor_start(change(pairs), SHAPES, 3)
+        tensor_init(change(pairs), SHAPES, 3)
 
 
-def test_vocab_start_draws_rows_and_leaves_the_global_generator_alone():
+def test_vocab_init_draws_rows_and_leaves_the_global_generator_alone():
     weight = torch.randn(50, 6, dtype=torch.bfloat16)
     before = torch.get_rng_state()
-    start = vocab_start(weight, 20, seed=5)
+    start = vocab_init(weight, 20, seed=5)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(start, weight[vocab_ids(50, 20, seed=5)].float())
-    assert torch.equal(start, vocab_start(weight, 20, seed=5))
-    assert not torch.equal(start, vocab_start(weight, 20, seed=6))
+    assert torch.equal(start, vocab_init(weight, 20, seed=5))
+    assert not torch.equal(start, vocab_init(weight, 20, seed=6))
 
 
 def test_text_is_repeated_or_cut():
