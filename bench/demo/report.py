@@ -56,7 +56,7 @@ def answers_table(task: Task, outcomes: Sequence[Outcome], *, every: int = 1) ->
     rows = []
     for index in range(0, len(task.held_out), every):
         example = task.held_out[index]
-        row = [example.place, example.completion.strip()]
+        row = [example.source, example.completion.strip()]
         for outcome in outcomes:
             said = outcome.evaluation.answers[index]
             mark = "*" if is_right(said, example, END) else ""

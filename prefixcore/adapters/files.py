@@ -23,9 +23,9 @@ from ..nn import Config, Prefix, PrefixTuningConfig, SoftPrompt
 from .errors import AdapterError
 from .manifest import Manifest
 from .module import Adapter, make_module
-from .peft import PEFT_TYPES, TENSOR, Values, from_peft, is_expressible, peft_tensor_shape, to_peft
+from .peft import PEFT_TYPES, PROMPT_EMBEDDINGS, Values, from_peft, is_expressible, peft_tensor_shape, to_peft
 from .replace import left_behind, replace_folder
-from .storage import at, check_file, describe, load_json, load_tensors, to_json
+from .storage import check_file, describe, load_json, load_tensors, naming, to_json
 
 MODEL_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
@@ -36,8 +36,8 @@ STATE_FILE = "training_state.safetensors"
 def write_adapter(directory: str | Path, *, module: Prefix | SoftPrompt, config: Config, manifest: Manifest) -> Path:
     """Writes an adapter's folder, whole or not at all.
 
-    The folder is made beside the target, read back, and renamed. An existing folder is replaced only if it is an
-    adapter or empty; files of other names in it (a README, a picture) stay.
+    The new folder is written beside the target, read back, and renamed to it. An existing folder is replaced only if
+    it is an adapter or empty; files of other names in it (a README, a picture) stay.
 
     Args:
         directory: the folder to write; its parents are made.
@@ -57,20 +57,20 @@ def write_adapter(directory: str | Path, *, module: Prefix | SoftPrompt, config:
     check_target(target)
     _check_parts(module, config, manifest)
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.state_dict().values()):
-        # Cast along with its model: what a file's numbers make must not depend on the dtype it was computed in.
+        # The module was cast along with its model. What is saved is computed in fp32, so that it can be checked.
         module = copy.deepcopy(module).float()
     baked = module.bake()
-    values: Values = _host(baked) if isinstance(baked, Tensor) else [(_host(k), _host(v)) for k, v in baked]
+    values: Values = _to_cpu(baked) if isinstance(baked, Tensor) else [(_to_cpu(k), _to_cpu(v)) for k, v in baked]
     files: dict[str, bytes | None] = {STATE_FILE: None, PEFT_FILE: None}
     peft_config: dict[str, Any] = {}
     if is_expressible(config, manifest.make_layer_shapes(), manifest.base_model):
         peft_config, flat = to_peft(config, values, manifest.base_model)
         files[PEFT_FILE] = to_json(peft_config)
-        tensors = {TENSOR: flat}
+        tensors = {PROMPT_EMBEDDINGS: flat}
     else:
         assert not isinstance(values, Tensor)
         tensors = {}
-        for names, pair in zip(_names(manifest), values, strict=True):
+        for names, pair in zip(_tensor_names(manifest), values, strict=True):
             tensors.update(zip(names, pair, strict=True))
     blobs = {MODEL_FILE: _to_bytes(tensors)}
     if module.is_reparameterized:
@@ -105,7 +105,7 @@ def read_adapter(directory: str | Path) -> Adapter:
         if peft_config is None:
             raise AdapterError(f"{folder}: not an adapter: expected {MANIFEST_FILE} or {PEFT_FILE} in it")
         return _read_peft(folder, peft_config)
-    with at(folder / MANIFEST_FILE):
+    with naming(folder / MANIFEST_FILE):
         manifest = Manifest.from_dict(fields)
         config = manifest.make_config()
         _check_listing(manifest, config, peft_config)
@@ -115,48 +115,48 @@ def read_adapter(directory: str | Path) -> Adapter:
         values = _read_peft(folder, peft_config).tensors
     else:
         assert config.num_virtual_tokens is not None
-        tensors = load_tensors(folder / MODEL_FILE, _shapes(manifest, config.num_virtual_tokens))
-        values = [(tensors[key], tensors[value]) for key, value in _names(manifest)]
-    with at(folder / MANIFEST_FILE):
+        tensors = load_tensors(folder / MODEL_FILE, _tensor_shapes(manifest, config.num_virtual_tokens))
+        values = [(tensors[key], tensors[value]) for key, value in _tensor_names(manifest)]
+    with naming(folder / MANIFEST_FILE):
         _check_values(manifest, config, values)
     if STATE_FILE not in manifest.files:
         return Adapter(config, values, manifest, None, peft_config)
     adapter = Adapter(config, values, manifest, load_tensors(folder / STATE_FILE), peft_config)
-    with at(folder / STATE_FILE):
+    with naming(folder / STATE_FILE):
         make_module(adapter, trainable=True)
     return adapter
 
 
 def _read_peft(folder: Path, peft_config: dict[str, Any]) -> Adapter:
-    with at(folder / PEFT_FILE):
+    with naming(folder / PEFT_FILE):
         shape = peft_tensor_shape(peft_config)
     path = folder / MODEL_FILE
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").exists()
         mend = "; adapter_model.bin is a pickle and never read, save it again as safetensors" if pickled else ""
         raise AdapterError(f"{path}: missing{mend}")
-    flat = load_tensors(path, {TENSOR: shape})[TENSOR]
-    with at(folder / PEFT_FILE):
+    flat = load_tensors(path, {PROMPT_EMBEDDINGS: shape})[PROMPT_EMBEDDINGS]
+    with naming(folder / PEFT_FILE):
         config, values = from_peft(peft_config, flat)
     return Adapter(config, values, peft_config=peft_config)
 
 
-def _names(manifest: Manifest) -> list[tuple[str, str]]:
+def _tensor_names(manifest: Manifest) -> list[tuple[str, str]]:
     """Our own names of a prefix's tensors, one (key, value) a layer."""
     return [(f"layers.{layer}.key", f"layers.{layer}.value") for layer in manifest.layers or []]
 
 
-def _shapes(manifest: Manifest, tokens: int) -> dict[str, list[int]]:
-    """The shapes of these tensors."""
+def _tensor_shapes(manifest: Manifest, tokens: int) -> dict[str, list[int]]:
+    """The shape of each tensor by its name; `tokens` is P."""
     shapes = {}
-    for (key, value), shape in zip(_names(manifest), manifest.make_layer_shapes(), strict=True):
+    for (key, value), shape in zip(_tensor_names(manifest), manifest.make_layer_shapes(), strict=True):
         shapes[key] = [shape.num_kv_heads, tokens, shape.key_dim]
         shapes[value] = [shape.num_kv_heads, tokens, shape.value_dim]
     return shapes
 
 
 def _check_listing(manifest: Manifest, config: Config, peft_config: dict[str, Any] | None) -> None:
-    """The files that the manifest speaks of must be those of such an adapter."""
+    """Raises AdapterError unless the manifest lists the files that an adapter with this configuration has."""
     if config.num_virtual_tokens is None:
         raise AdapterError("config.num_virtual_tokens: missing")
     expected = {MODEL_FILE, STATE_FILE} if config.is_reparameterized else {MODEL_FILE}
@@ -173,7 +173,7 @@ def _check_listing(manifest: Manifest, config: Config, peft_config: dict[str, An
 
 
 def _check_values(manifest: Manifest, config: Config, values: Values) -> None:
-    """What is in the tensor file must be what the manifest speaks of."""
+    """Raises AdapterError unless the values have the shapes that the manifest states."""
     tokens, shapes = config.num_virtual_tokens, manifest.make_layer_shapes()
     if isinstance(values, Tensor):
         if shapes or values.shape[0] != tokens:
@@ -191,7 +191,7 @@ def _check_values(manifest: Manifest, config: Config, values: Values) -> None:
 
 
 def _check_parts(module: Prefix | SoftPrompt, config: Config, manifest: Manifest) -> None:
-    """Module, configuration and manifest must speak of the same adapter."""
+    """Raises AdapterError unless module, configuration and manifest belong to the same adapter."""
     if manifest.method != config.method or isinstance(module, Prefix) != isinstance(config, PrefixTuningConfig):
         raise AdapterError(
             f"method: the manifest says {manifest.method!r}, the configuration {config.method!r}, and the module is "
@@ -235,7 +235,7 @@ def _is_peft_folder(folder: Path) -> bool:
     return peft_config is not None and peft_config.get("peft_type") in PEFT_TYPES
 
 
-def _host(tensor: Tensor) -> Tensor:
+def _to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import AdapterError
 
 SAMPLES = 32
-"""Numbers sampled from each weight, evenly from the first to the last."""
+"""How many numbers of each weight are sampled, evenly from the first to the last."""
 
 _CONFIG_FACTS = (
     "model_type",
@@ -26,8 +26,8 @@ _CONFIG_FACTS = (
 FACTS = ("class", *_CONFIG_FACTS, "num_parameters")
 """The fields that decide whether a model has the right architecture."""
 
-# A digest is taken in a dtype that rounding from any of these leads to; float16 and bfloat16 can't stand for
-# each other.
+# A digest in this dtype exists for weights in any of these. float16 and bfloat16 cannot be rounded to each other and
+# still agree, so each has a digest of its own.
 _DIGESTS = {
     "bfloat16": (torch.float64, torch.float32, torch.bfloat16),
     "float16": (torch.float64, torch.float32, torch.float16),
@@ -86,15 +86,15 @@ def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any])
                 f"base_model.{field}: the adapter was trained for {expected[field]!r}, this model has "
                 f"{actual.get(field)!r}; load the model it was trained for ({_name(expected)})"
             )
-    wanted, found = expected.get("weights") or {}, actual.get("weights") or {}
-    common = [dtype for dtype in wanted if dtype in found]
-    if wanted and not common:
+    trained_for, found = expected.get("weights") or {}, actual.get("weights") or {}
+    common = [dtype for dtype in trained_for if dtype in found]
+    if trained_for and not common:
         raise AdapterError(
-            f"base_model.weights: the adapter knows its model by weights rounded to {' or '.join(wanted)}, but "
-            f"this model was loaded in another dtype; load it in float32 or in {next(iter(wanted))}"
+            f"base_model.weights: the adapter knows its model by weights rounded to {' or '.join(trained_for)}, but "
+            f"this model was loaded in another dtype; load it in float32 or in {next(iter(trained_for))}"
         )
     for dtype in common:
-        if wanted[dtype] != found[dtype]:
+        if trained_for[dtype] != found[dtype]:
             raise AdapterError(
                 "base_model.weights: the model has the right architecture but other weights than the one the "
                 f"adapter was trained for ({_name(expected)})"
@@ -130,5 +130,5 @@ def _digests(weights: list[tuple[str, Tensor]]) -> dict[str, str]:
 def _sample(weight: Tensor) -> Tensor:
     """Up to SAMPLES numbers of a weight, on the CPU."""
     count = min(SAMPLES, weight.numel())
-    places = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
-    return weight.reshape(-1)[places].cpu()
+    indices = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
+    return weight.reshape(-1)[indices].cpu()

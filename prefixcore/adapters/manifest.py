@@ -48,7 +48,9 @@ class Manifest:
         layers: of a prefix, the indices of the layers that have one.
         layer_shapes: of a prefix, `[Hkv, D, Dv]` of each of these layers.
         peft_type: PEFT's name of the method, if PEFT's files can express the adapter.
-        files: size and SHA-256 of each tensor file. These two are filled in when the adapter is written.
+        files: size and SHA-256 of each tensor file.
+
+    `peft_type` and `files` are filled in when the adapter is written.
     """
 
     method: str
@@ -136,7 +138,7 @@ class Manifest:
         return manifest
 
     def make_config(self) -> Config:
-        """The configuration; the start of one that was given as tensors is "tensor"."""
+        """The configuration; `init` that was given as tensors is "tensor"."""
         if self.method not in _CONFIGS:
             raise AdapterError(f"method: expected one of {', '.join(_CONFIGS)}, got {self.method!r}")
         try:

@@ -20,8 +20,8 @@ class Adapter:
     """What an adapter's folder holds, read and checked.
 
     Attributes:
-        config: what it was trained with, its `num_virtual_tokens` set; a module made from the adapter has a
-            `config` of its own, which says what that module trains.
+        config: what it was trained with, its `num_virtual_tokens` set. A module made from the adapter has a `config`
+            of its own, which says what that module trains.
         tensors: the baked virtual tokens, fp32 on the CPU: of a prefix, one `(key [Hkv, P, D],
             value [Hkv, P, Dv])` for each layer that has one; of a soft prompt, `[P, hidden]`.
         manifest: None for an adapter that PEFT wrote.
@@ -63,17 +63,17 @@ def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPr
         AdapterError: the training state does not belong to the adapter.
     """
     if not trainable:
-        module = _make(_plain(adapter.config), adapter.tensors)
+        module = _make(_without_reparameterization(adapter.config), adapter.tensors)
         return module.requires_grad_(False)
     state = adapter.training_state
     if state is None:
-        return _make(_plain(adapter.config), adapter.tensors)
-    # A module that was given a start keeps it; one that makes everything itself (as PEFT's do) has none.
-    needs_start = adapter.config.init_name not in ("random", "zero")
-    started = needs_start or any(name.split(".", 1)[0] == "initial" for name in state)
-    _check_encoder(adapter, state, started)
+        return _make(_without_reparameterization(adapter.config), adapter.tensors)
+    # A module with initial values has them in its state; an encoder that makes everything itself has none (as in PEFT).
+    needs_initial = adapter.config.init_name not in ("random", "zero")
+    has_initial = needs_initial or any(name.split(".", 1)[0] == "initial" for name in state)
+    _check_encoder(adapter, state, has_initial)
     try:
-        module = _make(adapter.config, adapter.tensors, started=started)
+        module = _make(adapter.config, adapter.tensors, has_initial=has_initial)
     except ValueError as error:
         raise AdapterError(f"config: {error}") from error
     _check_state(module.state_dict(), state)
@@ -82,17 +82,18 @@ def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPr
     return module
 
 
-def _make(config: Config, values: Values, *, started: bool = True) -> Prefix | SoftPrompt:
+def _make(config: Config, values: Values, *, has_initial: bool = True) -> Prefix | SoftPrompt:
+    """A module of the shape of `values`; `has_initial`: they are its initial values."""
     if isinstance(config, PrefixTuningConfig):
         assert not isinstance(values, Tensor)
         shapes = [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in values]
-        return Prefix(shapes, config, values if started else None)
+        return Prefix(shapes, config, values if has_initial else None)
     assert isinstance(values, Tensor)
-    return SoftPrompt(values.shape[1], config, values if started else None)
+    return SoftPrompt(values.shape[1], config, values if has_initial else None)
 
 
-def _plain(config: Config) -> Config:
-    """The configuration that trains the virtual tokens themselves."""
+def _without_reparameterization(config: Config) -> Config:
+    """The configuration that trains the same virtual tokens themselves."""
     if isinstance(config, PTuningConfig):
         return PromptTuningConfig(
             num_virtual_tokens=config.num_virtual_tokens,
@@ -105,8 +106,11 @@ def _plain(config: Config) -> Config:
     return dataclasses.replace(config, reparameterization="none")
 
 
-def _check_encoder(adapter: Adapter, state: dict[str, Tensor], started: bool) -> None:
-    """An encoder may be of any size: it must be that of the state's tensors, before memory is taken for it."""
+def _check_encoder(adapter: Adapter, state: dict[str, Tensor], has_initial: bool) -> None:
+    """Checks an encoder's sizes against the tensors of its state before memory is taken for it.
+
+    The manifest's sizes are as untrusted as the rest: a large one would fill the memory.
+    """
     config = adapter.config
     if isinstance(config, PTuningConfig):
         if config.encoder_reparameterization_type == "LSTM" and config.encoder_num_layers > len(state):
@@ -115,13 +119,14 @@ def _check_encoder(adapter: Adapter, state: dict[str, Tensor], started: bool) ->
         return
     try:
         with torch.device("meta"):
-            expected = _make(config, adapter.tensors, started=started).state_dict()
+            expected = _make(config, adapter.tensors, has_initial=has_initial).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:  # TypeError: torch, of a size beyond an int64
         raise AdapterError(f"config: {error}") from error
     _check_state(expected, state)
 
 
 def _check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raises AdapterError unless `state` has the names and shapes of `expected`."""
     for name in sorted(expected.keys() ^ state.keys()):
         what = "missing" if name in expected else "unknown tensor"
         raise AdapterError(f"{name}: {what}; the file does not belong to this adapter's config")
@@ -133,8 +138,8 @@ def _check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
 
 def _check_baked(made: Values, values: Values) -> None:
     """What the training state makes must be what the adapter holds, up to another machine's rounding."""
-    ours = [made] if isinstance(made, Tensor) else [t for pair in made for t in pair]
-    theirs = [values] if isinstance(values, Tensor) else [t for pair in values for t in pair]
-    for one, other in zip(ours, theirs, strict=True):
-        if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * max(1e-6, other.abs().max().item())):
+    from_state = [made] if isinstance(made, Tensor) else [t for pair in made for t in pair]
+    baked = [values] if isinstance(values, Tensor) else [t for pair in values for t in pair]
+    for got, expected in zip(from_state, baked, strict=True):
+        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * max(1e-6, expected.abs().max().item())):
             raise AdapterError("the training state does not make the virtual tokens that the adapter holds")

@@ -1,8 +1,8 @@
-"""PEFT's two files: what they say in our words, and our adapters in theirs.
+"""PEFT's two files: reading them as our configuration and values, and writing ours as theirs.
 
-`adapter_model.safetensors` holds one tensor, `prompt_embeddings`: `[P, L*2*Hkv*D]` for a prefix (in each row, per
-layer, the key and then the value, head after head), `[P, hidden]` for a soft prompt. What trained it (an MLP, an
-LSTM) is not kept by PEFT. Read in PEFT 0.21.
+`adapter_model.safetensors` holds one tensor, `prompt_embeddings`: `[P, L*2*Hkv*D]` for a prefix (for each virtual token
+layer after layer, in each the key and then the value, head after head), `[P, E]` for a soft prompt. PEFT does not keep
+what trained it (an MLP, an LSTM). As of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..nn import (
 )
 from .errors import AdapterError
 
-TENSOR = "prompt_embeddings"
+PROMPT_EMBEDDINGS = "prompt_embeddings"
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 PEFT_TYPES = (*PREFIX_TYPES, "PROMPT_TUNING", "P_TUNING")
 
@@ -131,8 +131,8 @@ def peft_tensor_shape(peft_config: Mapping[str, Any]) -> list[int]:
 def from_peft(peft_config: Mapping[str, Any], tensor: Tensor) -> tuple[Config, Values]:
     """The configuration and values of a PEFT adapter; `tensor` is of `peft_tensor_shape`.
 
-    The MLP or LSTM that trained it is not in PEFT's files, so what is left is a plain prefix or soft prompt, and
-    its start is "tensor": training goes on from its values.
+    The MLP or LSTM that trained it is not in PEFT's files, so the configuration is that of a plain prefix or soft
+    prompt with `init="tensor"`: training goes on from its values.
 
     Raises:
         AdapterError: naming a field whose value is out of range.

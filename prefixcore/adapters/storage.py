@@ -1,4 +1,4 @@
-"""One file of an adapter: JSON and safetensors, read with suspicion."""
+"""Reading and writing one file of an adapter, JSON or safetensors; nothing in a file is trusted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from .errors import AdapterError
 
 _LONGEST_JSON = 4 * 2**20
-"""Bytes; a thousand times what an adapter needs. Parsed, a longer one could fill the memory."""
+"""Bytes, a thousand times what an adapter needs. Parsing a longer file could fill the memory."""
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @contextmanager
-def at(path: Path) -> Iterator[None]:
-    """Puts the file's name in front of an AdapterError raised inside."""
+def naming(path: Path) -> Iterator[None]:
+    """A block in which an AdapterError gets the name of the file in front of its message."""
     try:
         yield
     except AdapterError as error:
@@ -31,6 +31,7 @@ def at(path: Path) -> Iterator[None]:
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
+    """JSON in UTF-8, indented and in the order of its keys: equal values make equal bytes."""
     return json.dumps(values, indent=2, sort_keys=True).encode()
 
 
@@ -52,12 +53,12 @@ def load_json(path: Path) -> dict[str, Any] | None:
 
 
 def describe(blob: bytes) -> dict[str, Any]:
-    """Size and SHA-256, by which `check_file` knows the file again."""
+    """Size and SHA-256 of a file's contents, for `check_file`."""
     return {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
 
 
 def check_file(path: Path, described: Mapping[str, Any]) -> None:
-    """Raises AdapterError unless the file is the one that was described."""
+    """Raises AdapterError unless the file has the size and SHA-256 that `describe` returned for it."""
     if not path.is_file():
         raise AdapterError(f"{path}: missing")
     size = path.stat().st_size
@@ -72,14 +73,14 @@ def load_tensors(path: Path, shapes: Mapping[str, list[int]] | None = None) -> d
 
     Args:
         path: the file.
-        shapes: the names and shapes that it must have, no more and no less; they are looked at before any number
-            is read, and the numbers become fp32. None: anything goes, in its own dtype.
+        shapes: the names and shapes of the tensors that it must hold, and no others. They are checked against the
+            header before any number is read, and the numbers become fp32. None: any tensors, in their own dtypes.
 
     Raises:
         AdapterError: naming the file, and the tensor whose name, shape, dtype or numbers are wrong.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file, at(path):
+        with safe_open(path, framework="pt", device="cpu") as file, naming(path):
             names = list(file.keys())
             _check_header({name: file.get_slice(name) for name in names}, shapes)
             dtype = None if shapes is None else torch.float32

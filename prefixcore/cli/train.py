@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Whatever is wrong with the request is found before the model is opened, and long before a write.
     check_out(arguments.out)
     config = build_config(arguments)
-    fill_in(arguments)
+    inherit_from_resumed(arguments)
     with user_errors(DataError):
         training, held_out = read_examples(arguments)
     options = training_options(arguments, len(training))
@@ -41,11 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"no example has at most {arguments.max_length} tokens; raise --max-length")
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out")
 
-    judge = Judge(model, tokenizer, arguments.end, held_out, held_out_ids)
-    judge("bare model")
+    evaluator = HeldOutEvaluator(model, tokenizer, arguments.end, held_out, held_out_ids)
+    evaluator("bare model")
     handle = attach(arguments, model, tokenizer, config)
     say(f"{handle.num_trainable:,} numbers to train in {handle.num_virtual_tokens} virtual tokens")
-    judge("at the start")
+    evaluator("at the start")
     with user_errors(ValueError):  # a loss that is not finite
         record = train(handle, tokenizer, train_ids, held_out=held_out_ids, options=options)
     if record.steps_done == 0:
@@ -53,19 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     with user_errors(OSError):
         handle.save(arguments.out)
-        write_results(arguments, handle.config.method, record, judge)
+        write_results(arguments, handle.config.method, record, evaluator)
     if record.interrupted:
         say(f"stopped after {record.steps_done} of {options.steps} steps; saved what there is to {arguments.out}")
         return INTERRUPTED
     if held_out:
         try:
-            judge("after training")
+            evaluator("after training")
         except KeyboardInterrupt:
             say(f"\nstopped while evaluating; the adapter is in {arguments.out}")
             return INTERRUPTED
         with user_errors(OSError):
-            write_results(arguments, handle.config.method, record, judge)
-        print(judge.table())
+            write_results(arguments, handle.config.method, record, evaluator)
+        print(evaluator.table())
     say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
     return OK
 
@@ -86,8 +86,8 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out} cannot be written: {parent} is not a folder that you may write to")
 
 
-def fill_in(arguments: argparse.Namespace) -> None:
-    """With `--resume`, take over from the earlier training what keeps its held-out examples held out."""
+def inherit_from_resumed(arguments: argparse.Namespace) -> None:
+    """With `--resume`, set options that are not given as in the earlier training, so that what it held out stays so."""
     arguments.split_seed = arguments.seed
     if arguments.resume is None:
         return
@@ -162,10 +162,10 @@ def tokenize_all(
         ids = tokenize(tokenizer, examples, end=arguments.end, max_length=None if arguments.skip_too_long else limit)
     if limit is None:
         return list(examples), ids
-    kept = [(example, item) for example, item in zip(examples, ids, strict=True) if item.length <= limit]
+    kept = [(example, its_ids) for example, its_ids in zip(examples, ids, strict=True) if its_ids.length <= limit]
     if len(kept) < len(ids):
         say(f"left out {len(ids) - len(kept)} of {len(ids)} examples with more than {limit} tokens")
-    return [example for example, _ in kept], [item for _, item in kept]
+    return [example for example, _ in kept], [its_ids for _, its_ids in kept]
 
 
 def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: Any) -> Any:
@@ -179,8 +179,8 @@ def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: An
         return hf.attach(model, config, tokenizer=tokenizer)
 
 
-class Judge:
-    """Evaluates the model on the held-out examples as it is at the time, and keeps the results by name."""
+class HeldOutEvaluator:
+    """Evaluates the model, as it is when called, on the held-out examples, and keeps the results by name."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class Judge:
             say(f"held out, {name}: loss {result.loss:.3f}, exact match {result.exact_match:.1%}")
 
     def table(self) -> str:
-        """The results, one row each."""
+        """The results as a text table."""
         rows = [(f"{len(self.held_out)} held-out examples", "loss", "exact match")]
         for name, result in self.results.items():
             rows.append((name, f"{result.loss:.3f}", f"{result.exact_match:.1%}"))
@@ -217,7 +217,9 @@ class Judge:
         }
 
 
-def write_results(arguments: argparse.Namespace, method: str, record: TrainingRecord, judge: Judge) -> None:
+def write_results(
+    arguments: argparse.Namespace, method: str, record: TrainingRecord, evaluator: HeldOutEvaluator
+) -> None:
     """The curve and the record, beside the adapter that was just saved."""
     from ..training import Curve, write_curve
 
@@ -231,7 +233,7 @@ def write_results(arguments: argparse.Namespace, method: str, record: TrainingRe
             "split": None
             if arguments.eval_data
             else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
-            "held_out": judge.to_dict(),
+            "held_out": evaluator.to_dict(),
             **record.to_dict(),
         },
     )

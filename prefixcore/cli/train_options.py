@@ -11,8 +11,8 @@ from .common import UserError, add_model_arguments, plain_escapes, positive, use
 METHODS = ("prefix", "prompt", "p-tuning")
 LEARNING_RATES = {"prefix": 2e-3, "prompt": 5e-3, "p-tuning": 1e-3}
 
-# Option -> the methods that it means something for.
-SPECIAL = {
+# Option -> the methods that it is for.
+METHODS_OF = {
     "reparameterization": ("prefix", "prompt"),
     "rank": ("prefix", "prompt"),
     "num_basis": ("prefix", "prompt"),
@@ -22,11 +22,11 @@ SPECIAL = {
     "encoder_hidden_size": ("prefix", "p-tuning"),
     "encoder_reparameterization_type": ("p-tuning",),
 }
-START = ("num_virtual_tokens", "init", "init_text")
+INIT_OPTIONS = ("num_virtual_tokens", "init", "init_text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare every option."""
+    """The options of `prefixcore train`."""
     add_model_arguments(parser)
     parser.add_argument(
         "--data",
@@ -139,7 +139,9 @@ def build_config(arguments: argparse.Namespace) -> Any:
     Raises:
         UserError: options that contradict each other, or that the method has no use for.
     """
-    given = {name: getattr(arguments, name) for name in (*START, *SPECIAL) if getattr(arguments, name) is not None}
+    given = {
+        name: getattr(arguments, name) for name in (*INIT_OPTIONS, *METHODS_OF) if getattr(arguments, name) is not None
+    }
     if arguments.resume is not None:
         if arguments.method is not None or given:
             named = "--method" if arguments.method is not None else option(next(iter(given)))
@@ -148,9 +150,9 @@ def build_config(arguments: argparse.Namespace) -> Any:
     if arguments.method is None:
         raise UserError(f"--method is missing: one of {', '.join(METHODS)} (or --resume ADAPTER)")
     for name in given:
-        if name in SPECIAL and arguments.method not in SPECIAL[name]:
+        if name in METHODS_OF and arguments.method not in METHODS_OF[name]:
             raise UserError(
-                f"{option(name)} is for --method {' or '.join(SPECIAL[name])}, not {arguments.method}; leave it out"
+                f"{option(name)} is for --method {' or '.join(METHODS_OF[name])}, not {arguments.method}; leave it out"
             )
     if "init_text" not in given:
         given.setdefault("num_virtual_tokens", 20)

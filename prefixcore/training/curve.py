@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .loop import TrainingRecord
 
-# Okabe and Ito's colours: told apart by colour-blind readers and in print.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, also in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -31,22 +31,22 @@ def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -> Path:
-    """Write a PNG: on the left the training loss (each step, faint, and its moving average), on the right
-    the held-out loss, when any was followed. Losses that differ tenfold get a logarithmic axis."""
+    """Write a PNG: on the left the training loss of each step (faint) and its moving average, on the right the held-out
+    loss, where there is any. Losses that differ tenfold get a logarithmic axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    followed = any(curve.record.held_out_loss for curve in curves)
-    figure = Figure(figsize=(9.6, 4.0) if followed else (5.6, 4.0), dpi=140, layout="constrained")
+    has_held_out = any(curve.record.held_out_loss for curve in curves)
+    figure = Figure(figsize=(9.6, 4.0) if has_held_out else (5.6, 4.0), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if followed else 1, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, 2 if has_held_out else 1, sharey=True, squeeze=False)[0]
     for curve, colour in zip(curves, _COLOURS * len(curves), strict=False):
         steps = [step for step, _ in curve.record.train_loss]
         losses = [loss for _, loss in curve.record.train_loss]
         axes[0].plot(steps, losses, color=colour, linewidth=0.7, alpha=0.3)
         axes[0].plot(steps, _smooth(losses), color=colour, linewidth=1.9, label=curve.name)
-        if followed and curve.record.held_out_loss:
+        if has_held_out and curve.record.held_out_loss:
             axes[1].plot(
                 *zip(*curve.record.held_out_loss, strict=True),
                 color=colour,
@@ -55,17 +55,17 @@ def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -
                 markersize=4,
                 label=curve.name,
             )
-    everything = [
+    losses_above_zero = [
         loss for curve in curves for _, loss in (*curve.record.train_loss, *curve.record.held_out_loss) if loss > 0
     ]
-    wide = bool(everything) and max(everything) > 10 * min(everything)
+    logarithmic = bool(losses_above_zero) and max(losses_above_zero) > 10 * min(losses_above_zero)
     for axis, name in zip(axes, ("training", "held out, never trained on"), strict=False):
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("optimizer step")
         axis.grid(True, color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        if wide:
+        if logarithmic:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))

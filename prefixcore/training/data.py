@@ -20,16 +20,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn: after `prompt` the model should say `completion`. `place` says where it came from."""
+    """The model is to continue `prompt` with `completion`; `source` says where the example is from, for messages."""
 
     prompt: str
     completion: str
-    place: str = "example"
+    source: str = "example"
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids of an `Example`: those read (`prompt_ids`) and those learnt (`completion_ids`)."""
+    """Token ids of an `Example`: `prompt_ids`, which are only read, and `completion_ids`, which are learnt."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -64,21 +64,21 @@ def read_jsonl(path: str | Path) -> list[Example]:
     return examples
 
 
-def _example(line: str, place: str) -> Example:
+def _example(line: str, source: str) -> Example:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from None
+        raise DataError(f"{source}: not valid JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(record, dict):
-        raise DataError(f"{place}: expected a JSON object, got {_json_name(record)}")
+        raise DataError(f"{source}: expected a JSON object, got {_json_name(record)}")
     for field in ("prompt", "completion"):
         if field not in record:
-            raise DataError(f"{place}: the field {field!r} is missing (found: {', '.join(record) or 'none'})")
+            raise DataError(f"{source}: the field {field!r} is missing (found: {', '.join(record) or 'none'})")
         if not isinstance(record[field], str):
-            raise DataError(f"{place}: the field {field!r} must be a string, got {_json_name(record[field])}")
+            raise DataError(f"{source}: the field {field!r} must be a string, got {_json_name(record[field])}")
     if not record["completion"]:
-        raise DataError(f"{place}: the field 'completion' is empty; there is nothing to learn from it")
-    return Example(record["prompt"], record["completion"], place)
+        raise DataError(f"{source}: the field 'completion' is empty; there is nothing to learn from it")
+    return Example(record["prompt"], record["completion"], source)
 
 
 def _json_name(value: Any) -> str:
@@ -109,9 +109,9 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list
         )
     prompts = list(groups)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    held_out = [example for i in order[:aside] for example in groups[prompts[i]]]
-    training = [example for i in order[aside:] for example in groups[prompts[i]]]
+    num_held_out = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    held_out = [example for i in order[:num_held_out] for example in groups[prompts[i]]]
+    training = [example for i in order[num_held_out:] for example in groups[prompts[i]]]
     return training, held_out
 
 
@@ -144,38 +144,38 @@ def tokenize(
         if end is None and tokenizer.eos_token_id is not None:
             completion_ids.append(tokenizer.eos_token_id)
         if not prompt_ids:
-            raise DataError(f"{example.place}: the prompt has no token; there is nothing to continue from")
+            raise DataError(f"{example.source}: the prompt has no token; there is nothing to continue from")
         if not completion_ids:
-            raise DataError(f"{example.place}: the completion has no token; there is nothing to learn from it")
-        item = TokenizedExample(prompt_ids, completion_ids)
-        if max_length is not None and item.length > max_length:
+            raise DataError(f"{example.source}: the completion has no token; there is nothing to learn from it")
+        ids = TokenizedExample(prompt_ids, completion_ids)
+        if max_length is not None and ids.length > max_length:
             raise DataError(
-                f"{example.place}: {item.length} tokens, more than the limit of {max_length}; "
+                f"{example.source}: {ids.length} tokens, more than the limit of {max_length}; "
                 "shorten the example or raise the limit"
             )
-        tokenized.append(item)
+        tokenized.append(ids)
     return tokenized
 
 
 def collate(examples: Sequence[TokenizedExample], pad_token_id: int, *, side: str = "right") -> dict[str, torch.Tensor]:
-    """Pad examples into one batch.
+    """Pad examples into one batch, on the `side` "right" (to train) or "left" (to generate).
 
     Returns:
         `input_ids`, `attention_mask` (1 = token, 0 = padding) and `labels`, each int64 `[B, T]`; labels
         are `IGNORED` on prompt and padding.
     """
     longest = max(example.length for example in examples)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for example in examples:
         padding = longest - example.length
-        for name, values, pad in (
+        for name, values, filler in (
             ("input_ids", example.prompt_ids + example.completion_ids, pad_token_id),
             ("attention_mask", [1] * example.length, 0),
             ("labels", [IGNORED] * len(example.prompt_ids) + example.completion_ids, IGNORED),
         ):
-            fill = [pad] * padding
-            rows[name].append(fill + values if side == "left" else values + fill)
-    return {name: torch.tensor(values) for name, values in rows.items()}
+            fill = [filler] * padding
+            columns[name].append(fill + values if side == "left" else values + fill)
+    return {name: torch.tensor(values) for name, values in columns.items()}
 
 
 def pack(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def make_batch(
 
 
 def batches(examples: Sequence[TokenizedExample], batch_size: int, seed: int) -> Iterator[list[TokenizedExample]]:
-    """Yield the examples of each step for ever: every epoch a new order from `seed`, the short last batch kept."""
+    """Yield the examples of one step after another, without end: a new order each epoch, the short last batch kept."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()

@@ -15,8 +15,13 @@ from .data import IGNORED, Example, TokenizedExample, collate, make_batch, pad_i
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss`: nats per completion token. `exact_match`: the share, 0 to 1, of answers that are right to the
-    letter (white space around them aside). `answers`: what the model said, one for each example."""
+    """How a model does on held-out examples.
+
+    Attributes:
+        loss: nats per completion token.
+        exact_match: the share of right answers, 0 to 1, white space around them aside.
+        answers: what the model said, one for each example.
+    """
 
     loss: float
     exact_match: float
@@ -44,7 +49,12 @@ def held_out_loss(
 ) -> float:
     """Mean loss in nats over every completion token of `examples`, each token counting the same.
 
-    `packed`: without padding, as in `fit`; the same loss but for rounding.
+    Args:
+        model: a transformers causal language model, with or without virtual tokens.
+        examples: from `tokenize`.
+        pad_token_id: fills short batch rows.
+        batch_size: examples at once.
+        packed: give the model packed batches, as in `fit`: the same loss but for rounding.
     """
     total, tokens = 0.0, 0
     with _in_eval_mode(model) as device:
@@ -87,12 +97,12 @@ def predict(
     answers = []
     with _in_eval_mode(model) as device:
         for start in range(0, len(prompts), batch_size):
-            rows = [
+            examples = [
                 TokenizedExample(list(tokenizer(prompt)["input_ids"]), [])
                 for prompt in prompts[start : start + batch_size]
             ]
-            batch = collate(rows, padding, side="left")
-            width = batch["input_ids"].shape[1]
+            batch = collate(examples, padding, side="left")
+            prompt_length = batch["input_ids"].shape[1]
             generated = model.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
@@ -100,8 +110,8 @@ def predict(
                 pad_token_id=padding,
                 **options,
             )
-            for row in generated[:, width:]:
-                text = tokenizer.decode(row, skip_special_tokens=True)
+            for ids in generated[:, prompt_length:]:
+                text = tokenizer.decode(ids, skip_special_tokens=True)
                 answers.append(text.split(end)[0] if end else text)
     return answers
 
@@ -129,8 +139,8 @@ def evaluate(
 
 def exact_match(answers: Sequence[str], examples: Sequence[Example], end: str | None = None) -> float:
     """Share of `answers` equal to their example's completion, white space around both aside."""
-    right = sum(is_right(answer, example, end) for answer, example in zip(answers, examples, strict=True))
-    return right / len(examples)
+    num_right = sum(is_right(answer, example, end) for answer, example in zip(answers, examples, strict=True))
+    return num_right / len(examples)
 
 
 def is_right(answer: str, example: Example, end: str | None = None) -> bool:

@@ -57,7 +57,7 @@ class TrainingOptions:
         if self.schedule not in ("constant", "linear"):
             raise ValueError(f"schedule must be 'constant' or 'linear', got {self.schedule!r}")
 
-    def factor(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at `step` (0 is the first)."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
@@ -68,7 +68,15 @@ class TrainingOptions:
 
 @dataclass
 class TrainingRecord:
-    """What happened: `(step, loss)` pairs, seconds of each step, and whether it was stopped early."""
+    """What happened in a training run.
+
+    Attributes:
+        options: how it was trained.
+        train_loss: `(step, loss)` of each step, from 1; nats per completion token.
+        held_out_loss: `(step, loss)` where it was evaluated; step 0 is before training.
+        step_seconds: seconds of each step, evaluation aside.
+        interrupted: whether it was stopped before the last step.
+    """
 
     options: TrainingOptions
     train_loss: list[tuple[int, float]] = field(default_factory=list)
@@ -100,7 +108,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     def restore() -> None:
         for number, handler in previous.items():
-            # None: a handler set by C code, which Python cannot name and so cannot put back.
+            # None: a handler set by C code, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def request(number: int, frame: object) -> None:
@@ -171,7 +179,7 @@ def fit(
         model: called in training mode as it was given (its mode is put back).
         parameters: those to train.
         examples, held_out: tokenised examples; see `train`.
-        pad_token_id: fills short rows of a batch.
+        pad_token_id: fills short batch rows.
         options: how to train.
         packed: give the model packed batches (see `prefixcore.PackedCollator`) in place of padded ones.
         show_progress: a progress bar on standard error; None: only on a terminal.
@@ -189,15 +197,15 @@ def fit(
         raise ValueError("no parameter requires a gradient; load the adapter with trainable=True")
     if not examples:
         raise ValueError("no examples to train on")
-    # Fused, as transformers' Trainer takes it: a prefix has two small parameters a layer, and a loop over them costs
-    # five times as much.
+    # Fused, as in transformers' Trainer: a prefix has two small parameters a layer, and a loop over them costs five
+    # times as much.
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    scheduler = LambdaLR(optimizer, options.factor)
+    scheduler = LambdaLR(optimizer, options.lr_factor)
     record = TrainingRecord(options)
     source = batches(examples, options.batch_size, options.seed)
     device = trained[0].device
 
-    def follow(step: int) -> None:
+    def evaluate_held_out(step: int) -> None:
         if held_out:
             loss = held_out_loss(model, held_out, pad_token_id, packed=packed)
             record.held_out_loss.append((step, loss))
@@ -205,13 +213,13 @@ def fit(
                 on_held_out(step, loss)
 
     was_training = model.training
-    hidden = None if show_progress is None else not show_progress
+    disable_bar = None if show_progress is None else not show_progress
     try:
         with (
             stop_on_signal() as stopping,
-            tqdm(total=options.steps, desc="training", unit="step", disable=hidden) as bar,
+            tqdm(total=options.steps, desc="training", unit="step", disable=disable_bar) as bar,
         ):
-            follow(0)
+            evaluate_held_out(0)
             model.train()
             while record.steps_done < options.steps and not stopping():
                 began = time.perf_counter()
@@ -223,10 +231,10 @@ def fit(
                 bar.update()
                 step = record.steps_done
                 if options.eval_every and step % options.eval_every == 0 and step < options.steps:
-                    follow(step)
+                    evaluate_held_out(step)
             record.interrupted = record.steps_done < options.steps
             if not record.interrupted:
-                follow(record.steps_done)
+                evaluate_held_out(record.steps_done)
     finally:
         model.train(was_training)
     return record

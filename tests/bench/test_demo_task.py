@@ -17,7 +17,7 @@ def test_no_country_is_on_both_sides_and_shown_ones_are_trained_on():
     capitals = task.countries()
     for seed in range(20):
         split = task.make(capitals, seed=seed)
-        training, held_out = ({example.place for example in part} for part in (split.training, split.held_out))
+        training, held_out = ({example.source for example in part} for part in (split.training, split.held_out))
         assert not training & held_out
         assert training | held_out == set(capitals)
         assert set(task.SHOWN) <= training
@@ -41,7 +41,7 @@ def test_shown_examples_are_true():
 
 
 def test_no_written_prompt_names_a_held_out_country():
-    held_out = {example.place for seed in range(20) for example in task.make(task.countries(), seed=seed).held_out}
+    held_out = {example.source for seed in range(20) for example in task.make(task.countries(), seed=seed).held_out}
     for text in (*prompts.WRITTEN.values(), prompts.INSTRUCTION, prompts.INSTRUCTION_WITH_EXAMPLES):
         assert not [country for country in held_out if country in text]
 

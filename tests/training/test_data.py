@@ -26,7 +26,7 @@ def test_reads_prompts_and_completions_and_ignores_other_fields(tmp_path):
     path = write(tmp_path / "x.jsonl", "\n".join(lines))
     examples = read_jsonl(path)
     assert [(e.prompt, e.completion) for e in examples] == [("a", "b"), ("", "é\n")]
-    assert examples[1].place == f"{path}, line 3"
+    assert examples[1].source == f"{path}, line 3"
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path):
@@ -118,7 +118,7 @@ def test_tokenize_closes_a_completion_once():
 
 def test_tokenize_names_the_example_that_does_not_fit():
     tokenizer = tiny.tokenizer()
-    examples = [Example("a", "b"), Example("abc", "def", place="x.jsonl, line 2")]
+    examples = [Example("a", "b"), Example("abc", "def", source="x.jsonl, line 2")]
     assert [e.length for e in tokenize(tokenizer, examples, max_length=7)] == [3, 7]
     with pytest.raises(DataError, match=r"x\.jsonl, line 2: 7 tokens, more than the limit of 6"):
         tokenize(tokenizer, examples, max_length=6)

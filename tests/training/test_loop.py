@@ -91,10 +91,10 @@ def test_the_mode_is_put_back_when_it_was_evaluation():
 
 def test_warm_up_and_linear_decay():
     options = TrainingOptions(steps=10, warmup_steps=4, schedule="linear")
-    factors = [options.factor(step) for step in range(11)]
+    factors = [options.lr_factor(step) for step in range(11)]
     assert factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert factors[5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
-    assert {TrainingOptions(steps=10).factor(step) for step in range(10)} == {1.0}
+    assert {TrainingOptions(steps=10).lr_factor(step) for step in range(10)} == {1.0}
 
 
 def test_gradients_are_scaled_down_to_the_norm():
