@@ -1,5 +1,7 @@
-"""The attention function that transformers calls in place of its own while a prefix is attached, and from the first
-packed batch on while a soft prompt is."""
+"""The attention function that transformers calls in place of its own.
+
+While a prefix is attached, and with a soft prompt from the first packed batch on.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,7 @@ def prefix_attention_forward(
         [B, T, H, Dv], contiguous, and None for the weights.
 
     Raises:
-        NotImplementedError: an argument that the op has no place for, named; a packed batch without its lengths.
+        NotImplementedError: an argument that the op does not have, named; a packed batch without its lengths.
         RuntimeError: the module was called outside its model's forward.
     """
     if position_bias is not None or head_mask is not None or cache is not None or output_attentions:

@@ -117,7 +117,7 @@ def set_empty_mask(kwargs: dict[str, Any], num_shared: int = 0) -> None:
     Args:
         kwargs: the arguments of the call.
         num_shared: how many tokens before the packed ones are seen by all of them. The mask carries the number, so
-            that it reaches attention on the same way as the lengths do (`num_shared_tokens`).
+            that it reaches attention together with the lengths (`num_shared_tokens`).
 
     Raises:
         ValueError: a mask that says more than `cu_seq_lens_q`, or `cu_seq_lens_k` of another shape.

@@ -65,7 +65,7 @@ class Patch:
         setattr(self.model, ATTACHMENT, attachment)
 
     def add_layer_prefix(self, module: nn.Module) -> LayerPrefix:
-        """Gives an attention module a place to find its prefix, empty until the first forward."""
+        """Gives an attention module a `LayerPrefix`, empty until the first forward."""
         layer_prefix = LayerPrefix()
         setattr(module, LAYER_PREFIX, layer_prefix)
         self.prefixed.append(module)

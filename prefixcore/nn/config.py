@@ -50,8 +50,8 @@ def _num_tokens(init: Any) -> int:
             raise ValueError(f"init as a tensor must be [P, width], got shape {list(init.shape)}")
         return init.shape[0]
     for layer, pair in enumerate(init):
-        whole = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not whole or not all(isinstance(t, Tensor) and t.dim() == 3 for t in pair):
+        is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not is_pair or not all(isinstance(t, Tensor) and t.dim() == 3 for t in pair):
             raise ValueError(
                 f"init must hold a (key [Hkv, P, D], value [Hkv, P, Dv]) pair a layer; entry {layer} does not"
             )
@@ -202,8 +202,8 @@ class PrefixTuningConfig(_Config):
         if self.layers is None:
             return
         layers = list(self.layers) if isinstance(self.layers, Sequence) else []
-        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
-        if not layers or not whole or len(set(layers)) != len(layers):
+        are_indices = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
+        if not layers or not are_indices or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be a list of distinct layer indices from 0, got {self.layers!r}")
         self._set(layers=sorted(layers))
 

@@ -31,8 +31,11 @@ def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -> Path:
-    """Write a PNG: on the left the training loss of each step (faint) and its moving average, on the right the held-out
-    loss, where there is any. Losses that differ tenfold get a logarithmic axis."""
+    """Write a PNG of the losses over the steps.
+
+    On the left the training loss of each step (faint) and its moving average, on the right the held-out
+    loss, where there is any. Losses that differ tenfold get a logarithmic axis.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
