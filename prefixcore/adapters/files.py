@@ -52,6 +52,14 @@ def write_adapter(directory: str | Path, *, module: Prefix | SoftPrompt, config:
         AdapterError: the three do not fit each other, a number is not finite, or the target is something else
             than an adapter. Nothing has been written.
         OSError: the file system refused; an adapter that was there is as it was.
+
+    Examples:
+        >>> from prefixcore.adapters import Manifest, write_adapter
+        >>> from prefixcore.nn import PromptTuningConfig, SoftPrompt
+        >>> config = PromptTuningConfig(num_virtual_tokens=4, init="random")
+        >>> manifest = Manifest.create(model, config)
+        >>> write_adapter("prompt", module=SoftPrompt(32, config), config=config, manifest=manifest).name
+        'prompt'
     """
     target = Path(directory).absolute()
     check_target(target)
@@ -93,6 +101,13 @@ def read_adapter(directory: str | Path) -> Adapter:
     Raises:
         AdapterError: naming the file and the field that is missing, foreign, truncated, of a wrong shape or type,
             or not finite.
+
+    Examples:
+        >>> from prefixcore.adapters import read_adapter
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("capitals")
+        >>> read_adapter(folder).layer_shapes[0]
+        LayerShape(num_kv_heads=2, key_dim=16, value_dim=16)
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -208,7 +223,20 @@ def _check_parts(module: Prefix | SoftPrompt, config: Config, manifest: Manifest
 
 
 def check_target(target: Path) -> None:
-    """Raises AdapterError unless the target is nothing, an empty folder, or an adapter."""
+    """Raises AdapterError unless the target is nothing, an empty folder, or an adapter.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from prefixcore.adapters import AdapterError, check_target
+        >>> check_target(Path("capitals"))  # nothing is there: fine
+        >>> Path("notes").mkdir()
+        >>> _ = Path("notes/todo.txt").write_text("")
+        >>> try:
+        ...     check_target(Path("notes"))
+        ... except AdapterError as error:
+        ...     print(error)
+        notes: holds 'todo.txt' and is no adapter, so it is not replaced; give another folder
+    """
     if target.is_symlink():
         raise AdapterError(f"{target}: is a symbolic link; give the folder that it points to ({target.resolve()})")
     if not target.exists():

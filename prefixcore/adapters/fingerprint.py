@@ -47,6 +47,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Raises:
         AdapterError: a weight has no data (it is on the meta device).
+
+    Examples:
+        >>> from prefixcore.adapters import fingerprint
+        >>> fingerprint(model)["num_hidden_layers"]
+        2
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     weights = list(_base_weights(model))
@@ -79,6 +84,15 @@ def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any])
 
     Raises:
         AdapterError: naming the first field that differs.
+
+    Examples:
+        >>> from prefixcore.adapters import AdapterError, compare_fingerprints, fingerprint
+        >>> compare_fingerprints(fingerprint(model), fingerprint(model))
+        >>> try:
+        ...     compare_fingerprints({**fingerprint(model), "num_hidden_layers": 12}, fingerprint(model))
+        ... except AdapterError as error:
+        ...     print(str(error).partition(";")[0])
+        base_model.num_hidden_layers: the adapter was trained for 12, this model has 2
     """
     for field in FACTS:
         if expected[field] != actual.get(field):

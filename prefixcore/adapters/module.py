@@ -27,6 +27,14 @@ class Adapter:
         manifest: None for an adapter that PEFT wrote.
         training_state: the `state_dict` of a reparameterised module, by which its training goes on exactly.
         peft_config: what `adapter_config.json` says; None where PEFT can't express the adapter.
+
+    Examples:
+        >>> from prefixcore.adapters import read_adapter
+        >>> with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("prompt")
+        >>> adapter = read_adapter(folder)
+        >>> adapter.config.method, adapter.tensors.shape
+        ('prompt', torch.Size([4, 32]))
     """
 
     config: Config
@@ -61,6 +69,14 @@ def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPr
 
     Raises:
         AdapterError: the training state does not belong to the adapter.
+
+    Examples:
+        >>> from prefixcore.adapters import make_module, read_adapter
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("capitals")
+        >>> prefix = make_module(read_adapter(folder), trainable=True)
+        >>> len(prefix())  # layers
+        2
     """
     if not trainable:
         module = _make(_without_reparameterization(adapter.config), adapter.tensors)

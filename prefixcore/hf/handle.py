@@ -30,6 +30,17 @@ class Handle:
         module: the trainable module, also `model.prefixcore` while attached.
         config: what `module` trains: P is set, and a start given as tensors is the word "tensor".
         tokenizer: the tokenizer that `attach` was given, for the manifest; or None, also in a copy.
+
+    Examples:
+        >>> handle = prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4))
+        >>> optimizer = torch.optim.AdamW(handle.parameters(), lr=5e-3)
+        >>> handle.num_trainable
+        128
+        >>> handle.bake().shape  # [P, E]
+        torch.Size([4, 32])
+        >>> handle.detach()
+        >>> handle.is_attached
+        False
     """
 
     def __init__(

@@ -41,6 +41,15 @@ class PackedCollator:
     Raises:
         ValueError: no features, a sequence without a token, lengths that differ within a feature, or labels in some
             of the features only; the message names the feature.
+
+    Examples:
+        >>> batch = prefixcore.PackedCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+        >>> batch["input_ids"]
+        tensor([[5, 6, 7, 8, 9]])
+        >>> batch["position_ids"]
+        tensor([[0, 1, 2, 0, 1]])
+        >>> batch["cu_seq_lens_q"]
+        tensor([0, 3, 5], dtype=torch.int32)
     """
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

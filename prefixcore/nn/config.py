@@ -166,6 +166,14 @@ class PrefixTuningConfig(_Config):
 
     Raises:
         ValueError: a value is out of range or two contradict each other.
+
+    Examples:
+        >>> prefixcore.PrefixTuningConfig(num_virtual_tokens=20).init
+        'vocab'
+        >>> prefixcore.PrefixTuningConfig(init_text="Translate to French:").init
+        'text'
+        >>> prefixcore.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True).reparameterization
+        'mlp'
     """
 
     method: ClassVar[str] = "prefix"
@@ -236,6 +244,10 @@ class PromptTuningConfig(_Config):
 
     Raises:
         ValueError: a value is out of range or two contradict each other.
+
+    Examples:
+        >>> prefixcore.PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="RANDOM").init
+        'random'
     """
 
     method: ClassVar[str] = "prompt"
@@ -279,6 +291,11 @@ class PTuningConfig(_Config):
 
     Raises:
         ValueError: a value is out of range or two contradict each other.
+
+    Examples:
+        >>> config = prefixcore.PTuningConfig(num_virtual_tokens=20, encoder_reparameterization_type="LSTM")
+        >>> config.is_reparameterized
+        True
     """
 
     method: ClassVar[str] = "p-tuning"

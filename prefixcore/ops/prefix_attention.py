@@ -106,6 +106,18 @@ def prefix_attention(
     Raises:
         ValueError, TypeError, IndexError: what was expected, what came, how to mend it; before any work.
         NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
+
+    Examples:
+        >>> query = torch.randn(2, 8, 16, 64)  # [B, H, T, D]
+        >>> key, value = torch.randn(2, 2, 2, 16, 64)  # [B, Hkv, S, D]
+        >>> prefix_key = torch.randn(2, 20, 64, requires_grad=True)  # [Hkv, P, D]
+        >>> prefix_value = torch.randn(2, 20, 64, requires_grad=True)
+        >>> out = prefixcore.prefix_attention(query, key, value, prefix_key, prefix_value)
+        >>> out.shape
+        torch.Size([2, 8, 16, 64])
+        >>> out.sum().backward()
+        >>> prefix_key.grad.shape  # summed over rows and heads
+        torch.Size([2, 20, 64])
     """
     check_tensor("query", query)
     check_tensor("key", key)

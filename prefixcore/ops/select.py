@@ -51,6 +51,10 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
 
     Raises ``TypeError`` if ``dtype`` is not one, ``ValueError`` for an unknown op and if a forced backend is unknown
     or cannot do this, and ``RuntimeError`` if the compiled library that would be used is missing.
+
+    Examples:
+        >>> prefixcore.which_backend("prefix_attention", "cpu", torch.float64).name
+        'reference'
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}: use one of {OPS}")
@@ -78,6 +82,11 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     For the whole process while the block runs, not for its thread alone: threads that force different backends at
     the same time are in each other's way.
+
+    Examples:
+        >>> with prefixcore.use_backend("reference"):
+        ...     prefixcore.which_backend("soft_embedding", "cpu", torch.float32)
+        Choice(name='reference', why='forced')
     """
     global _forced
     if name is not None and name not in BACKENDS:

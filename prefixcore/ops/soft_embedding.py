@@ -32,6 +32,14 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
         IndexError: an id outside ``[0, V + N)``, with its value and place.
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a table that wants a gradient.
         NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
+
+    Examples:
+        >>> table = torch.zeros(100, 32)  # frozen: V = 100
+        >>> prompt = torch.ones(2, 32, requires_grad=True)
+        >>> ids = torch.tensor([[100, 101, 7, 8]])  # the prompt, then two tokens of text
+        >>> embedded = prefixcore.soft_embedding(ids, table, prompt)
+        >>> embedded[0, :, 0].tolist()
+        [1.0, 1.0, 0.0, 0.0]
     """
     check_tensor("input_ids", input_ids)
     check_tensor("weight", weight)

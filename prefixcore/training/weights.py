@@ -10,7 +10,15 @@ from torch import nn
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `(name, parameter)` of the model itself, without the virtual tokens attached to it."""
+    """Yield `(name, parameter)` of the model itself, without the virtual tokens attached to it.
+
+    Examples:
+        >>> from prefixcore.training import base_parameters
+        >>> bare = len(list(model.parameters()))
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)):
+        ...     len(list(base_parameters(model))) == bare
+        True
+    """
     for name, parameter in model.named_parameters():
         if not name.startswith("prefixcore."):
             yield name, parameter
@@ -21,6 +29,13 @@ def weights_digest(model: nn.Module) -> str:
 
     Equal digests before and after training mean that the frozen weights are byte-identical. The
     virtual tokens (submodule `prefixcore`) are left out, so attaching does not change the digest.
+
+    Examples:
+        >>> from prefixcore.training import weights_digest
+        >>> before = weights_digest(model)
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)):
+        ...     weights_digest(model) == before
+        True
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(model)):

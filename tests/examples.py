@@ -1,0 +1,43 @@
+"""The examples that people read, in pages and in docstrings: where they stand, and running them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from prefixcore.__main__ import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[str]:
+    """The Python code blocks of a page, in order."""
+    return re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[list[str]]:
+    """The arguments of each line of a page that calls `prefixcore`."""
+    lines = re.findall(rf"^prefixcore (?:{'|'.join(COMMANDS)})\b.*$", page, re.MULTILINE)
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def execute(code: str, place: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Runs a block; `names` are those it finds, and afterwards those it has left."""
+    exec(compile(code, place, "exec"), names)
+    return names
+
+
+def public() -> dict[str, Any]:
+    """The public classes and functions, each under the shortest name that it is imported by."""
+    found: dict[str, Any] = {}
+    for room in ("prefixcore", "prefixcore.nn", "prefixcore.training", "prefixcore.adapters"):
+        module = importlib.import_module(room)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if (inspect.isclass(value) or inspect.isfunction(value)) and value not in found.values():
+                found[f"{room}.{name}"] = value
+    return found
