@@ -1,0 +1,82 @@
+"""The documentation: its examples run, its commands work, and what it lists is what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+import torch
+
+from prefixcore.__main__ import main
+from prefixcore.hf import FAMILIES
+from tests import tiny
+from tests.examples import ROOT, blocks, commands, execute, public
+
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
+WITH_CODE = sorted(name for name, page in PAGES.items() if blocks(page))
+WITH_COMMANDS = sorted(name for name, page in PAGES.items() if commands(page))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the pages' readers are: in a folder with a model and a file of examples."""
+    tiny.folder(tmp_path / "my-model")
+    examples = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(12)]
+    (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return tmp_path
+
+
+def test_the_pages_are_found() -> None:
+    assert {"docs/index.md", "docs/mathematics.md", "docs/guides/trainer.md"} <= set(WITH_CODE)
+    assert WITH_COMMANDS == ["docs/guides/cli.md", "docs/guides/gpu.md", "docs/quickstart.md"]
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_examples_of_a_page_run_one_after_the_other(name: str) -> None:
+    names: dict[str, object] = {}
+    for number, code in enumerate(blocks(PAGES[name]), start=1):
+        execute(code, f"{name}, example {number}", names)
+
+
+@pytest.mark.parametrize("name", WITH_COMMANDS)
+def test_commands_of_a_page_run_one_after_the_other(name: str) -> None:
+    for arguments in commands(PAGES[name]):
+        assert main(arguments) == 0, arguments
+
+
+def test_options_in_the_table_of_the_command_line_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    rows = re.findall(r"^\| (`--.*?) \|", PAGES["docs/guides/cli.md"], re.MULTILINE)
+    named = {option for row in rows for option in re.findall(r"--[a-z-]+", row)}
+    assert len(named) > 8
+    assert named <= known
+
+
+def test_every_environment_variable_that_the_code_reads_is_listed_and_no_other() -> None:
+    reads = re.compile(r'(?:environ(?:\.get)?\s*[\[(]|getenv\()\s*"(\w+)"|"(\w+)" (?:not )?in os\.environ')
+    sources = [ROOT / "setup.py"]
+    for room in ("prefixcore", "csrc", "bench", "tests", ".ci"):
+        sources += [path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".cu")]
+    found = {name for path in sources for names in reads.findall(path.read_text(encoding="utf-8")) for name in names}
+    rows = re.findall(r"^\| (`.*?) \|", PAGES["docs/environment.md"], re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(found - {""})
+
+
+def test_every_public_name_has_its_place_in_the_api_pages() -> None:
+    pages = "\n".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
+    entries = [resolve_name(name) for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)]
+    assert len(entries) == len(public())
+    assert set(entries) == set(public().values())
+
+
+def test_the_families_are_those_that_are_known() -> None:
+    _, _, section = PAGES["docs/guides/transformers.md"].partition("## Model families")
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) - {"model_type"} == set(FAMILIES)
