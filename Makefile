@@ -18,7 +18,7 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo weights test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format clean
+.PHONY: help demo weights test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
@@ -30,6 +30,7 @@ help:
 	@echo "             torch, triton and transformers. make gpu-rehearsal: the same without a GPU, as far as that goes"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
+	@echo "make docs    build the documentation into site/, warnings as errors; make docs-serve: show it while it is written"
 	@echo "make clean   remove the environment and what was built"
 
 demo: $(VENV)/.installed
@@ -74,8 +75,15 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
 clean:
-	rm -rf $(VENV) build *.egg-info prefixcore/*.so
+	rm -rf site $(VENV) build *.egg-info prefixcore/*.so
 
 # Installed again whenever what is built, or what is depended on, has changed. The package is compiled against
 # the torch that stands in the environment, so torch and the build tools come first and there is no build
@@ -83,6 +91,11 @@ clean:
 $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(CSRC)
 	$(BIN)/python -m pip install "$(TORCH)" "setuptools>=77" ninja "pybind11>=2.13"
 	$(BIN)/python -m pip install --no-build-isolation "$(TORCH)" -e ".[hf,bench,dev]"
+	@touch $@
+
+# The extra of the package that is installed: nothing is built again.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install "$(TORCH)" "prefixcore[docs]"
 	@touch $@
 
 $(VENV)/.created:
