@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from prefixcore.__main__ import COMMANDS, parser
+from prefixcore.__main__ import parser
 from prefixcore.hf.families import FAMILIES
-from tests import tiny
+from tests import examples, tiny
+from tests.examples import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCH = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"``python\n(.*?)``", README + BENCH, re.DOTALL)
+EXAMPLES = examples.blocks(README + BENCH)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "bench").glob("**/*.md"))]
 
 
 def execute(index, **names):
-    exec(compile(EXAMPLES[index], f"README.md, example {index}", "exec"), names)
-    return names
+    return examples.execute(EXAMPLES[index], f"README.md, example {index}", names)
 
 
 def test_there_is_one_for_each_kind_of_user():
@@ -33,9 +30,9 @@ def test_there_is_one_for_each_kind_of_user():
 
 def test_someone_with_a_transformers_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, 90, (6, 9))]
+    features = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, 90, (6, 9))]
     args = transformers.TrainingArguments(str(tmp_path / "out"), max_steps=2, use_cpu=True, report_to=[])
-    names = execute(0, name=str(tiny.folder(tmp_path / "model")), examples=examples, args=args)
+    names = execute(0, name=str(tiny.folder(tmp_path / "model")), examples=features, args=args)
     assert (tmp_path / "capitals" / "adapter_model.safetensors").exists()
     assert "Portugal ->" in capsys.readouterr().out
     assert names["handle"].num_trainable > 0
@@ -57,10 +54,10 @@ def test_someone_who_writes_a_framework():
 
 
 def test_the_commands_are_understood():
-    lines = re.findall(rf"^prefixcore (?:{'|'.join(COMMANDS)})\b.*$", README, re.MULTILINE)
-    assert len(lines) == 4
-    for line in lines:
-        parser().parse_args(shlex.split(line, comments=True)[1:])
+    commands = examples.commands(README)
+    assert len(commands) == 4
+    for arguments in commands:
+        parser().parse_args(arguments)
 
 
 def test_every_family_is_named():
