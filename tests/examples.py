@@ -20,7 +20,8 @@ def blocks(page: str) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The arguments of each line of a page that calls `prefixcore`."""
+    """The arguments of each command of a page that calls `prefixcore`; a backslash continues a line."""
+    page = re.sub(r"\\\n *", "", page)
     lines = re.findall(rf"^prefixcore (?:{'|'.join(COMMANDS)})\b.*$", page, re.MULTILINE)
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
