@@ -51,6 +51,13 @@ class Manifest:
         files: size and SHA-256 of each tensor file.
 
     `peft_type` and `files` are filled in when the adapter is written.
+
+    Examples:
+        >>> from prefixcore.adapters import Manifest
+        >>> config = prefixcore.PromptTuningConfig(num_virtual_tokens=4)
+        >>> manifest = Manifest.create(model, config, task="country -> capital")
+        >>> manifest.method, manifest.base_model["num_hidden_layers"]
+        ('prompt', 2)
     """
 
     method: str

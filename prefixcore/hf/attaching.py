@@ -44,6 +44,15 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
             Qwen2, Qwen3, Gemma 2, gpt-oss and GPT-2; others are checked on the spot and named in a warning.
 
     After an error the model is as it was.
+
+    Examples:
+        >>> config = prefixcore.PrefixTuningConfig(init_text="France -> Paris")
+        >>> handle = prefixcore.attach(model, config, tokenizer=tokenizer)
+        >>> handle
+        Handle(prefix on LlamaForCausalLM, 15 virtual tokens, 1,920 trainable)
+        >>> batch = tokenizer("Norway -> Oslo", return_tensors="pt")
+        >>> model(**batch, labels=batch["input_ids"]).loss.backward()
+        >>> handle.detach()
     """
     check_model(model)
     if isinstance(config, PrefixTuningConfig):

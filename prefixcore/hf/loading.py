@@ -31,6 +31,13 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
         TypeError, ValueError, NotImplementedError: as of `attach`.
 
     After an error the model is as it was.
+
+    Examples:
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("capitals")
+        >>> with prefixcore.load(model, "capitals") as handle:
+        ...     print(handle)
+        Handle(prefix on LlamaForCausalLM, 4 virtual tokens, 0 trainable)
     """
     check_model(model)
     adapter = read_adapter(directory)

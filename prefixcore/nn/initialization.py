@@ -17,7 +17,13 @@ from .config import KeyValues
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The heads of one attention layer: Hkv, D and Dv."""
+    """The heads of one attention layer: Hkv, D and Dv.
+
+    Examples:
+        >>> from prefixcore.nn import LayerShape
+        >>> LayerShape(num_kv_heads=2, key_dim=16, value_dim=16).width
+        64
+    """
 
     num_kv_heads: int
     key_dim: int
@@ -49,6 +55,12 @@ def split_layers(flat: Tensor, layers: Sequence[LayerShape]) -> list[tuple[Tenso
     """Views of `[P, sum of widths]`, PEFT's layout: a `(key [Hkv, P, D], value [Hkv, P, Dv])` a layer.
 
     The number at `((2*layer + kv)*Hkv + head)*D + d` belongs to the key (kv = 0) or value (1) of that layer.
+
+    Examples:
+        >>> from prefixcore.nn import LayerShape, split_layers
+        >>> pairs = split_layers(torch.randn(20, 128), [LayerShape(2, 16, 16)] * 2)
+        >>> [key.shape for key, value in pairs]
+        [torch.Size([2, 20, 16]), torch.Size([2, 20, 16])]
     """
     widths = [width for s in layers for width in (s.key_width, s.width - s.key_width)]
     if flat.dim() != 2 or flat.shape[1] != sum(widths):
@@ -61,7 +73,13 @@ def split_layers(flat: Tensor, layers: Sequence[LayerShape]) -> list[tuple[Tenso
 
 
 def join_layers(pairs: KeyValues) -> Tensor:
-    """The inverse of `split_layers`: a new `[P, sum of widths]` tensor."""
+    """The inverse of `split_layers`: a new `[P, sum of widths]` tensor.
+
+    Examples:
+        >>> from prefixcore.nn import join_layers
+        >>> join_layers([(torch.zeros(2, 20, 16), torch.ones(2, 20, 16))]).shape
+        torch.Size([20, 64])
+    """
     return torch.cat([t.transpose(0, 1).flatten(1) for pair in pairs for t in pair], dim=1)
 
 
@@ -90,6 +108,12 @@ def tensor_init(
 
     Raises:
         ValueError: a layer too many or too few, a wrong shape, integers, or a number that is not finite.
+
+    Examples:
+        >>> from prefixcore.nn import LayerShape, tensor_init
+        >>> [(key, value)] = tensor_init(torch.zeros(20, 64), [LayerShape(2, 16, 16)])
+        >>> key.shape, value.shape
+        (torch.Size([2, 20, 16]), torch.Size([2, 20, 16]))
     """
     pairs = split_layers(init, layers) if isinstance(init, Tensor) else init
     if len(pairs) != len(layers):
@@ -118,19 +142,37 @@ def _fp32_copy(tensor: Tensor) -> Tensor:
 
 
 def vocab_ids(vocab_size: int, num_virtual_tokens: int, seed: int | None = None) -> Tensor:
-    """`[P]` token ids drawn from the whole vocabulary, on the CPU."""
+    """`[P]` token ids drawn from the whole vocabulary, on the CPU.
+
+    Examples:
+        >>> from prefixcore.nn import vocab_ids
+        >>> torch.equal(vocab_ids(100, 4, seed=0), vocab_ids(100, 4, seed=0))
+        True
+    """
     with seeded(seed):
         return torch.randint(0, vocab_size, (num_virtual_tokens,))
 
 
 def vocab_init(weight: Tensor, num_virtual_tokens: int, seed: int | None = None) -> Tensor:
-    """`[P, E]` in fp32: rows of an embedding table `[V, E]`, drawn as PEFT's SAMPLE_VOCAB does."""
+    """`[P, E]` in fp32: rows of an embedding table `[V, E]`, drawn as PEFT's SAMPLE_VOCAB does.
+
+    Examples:
+        >>> from prefixcore.nn import vocab_init
+        >>> vocab_init(model.get_input_embeddings().weight, 4, seed=0).shape
+        torch.Size([4, 32])
+    """
     ids = vocab_ids(weight.shape[0], num_virtual_tokens, seed)
     return _fp32_copy(weight.detach()[ids.to(weight.device)])
 
 
 def fit_ids(ids: Sequence[int], num_virtual_tokens: int | None) -> list[int]:
-    """The token ids of a text, repeated or cut to P of them as in PEFT; P None: as they are."""
+    """The token ids of a text, repeated or cut to P of them as in PEFT; P None: as they are.
+
+    Examples:
+        >>> from prefixcore.nn import fit_ids
+        >>> fit_ids([7, 8, 9], 5)
+        [7, 8, 9, 7, 8]
+    """
     if len(ids) == 0:
         raise ValueError("init_text has no token: give a text that the tokenizer turns into at least one")
     tokens = num_virtual_tokens if num_virtual_tokens is not None else len(ids)

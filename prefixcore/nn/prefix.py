@@ -45,6 +45,14 @@ class Prefix(nn.Module):
 
     Raises:
         ValueError: no initial values, values that do not fit, or a reparameterization larger than the prefix.
+
+    Examples:
+        >>> from prefixcore.nn import LayerShape, Prefix, PrefixTuningConfig
+        >>> config = PrefixTuningConfig(num_virtual_tokens=20, init="random")
+        >>> prefix = Prefix([LayerShape(2, 16, 16)] * 4, config)
+        >>> pairs = prefix()  # one a layer
+        >>> len(pairs), pairs[0][0].shape
+        (4, torch.Size([2, 20, 16]))
     """
 
     def __init__(

@@ -25,6 +25,15 @@ class SoftPrompt(nn.Module):
 
     Raises:
         ValueError: no initial values, values that do not fit, or a reparameterization larger than the prompt.
+
+    Examples:
+        >>> from prefixcore.nn import PromptTuningConfig, SoftPrompt
+        >>> config = PromptTuningConfig(
+        ...     num_virtual_tokens=8, init="random", reparameterization="random_basis", num_basis=10
+        ... )
+        >>> prompt = SoftPrompt(32, config)
+        >>> prompt().shape, sum(parameter.numel() for parameter in prompt.parameters())
+        (torch.Size([8, 32]), 10)
     """
 
     initial: Tensor | None

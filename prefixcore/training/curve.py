@@ -14,7 +14,14 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of the picture: a name and the losses by step, in nats per completion token."""
+    """One line of the picture: a name and the losses by step, in nats per completion token.
+
+    Examples:
+        >>> from prefixcore.training import Curve, TrainingOptions, TrainingRecord
+        >>> record = TrainingRecord(TrainingOptions(), train_loss=[(1, 2.0), (2, 1.5)])
+        >>> Curve("prefix", record).name
+        'prefix'
+    """
 
     name: str
     record: TrainingRecord
@@ -35,6 +42,12 @@ def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -
 
     On the left the training loss of each step (faint) and its moving average, on the right the held-out
     loss, where there is any. Losses that differ tenfold get a logarithmic axis.
+
+    Examples:
+        >>> from prefixcore.training import Curve, TrainingOptions, TrainingRecord, write_curve
+        >>> record = TrainingRecord(TrainingOptions(), train_loss=[(1, 2.0), (2, 1.5)])
+        >>> write_curve("curve.png", [Curve("prefix", record)]).exists()
+        True
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -15,12 +15,27 @@ IGNORED = -100
 
 
 class DataError(ValueError):
-    """The training data cannot be used; the message names the file, the line and the field."""
+    """The training data cannot be used; the message names the file, the line and the field.
+
+    Examples:
+        >>> from prefixcore.training import DataError, read_jsonl
+        >>> try:
+        ...     read_jsonl("nowhere.jsonl")
+        ... except DataError as error:
+        ...     print(error)
+        nowhere.jsonl: no such file; expected JSON lines with the fields prompt and completion
+    """
 
 
 @dataclass(frozen=True)
 class Example:
-    """The model is to continue `prompt` with `completion`; `source` says where the example is from, for messages."""
+    """The model is to continue `prompt` with `completion`; `source` says where the example is from, for messages.
+
+    Examples:
+        >>> from prefixcore.training import Example
+        >>> Example("Portugal ->", " Lisbon").completion
+        ' Lisbon'
+    """
 
     prompt: str
     completion: str
@@ -29,7 +44,13 @@ class Example:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids of an `Example`: `prompt_ids`, which are only read, and `completion_ids`, which are learnt."""
+    """Token ids of an `Example`: `prompt_ids`, which are only read, and `completion_ids`, which are learnt.
+
+    Examples:
+        >>> from prefixcore.training import TokenizedExample
+        >>> TokenizedExample(prompt_ids=[5, 6], completion_ids=[7]).length
+        3
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -47,6 +68,14 @@ def read_jsonl(path: str | Path) -> list[Example]:
     Raises:
         DataError: no such file, not UTF-8, a line that is not a JSON object, a field that is missing,
             not a string, or empty (`completion`), or no example at all. The message names the line.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from prefixcore.training import read_jsonl
+        >>> _ = Path("capitals.jsonl").write_text('{"prompt": "Peru ->", "completion": " Lima"}')
+        >>> [example] = read_jsonl("capitals.jsonl")
+        >>> example.completion
+        ' Lima'
     """
     path = Path(path)
     if not path.is_file():
@@ -94,6 +123,13 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list
 
     Raises:
         DataError: the fraction is not in [0, 1), or there are too few different prompts to split.
+
+    Examples:
+        >>> from prefixcore.training import Example, split
+        >>> examples = [Example(f"{n} + 1 =", f" {n + 1}") for n in range(10)]
+        >>> training, held_out = split(examples, 0.2, seed=0)
+        >>> len(training), len(held_out)
+        (8, 2)
     """
     if not 0 <= fraction < 1:
         raise DataError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
@@ -133,6 +169,12 @@ def tokenize(
 
     Raises:
         DataError: an example has no prompt token, no completion token, or too many tokens in all.
+
+    Examples:
+        >>> from prefixcore.training import Example, tokenize
+        >>> [tokenized] = tokenize(tokenizer, [Example("Peru ->", " Lima")], end=".")
+        >>> tokenizer.decode(tokenized.completion_ids)
+        ' Lima.'
     """
     tokenized = []
     for example in examples:
@@ -163,6 +205,16 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int, *, side: st
     Returns:
         `input_ids`, `attention_mask` (1 = token, 0 = padding) and `labels`, each int64 `[B, T]`; labels
         are `IGNORED` on prompt and padding.
+
+    Examples:
+        >>> from prefixcore.training import TokenizedExample, collate
+        >>> batch = collate([TokenizedExample([5, 6], [7]), TokenizedExample([8], [9])], pad_token_id=0)
+        >>> batch["input_ids"]
+        tensor([[5, 6, 7],
+                [8, 9, 0]])
+        >>> batch["labels"]
+        tensor([[-100, -100,    7],
+                [-100,    9, -100]])
     """
     longest = max(example.length for example in examples)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}

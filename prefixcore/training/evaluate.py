@@ -21,6 +21,11 @@ class Evaluation:
         loss: nats per completion token.
         exact_match: the share of right answers, 0 to 1, white space around them aside.
         answers: what the model said, one for each example.
+
+    Examples:
+        >>> from prefixcore.training import Evaluation
+        >>> Evaluation(loss=0.9, exact_match=0.5, answers=[" Lima", " Bergen"]).exact_match
+        0.5
     """
 
     loss: float
@@ -55,6 +60,13 @@ def held_out_loss(
         pad_token_id: fills short batch rows.
         batch_size: examples at once.
         packed: give the model packed batches, as in `fit`: the same loss but for rounding.
+
+    Examples:
+        >>> from prefixcore.training import Example, held_out_loss, tokenize
+        >>> held_out = tokenize(tokenizer, [Example("Peru ->", " Lima")])
+        >>> loss = held_out_loss(model, held_out, pad_token_id=0)
+        >>> 4 < loss < 5  # of random weights: about the logarithm of the 97 tokens that there are
+        True
     """
     total, tokens = 0.0, 0
     with _in_eval_mode(model) as device:
@@ -89,6 +101,12 @@ def predict(
 
     Returns:
         The text after each prompt, without `end`.
+
+    Examples:
+        >>> from prefixcore.training import predict
+        >>> answers = predict(model, tokenizer, ["Peru ->", "Norway ->"], max_new_tokens=4)
+        >>> len(answers)
+        2
     """
     padding = pad_id(tokenizer)
     options: dict[str, Any] = {"do_sample": False, **generate_options}
@@ -127,6 +145,12 @@ def evaluate(
     """Held-out loss and greedy exact match on `examples` (`tokenized`: the same ones, from `tokenize`).
 
     An answer may be one token longer than the longest right one: a longer answer cannot be right.
+
+    Examples:
+        >>> from prefixcore.training import Example, evaluate, tokenize
+        >>> examples = [Example("Peru ->", " Lima")]
+        >>> evaluate(model, tokenizer, examples, tokenize(tokenizer, examples)).exact_match
+        0.0
     """
     longest = max(len(example.completion_ids) for example in tokenized)
     answers = predict(model, tokenizer, [example.prompt for example in examples], max_new_tokens=longest + 1, end=end)

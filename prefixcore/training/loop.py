@@ -32,6 +32,12 @@ class TrainingOptions:
         max_grad_norm: gradients are scaled down to this norm; None: never.
         seed: decides the order of the examples.
         eval_every: steps between two held-out losses; 0: at the start and the end only.
+
+    Examples:
+        >>> from prefixcore.training import TrainingOptions
+        >>> options = TrainingOptions(steps=200, learning_rate=5e-3, schedule="linear")
+        >>> options.batch_size, options.warmup_steps
+        (8, 0)
     """
 
     steps: int = 100
@@ -76,6 +82,12 @@ class TrainingRecord:
         held_out_loss: `(step, loss)` where it was evaluated; step 0 is before training.
         step_seconds: seconds of each step, evaluation aside.
         interrupted: whether it was stopped before the last step.
+
+    Examples:
+        >>> from prefixcore.training import TrainingOptions, TrainingRecord
+        >>> record = TrainingRecord(TrainingOptions(steps=2), train_loss=[(1, 2.0), (2, 1.5)])
+        >>> record.steps_done, record.interrupted
+        (2, False)
     """
 
     options: TrainingOptions
@@ -148,6 +160,13 @@ def train(
     Returns:
         The record; `record.interrupted` is True when Ctrl-C or SIGTERM ended it early. The virtual tokens
         are then those of the last whole step, and can be saved.
+
+    Examples:
+        >>> from prefixcore.training import Example, TrainingOptions, tokenize, train
+        >>> handle = prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4))
+        >>> examples = tokenize(tokenizer, [Example("Peru ->", " Lima"), Example("Norway ->", " Oslo")])
+        >>> train(handle, tokenizer, examples, options=TrainingOptions(steps=3)).steps_done
+        3
     """
     return fit(
         handle.model,
@@ -188,6 +207,13 @@ def fit(
     Raises:
         ValueError: nothing to train or to learn from, or a loss that is not finite (the parameters are then
             those before that step).
+
+    Examples:
+        >>> from prefixcore.training import Example, TrainingOptions, fit, tokenize
+        >>> examples = tokenize(tokenizer, [Example("Peru ->", " Lima"), Example("Norway ->", " Oslo")])
+        >>> norms = [p for name, p in model.named_parameters() if "norm" in name]  # any parameters
+        >>> fit(model, norms, examples, options=TrainingOptions(steps=2)).steps_done
+        2
     """
     from tqdm.auto import tqdm
 
