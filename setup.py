@@ -139,7 +139,7 @@ class NinjaBuild(build_ext):
                 objects.append(f"kernels_{isa}.o")
                 n.build(objects[-1], "cxx", str(CSRC / "cpu" / "kernels.cpp"),
                         variables={"flags": " ".join([*flags, f"-DPREFIXCORE_ISA={isa}"])})  # fmt: skip
-            for source in (CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "embedding.cpp", CSRC / "binding.cpp"):
+            for source in (CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "embedding" / "ids.cpp", CSRC / "binding.cpp"):
                 objects.append(f"{source.stem}.o")
                 n.build(objects[-1], "cxx", str(source), variables={"flags": " ".join(includes)})
             for source in cuda_sources:

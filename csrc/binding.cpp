@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "cpu/embedding.h"
+#include "cpu/embedding/embedding.h"
 #include "cpu/isa.h"
 #include "embedding_tensors.h"
 #include "host.h"

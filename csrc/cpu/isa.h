@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "attention.h"
-#include "embedding.h"
+#include "attention/problem.h"
+#include "embedding/embedding.h"
 
 namespace prefixcore::cpu {
 

@@ -2,11 +2,11 @@
 //   -DPREFIXCORE_ISA=baseline | avx2 | avx512 | avx512_bf16 | amx
 // and that set's flags. Everything but the table below has internal linkage or lives in a namespace
 // named after the instruction set.
-#include "attention_backward_pass.h"
-#include "attention_decode.h"
-#include "embedding_rows.h"
+#include "attention/backward_pass.h"
+#include "attention/decode_pass.h"
+#include "attention/rounded_prefix.h"
+#include "embedding/gather.h"
 #include "isa.h"
-#include "rounded_prefix.h"
 
 #define PREFIXCORE_JOIN_(a, b) a##b
 #define PREFIXCORE_JOIN(a, b) PREFIXCORE_JOIN_(a, b)

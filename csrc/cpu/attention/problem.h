@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "../types.h"
-#include "parallel.h"
+#include "../../types.h"
+#include "../parallel.h"
 
 namespace prefixcore::cpu {
 

@@ -7,10 +7,10 @@
 // that is float32 rows near each other, else in scratch.
 #pragma once
 
-#include "arithmetic.h"
+#include "../tiles/arithmetic.h"
+#include "../tiles/microkernel.h"
+#include "../tiles/packed_tiles.h"
 #include "backward_schedule.h"
-#include "kept_tiles.h"
-#include "microkernel.h"
 #include "scores.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {

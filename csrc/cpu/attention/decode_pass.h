@@ -6,7 +6,7 @@
 // - the sequence, split along its length too, so that one long sequence keeps every core busy.
 #pragma once
 
-#include "decode_rows.h"
+#include "decode_block.h"
 #include "prefix_groups.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {

@@ -3,8 +3,8 @@
 
 #include <new>
 
-#include "parallel.h"
-#include "vector.h"
+#include "../parallel.h"
+#include "../simd/vector.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

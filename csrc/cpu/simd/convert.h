@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../types.h"
+#include "../../types.h"
 #include "vector.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {

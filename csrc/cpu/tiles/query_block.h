@@ -6,9 +6,9 @@
 // keys is a plain vector operation.
 #pragma once
 
-#include "attention.h"
-#include "convert.h"
-#include "transpose.h"
+#include "../attention/problem.h"
+#include "../simd/convert.h"
+#include "../simd/transpose.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../embedding.h"
-#include "parallel.h"
+#include "../../embedding.h"
+#include "../parallel.h"
 
 namespace prefixcore::cpu {
 

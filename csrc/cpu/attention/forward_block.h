@@ -6,9 +6,9 @@
 // The prefix is nothing but more keys: one pass, one softmax, no copy of it per row of the batch.
 #pragma once
 
-#include "arithmetic.h"
-#include "kept_tiles.h"
-#include "microkernel.h"
+#include "../tiles/arithmetic.h"
+#include "../tiles/microkernel.h"
+#include "../tiles/packed_tiles.h"
 #include "prefix_groups.h"
 #include "scores.h"
 

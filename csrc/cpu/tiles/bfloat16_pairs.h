@@ -10,7 +10,7 @@
 
 #include <immintrin.h>
 
-#include "key_tile.h"
+#include "../attention/tile_plan.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

@@ -5,7 +5,7 @@
 // head, several keys and rows at a time, on keys and values where they lie if they are float32.
 #pragma once
 
-#include "attention_forward.h"
+#include "forward_block.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

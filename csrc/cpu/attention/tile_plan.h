@@ -8,7 +8,7 @@
 // by run: then each number of its result is written once.
 #pragma once
 
-#include "ahead.h"
+#include "../tiles/prefetch.h"
 #include "visible_keys.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {

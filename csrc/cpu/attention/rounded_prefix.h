@@ -6,7 +6,7 @@
 
 #if defined(__AVX512BF16__)
 
-#include "bfloat16_pairs.h"
+#include "../tiles/bfloat16_pairs.h"
 #include "prefix_groups.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {

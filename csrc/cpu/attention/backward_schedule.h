@@ -8,8 +8,8 @@
 // way.
 #pragma once
 
+#include "../tiles/query_block.h"
 #include "prefix_groups.h"
-#include "query_block.h"
 #include "visible_keys.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {

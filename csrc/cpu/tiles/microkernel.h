@@ -7,7 +7,7 @@
 // is a transposed product without a transpose). N is a multiple of kWidth.
 #pragma once
 
-#include "ahead.h"
+#include "prefetch.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

@@ -2,7 +2,7 @@
 // reads no gradient but that of virtual rows.
 #pragma once
 
-#include "convert.h"
+#include "../simd/convert.h"
 #include "embedding.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {

@@ -6,7 +6,7 @@
 // rows at one column).
 #pragma once
 
-#include "key_tile.h"
+#include "../attention/tile_plan.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

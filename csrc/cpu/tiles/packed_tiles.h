@@ -6,7 +6,7 @@
 // And many rows that lie apart share few places of a cache: they are put side by side, too.
 #pragma once
 
-#include "key_tile.h"
+#include "../attention/tile_plan.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

@@ -4,7 +4,7 @@
 // scale * log2(e)), so that a probability is one exp2. A hidden key's score is -infinity, whatever it was before.
 #pragma once
 
-#include "key_tile.h"
+#include "tile_plan.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

@@ -1,7 +1,7 @@
 // The end of the backward pass: float32 sums become gradients in their place and dtype.
 #pragma once
 
-#include "attention_backward.h"
+#include "backward_block.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

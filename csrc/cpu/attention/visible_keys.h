@@ -5,8 +5,8 @@
 // cost nothing, and whatever bytes lie at padded places are never read.
 #pragma once
 
-#include "attention.h"
-#include "workspace.h"
+#include "../tiles/arena.h"
+#include "problem.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

@@ -1,8 +1,8 @@
 // Which sequences name which entry of the prefix bank.
 #pragma once
 
-#include "attention.h"
-#include "workspace.h"
+#include "../tiles/arena.h"
+#include "problem.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 

@@ -1,7 +1,7 @@
 // The parts of soft embedding that look at the ids alone, the same for every instruction set.
-#include "embedding.h"
-
 #include <algorithm>
+
+#include "embedding.h"
 
 namespace prefixcore::cpu {
 
