@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& query, const Tensor& k
   const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
   Tensor out = empty_heads_last(query, batch, heads, queries, value.size(3));
   Tensor lse = empty_float(query, {batch, heads, queries});
-  cpu::AttentionForward problem;
+  cpu::AttentionForwardProblem problem;
   inputs.fill(problem, is_causal, scale, sliding_window, softcap);
   problem.out = view(out, "out");
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   lse = as_contiguous(lse);
   if (grad_lse) grad_lse = as_contiguous(as_type(*grad_lse, ScalarType::Float));
 
-  cpu::AttentionBackward problem;
+  cpu::AttentionBackwardProblem problem;
   inputs.fill(problem, is_causal, scale, sliding_window, softcap);
   problem.out = const_view(out, "out");
   problem.grad_out = const_view(grad_out, "grad_out");

@@ -4,6 +4,7 @@
 // named after the instruction set.
 #include "attention/backward_pass.h"
 #include "attention/decode_pass.h"
+#include "attention/forward_pass.h"
 #include "attention/rounded_prefix.h"
 #include "embedding/gather.h"
 #include "isa.h"
@@ -16,8 +17,8 @@
 namespace prefixcore::cpu {
 namespace PREFIXCORE_ISA {
 
-// Calls use(problem, arithmetic) with the arithmetic that suits the machine and the tensors best. What decode does
-// forward stays float32 backward too: both must see the same prefix, rounded or not.
+// Calls use(problem, arithmetic) with the arithmetic that suits the machine and the tensors best. Problems that
+// DecodePass computes forward are float32 backward, too: both must see the same prefix, and only this rounds it.
 template <class Problem, class Use>
 static void with_arithmetic(const Problem& p, [[maybe_unused]] const Parallel& parallel, Use use) {
 #if defined(__AVX512BF16__)
@@ -27,17 +28,17 @@ static void with_arithmetic(const Problem& p, [[maybe_unused]] const Parallel& p
   use(p, Float32{});
 }
 
-static void attention_forward(const AttentionForward& p, const Parallel& parallel) {
+static void run_forward(const AttentionForwardProblem& p, const Parallel& parallel) {
   if (DecodePass::fits(p))
     DecodePass(p).run(parallel);
   else
-    with_arithmetic(p, parallel, [&](const AttentionForward& problem, auto arithmetic) {
-      forward_pass<decltype(arithmetic)>(problem, parallel);
+    with_arithmetic(p, parallel, [&](const AttentionForwardProblem& problem, auto arithmetic) {
+      ForwardPass<decltype(arithmetic)>(problem).run(parallel);
     });
 }
 
-static void attention_backward(const AttentionBackward& p, const Parallel& parallel) {
-  with_arithmetic(p, parallel, [&](const AttentionBackward& problem, auto arithmetic) {
+static void run_backward(const AttentionBackwardProblem& p, const Parallel& parallel) {
+  with_arithmetic(p, parallel, [&](const AttentionBackwardProblem& problem, auto arithmetic) {
     BackwardPass<decltype(arithmetic)>(problem).run(parallel);
   });
 }
@@ -47,8 +48,8 @@ static void attention_backward(const AttentionBackward& p, const Parallel& paral
 extern const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA);
 const Kernels PREFIXCORE_JOIN(kernels_, PREFIXCORE_ISA) = {
     PREFIXCORE_TEXT(PREFIXCORE_ISA),
-    {PREFIXCORE_ISA::attention_forward, PREFIXCORE_ISA::attention_backward},
-    {PREFIXCORE_ISA::embedding_forward, PREFIXCORE_ISA::embedding_backward},
+    {PREFIXCORE_ISA::run_forward, PREFIXCORE_ISA::run_backward},
+    {PREFIXCORE_ISA::gather, PREFIXCORE_ISA::sum_virtual_gradients},
 };
 
 }  // namespace prefixcore::cpu

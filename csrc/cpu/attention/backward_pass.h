@@ -1,197 +1,205 @@
-// The whole backward pass: units in parallel, then the sums that several units share.
+// The whole backward pass: groups of chunks in parallel, then the sums that several of them share.
 #pragma once
 
+#include "backward_block.h"
 #include "backward_reduce.h"
 #include "backward_schedule.h"
+#include "work_items.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 template <class Arithmetic>
 class BackwardPass {
  public:
-  explicit BackwardPass(const AttentionBackward& p)
+  explicit BackwardPass(const AttentionBackwardProblem& p)
       : p_(p),
         wanted_{p.grad_query.data != nullptr, p.grad_key.data != nullptr,
                 p.grad_prefix_key != nullptr && p.num_prefixes * p.prefix_capacity > 0},
-        key_width_(round_up(p.head_dim, kWidth)),
-        value_width_(round_up(p.value_dim, kWidth)),
-        prefix_size_(wanted_.prefix ? p.prefix_capacity * (key_width_ + value_width_) : 0),
+        block_d_(round_up(p.head_dim, kLanes)),
+        block_dv_(round_up(p.value_dim, kLanes)),
+        prefix_size_(wanted_.prefix ? p.prefix_capacity * (block_d_ + block_dv_) : 0),
         lists_(p),
         schedule_(p, lists_, wanted_.keys, wanted_.prefix, prefix_size_ * kFloat),
-        partials_(p.num_kv_heads * schedule_.partial_rows * (key_width_ + value_width_) * kFloat),
+        partials_(p.num_kv_heads * schedule_.partial_keys * (block_d_ + block_dv_) * kFloat),
         buffers_(p.num_kv_heads * schedule_.num_buffers * prefix_size_ * kFloat) {}
 
-  void run(const Parallel& parallel) {
+  void run(const Parallel& parallel) const {
     const int64_t heads = p_.num_kv_heads;
-    Carver measure;
-    BackwardScratch<Arithmetic>(p_, wanted_, schedule_.most_keys, schedule_.scratch_rows, measure);
-    // Later parts of a sequence are the longest with causal attention: they go first.
-    const int64_t last = schedule_.num_slots * heads - 1;
-    auto first_block = [&](int64_t unit) {
-      const Item* item = schedule_.items + schedule_.slots[(last - unit) / heads].first_item;
-      return BackwardBlock{item, (last - unit) % heads, item->first_block * kLanes};
-    };
-    auto work = [&](const Turn& turn, char* memory) {
-      Carver carve(memory);
-      BackwardScratch<Arithmetic> scratch(p_, wanted_, schedule_.most_keys, schedule_.scratch_rows, carve);
-      const BackwardBlock after = turn.next >= 0 ? first_block(turn.next) : BackwardBlock{};
-      run_unit(schedule_.slots[(last - turn.unit) / heads], (last - turn.unit) % heads,
-               turn.next >= 0 ? &after : nullptr, scratch);
+    Arena measure;
+    BackwardScratch<Arithmetic>(p_, wanted_, schedule_.most_keys, schedule_.scratch_keys, measure);
+    // Later chunks of a sequence take longest under a causal mask: they go first.
+    const int64_t last = schedule_.num_groups * heads - 1;
+    auto group_at = [&](int64_t item) -> const ChunkGroup& { return schedule_.groups[(last - item) / heads]; };
+    auto head_at = [&](int64_t item) { return (last - item) % heads; };
+    auto work = [&](const WorkItem& item, char* memory) {
+      Arena arena(memory);
+      BackwardScratch<Arithmetic> scratch(p_, wanted_, schedule_.most_keys, schedule_.scratch_keys, arena);
+      BackwardBlock after{};
+      if (item.next >= 0) after = first_block(schedule_.chunks[group_at(item.next).first_chunk], head_at(item.next));
+      run_group(group_at(item.index), head_at(item.index), item.next >= 0 ? &after : nullptr, scratch);
     };
     if (wanted_.query || wanted_.keys || wanted_.prefix)
-      for_each_unit<typename Arithmetic::Registers>(parallel, schedule_.num_slots * heads, measure.used(), work);
+      for_each_work_item<typename Arithmetic::ThreadState>(parallel, schedule_.num_groups * heads, measure.used(),
+                                                           work);
     if (wanted_.keys) reduce_keys(parallel);
     if (wanted_.prefix) reduce_prefixes(parallel);
   }
 
  private:
   static constexpr int64_t kFloat = sizeof(float);
-  static constexpr int64_t kReducedKeys = 128;  // a unit of the reduction of key gradients
+  static constexpr int64_t kReducedKeys = 128;  // a work item of the reduction of key gradients
 
-  float* partial_keys(int64_t kv_head) const {
-    return reinterpret_cast<float*>(partials_.data()) + kv_head * schedule_.partial_rows * (key_width_ + value_width_);
+  static BackwardBlock first_block(const Chunk& chunk, int64_t kv_head) {
+    return {&chunk, kv_head, chunk.first_block * kBlockM};
   }
-  float* partial_values(int64_t kv_head) const { return partial_keys(kv_head) + schedule_.partial_rows * key_width_; }
+
+  // The partial gradients of keys and of values of one head, and one of its buffers of prefix gradients.
+  float* partial_keys(int64_t kv_head) const {
+    return reinterpret_cast<float*>(partials_.data()) + kv_head * schedule_.partial_keys * (block_d_ + block_dv_);
+  }
+  float* partial_values(int64_t kv_head) const { return partial_keys(kv_head) + schedule_.partial_keys * block_d_; }
   float* prefix_buffer(int64_t kv_head, int64_t buffer) const {
     return reinterpret_cast<float*>(buffers_.data()) + (kv_head * schedule_.num_buffers + buffer) * prefix_size_;
   }
 
-  void run_unit(const Slot& slot, int64_t kv_head, const BackwardBlock* after, BackwardScratch<Arithmetic>& w) const {
-    KeySums sums;
-    if (wanted_.prefix && slot.prefix >= 0) {
-      sums = {{w.grad_prefix_key, key_width_}, {w.grad_prefix_value, value_width_}};
-      if (slot.buffer >= 0) {
-        float* buffer = prefix_buffer(kv_head, slot.buffer);
-        sums = {{buffer, key_width_}, {buffer + p_.prefix_capacity * key_width_, value_width_}};
+  // `after`: the block that the worker does next, or null.
+  void run_group(const ChunkGroup& group, int64_t kv_head, const BackwardBlock* after,
+                 BackwardScratch<Arithmetic>& w) const {
+    KeyGradients prefix;
+    if (wanted_.prefix && group.prefix >= 0) {
+      prefix = {{w.grad_prefix_key, block_d_}, {w.grad_prefix_value, block_dv_}};
+      if (group.buffer >= 0) {
+        float* buffer = prefix_buffer(kv_head, group.buffer);
+        prefix = {{buffer, block_d_}, {buffer + p_.prefix_capacity * block_d_, block_dv_}};
       }
     }
-    w.prefix_keys.begin(false);
-    w.prefix_values.begin(false);
-    for (int64_t i = slot.first_item; i < slot.last_item; ++i) {
-      const Item* items = schedule_.items;
-      const BackwardBlock next{items + i + 1, kv_head, i + 1 < slot.last_item ? items[i + 1].first_block * kLanes : 0};
-      run_item(items[i], kv_head, i + 1 < slot.last_item ? &next : after, sums, w);
+    w.packed_prefix_keys.begin(false);
+    w.packed_prefix_values.begin(false);
+    for (int64_t i = group.first_chunk; i < group.last_chunk; ++i) {
+      const bool last = i + 1 == group.last_chunk;
+      const BackwardBlock next = last ? BackwardBlock{} : first_block(schedule_.chunks[i + 1], kv_head);
+      run_chunk(schedule_.chunks[i], kv_head, last ? after : &next, prefix, w);
     }
-    fill_rest(sums, p_.prefix_capacity);
-    if (sums.key.data != nullptr && slot.buffer < 0)
-      write_prefix(slot.prefix, kv_head, 1, sums.key.data, sums.value.data, w.query_room, w.grad_out_room);
+    fill_unwritten(prefix, p_.prefix_capacity);
+    if (prefix.key.data != nullptr && group.buffer < 0)
+      write_prefix(group.prefix, kv_head, 1, prefix.key.data, prefix.value.data, w.query_buffer, w.grad_out_buffer);
   }
 
-  void run_item(const Item& item, int64_t kv_head, const BackwardBlock* after, KeySums& prefix_sums,
-                BackwardScratch<Arithmetic>& w) const {
-    const Sequence& s = p_.sequences[item.sequence];
-    const KeyList& list = lists_[item.sequence];
-    const int64_t rows = item.keys.end - item.keys.begin;
-    KeySums sums;
-    if (wanted_.keys && item.partial >= 0) {
-      sums = {{partial_keys(kv_head) + item.partial * key_width_, key_width_},
-              {partial_values(kv_head) + item.partial * value_width_, value_width_}};
-    } else if (wanted_.keys) {
-      sums = {{w.grad_key, key_width_}, {w.grad_value, value_width_}};
-      // Without padding, the rows of the sums are rows of the gradient.
-      if (list.position == nullptr) {
-        const Row place{s.batch, kv_head, s.key_start + item.keys.begin};
-        sums = {rows_or_room(p_.grad_key, place, rows, p_.head_dim, key_width_, w.grad_key),
-                rows_or_room(p_.grad_value, place, rows, p_.value_dim, value_width_, w.grad_value)};
-      }
+  void run_chunk(const Chunk& chunk, int64_t kv_head, const BackwardBlock* after, KeyGradients& prefix_gradients,
+                 BackwardScratch<Arithmetic>& w) const {
+    const Sequence& s = p_.sequences[chunk.sequence];
+    const KeyList& list = lists_[chunk.sequence];
+    KeyGradients gradients = key_gradients(chunk, kv_head, w);
+    w.packed_keys.begin(false);
+    w.packed_values.begin(false);
+    for (int64_t block = chunk.first_block; block < chunk.last_block; ++block) {
+      const bool last = block + 1 == chunk.last_block;
+      const BackwardBlock at{&chunk, kv_head, block * kBlockM}, next{&chunk, kv_head, (block + 1) * kBlockM};
+      backward_block(p_, wanted_, at, last ? after : &next, list, gradients, prefix_gradients, w);
     }
-    w.keys.begin(false);
-    w.values.begin(false);
-    for (int64_t block = item.first_block; block < item.last_block; ++block) {
-      const bool last = block + 1 == item.last_block;
-      const BackwardBlock place{&item, kv_head, block * kLanes}, next{&item, kv_head, (block + 1) * kLanes};
-      backward_block(p_, wanted_, place, last ? after : &next, list, sums, prefix_sums, w);
-    }
-    fill_rest(sums, rows);
-    if (!wanted_.keys || item.parts > 1) return;
-    finish_keys(p_.grad_key, s, list, item, sums.key.data, w.grad_key, kv_head, p_.head_dim, key_width_, w.query_room);
-    finish_keys(p_.grad_value, s, list, item, sums.value.data, w.grad_value, kv_head, p_.value_dim, value_width_,
-                w.grad_out_room);
+    fill_unwritten(gradients, chunk.keys.size());
+    if (!wanted_.keys || chunk.parts > 1) return;
+    finish_keys(p_.grad_key, s, list, chunk, gradients.key.data, w.grad_key, kv_head, p_.head_dim, block_d_,
+                w.query_buffer);
+    finish_keys(p_.grad_value, s, list, chunk, gradients.value.data, w.grad_value, kv_head, p_.value_dim, block_dv_,
+                w.grad_out_buffer);
   }
 
-  // The whole gradient of the keys (or values) of one item and one head, from sums that are in place or in `room`.
-  static void finish_keys(const View& to, const Sequence& s, const KeyList& list, const Item& item, const float* sums,
-                          const float* room, int64_t kv_head, int64_t count, int64_t width, float* row) {
+  // Where the gradients of a chunk's keys accumulate.
+  KeyGradients key_gradients(const Chunk& chunk, int64_t kv_head, BackwardScratch<Arithmetic>& w) const {
+    if (!wanted_.keys) return {};
+    if (chunk.partial >= 0)
+      return {{partial_keys(kv_head) + chunk.partial * block_d_, block_d_},
+              {partial_values(kv_head) + chunk.partial * block_dv_, block_dv_}};
+    if (lists_[chunk.sequence].position != nullptr)  // with padding, rows of the gradient are missing from the list
+      return {{w.grad_key, block_d_}, {w.grad_value, block_dv_}};
+    const Sequence& s = p_.sequences[chunk.sequence];
+    const TokenIndex at{s.batch, kv_head, s.key_start + chunk.keys.begin};
+    return {in_place_or(w.grad_key, p_.grad_key, at, chunk.keys.size(), p_.head_dim, block_d_),
+            in_place_or(w.grad_value, p_.grad_value, at, chunk.keys.size(), p_.value_dim, block_dv_)};
+  }
+
+  // The whole gradient of the keys (or values) of one chunk and one head, from sums that are in place or in `buffer`.
+  static void finish_keys(const View& to, const Sequence& s, const KeyList& list, const Chunk& chunk, const float* sums,
+                          const float* buffer, int64_t kv_head, int64_t dim, int64_t width, float* row) {
     auto write = [&](int64_t first, int64_t last) {
-      write_key_gradient(to, s, list, &item, &sums, 1, kv_head, first, last, count, width, row);
+      write_key_gradient(to, s, list, &chunk, &sums, 1, kv_head, first, last, dim, width, row);
     };
-    if (sums == room) return write(0, s.key_length);
-    write(0, item.keys.begin);
-    write(item.keys.end, s.key_length);
+    if (sums == buffer) return write(0, s.key_length);
+    write(0, chunk.keys.begin);
+    write(chunk.keys.end, s.key_length);
   }
 
-  // Zeros in the rows that nothing was written to.
-  void fill_rest(const KeySums& sums, int64_t rows) const {
-    if (sums.key.data == nullptr) return;
-    sums.key.fill_zero(sums.written, rows, key_width_);
-    sums.value.fill_zero(sums.written, rows, value_width_);
+  // Zeros in those of `rows` rows that nothing was written to.
+  void fill_unwritten(const KeyGradients& gradients, int64_t rows) const {
+    if (gradients.key.data != nullptr) gradients.fill_zero(gradients.written, rows, block_d_, block_dv_);
   }
 
   void write_prefix(int64_t prefix, int64_t kv_head, int64_t buffers, const float* keys, const float* values,
                     float* key_row, float* value_row) const {
-    const int64_t rows = p_.prefix_capacity, place = (prefix * p_.num_kv_heads + kv_head) * rows;
-    write_prefix_gradient(p_.grad_prefix_key + place * p_.head_dim, keys, prefix_size_, buffers, rows, p_.head_dim,
-                          key_width_, key_row);
-    write_prefix_gradient(p_.grad_prefix_value + place * p_.value_dim, values, prefix_size_, buffers, rows,
-                          p_.value_dim, value_width_, value_row);
+    const int64_t tokens = p_.prefix_capacity, first = (prefix * p_.num_kv_heads + kv_head) * tokens;
+    write_prefix_gradient(p_.grad_prefix_key + first * p_.head_dim, keys, prefix_size_, buffers, tokens, p_.head_dim,
+                          block_d_, key_row);
+    write_prefix_gradient(p_.grad_prefix_value + first * p_.value_dim, values, prefix_size_, buffers, tokens,
+                          p_.value_dim, block_dv_, value_row);
   }
 
-  // Sequences that were cut into parts: stretches of keys in parallel, parts added in order.
+  // Sequences of several chunks: ranges of keys in parallel, chunks added in order.
   void reduce_keys(const Parallel& parallel) const {
-    for (int64_t i = 0; i < schedule_.num_items; i += schedule_.items[i].parts) {
-      const Item* items = schedule_.items + i;
-      if (items->parts == 1) continue;
-      const Sequence& s = p_.sequences[items->sequence];
-      const int64_t stretches = ceil_div(s.key_length, kReducedKeys), parts = items->parts;
-      auto work = [&](const Turn& turn, char* memory) {
-        const int64_t kv_head = turn.unit / stretches, first = turn.unit % stretches * kReducedKeys;
+    for (int64_t i = 0; i < schedule_.num_chunks; i += schedule_.chunks[i].parts) {
+      const Chunk* chunks = schedule_.chunks + i;
+      if (chunks->parts == 1) continue;
+      const Sequence& s = p_.sequences[chunks->sequence];
+      const int64_t ranges = ceil_div(s.key_length, kReducedKeys), parts = chunks->parts;
+      auto work = [&](const WorkItem& item, char* memory) {
+        const int64_t kv_head = item.index / ranges, first = item.index % ranges * kReducedKeys;
         const int64_t last = min(first + kReducedKeys, s.key_length);
-        Carver carve(memory);
-        auto* row = carve.take<float>(max(key_width_, value_width_));
-        auto* sums = carve.take<const float*>(parts);
-        for (int64_t n = 0; n < parts; ++n) sums[n] = partial_keys(kv_head) + items[n].partial * key_width_;
-        write_key_gradient(p_.grad_key, s, lists_[items->sequence], items, sums, parts, kv_head, first, last,
-                           p_.head_dim, key_width_, row);
-        for (int64_t n = 0; n < parts; ++n) sums[n] = partial_values(kv_head) + items[n].partial * value_width_;
-        write_key_gradient(p_.grad_value, s, lists_[items->sequence], items, sums, parts, kv_head, first, last,
-                           p_.value_dim, value_width_, row);
+        Arena arena(memory);
+        auto* row = arena.allocate<float>(max(block_d_, block_dv_));
+        auto* sums = arena.allocate<const float*>(parts);
+        for (int64_t n = 0; n < parts; ++n) sums[n] = partial_keys(kv_head) + chunks[n].partial * block_d_;
+        write_key_gradient(p_.grad_key, s, lists_[chunks->sequence], chunks, sums, parts, kv_head, first, last,
+                           p_.head_dim, block_d_, row);
+        for (int64_t n = 0; n < parts; ++n) sums[n] = partial_values(kv_head) + chunks[n].partial * block_dv_;
+        write_key_gradient(p_.grad_value, s, lists_[chunks->sequence], chunks, sums, parts, kv_head, first, last,
+                           p_.value_dim, block_dv_, row);
       };
-      Carver measure;
-      measure.take<float>(max(key_width_, value_width_));
-      measure.take<const float*>(parts);
-      for_each_unit(parallel, p_.num_kv_heads * stretches, measure.used(), work);
+      Arena measure;
+      measure.allocate<float>(max(block_d_, block_dv_));
+      measure.allocate<const float*>(parts);
+      for_each_work_item(parallel, p_.num_kv_heads * ranges, measure.used(), work);
     }
   }
 
   // Prefixes with several buffers: added in order. Prefixes that no sequence names: zeros.
   void reduce_prefixes(const Parallel& parallel) const {
     const int64_t heads = p_.num_kv_heads;
-    Buffer slots_memory((2 * p_.num_prefixes) * static_cast<int64_t>(sizeof(int64_t)));
-    auto* first_buffer = reinterpret_cast<int64_t*>(slots_memory.data());
+    Buffer memory_of_buffers((2 * p_.num_prefixes) * static_cast<int64_t>(sizeof(int64_t)));
+    auto* first_buffer = reinterpret_cast<int64_t*>(memory_of_buffers.data());
     int64_t* count = first_buffer + p_.num_prefixes;
     for (int64_t e = 0; e < p_.num_prefixes; ++e) count[e] = 0;
-    for (int64_t i = 0; i < schedule_.num_slots; ++i) {
-      const Slot& slot = schedule_.slots[i];
-      if (slot.prefix < 0) continue;
-      if (count[slot.prefix]++ == 0) first_buffer[slot.prefix] = slot.buffer;
+    for (int64_t i = 0; i < schedule_.num_groups; ++i) {
+      const ChunkGroup& group = schedule_.groups[i];
+      if (group.prefix < 0) continue;
+      if (count[group.prefix]++ == 0) first_buffer[group.prefix] = group.buffer;
     }
-    auto work = [&](const Turn& turn, char* memory) {
-      const int64_t unit = turn.unit, prefix = unit / heads, kv_head = unit % heads, rows = p_.prefix_capacity;
+    auto work = [&](const WorkItem& item, char* memory) {
+      const int64_t prefix = item.index / heads, kv_head = item.index % heads, tokens = p_.prefix_capacity;
       if (count[prefix] == 0) {
-        fill_zero(p_.grad_prefix_key + unit * rows * p_.head_dim, rows * p_.head_dim);
-        fill_zero(p_.grad_prefix_value + unit * rows * p_.value_dim, rows * p_.value_dim);
+        fill_zero(p_.grad_prefix_key + item.index * tokens * p_.head_dim, tokens * p_.head_dim);
+        fill_zero(p_.grad_prefix_value + item.index * tokens * p_.value_dim, tokens * p_.value_dim);
       } else if (first_buffer[prefix] >= 0) {
         const float* keys = prefix_buffer(kv_head, first_buffer[prefix]);
         auto* row = reinterpret_cast<float*>(memory);
-        write_prefix(prefix, kv_head, count[prefix], keys, keys + rows * key_width_, row, row);
+        write_prefix(prefix, kv_head, count[prefix], keys, keys + tokens * block_d_, row, row);
       }
     };
-    for_each_unit(parallel, p_.num_prefixes * heads, max(key_width_, value_width_) * kFloat, work);
+    for_each_work_item(parallel, p_.num_prefixes * heads, max(block_d_, block_dv_) * kFloat, work);
   }
 
-  const AttentionBackward& p_;
+  const AttentionBackwardProblem& p_;
   const Wanted wanted_;
-  const int64_t key_width_, value_width_, prefix_size_;  // the last in floats, of one head's prefix
+  const int64_t block_d_, block_dv_, prefix_size_;  // the last in floats, of one head's prefix
   const KeyLists lists_;
   const BackwardSchedule schedule_;
   const Buffer partials_, buffers_;

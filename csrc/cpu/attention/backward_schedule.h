@@ -1,138 +1,132 @@
-// How the backward pass is cut into units of work, from the shape alone.
+// How the backward pass is cut into work items, from the shape alone.
 //
-// An item is a stretch of query blocks of one sequence; a slot is a row of items that name the same
-// prefix; a unit is one slot for one key/value head. A unit sums the gradient of its prefix over its
-// items in a buffer of its own, and the buffers of a prefix are added up in a fixed order at the end:
-// the same bits on every machine, whatever the number of threads. Long sequences are cut into several
-// items when there would be too few units; their key and value gradients are then summed in the same
-// way.
+// A chunk is a range of query blocks of one sequence; a group is a range of chunks that name the same prefix; a work
+// item is one group for one key/value head. It sums the gradient of its prefix over its chunks in a buffer of its own,
+// and the buffers of a prefix are added up in a fixed order at the end: the same bits on every machine, whatever the
+// number of threads. Long sequences are cut into several chunks when there would be too few work items; their key and
+// value gradients are then summed in the same way.
 #pragma once
 
-#include "../tiles/query_block.h"
+#include "operands.h"
 #include "prefix_groups.h"
-#include "visible_keys.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-struct Item {
+struct Chunk {
   int64_t sequence;
   int64_t first_block, last_block;
-  SlotRange keys;       // that these queries see
-  int64_t part, parts;  // which piece of the sequence, of how many
-  int64_t partial;  // where its part of the key gradients lies, in rows; -1: whole, in the worker's scratch or in place
+  KeyRange keys;        // that these queries see
+  int64_t part, parts;  // which chunk of its sequence, of how many
+  int64_t partial;      // the row where its partial key gradients begin; -1: they are whole, in scratch or in place
   double cost;
 };
 
-struct Slot {
+struct ChunkGroup {
   int64_t prefix;  // entry of the bank, or -1
-  int64_t first_item, last_item;
-  int64_t buffer;  // which buffer of prefix gradients; -1: the only slot of its prefix
+  int64_t first_chunk, last_chunk;
+  int64_t buffer;  // which buffer of prefix gradients; -1: the only group of its prefix
 };
 
 class BackwardSchedule {
  public:
-  static constexpr int64_t kUnits = 64;          // aimed at
-  static constexpr int64_t kRowsPerPart = 1024;  // a part costs its keys' gradients once more
-  static constexpr int64_t kBufferBytes = 64 << 20;
+  static constexpr int64_t kTargetItems = 64;
+  static constexpr int64_t kQueriesPerChunk = 1024;  // at least: a chunk reads and writes its keys' gradients once more
+  static constexpr int64_t kBufferBytes = 64 << 20;  // of prefix gradients, at most
 
   BackwardSchedule(const AttentionProblem& p, const KeyLists& lists, bool wants_keys, bool wants_prefix,
                    int64_t prefix_bytes)
-      : problem_(p),
-        items_memory_(count_items(wants_keys) * static_cast<int64_t>(sizeof(Item))),
-        slots_memory_(num_items * static_cast<int64_t>(sizeof(Slot))) {
-    items = reinterpret_cast<Item*>(items_memory_.data());
-    slots = reinterpret_cast<Slot*>(slots_memory_.data());
-    fill_items(lists, wants_keys);
-    fill_slots(wants_prefix, prefix_bytes);
+      : p_(p),
+        chunks_memory_(count_chunks(wants_keys) * static_cast<int64_t>(sizeof(Chunk))),
+        groups_memory_(num_chunks * static_cast<int64_t>(sizeof(ChunkGroup))) {
+    chunks = reinterpret_cast<Chunk*>(chunks_memory_.data());
+    groups = reinterpret_cast<ChunkGroup*>(groups_memory_.data());
+    fill_chunks(lists, wants_keys);
+    group_chunks(wants_prefix, prefix_bytes);
   }
 
-  Item* items = nullptr;  // ordered by the prefix they name, then by sequence
-  Slot* slots = nullptr;
-  int64_t num_items = 0, num_slots = 0;
+  Chunk* chunks = nullptr;  // ordered by the prefix they name, then by sequence
+  ChunkGroup* groups = nullptr;
+  int64_t num_chunks = 0, num_groups = 0;
   int64_t num_buffers = 0;   // of prefix gradients, for each key/value head
-  int64_t partial_rows = 0;  // of partial key gradients, for each key/value head
-  int64_t scratch_rows = 0;  // of key gradients that a worker needs
-  int64_t most_keys = 0;     // of an item
+  int64_t partial_keys = 0;  // of partial key gradients, for each key/value head
+  int64_t scratch_keys = 0;  // of key gradients that a worker needs
+  int64_t most_keys = 0;     // that a chunk sees
 
  private:
-  int64_t blocks_of(const Sequence& s) const {
-    return ceil_div(s.query_length * (problem_.num_heads / problem_.num_kv_heads), kLanes);
-  }
-
   int64_t parts_of(const Sequence& s, bool wants_keys) const {
-    const int64_t units = max<int64_t>(1, problem_.num_sequences * problem_.num_kv_heads);
-    const int64_t blocks_per_part = wants_keys ? kRowsPerPart / kLanes : 2;
-    return max<int64_t>(1, min(ceil_div(kUnits / 2, units), blocks_of(s) / blocks_per_part));
+    const int64_t uncut = max<int64_t>(1, p_.num_sequences * p_.num_kv_heads);
+    const int64_t blocks_per_chunk = wants_keys ? kQueriesPerChunk / kBlockM : 2;
+    return max<int64_t>(1, min(ceil_div(kTargetItems / 2, uncut), num_query_blocks(p_, s) / blocks_per_chunk));
   }
 
-  int64_t count_items(bool wants_keys) {
-    num_items = 0;
-    for (int64_t i = 0; i < problem_.num_sequences; ++i) num_items += parts_of(problem_.sequences[i], wants_keys);
-    return num_items;
+  int64_t count_chunks(bool wants_keys) {
+    num_chunks = 0;
+    for (int64_t i = 0; i < p_.num_sequences; ++i) num_chunks += parts_of(p_.sequences[i], wants_keys);
+    return num_chunks;
   }
 
-  void fill_items(const KeyLists& lists, bool wants_keys) {
-    const PrefixGroups groups(problem_);
-    Item* next = items;
-    for (int64_t prefix = -1; prefix < groups.num_prefixes(); ++prefix)
-      for (const int64_t* i = groups.begin(prefix); i != groups.end(prefix); ++i) {
-        const int64_t parts = parts_of(problem_.sequences[*i], wants_keys);
-        for (int64_t part = 0; part < parts; ++part) *next++ = make_item(lists[*i], *i, part, parts, wants_keys);
+  void fill_chunks(const KeyLists& lists, bool wants_keys) {
+    const PrefixGroups sequences(p_);
+    Chunk* next = chunks;
+    for (int64_t prefix = -1; prefix < sequences.num_prefixes(); ++prefix)
+      for (const int64_t* i = sequences.begin(prefix); i != sequences.end(prefix); ++i) {
+        const int64_t parts = parts_of(p_.sequences[*i], wants_keys);
+        for (int64_t part = 0; part < parts; ++part) *next++ = make_chunk(lists[*i], *i, part, parts, wants_keys);
       }
   }
 
-  Item make_item(const KeyList& list, int64_t sequence, int64_t part, int64_t parts, bool wants_keys) {
-    const Sequence& s = problem_.sequences[sequence];
-    const int64_t group = problem_.num_heads / problem_.num_kv_heads, blocks = blocks_of(s);
-    Item item{sequence, blocks * part / parts, blocks * (part + 1) / parts, {0, 0}, part, parts, -1, 0};
-    const int64_t first_row = item.first_block * kLanes;
-    const int64_t last_row = min(item.last_block * kLanes, s.query_length * group) - 1;
-    if (last_row >= first_row) item.keys = visible_slots(problem_, s, list, first_row / group, last_row / group);
-    const int64_t keys = item.keys.end - item.keys.begin;
-    item.cost = static_cast<double>(last_row - first_row + 1) * static_cast<double>(keys + s.prefix_length) + 1;
+  Chunk make_chunk(const KeyList& list, int64_t sequence, int64_t part, int64_t parts, bool wants_keys) {
+    const Sequence& s = p_.sequences[sequence];
+    const int64_t group = group_size(p_), blocks = num_query_blocks(p_, s);
+    Chunk chunk{sequence, blocks * part / parts, blocks * (part + 1) / parts, {0, 0}, part, parts, -1, 0};
+    const int64_t first_query = chunk.first_block * kBlockM;
+    const int64_t last_query = min(chunk.last_block * kBlockM, s.query_length * group) - 1;
+    if (last_query >= first_query) chunk.keys = visible_keys(p_, s, list, first_query / group, last_query / group);
+    const int64_t keys = chunk.keys.size();
+    chunk.cost = static_cast<double>(last_query - first_query + 1) * static_cast<double>(keys + s.prefix_length) + 1;
     most_keys = max(most_keys, keys);
     if (parts > 1 && wants_keys) {
-      item.partial = partial_rows;
-      partial_rows += keys;
+      chunk.partial = partial_keys;
+      partial_keys += keys;
     } else {
-      scratch_rows = max(scratch_rows, keys);
+      scratch_keys = max(scratch_keys, keys);
     }
-    return item;
+    return chunk;
   }
 
-  void fill_slots(bool wants_prefix, int64_t prefix_bytes) {
+  void group_chunks(bool wants_prefix, int64_t prefix_bytes) {
     double total = 0;
-    for (int64_t i = 0; i < num_items; ++i) total += items[i].cost;
-    const int64_t heads = problem_.num_kv_heads;
-    double aim = static_cast<double>(ceil_div(kUnits, heads));
+    for (int64_t i = 0; i < num_chunks; ++i) total += chunks[i].cost;
+    const int64_t heads = p_.num_kv_heads;
+    double aim = static_cast<double>(ceil_div(kTargetItems, heads));
     if (prefix_bytes > 0) aim = min(aim, static_cast<double>(kBufferBytes) / static_cast<double>(prefix_bytes * heads));
-    for (int64_t first = 0, last; first < num_items; first = last) {
-      const int64_t prefix = prefix_of(problem_.sequences[items[first].sequence]);
+    for (int64_t first = 0, last; first < num_chunks; first = last) {
+      const int64_t prefix = prefix_of(p_.sequences[chunks[first].sequence]);
       double cost = 0;
-      for (last = first; last < num_items && prefix_of(problem_.sequences[items[last].sequence]) == prefix; ++last)
-        cost += items[last].cost;
+      for (last = first; last < num_chunks && prefix_of(p_.sequences[chunks[last].sequence]) == prefix; ++last)
+        cost += chunks[last].cost;
       int64_t count = last - first;
       if (prefix >= 0 && wants_prefix)
         count = max<int64_t>(1, min(count, static_cast<int64_t>(aim * cost / total + 0.5)));
       double done = 0;
       for (int64_t i = first, n = -1; i < last; ++i) {
-        // The slot that the middle of this item's cost falls into.
-        const auto slot = count == last - first
-                              ? i - first
-                              : static_cast<int64_t>((done + items[i].cost / 2) / cost * static_cast<double>(count));
-        done += items[i].cost;
-        if (slot != n) {
+        // The group that the middle of this chunk's cost falls into.
+        const auto group = count == last - first
+                               ? i - first
+                               : static_cast<int64_t>((done + chunks[i].cost / 2) / cost * static_cast<double>(count));
+        done += chunks[i].cost;
+        if (group != n) {
           const bool alone = !wants_prefix || prefix < 0 || count == 1;
-          slots[num_slots++] = {prefix, i, i, alone ? -1 : num_buffers++};
-          n = slot;
+          groups[num_groups++] = {prefix, i, i, alone ? -1 : num_buffers++};
+          n = group;
         }
-        slots[num_slots - 1].last_item = i + 1;
+        groups[num_groups - 1].last_chunk = i + 1;
       }
     }
   }
 
-  const AttentionProblem& problem_;
-  Buffer items_memory_, slots_memory_;
+  const AttentionProblem& p_;
+  Buffer chunks_memory_, groups_memory_;
 };
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,285 +1,198 @@
-// Decode: a few queries of each sequence over a long, shared prefix and long sequences.
-//
-// Every query row gets its softmax in parts that are merged at the end by their maxima and sums:
-// - the prefix, split along its length. The rows of *all* sequences that name it form one block, so
-//   that it is read once, not once per sequence (Juravsky et al. 2024, Hydragen);
-// - the sequence, split along its length too, so that one long sequence keeps every core busy.
+// Decode: a few queries of each sequence over a long, shared prefix and long sequences. The splits of decode_schedule.h
+// are computed in parallel, then merged.
 #pragma once
 
 #include "decode_block.h"
-#include "prefix_groups.h"
+#include "decode_schedule.h"
+#include "work_items.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 class DecodePass {
  public:
   static bool fits(const AttentionProblem& p) {
-    const int64_t group = p.num_heads / p.num_kv_heads;
     for (int64_t i = 0; i < p.num_sequences; ++i)
-      if (p.sequences[i].query_length * group > kDecodeRows) return false;
+      if (p.sequences[i].query_length * group_size(p) > kDecodeQueries) return false;
     return true;
   }
 
-  explicit DecodePass(const AttentionForward& p)
+  explicit DecodePass(const AttentionForwardProblem& p)
       : p_(p),
-        group_(p.num_heads / p.num_kv_heads),
-        value_width_(round_up(p.value_dim, kWidth)),
+        block_dv_(round_up(p.value_dim, kLanes)),
         lists_(p),
-        groups_(p),
-        bf16_(are_bf16(p.query, p.prefix_key, p.prefix_value)),
-        tiles_(Bfloat16::kDepth > 1 && are_bf16(p.query, p.key, p.value)),
-        plans_memory_(p.num_sequences * static_cast<int64_t>(sizeof(Plan))),
-        units_memory_(plan() * static_cast<int64_t>(sizeof(Unit))),
-        partials_(num_partials_ * partial_size() * static_cast<int64_t>(sizeof(float))) {
-    list_units();
-  }
+        schedule_(p, lists_),
+        bf16_prefix_(are_bf16(p.query, p.prefix_key, p.prefix_value)),
+        bf16_tiles_(Bfloat16::kDepth > 1 && are_bf16(p.query, p.key, p.value)),
+        partials_(schedule_.num_partials() * partial_size() * static_cast<int64_t>(sizeof(float))) {}
 
-  void run(const Parallel& parallel) {
-    auto work = [&](const Turn& turn, char* memory) {
-      const Unit& unit = units_[turn.unit];
-      Carver carve(memory);
-      if (unit.sequence < 0 && uses_lanes(unit.prefix)) {
-        bf16_ ? run_prefix_lanes<Bfloat16>(unit, carve) : run_prefix_lanes<Float32>(unit, carve);
-      } else if (unit.sequence >= 0 && tiles_) {
-        run_sequence_lanes<Bfloat16>(unit, carve);
+  void run(const Parallel& parallel) const {
+    auto work = [&](const WorkItem& index, char* memory) {
+      const DecodeItem& item = schedule_.item(index.index);
+      Arena arena(memory);
+      if (item.sequence < 0 && fills_tile(item.prefix)) {
+        bf16_prefix_ ? run_prefix_tile<Bfloat16>(item, arena) : run_prefix_tile<Float32>(item, arena);
+      } else if (item.sequence >= 0 && bf16_tiles_) {
+        run_sequence_tile<Bfloat16>(item, arena);
       } else {
-        DecodeScratch scratch(p_, carve);
-        unit.sequence < 0 ? run_prefix_rows(unit, scratch) : run_sequence(unit, scratch);
+        DecodeScratch scratch(p_, arena);
+        item.sequence < 0 ? run_prefix(item, scratch) : run_sequence(item, scratch);
       }
     };
-    for_each_unit<Bfloat16::Registers>(parallel, num_units_, scratch_bytes(), work);
-    auto merge = [&](const Turn& turn, char* memory) {
-      merge_rows(turn.unit / p_.num_kv_heads, turn.unit % p_.num_kv_heads, reinterpret_cast<float*>(memory));
+    for_each_work_item<Bfloat16::ThreadState>(parallel, schedule_.num_items(), scratch_bytes(), work);
+    auto merge = [&](const WorkItem& item, char* memory) {
+      merge_splits(item.index / p_.num_kv_heads, item.index % p_.num_kv_heads, reinterpret_cast<float*>(memory));
     };
-    for_each_unit(parallel, p_.num_sequences * p_.num_kv_heads, value_width_ * 4, merge);
+    for_each_work_item(parallel, p_.num_sequences * p_.num_kv_heads, block_dv_ * 4, merge);
   }
 
  private:
-  static constexpr int64_t kUnits = 64;      // aimed at
-  static constexpr int64_t kPartKeys = 256;  // and at least so many keys in each
-
-  // How the rows of one sequence are cut: parts of its prefix, then parts of its own keys.
-  struct Plan {
-    int64_t prefix_parts, parts;
-    int64_t first_partial;  // of kv head 0; the next head's follow
-    SlotRange keys;
-  };
-  struct Unit {
-    int64_t kv_head, part;
-    int64_t sequence;           // whose keys are read; -1: those of a prefix
-    int64_t prefix, first_row;  // then: which of the rows that name it come first in the block
-  };
-
   static bool are_bf16(const ConstView& a, const ConstView& b, const ConstView& c) {
     return a.dtype == DType::bf16 && b.dtype == DType::bf16 && c.dtype == DType::bf16;
   }
 
-  int64_t rows_of(int64_t sequence) const { return p_.sequences[sequence].query_length * group_; }
-  int64_t partial_size() const { return value_width_ + kWidth; }  // output, maximum, denominator
+  // Whether the queries that name a prefix fill enough of a transposed tile to be worth one.
+  bool fills_tile(int64_t prefix) const { return schedule_.queries_of_prefix(prefix) > kDecodeQueries / 2; }
 
-  // Partial `part` of one row.
-  float* partial(int64_t sequence, int64_t kv_head, int64_t part, int64_t row) const {
-    const Plan& plan = plans_[sequence];
-    const int64_t index = plan.first_partial + (kv_head * plan.parts + part) * rows_of(sequence) + row;
-    return reinterpret_cast<float*>(partials_.data()) + index * partial_size();
+  // As much as the work item that needs most: one call may have some of each kind.
+  int64_t scratch_bytes() const {
+    Arena float32, bfloat16, decode;
+    ForwardScratch<Float32>(p_, 0, 0, float32);
+    ForwardScratch<Bfloat16>(p_, 0, 0, bfloat16);
+    DecodeScratch(p_, decode);
+    return max(max(float32.used(), bfloat16.used()), decode.used());
   }
 
-  int64_t rows_of_group(int64_t prefix) const {
-    int64_t rows = 0;
-    for (const int64_t* i = groups_.begin(prefix); i != groups_.end(prefix); ++i) rows += rows_of(*i);
-    return rows;
-  }
-  // Whether the rows that name a prefix fill enough lanes to be worth a transposed block.
-  bool uses_lanes(int64_t prefix) const { return rows_of_group(prefix) > kDecodeRows / 2; }
-
-  static int64_t parts_of(int64_t keys, int64_t units) {
-    return max<int64_t>(keys > 0, min(ceil_div(kUnits, max<int64_t>(units, 1)), keys / kPartKeys));
-  }
-  static SlotRange part_of(SlotRange keys, int64_t part, int64_t parts) {
-    const int64_t tiles = ceil_div(keys.end - keys.begin, kKeys);
-    return {keys.begin + tiles * part / parts * kKeys, min(keys.begin + tiles * (part + 1) / parts * kKeys, keys.end)};
-  }
-
-  // Fills the plans; returns how many units there are.
-  int64_t plan() {
-    plans_ = reinterpret_cast<Plan*>(plans_memory_.data());
-    num_units_ = num_partials_ = 0;
-    const int64_t heads = p_.num_kv_heads;
-    for (int64_t prefix = -1; prefix < groups_.num_prefixes(); ++prefix) {
-      if (groups_.size(prefix) == 0) continue;
-      const int64_t length = prefix >= 0 ? p_.sequences[*groups_.begin(prefix)].prefix_length : 0;
-      const int64_t blocks = ceil_div(rows_of_group(prefix), kLanes);
-      const int64_t prefix_parts = parts_of(length, heads * blocks);
-      num_units_ += heads * blocks * prefix_parts;
-      for (const int64_t* i = groups_.begin(prefix); i != groups_.end(prefix); ++i) {
-        const Sequence& s = p_.sequences[*i];
-        Plan& plan = plans_[*i];
-        plan.prefix_parts = prefix_parts;
-        plan.keys = s.query_length > 0 ? visible_slots(p_, s, lists_[*i], 0, s.query_length - 1) : SlotRange{0, 0};
-        const int64_t own = parts_of(plan.keys.end - plan.keys.begin, heads * p_.num_sequences);
-        plan.parts = prefix_parts + own;
-        plan.first_partial = num_partials_;
-        num_partials_ += heads * plan.parts * rows_of(*i);
-        num_units_ += heads * own;
-      }
-    }
-    return num_units_;
-  }
-
-  void list_units() {
-    units_ = reinterpret_cast<Unit*>(units_memory_.data());
-    Unit* next = units_;
-    const int64_t heads = p_.num_kv_heads;
-    for (int64_t prefix = 0; prefix < groups_.num_prefixes(); ++prefix) {
-      if (groups_.size(prefix) == 0) continue;
-      const int64_t rows = rows_of_group(prefix), parts = plans_[*groups_.begin(prefix)].prefix_parts;
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t row = 0; row < rows; row += kLanes)
-          for (int64_t part = 0; part < parts; ++part) *next++ = {h, part, -1, prefix, row};
-    }
-    for (int64_t i = 0; i < p_.num_sequences; ++i)
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t part = plans_[i].prefix_parts; part < plans_[i].parts; ++part) *next++ = {h, part, i, -1, 0};
-  }
-
+  // A query of a block that holds those of several sequences.
   struct Owner {
-    int64_t sequence, row;
+    int64_t sequence, query;
   };
 
-  // The rows that name a prefix, of one head, from unit.first_row on.
+  // The queries that name a prefix, of one head, from item.first_query on.
   template <class Arithmetic>
-  void fill_shared(QueryBlock& block, Owner (&owner)[kLanes], const Unit& unit) const {
-    int64_t place = -unit.first_row;
-    for (const int64_t* i = groups_.begin(unit.prefix); i != groups_.end(unit.prefix); ++i)
-      for (int64_t r = 0; r < rows_of(*i); ++r, ++place) {
-        if (place < 0 || place >= kLanes) continue;
+  void fill_shared_block(QueryBlock& block, Owner (&owner)[kBlockM], const DecodeItem& item) const {
+    const int64_t group = group_size(p_);
+    int64_t place = -item.first_query;
+    for (const int64_t* i = schedule_.groups().begin(item.prefix); i != schedule_.groups().end(item.prefix); ++i)
+      for (int64_t n = 0; n < schedule_.queries_of(*i); ++n, ++place) {
+        if (place < 0 || place >= kBlockM) continue;
         const Sequence& s = p_.sequences[*i];
-        owner[place] = {*i, r};
-        block.add({s.batch, unit.kv_head * group_ + r % group_, s.query_start + r / group_}, lane_step<Arithmetic>);
+        owner[place] = {*i, n};
+        block.add({s.batch, item.kv_head * group + n % group, s.query_start + n / group}, query_step<Arithmetic>);
       }
   }
 
-  // As much as the unit that needs most: one call may have units of each kind.
-  int64_t scratch_bytes() const {
-    Carver numbers, pairs, rows;
-    ForwardScratch<Float32>(p_, 0, 0, numbers);
-    ForwardScratch<Bfloat16>(p_, 0, 0, pairs);
-    DecodeScratch(p_, rows);
-    return max(max(numbers.used(), pairs.used()), rows.used());
+  KeyValues prefix_keys(const DecodeItem& item, const Owner& owner) const {
+    return prefix_key_values(p_, item.prefix, item.kv_head, p_.sequences[owner.sequence].prefix_length);
+  }
+  KeyRange prefix_range(const DecodeItem& item, const Owner& owner) const {
+    const KeyRange all{0, p_.sequences[owner.sequence].prefix_length};
+    return DecodeSchedule::split_range(all, item.split, schedule_.splits(owner.sequence).prefix_splits);
+  }
+  KeyRange sequence_range(const DecodeItem& item) const {
+    const KeySplits& s = schedule_.splits(item.sequence);
+    return DecodeSchedule::split_range(s.keys, item.split - s.prefix_splits, s.splits - s.prefix_splits);
   }
 
-  // A stretch of a prefix against the rows of all sequences that name it: many rows.
+  // A split of a prefix against the queries of all sequences that name it: many queries.
   template <class Arithmetic>
-  void run_prefix_lanes(const Unit& unit, Carver& carve) const {
-    ForwardScratch<Arithmetic> w(p_, 0, 0, carve);
+  void run_prefix_tile(const DecodeItem& item, Arena& arena) const {
+    ForwardScratch<Arithmetic> w(p_, 0, 0, arena);
     QueryBlock block;
-    Owner owner[kLanes] = {};
-    fill_shared<Arithmetic>(block, owner, unit);
-    const KeyList list{nullptr, p_.sequences[owner[0].sequence].prefix_length};
+    Owner owner[kBlockM] = {};
+    fill_shared_block<Arithmetic>(block, owner, item);
     begin_block(w, p_, block, nullptr);
-    absorb_prefix(w, p_, unit.prefix, unit.kv_head, list,
-                  part_of({0, list.count}, unit.part, plans_[owner[0].sequence].prefix_parts), block.lanes);
-    for (int i = 0; i < block.rows; ++i)
-      write_partial(partial(owner[i].sequence, unit.kv_head, unit.part, owner[i].row), w.out + i * w.value_width,
-                    w.maximum[i], w.denominator[i]);
+    update_prefix(w, p_, prefix_keys(item, owner[0]), prefix_range(item, owner[0]), block.padded);
+    for (int i = 0; i < block.count; ++i) write_partial(owner[i], item, w, i);
   }
 
-  // The same with few rows.
-  void run_prefix_rows(const Unit& unit, DecodeScratch& w) const {
+  // The same with few queries.
+  void run_prefix(const DecodeItem& item, DecodeScratch& w) const {
     QueryBlock block;
-    Owner owner[kLanes];
-    fill_shared<Float32>(block, owner, unit);
-    const KeyList list{nullptr, p_.sequences[owner[0].sequence].prefix_length};
-    const KeySource prefix{&p_.prefix_key, &p_.prefix_value, unit.prefix, unit.kv_head, 0, list, nullptr};
-    decode_rows(w, p_, block, prefix, part_of({0, list.count}, unit.part, plans_[owner[0].sequence].prefix_parts),
-                nullptr);
-    for (int i = 0; i < block.rows; ++i)
-      write_partial(partial(owner[i].sequence, unit.kv_head, unit.part, owner[i].row), w.out + i * w.value_width,
-                    w.maximum[i], w.denominator[i]);
+    Owner owner[kBlockM];
+    fill_shared_block<Float32>(block, owner, item);
+    decode_block(w, p_, block, prefix_keys(item, owner[0]), prefix_range(item, owner[0]), nullptr, nullptr);
+    for (int i = 0; i < block.count; ++i) write_partial(owner[i], item, w, i);
   }
 
-  // A stretch of one sequence's keys against its own rows.
-  void run_sequence(const Unit& unit, DecodeScratch& w) const {
-    const Sequence& s = p_.sequences[unit.sequence];
-    const Plan& plan = plans_[unit.sequence];
-    const KeyList& list = lists_[unit.sequence];
+  // A split of one sequence's keys against its own queries.
+  void run_sequence(const DecodeItem& item, DecodeScratch& w) const {
+    const Sequence& s = p_.sequences[item.sequence];
+    const KeyList& list = lists_[item.sequence];
+    const int64_t group = group_size(p_);
     QueryBlock block;
-    fill_block<Float32>(block, p_, s, unit.kv_head, 0);
-    SlotRange visible[kDecodeRows];
-    for (int r = 0; r < block.rows; ++r) visible[r] = visible_slots(p_, s, list, r / group_, r / group_);
-    const KeySource keys{&p_.key,
-                         &p_.value,
-                         s.batch,
-                         unit.kv_head,
-                         s.key_start,
-                         list,
-                         p_.mask.kind == Mask::Kind::none ? nullptr : &p_.mask};
-    decode_rows(w, p_, block, keys, part_of(plan.keys, unit.part - plan.prefix_parts, plan.parts - plan.prefix_parts),
-                visible);
-    for (int r = 0; r < block.rows; ++r)
-      write_partial(partial(unit.sequence, unit.kv_head, unit.part, r), w.out + r * w.value_width, w.maximum[r],
-                    w.denominator[r]);
+    fill_block<Float32>(block, p_, s, item.kv_head, 0);
+    KeyRange visible[kDecodeQueries];
+    for (int i = 0; i < block.count; ++i) visible[i] = visible_keys(p_, s, list, i / group, i / group);
+    decode_block(w, p_, block, sequence_key_values(p_, s, item.kv_head, list), sequence_range(item), visible,
+                 p_.mask.kind == Mask::Kind::none ? nullptr : &p_.mask);
+    for (int i = 0; i < block.count; ++i) write_partial({item.sequence, i}, item, w, i);
   }
 
-  // The same where products of tiles make up for lanes without a row.
+  // The same in a transposed tile, where the CPU multiplies tiles so quickly that the columns without a query do not
+  // matter.
   template <class Arithmetic>
-  void run_sequence_lanes(const Unit& unit, Carver& carve) const {
-    ForwardScratch<Arithmetic> w(p_, 0, 0, carve);
-    const Sequence& s = p_.sequences[unit.sequence];
-    const Plan& plan = plans_[unit.sequence];
-    const KeyList& list = lists_[unit.sequence];
-    const SlotRange range = part_of(plan.keys, unit.part - plan.prefix_parts, plan.parts - plan.prefix_parts);
+  void run_sequence_tile(const DecodeItem& item, Arena& arena) const {
+    ForwardScratch<Arithmetic> w(p_, 0, 0, arena);
+    const Sequence& s = p_.sequences[item.sequence];
+    const KeyValues keys = sequence_key_values(p_, s, item.kv_head, lists_[item.sequence]);
+    const KeyRange range = sequence_range(item);
     QueryBlock block;
-    fill_block<Arithmetic>(block, p_, s, unit.kv_head, 0);
+    fill_block<Arithmetic>(block, p_, s, item.kv_head, 0);
     begin_block(w, p_, block, nullptr);
-    absorb_sequence(w, p_, block, s, unit.kv_head, list, range, 0, true,
-                    [&](int64_t slot) { ask_for_keys(w.ahead, p_, s, list, unit.kv_head, slot + kKeys, range.end); });
-    for (int r = 0; r < block.rows; ++r)
-      write_partial(partial(unit.sequence, unit.kv_head, unit.part, r), w.out + r * w.value_width, w.maximum[r],
-                    w.denominator[r]);
+    update_sequence(w, p_, block, s, keys, range, 0, true,
+                    [&](int64_t key) { prefetch_key_values(w.prefetcher, keys, key + kBlockN, range.end); });
+    for (int i = 0; i < block.count; ++i) write_partial({item.sequence, i}, item, w, i);
   }
 
-  void write_partial(float* to, const float* out, float maximum, float denominator) const {
-    for (int64_t d = 0; d < value_width_; d += kWidth) store(to + d, load(out + d));
-    to[value_width_] = maximum;
-    to[value_width_ + 1] = denominator;
+  // A partial result: acc, m, l.
+  int64_t partial_size() const { return block_dv_ + kLanes; }
+  float* partial(const Owner& owner, int64_t kv_head, int64_t split) const {
+    const int64_t number = schedule_.partial(owner.sequence, kv_head, split, owner.query);
+    return reinterpret_cast<float*>(partials_.data()) + number * partial_size();
   }
 
-  // All parts of one sequence's rows become outputs and log-sum-exps.
-  void merge_rows(int64_t sequence, int64_t kv_head, float* out) const {
+  // From query i of a scratch.
+  template <class Scratch>
+  void write_partial(const Owner& owner, const DecodeItem& item, const Scratch& w, int i) const {
+    float* to = partial(owner, item.kv_head, item.split);
+    const float* acc = w.acc + i * block_dv_;
+    for (int64_t d = 0; d < block_dv_; d += kLanes) store(to + d, load(acc + d));
+    to[block_dv_] = w.m[i];
+    to[block_dv_ + 1] = w.l[i];
+  }
+
+  // All splits of one sequence's queries become outputs and log-sum-exps.
+  void merge_splits(int64_t sequence, int64_t kv_head, float* acc) const {
     QueryBlock block;
     fill_block<Float32>(block, p_, p_.sequences[sequence], kv_head, 0);
-    const int64_t parts = plans_[sequence].parts;
-    for (int r = 0; r < block.rows; ++r) {
-      const Row& row = block.row[r];
-      const float sink = p_.sinks != nullptr ? p_.sinks[row.head] * kLog2e : -kInfinity;
-      float maximum = max(sink, kLowest);
-      for (int64_t n = 0; n < parts; ++n) maximum = max(maximum, partial(sequence, kv_head, n, r)[value_width_]);
-      float total = exp2(splat(sink - maximum))[0];
-      for (int64_t d = 0; d < value_width_; d += kWidth) store(out + d, Vec{});
-      for (int64_t n = 0; n < parts; ++n) {
-        const float* part = partial(sequence, kv_head, n, r);
-        const float weight = exp2(splat(part[value_width_] - maximum))[0];
-        total += weight * part[value_width_ + 1];
-        for (int64_t d = 0; d < value_width_; d += kWidth) store(out + d, load(out + d) + load(part + d) * weight);
+    const int64_t splits = schedule_.splits(sequence).splits;
+    for (int i = 0; i < block.count; ++i) {
+      const TokenIndex& query = block.query[i];
+      const float sink = p_.sinks != nullptr ? p_.sinks[query.head] * kLog2e : -kInfinity;
+      float m = max(sink, kLowest);
+      for (int64_t n = 0; n < splits; ++n) m = max(m, partial({sequence, i}, kv_head, n)[block_dv_]);
+      float l = exp2(splat(sink - m))[0];
+      for (int64_t d = 0; d < block_dv_; d += kLanes) store(acc + d, Vec{});
+      for (int64_t n = 0; n < splits; ++n) {
+        const float* part = partial({sequence, i}, kv_head, n);
+        const float alpha = exp2(splat(part[block_dv_] - m))[0];
+        l += alpha * part[block_dv_ + 1];
+        for (int64_t d = 0; d < block_dv_; d += kLanes) store(acc + d, load(acc + d) + load(part + d) * alpha);
       }
-      store_row(static_cast<char*>(p_.out.data) + row_offset(p_.out.stride, row) * size_of(p_.out.dtype), p_.out.dtype,
-                out, p_.value_dim, total > 0 ? 1.0f / total : 0.0f);
+      store_row(static_cast<char*>(p_.out.data) + token_offset(p_.out.stride, query) * size_of(p_.out.dtype),
+                p_.out.dtype, acc, p_.value_dim, l > 0 ? 1.0f / l : 0.0f);
       if (p_.lse != nullptr)
-        p_.lse[row.batch * p_.lse_stride[0] + row.head * p_.lse_stride[1] + row.token] =
-            total > 0 ? (maximum + log2(splat(total))[0]) * kLn2 : -kInfinity;
+        p_.lse[lse_offset(p_.lse_stride, query)] = l > 0 ? (m + log2(splat(l))[0]) * kLn2 : -kInfinity;
     }
   }
 
-  const AttentionForward& p_;
-  const int64_t group_, value_width_;
+  const AttentionForwardProblem& p_;
+  const int64_t block_dv_;
   const KeyLists lists_;
-  const PrefixGroups groups_;
-  const bool bf16_, tiles_;  // of bfloat16 are queries and prefix; queries and keys, on a CPU that multiplies tiles
-  Plan* plans_ = nullptr;
-  Unit* units_ = nullptr;
-  int64_t num_units_ = 0, num_partials_ = 0;
-  const Buffer plans_memory_, units_memory_, partials_;
+  const DecodeSchedule schedule_;
+  const bool bf16_prefix_;  // queries and prefix are bfloat16
+  const bool bf16_tiles_;   // queries and keys are, on a CPU that multiplies tiles of them
+  const Buffer partials_;
 };
 
 }  // namespace prefixcore::cpu::PREFIXCORE_ISA

@@ -1,7 +1,8 @@
 // Prefix attention on the CPU: what the kernels are given and what they must fill.
 //
-// One softmax runs over the prefix (seen by every query) and the sequence. The kernels never see
-// torch: the binding turns tensors into the views below and lends its thread pool.
+// One softmax runs over the prefix (seen by every query) and the sequence. The kernels never see torch: the binding
+// turns tensors into the views below and lends its thread pool. A new option of the op begins here, as a field of
+// AttentionProblem.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +12,12 @@
 
 namespace prefixcore::cpu {
 
-// One row of the batch, or one packed sequence: where its queries and keys lie in the tensors.
+// A batch row, or a packed sequence: where its queries and keys lie in the tensors.
 struct Sequence {
   int64_t batch;  // index into the outermost dimension of query, key, value, masks
   int64_t query_start, query_length;
   int64_t key_start, key_length;
-  int64_t prefix;         // entry of the prefix bank, or -1: this row has no prefix
+  int64_t prefix;         // entry of the prefix bank, or -1: none
   int64_t prefix_length;  // virtual tokens of that entry that count, <= prefix capacity P
 };
 
@@ -54,13 +55,13 @@ struct AttentionProblem {
   bool causal = true;          // aligned bottom-right: the last query sees the last key
 };
 
-struct AttentionForward : AttentionProblem {
+struct AttentionForwardProblem : AttentionProblem {
   View out;                        // [B, H, T, Dv], dtype of query
   float* lse = nullptr;            // natural log of the denominator; -inf where a query sees nothing
   int64_t lse_stride[2] = {0, 0};  // [B, H, T], contiguous along T
 };
 
-struct AttentionBackward : AttentionProblem {
+struct AttentionBackwardProblem : AttentionProblem {
   ConstView out, grad_out;          // [B, H, T, Dv]
   const float* lse = nullptr;       // [B, H, T]
   const float* grad_lse = nullptr;  // [B, H, T] with the strides of lse; null: no gradient came
@@ -77,8 +78,8 @@ struct AttentionBackward : AttentionProblem {
 
 // Each instruction set compiles one such table from the same source.
 struct AttentionKernels {
-  void (*forward)(const AttentionForward&, const Parallel&);
-  void (*backward)(const AttentionBackward&, const Parallel&);
+  void (*forward)(const AttentionForwardProblem&, const Parallel&);
+  void (*backward)(const AttentionBackwardProblem&, const Parallel&);
 };
 
 }  // namespace prefixcore::cpu

@@ -1,7 +1,8 @@
-// From products of queries and keys to scores: softcap, mask, causal and window edges.
+// From products of queries and keys to scores: scale, softcap, mask, causal and window edges. Everything that an option
+// of the op does to a score is here, once, for forward, backward and decode.
 //
-// Scores are kept in units of log 2 (the queries, or their products with the keys, are multiplied by
-// scale * log2(e)), so that a probability is one exp2. A hidden key's score is -infinity, whatever it was before.
+// Scores are in units of log 2 (the queries, or their products with the keys, are multiplied by scale * log2(e)), so
+// that a probability is one exp2. A hidden key's score is -infinity, whatever it was before.
 #pragma once
 
 #include "tile_plan.h"
@@ -11,13 +12,13 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 // What the products of queries and keys are multiplied by.
 inline float query_factor(const AttentionProblem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e; }
 
-// to[width x kLaneStride]: `lanes` rows of queries, `width` elements each, transposed, and scaled if that is where the
-// arithmetic scales.
+// to[width x kTileStride]: `queries` matrix rows of `width` elements, transposed, and scaled if the arithmetic scales
+// queries.
 template <class Arithmetic, class Element = typename Arithmetic::Element>
-static void transpose_query(Element* to, const TileRows<Element>& rows, int64_t width, const AttentionProblem& p,
-                            int lanes) {
+static void transpose_queries(Element* to, const MatrixView<Element>& rows, int64_t width, const AttentionProblem& p,
+                              int queries) {
   const Vec factor = splat(query_factor(p));
-  transpose(reinterpret_cast<float*>(to), kLaneStride, reinterpret_cast<const float*>(rows.data), rows.stride, lanes,
+  transpose(reinterpret_cast<float*>(to), kTileStride, reinterpret_cast<const float*>(rows.data), rows.stride, queries,
             width, Arithmetic::kScalesQuery ? &factor : nullptr);
 }
 
@@ -45,69 +46,80 @@ PREFIXCORE_INLINE void read_mask(const Mask& mask, Use use) {
   }
 }
 
-inline int64_t mask_offset(const Mask& mask, const Row& r) {
-  return r.batch * mask.stride[0] + r.head * mask.stride[1] + r.token * mask.stride[2];
-}
-
-// to[keys x kLaneStride]: what the mask adds to each score of a transposed tile.
-static void fill_mask(float* to, const QueryBlock& block, const Mask& mask, int64_t start, const KeyList& list,
-                      int64_t slot, int keys) {
+// to[i * step]: what the mask adds to the scores of one query and `count` keys from `first` on.
+template <int step>
+static void load_mask(float* to, const Mask& mask, const TokenIndex& query, const HeadKeys& keys, int64_t first,
+                      int count) {
+  const int64_t base = query.batch * mask.stride[0] + query.head * mask.stride[1] + query.token * mask.stride[2];
   read_mask(mask, [&](auto read) {
-    for (int lane = 0; lane < block.rows; ++lane) {
-      const int64_t base = mask_offset(mask, block.row[lane]);
-      for (int i = 0; i < keys; ++i)
-        to[i * kLaneStride + lane] = read(base + (start + list[slot + i]) * mask.stride[3]);
-    }
+    for (int i = 0; i < count; ++i) to[i * step] = read(base + (keys.start + keys.list[first + i]) * mask.stride[3]);
   });
-  for (int lane = block.rows; lane < block.lanes; ++lane)
-    for (int i = 0; i < keys; ++i) to[i * kLaneStride + lane] = 0;
 }
 
-// to[keys rounded up to kWidth]: the same for one row, keys side by side.
-static void fill_mask_row(float* to, const Row& row, const Mask& mask, int64_t start, const KeyList& list, int64_t slot,
-                          int keys) {
-  read_mask(mask, [&](auto read) {
-    const int64_t base = mask_offset(mask, row);
-    for (int i = 0; i < keys; ++i) to[i] = read(base + (start + list[slot + i]) * mask.stride[3]);
-  });
-  for (int i = keys; i < round_up(keys, kWidth); ++i) to[i] = 0;
+// to[count x kTileStride]: the same for a tile, 0 for queries that the block lacks.
+static void load_mask_tile(float* to, const Mask& mask, const QueryBlock& block, const HeadKeys& keys, int64_t first,
+                           int count) {
+  for (int m = 0; m < block.count; ++m) load_mask<kTileStride>(to + m, mask, block.query[m], keys, first, count);
+  for (int m = block.count; m < block.padded; ++m)
+    for (int i = 0; i < count; ++i) to[i * kTileStride + m] = 0;
 }
 
-// In place. `slope` (or null) receives d(score)/d(product) of the softcap; `mask` may be null. Returns what the scores
-// are still to be multiplied by, which is positive and costs nothing inside the exponential.
+// Softcap of numbers [begin, end). Out of line, so that forward, backward and decode run the same instructions:
+// inlined, the compiler fuses multiplications and additions differently here and there, and scores would differ in the
+// last bit.
 template <class Arithmetic>
-static float finish_scores(const AttentionProblem& p, const TilePlan& plan, float* scores, float* slope,
-                           const float* mask) {
+__attribute__((noinline)) static void cap_scores(float* scores, float* slope, int begin, int end, float factor,
+                                                 float softcap) {
+  for (int i = begin; i < end; i += kLanes) {
+    const Vec t = tanh(Arithmetic::scaled(load(scores + i), factor));
+    if (slope != nullptr) store(slope + i, 1.0f - t * t);
+    store(scores + i, t * (softcap * kLog2e));
+  }
+}
+
+// Products that lie side by side become scores, in place: numbers [begin, end), whole vectors, of which [first, last)
+// are visible. In a tile they are one key's, of many queries; in decode one query's, of many keys.
+//
+// Products that come with `scales` are multiplied by `factor`, others have it in them. `slope` (or null) receives
+// d(score)/d(product) of the softcap. `mask` (or null) is added.
+template <class Arithmetic>
+PREFIXCORE_INLINE void finish_scores(const AttentionProblem& p, float factor, bool scales, float* scores, float* slope,
+                                     const float* mask, int begin, int end, int first, int last) {
+  if (p.softcap > 0) {
+    cap_scores<Arithmetic>(scores, slope, begin, end, factor, p.softcap);
+  } else if (scales) {
+    for (int i = begin; i < end; i += kLanes) store(scores + i, load(scores + i) * factor);
+  }
+  if (mask != nullptr) {
+    for (int i = begin; i < end; i += kLanes) {
+      const Vec m = load(mask + i);
+      store(scores + i, select(m == -kInfinity, m, load(scores + i) + m));
+    }
+  }
+  if (first <= begin && end <= last) return;
+  for (int i = begin; i < end; i += kLanes) {
+    if (first <= i && i + kLanes <= last) continue;
+    const VecInt place = lane_index() + i;
+    store(scores + i, select((place >= first) & (place < last), load(scores + i), splat(-kInfinity)));
+  }
+}
+
+// The same for a tile. Returns what the scores are still to be multiplied by, which is positive and costs nothing
+// inside the exponential: without softcap and mask there is no other reason to go through the tile.
+template <class Arithmetic>
+static float finish_score_tile(const AttentionProblem& p, const TilePlan& plan, float* scores, float* slope,
+                               const float* mask) {
   const float factor = Arithmetic::kScalesQuery ? 1.0f : query_factor(p);
   const bool scales = !Arithmetic::kScalesQuery && (p.softcap > 0 || mask != nullptr || factor <= 0);
-  if (!scales && p.softcap <= 0 && mask == nullptr && !plan.partial) return factor;
+  if (!scales && p.softcap <= 0 && mask == nullptr && !plan.has_edges) return factor;
   for (int n = 0; n < plan.num_runs; ++n) {
     const Rectangle& run = plan.run[n];
-    for (int i = run.first; i < run.last; ++i) {
-      float* row = scores + i * kLaneStride;
-      if (p.softcap > 0) {
-        for (int l = run.begin; l < run.end; l += kWidth) {
-          const Vec t = tanh(Arithmetic::scaled(load(row + l), factor));
-          if (slope != nullptr) store(slope + i * kLaneStride + l, 1.0f - t * t);
-          store(row + l, t * (p.softcap * kLog2e));
-        }
-      }
-      if (scales && p.softcap <= 0)
-        for (int l = run.begin; l < run.end; l += kWidth) store(row + l, load(row + l) * factor);
-      if (mask != nullptr) {
-        for (int l = run.begin; l < run.end; l += kWidth) {
-          const Vec m = load(mask + i * kLaneStride + l);
-          store(row + l, select(m == -kInfinity, m, load(row + l) + m));
-        }
-      }
-      if (plan.partial) {
-        const int first = plan.first_lane[i], last = plan.last_lane[i];
-        for (int l = run.begin; l < run.end; l += kWidth) {
-          if (first <= l && l + kWidth <= last) continue;
-          const VecInt lane = lane_index() + l;
-          store(row + l, select((lane >= first) & (lane < last), load(row + l), splat(-kInfinity)));
-        }
-      }
+    for (int i = run.key_begin; i < run.key_end; ++i) {
+      const int64_t row = i * kTileStride;
+      finish_scores<Arithmetic>(p, factor, scales, scores + row, slope != nullptr ? slope + row : nullptr,
+                                mask != nullptr ? mask + row : nullptr, run.query_begin, run.query_end,
+                                plan.has_edges ? plan.first_query[i] : 0,
+                                plan.has_edges ? plan.last_query[i] : kBlockM);
     }
   }
   return scales ? 1.0f : factor;

@@ -1,52 +1,31 @@
-// Which keys of a sequence exist at all, and which of them a span of queries can see.
-//
-// Padding is handled by leaving the padded keys out: a sequence's visible keys are listed once, and
-// everything after works on places in that list ("slots"). Left, right and scattered padding then
-// cost nothing, and whatever bytes lie at padded places are never read.
+// Which keys of a sequence exist at all, and which of them a span of queries sees.
 #pragma once
 
 #include "../tiles/arena.h"
+#include "../tiles/head_keys.h"
 #include "problem.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
-struct KeyList {
-  const int32_t* position;  // of slot i, counted from the sequence's first key; null: i itself
-  int64_t count;
-
-  int64_t operator[](int64_t slot) const { return position != nullptr ? position[slot] : slot; }
-
-  // The first slot whose position is >= `wanted`.
-  int64_t first_from(int64_t wanted) const {
-    if (position == nullptr) return min(max<int64_t>(wanted, 0), count);
-    int64_t low = 0, high = count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (position[middle] < wanted)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  }
-};
-
-struct SlotRange {
+// Keys by their number in a KeyList.
+struct KeyRange {
   int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
 };
 
-// The slots that some query among tokens [first, last] of the sequence sees.
-static SlotRange visible_slots(const AttentionProblem& p, const Sequence& s, const KeyList& keys, int64_t first,
-                               int64_t last) {
-  const int64_t shift = s.key_length - s.query_length;  // bottom-right: the last query, the last key
-  SlotRange range{0, keys.count};
-  if (p.causal) range.end = keys.first_from(last + shift + 1);
-  if (p.sliding_window > 0) range.begin = keys.first_from(first + shift - p.sliding_window + 1);
+// The keys that some query among tokens [first, last] of the sequence sees.
+static KeyRange visible_keys(const AttentionProblem& p, const Sequence& s, const KeyList& list, int64_t first,
+                             int64_t last) {
+  const int64_t shift = s.key_length - s.query_length;  // bottom-right: the last query stands at the last key
+  KeyRange range{0, list.count};
+  if (p.causal) range.end = list.first_from(last + shift + 1);
+  if (p.sliding_window > 0) range.begin = list.first_from(first + shift - p.sliding_window + 1);
   range.end = max(range.begin, range.end);
   return range;
 }
 
-// The lists of all sequences.
+// The list of each sequence.
 class KeyLists {
  public:
   explicit KeyLists(const AttentionProblem& p)

@@ -12,11 +12,11 @@ namespace prefixcore::cpu {
 struct EmbeddingKernels {
   // Whether every id was in range; if not, the output holds nothing of use.
   bool (*forward)(const EmbeddingForward&, const Parallel&);
-  // Row n of the virtual rows stands at places[start[n]] to places[start[n + 1] - 1] of the ids.
+  // Virtual row n is named by the ids at places[start[n]] to places[start[n + 1] - 1].
   void (*backward)(const EmbeddingBackward&, const int64_t* start, const int64_t* places, const Parallel&);
 };
 
-// The places of each virtual row in the order of the ids, so that one task can sum one row alone.
+// The places of each virtual row among the ids, in their order, so that one task can sum one row alone.
 struct VirtualPlaces {
   std::vector<int64_t> start, places;  // as EmbeddingKernels::backward wants them
 

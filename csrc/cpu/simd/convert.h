@@ -77,28 +77,28 @@ PREFIXCORE_INLINE void store_as(void* row, int64_t i, Vec x) {
         dtype == DType::bf16 ? to_bf16(x) : to_f16(x);
 }
 
-// Reads `count` numbers and writes `width` >= count of them (a multiple of kWidth), zeros after.
+// Reads `count` numbers and writes `width` >= count of them (a multiple of kLanes), zeros after.
 template <DType dtype>
 PREFIXCORE_INLINE void load_row(float* to, const void* from, int64_t count, int64_t width) {
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(to + i, load_as<dtype>(from, i));
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load_as<dtype>(from, i));
   if (i < count) {
-    alignas(64) char tail[kWidth * 4] = {};
+    alignas(64) char tail[kLanes * 4] = {};
     __builtin_memcpy(tail, static_cast<const char*>(from) + i * size_of(dtype),
                      static_cast<size_t>((count - i) * size_of(dtype)));
     store(to + i, load_as<dtype>(tail, 0));
-    i += kWidth;
+    i += kLanes;
   }
-  for (; i < width; i += kWidth) store(to + i, Vec{});
+  for (; i < width; i += kLanes) store(to + i, Vec{});
 }
 
 // Writes `count` numbers, each multiplied by `factor`.
 template <DType dtype>
 PREFIXCORE_INLINE void store_row(void* to, const float* from, int64_t count, float factor) {
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store_as<dtype>(to, i, load(from + i) * factor);
+  for (; i + kLanes <= count; i += kLanes) store_as<dtype>(to, i, load(from + i) * factor);
   if (i < count) {
-    alignas(64) char tail[kWidth * 4];
+    alignas(64) char tail[kLanes * 4];
     store_as<dtype>(tail, 0, load(from + i) * factor);
     __builtin_memcpy(static_cast<char*>(to) + i * size_of(dtype), tail,
                      static_cast<size_t>((count - i) * size_of(dtype)));

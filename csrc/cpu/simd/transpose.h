@@ -20,26 +20,26 @@ PREFIXCORE_INLINE Vec shuffle(Vec a, Vec b) {
 // Seen as 2x2 squares of blocks `step` lanes wide, swaps the off-diagonal blocks of rows a and b.
 template <int step, int... lane>
 PREFIXCORE_INLINE void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, lane...>) {
-  const Vec low = shuffle<((lane & step) ? kWidth + lane - step : lane)...>(a, b);
-  const Vec high = shuffle<((lane & step) ? kWidth + lane : lane + step)...>(a, b);
+  const Vec low = shuffle<((lane & step) ? kLanes + lane - step : lane)...>(a, b);
+  const Vec high = shuffle<((lane & step) ? kLanes + lane : lane + step)...>(a, b);
   a = low;
   b = high;
 }
 
 template <int step>
-PREFIXCORE_INLINE void transpose_square(Vec (&rows)[kWidth]) {
+PREFIXCORE_INLINE void transpose_square(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i)
-    if ((i & step) == 0) swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kWidth>());
+  for (int i = 0; i < kLanes; ++i)
+    if ((i & step) == 0) swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kLanes>());
   if constexpr (step > 1) transpose_square<step / 2>(rows);
 }
 
 // Lane i of the result is the sum of all lanes of rows[i].
-template <int step = kWidth / 2>
-PREFIXCORE_INLINE Vec sum_rows(Vec (&rows)[kWidth]) {
+template <int step = kLanes / 2>
+PREFIXCORE_INLINE Vec sum_rows(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 16
   for (int i = 0; i < step; ++i) {
-    swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kWidth>());
+    swap_blocks<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kLanes>());
     rows[i] += rows[i + step];
   }
   if constexpr (step > 1)
@@ -48,22 +48,22 @@ PREFIXCORE_INLINE Vec sum_rows(Vec (&rows)[kWidth]) {
     return rows[0];
 }
 
-// to[j][i] = factor * from[i][j]; rows and columns are multiples of kWidth. `factor` may be null: then the
+// to[j][i] = factor * from[i][j]; rows and columns are multiples of kLanes. `factor` may be null: then the
 // numbers may be any 32 bits.
 static void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
                       int64_t columns, const Vec* factor) {
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    for (int64_t i = 0; i < rows; i += kWidth) {
-      Vec square[kWidth];
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      Vec square[kLanes];
 #pragma GCC unroll 16
-      for (int k = 0; k < kWidth; ++k) square[k] = load(from + (i + k) * from_stride + j);
+      for (int k = 0; k < kLanes; ++k) square[k] = load(from + (i + k) * from_stride + j);
       if (factor != nullptr) {
 #pragma GCC unroll 16
-        for (int k = 0; k < kWidth; ++k) square[k] *= *factor;
+        for (int k = 0; k < kLanes; ++k) square[k] *= *factor;
       }
-      transpose_square<kWidth / 2>(square);
+      transpose_square<kLanes / 2>(square);
 #pragma GCC unroll 16
-      for (int k = 0; k < kWidth; ++k) store(to + (j + k) * to_stride + i, square[k]);
+      for (int k = 0; k < kLanes; ++k) store(to + (j + k) * to_stride + i, square[k]);
     }
   }
 }

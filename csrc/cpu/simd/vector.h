@@ -21,21 +21,21 @@
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kWidth = 16;
+constexpr int kLanes = 16;
 #elif defined(__AVX2__)
-constexpr int kWidth = 8;
+constexpr int kLanes = 8;
 #else
-constexpr int kWidth = 4;
+constexpr int kLanes = 4;
 #endif
 
-typedef float Vec __attribute__((vector_size(kWidth * 4)));
-typedef int32_t VecInt __attribute__((vector_size(kWidth * 4)));
-typedef uint32_t VecBits __attribute__((vector_size(kWidth * 4)));
-typedef uint16_t VecHalf __attribute__((vector_size(kWidth * 2)));
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2)));
 
 // The same at any address, aliasing anything.
-typedef float VecAnywhere __attribute__((vector_size(kWidth * 4), aligned(1), may_alias));
-typedef uint16_t VecHalfAnywhere __attribute__((vector_size(kWidth * 2), aligned(1), may_alias));
+typedef float VecAnywhere __attribute__((vector_size(kLanes * 4), aligned(1), may_alias));
+typedef uint16_t VecHalfAnywhere __attribute__((vector_size(kLanes * 2), aligned(1), may_alias));
 
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
@@ -58,22 +58,22 @@ PREFIXCORE_INLINE Vec splat(float x) { return x - Vec{}; }
 PREFIXCORE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 PREFIXCORE_INLINE Vec select(VecInt condition, Vec yes, Vec no) { return condition ? yes : no; }
 
-// 0, 1, 2, ... kWidth - 1
+// 0, 1, 2, ... kLanes - 1
 PREFIXCORE_INLINE VecInt lane_index() {
   VecInt index;
-  for (int i = 0; i < kWidth; ++i) index[i] = i;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
   return index;
 }
 
 PREFIXCORE_INLINE bool any(VecInt condition) {
   int32_t found = 0;
-  for (int i = 0; i < kWidth; ++i) found |= condition[i];
+  for (int i = 0; i < kLanes; ++i) found |= condition[i];
   return found != 0;
 }
 
 PREFIXCORE_INLINE float sum(Vec x) {
   float total = 0;
-  for (int i = 0; i < kWidth; ++i) total += x[i];
+  for (int i = 0; i < kLanes; ++i) total += x[i];
   return total;
 }
 

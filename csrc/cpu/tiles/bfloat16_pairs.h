@@ -1,16 +1,16 @@
 // Arithmetic in bfloat16 where the CPU multiplies pairs of them (AVX512_BF16): an element of a product is two
 // neighbours along k in 32 bits, and one instruction does two multiplications a lane, summing in float32.
 //
-// Rows of bfloat16 tensors are such elements as they stand. Columns take two rows interleaved; where there is no
+// Rows of bfloat16 tensors are such elements as they stand. Columns take two matrix rows interleaved; where there is no
 // second row its half is zero, so that what lies beyond a tile is never multiplied. The softmax, the maxima and all
-// sums stay float32.
+// sums stay float32. arithmetic.h says what each member is.
 #pragma once
 
 #if defined(__AVX512BF16__)
 
 #include <immintrin.h>
 
-#include "../attention/tile_plan.h"
+#include "head_keys.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
@@ -19,13 +19,13 @@ struct Bfloat16Pair {
 };
 
 struct Bfloat16Pairs {
-  struct Registers {};
+  struct ThreadState {};
   using Element = Bfloat16Pair;
   typedef uint32_t Vector __attribute__((vector_size(64)));
-  typedef uint16_t Rounded __attribute__((vector_size(64)));  // kWidth numbers of one row, then of the next
+  typedef uint16_t Rounded __attribute__((vector_size(64)));  // kLanes numbers of one matrix row, then of the next
   static constexpr int kPack = 2;
   static constexpr int kDepth = 1;
-  static constexpr float kSlack = 8.0f;  // probabilities up to 2^8 lose nothing in a floating-point format
+  static constexpr float kRescaleThreshold = 8.0f;  // a floating-point probability of 2^8 is as exact as one of 1
   static constexpr bool kScalesQuery = false;
 
   static PREFIXCORE_INLINE Vector broadcast(const Element* x) {
@@ -45,7 +45,7 @@ struct Bfloat16Pairs {
   }
   static PREFIXCORE_INLINE Vec scaled(Vec score, float factor) { return score * factor; }
 
-  // 2^x to 3e-6, far below what rounding to bfloat16 takes, and exactly 0 below 2^-100.
+  // 2^x to 3e-6, far below the error of rounding to bfloat16, and exactly 0 below 2^-100.
   static PREFIXCORE_INLINE Vec exp2(Vec x) {
     const Vec f = above_floor(x);
     Vec p = splat(1.3534167781472206e-2f);
@@ -60,50 +60,49 @@ struct Bfloat16Pairs {
   static PREFIXCORE_INLINE void load_row_elements(Element* to, const void* from, int64_t count, int64_t width) {
     auto* half = reinterpret_cast<char*>(to);
     int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store_half(half + 2 * i, load_half<dtype>(from, i));
+    for (; i + kLanes <= count; i += kLanes) store_half(half + 2 * i, load_half<dtype>(from, i));
     if (i < count) {
-      alignas(64) char tail[kWidth * 4] = {};
+      alignas(64) char tail[kLanes * 4] = {};
       __builtin_memcpy(tail, static_cast<const char*>(from) + i * size_of(dtype),
                        static_cast<size_t>((count - i) * size_of(dtype)));
       store_half(half + 2 * i, load_half<dtype>(tail, 0));
-      i += kWidth;
+      i += kLanes;
     }
-    for (; i < kPack * width; i += kWidth) store_half(half + 2 * i, VecHalf{});
+    for (; i < kPack * width; i += kLanes) store_half(half + 2 * i, VecHalf{});
   }
 
-  // In place where elements lie whole and columns() can read whole vectors.
-  static TileRows<Element> key_rows(Element* room, int64_t width, const ConstView& view, int64_t batch, int64_t head,
-                                    int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count) {
-    if (view.dtype == DType::bf16 && list.position == nullptr && count % kWidth == 0 && view.stride[2] % kPack == 0) {
-      const int64_t offset = row_offset(view.stride, {batch, head, start + slot});  // may be odd
-      return {reinterpret_cast<const Element*>(static_cast<const uint16_t*>(view.data) + offset),
+  // Keys [first, first + keys): in place where elements lie whole and columns() can read whole vectors, else packed
+  // into `buffer` [keys x width elements].
+  static MatrixView<Element> key_rows(Element* buffer, int64_t width, const HeadKeys& from, int64_t first, int keys) {
+    const ConstView& view = *from.view;
+    if (view.dtype == DType::bf16 && from.list.position == nullptr && from.dim % kLanes == 0 &&
+        view.stride[2] % kPack == 0)  // the offset itself may be odd: elements are read at any address
+      return {reinterpret_cast<const Element*>(static_cast<const uint16_t*>(view.data) + from.offset(first)),
               view.stride[2] / kPack};
-    }
-    pack_rows(room, width, view, batch, head, start, list, slot, keys, count);
-    return {room, width};
+    pack_keys(buffer, width, from, first, keys);
+    return {buffer, width};
   }
 
   // to[keys x width elements], rounded to nearest even if the tensor is not bfloat16.
-  static void pack_rows(Element* to, int64_t width, const ConstView& view, int64_t batch, int64_t head, int64_t start,
-                        const KeyList& list, int64_t slot, int keys, int64_t count) {
-    switch (view.dtype) {
-      case DType::f32: return pack<DType::f32>(to, width, view, {batch, head, start}, list, slot, keys, count);
-      case DType::bf16: return pack<DType::bf16>(to, width, view, {batch, head, start}, list, slot, keys, count);
-      case DType::f16: return pack<DType::f16>(to, width, view, {batch, head, start}, list, slot, keys, count);
+  static void pack_keys(Element* to, int64_t width, const HeadKeys& from, int64_t first, int keys) {
+    switch (from.view->dtype) {
+      case DType::f32: return pack_keys<DType::f32>(to, width, from, first, keys);
+      case DType::bf16: return pack_keys<DType::bf16>(to, width, from, first, keys);
+      case DType::f16: return pack_keys<DType::f16>(to, width, from, first, keys);
     }
   }
 
-  // room[count / 2 rounded up x width]: `width` numbers (a multiple of kWidth) of each two rows interleaved.
-  static TileRows<Element> columns(Element* room, int64_t width, const TileRows<Element>& rows, int count) {
+  // buffer[count / 2 rounded up x width]: `width` numbers (a multiple of kLanes) of each two matrix rows, interleaved.
+  static MatrixView<Element> columns(Element* buffer, int64_t width, const MatrixView<Element>& rows, int count) {
     for (int i = 0; i < count; i += kPack) {
       const Element *first = rows.data + i * rows.stride, *second = first + rows.stride;
-      Element* to = room + i / kPack * width;
+      Element* to = buffer + i / kPack * width;
       const bool alone = i + 1 == count;
-      for (int64_t d = 0; d < width; d += kWidth)
+      for (int64_t d = 0; d < width; d += kLanes)
         store_columns(to + d,
                       join(load_half<DType::bf16>(first, d), alone ? VecHalf{} : load_half<DType::bf16>(second, d)));
     }
-    return {room, width};
+    return {buffer, width};
   }
 
   static PREFIXCORE_INLINE Rounded round(const Vec (&x)[kPack]) { return (Rounded)_mm512_cvtne2ps_pbh(x[1], x[0]); }
@@ -138,11 +137,11 @@ struct Bfloat16Pairs {
   }
 
   template <DType dtype>
-  static void pack(Element* to, int64_t width, const ConstView& view, const Row& first, const KeyList& list,
-                   int64_t slot, int keys, int64_t count) {
-    const char* from = static_cast<const char*>(view.data) + row_offset(view.stride, first) * size_of(dtype);
+  static void pack_keys(Element* to, int64_t width, const HeadKeys& from, int64_t first, int keys) {
+    const char* start = static_cast<const char*>(from.view->data) + from.start_offset() * size_of(dtype);
+    const int64_t stride = from.view->stride[2];
     for (int i = 0; i < keys; ++i)
-      load_row_elements<dtype>(to + i * width, from + list[slot + i] * view.stride[2] * size_of(dtype), count, width);
+      load_row_elements<dtype>(to + i * width, start + from.list[first + i] * stride * size_of(dtype), from.dim, width);
   }
 };
 

@@ -1,8 +1,9 @@
-// Arithmetic in bfloat16 where the CPU multiplies tiles of them (AMX): rows and columns are those of pairs, and one
-// instruction multiplies 16 rows of 32 numbers by 32 rows of 16, summing in float32.
+// Arithmetic in bfloat16 where the CPU multiplies tiles of them (AMX): rows and columns are those of bfloat16_pairs.h,
+// and one instruction multiplies 16 rows of 32 numbers by 32 rows of 16, summing in float32. "Tile" means a register
+// here, not the tile of scores of tile.h.
 //
-// A product is whole tiles along k: what lies beyond the keys of a tile, and beyond a head's numbers, is zero in both
-// factors. It may have any number of rows: those that fill no tile get one of their own height.
+// A product covers whole registers along k: what lies beyond the keys of a tile, and beyond a head's numbers, is zero
+// in both factors. It may have any number of rows: those that fill no register get registers of their own height.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -13,9 +14,10 @@
 namespace prefixcore::cpu::PREFIXCORE_ISA {
 
 constexpr int kTileRows = 16;
-constexpr int64_t kTileBytes = 64;  // of a row
+constexpr int64_t kTileBytes = 64;  // of one row
 
-// The tile registers. Four sums, and what they are sums of; two more for rows that do not fill a tile.
+// Which of the eight registers is what: four sums, their left and right factors, and a sum and a left factor for the
+// last rows of a product, which do not fill a register.
 constexpr int kSumTiles = 4;
 constexpr int kSumTile = 0, kLeftTile = 4, kRightTile = 5, kLastSumTile = 6, kLastLeftTile = 7;
 
@@ -36,7 +38,7 @@ PREFIXCORE_INLINE void multiply_tile_registers() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
 }
 
-// The shapes of a thread's tile registers, for as long as it lives.
+// Configures the tile registers of the thread that holds it.
 class TileRegisters {
  public:
   TileRegisters() { shape(kTileRows); }
@@ -44,7 +46,7 @@ class TileRegisters {
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
 
-  // The height of the last two. Changing it takes as long as ten products of tiles, and forgets what they all hold.
+  // The height of the last two. A change takes as long as ten products, and clears all registers.
   static void set_last_rows(int rows) {
     if (rows != last_rows) shape(rows);
   }
@@ -69,30 +71,29 @@ class TileRegisters {
 thread_local int TileRegisters::last_rows = 0;
 
 struct Bfloat16Tiles : Bfloat16Pairs {
-  using Registers = TileRegisters;
+  using ThreadState = TileRegisters;
   static constexpr int kDepth = 16;
 
-  // In place where elements lie whole and a row is whole tiles.
-  static TileRows<Element> key_rows(Element* room, int64_t width, const ConstView& view, int64_t batch, int64_t head,
-                                    int64_t start, const KeyList& list, int64_t slot, int keys, int64_t count) {
-    if (count % (kPack * kDepth) == 0)
-      return Bfloat16Pairs::key_rows(room, width, view, batch, head, start, list, slot, keys, count);
-    pack_rows(room, width, view, batch, head, start, list, slot, keys, count);
-    return {room, width};
+  // In place where elements lie whole and a head's numbers fill whole registers.
+  static MatrixView<Element> key_rows(Element* buffer, int64_t width, const HeadKeys& from, int64_t first, int keys) {
+    if (from.dim % (kPack * kDepth) == 0) return Bfloat16Pairs::key_rows(buffer, width, from, first, keys);
+    pack_keys(buffer, width, from, first, keys);
+    return {buffer, width};
   }
 
-  // Zeros up to whole tiles of rows.
-  static TileRows<Element> columns(Element* room, int64_t width, const TileRows<Element>& rows, int count) {
+  // Zeros after them, up to whole registers.
+  static MatrixView<Element> columns(Element* buffer, int64_t width, const MatrixView<Element>& rows, int count) {
     const int64_t filled = ceil_div(count, kPack) * width, all = round_up(ceil_div(count, kPack), kDepth) * width;
-    __builtin_memset(room + filled, 0, static_cast<size_t>(all - filled) * sizeof(Element));
-    return Bfloat16Pairs::columns(room, width, rows, count);
+    __builtin_memset(buffer + filled, 0, static_cast<size_t>(all - filled) * sizeof(Element));
+    return Bfloat16Pairs::columns(buffer, width, rows, count);
   }
 };
 
-// Tiles of C side by side, summed in registers from `sum` on while k runs. Strides in bytes.
+// C of one register's height and several registers' width: they stay registers `sum` and on while k runs. Strides in
+// bytes.
 template <int sum, int left, int... vector>
 PREFIXCORE_INLINE void multiply_tiles(int64_t K, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
-                                      char* c, int64_t c_stride, bool accumulate, Lines ahead,
+                                      char* c, int64_t c_stride, bool accumulate, PrefetchLines lines,
                                       std::integer_sequence<int, vector...>) {
   if (accumulate)
     (load_tile_register<sum + vector>(c + vector * kTileBytes, c_stride), ...);
@@ -105,55 +106,55 @@ PREFIXCORE_INLINE void multiply_tiles(int64_t K, const char* a, int64_t a_stride
      ...);
     a += kTileBytes;
     b += kTileRows * b_stride;
-    for (int i = 0; i < Bfloat16Tiles::kDepth; ++i) ahead.ask();
+    for (int i = 0; i < Bfloat16Tiles::kDepth; ++i) lines.prefetch();
   }
   (store_tile_register<sum + vector>(c + vector * kTileBytes, c_stride), ...);
 }
 
-// The rows of C, so many vectors of columns of them.
+// All rows of C, `vectors` registers wide.
 template <int vectors>
 static void multiply_strip(int64_t M, int64_t K, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
-                           char* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
+                           char* c, int64_t c_stride, bool accumulate, Prefetcher& prefetcher) {
   for (; M >= kTileRows; M -= kTileRows, a += kTileRows * a_stride, c += kTileRows * c_stride)
-    multiply_tiles<kSumTile, kLeftTile>(K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead.take(K),
+    multiply_tiles<kSumTile, kLeftTile>(K, a, a_stride, b, b_stride, c, c_stride, accumulate, prefetcher.next_lines(K),
                                         std::make_integer_sequence<int, vectors>());
   if (M == 0) return;
   TileRegisters::set_last_rows(static_cast<int>(M));
   for (int j = 0; j < vectors; ++j, b += kTileBytes, c += kTileBytes)
-    multiply_tiles<kLastSumTile, kLastLeftTile>(K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead.take(K),
-                                                std::make_integer_sequence<int, 1>());
+    multiply_tiles<kLastSumTile, kLastLeftTile>(K, a, a_stride, b, b_stride, c, c_stride, accumulate,
+                                                prefetcher.next_lines(K), std::make_integer_sequence<int, 1>());
 }
 
 // As multiply() of microkernel.h, with K a multiple of kDepth.
 static void multiply_rows_in_tiles(int64_t M, int64_t N, int64_t K, const Bfloat16Pair* a, int64_t a_stride,
                                    const Bfloat16Pair* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
-                                   Ahead& ahead) {
+                                   Prefetcher& prefetcher) {
   constexpr decltype(&multiply_strip<1>) strips[kSumTiles] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>,
                                                               multiply_strip<4>};
   constexpr int64_t kBytes = sizeof(float);
-  for (int64_t j = 0; j < N; j += kSumTiles * kWidth)
-    strips[min<int64_t>((N - j) / kWidth, kSumTiles) - 1](
+  for (int64_t j = 0; j < N; j += kSumTiles * kLanes)
+    strips[min<int64_t>((N - j) / kLanes, kSumTiles) - 1](
         M, K, reinterpret_cast<const char*>(a), a_stride * kBytes, reinterpret_cast<const char*>(b + j),
-        b_stride * kBytes, reinterpret_cast<char*>(c + j), c_stride * kBytes, accumulate, ahead);
+        b_stride * kBytes, reinterpret_cast<char*>(c + j), c_stride * kBytes, accumulate, prefetcher);
 }
 
 template <>
 void multiply<Bfloat16Tiles, ALayout::rows>(int64_t M, int64_t N, int64_t K, const Bfloat16Pair* a, int64_t a_stride,
                                             const Bfloat16Pair* b, int64_t b_stride, float* c, int64_t c_stride,
-                                            bool accumulate, Ahead& ahead) {
-  multiply_rows_in_tiles(M, N, K, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead);
+                                            bool accumulate, Prefetcher& prefetcher) {
+  multiply_rows_in_tiles(M, N, K, a, a_stride, b, b_stride, c, c_stride, accumulate, prefetcher);
 }
 template <>
 void multiply<Bfloat16Tiles, ALayout::columns>(int64_t M, int64_t N, int64_t K, const Bfloat16Pair* a, int64_t a_stride,
                                                const Bfloat16Pair* b, int64_t b_stride, float* c, int64_t c_stride,
-                                               bool accumulate, Ahead& ahead) {
-  // A tile's worth of rows at a time, so that they are near when they are read.
-  alignas(kTileBytes) Bfloat16Pair rows[kTileRows * kKeys / Bfloat16Tiles::kPack];
+                                               bool accumulate, Prefetcher& prefetcher) {
+  // One register's height at a time: the transposed rows are then still in the first cache when they are multiplied.
+  alignas(kTileBytes) Bfloat16Pair rows[kTileRows * kBlockN / Bfloat16Tiles::kPack];
   for (int64_t i = 0; i < M; i += kTileRows) {
     transpose(reinterpret_cast<float*>(rows), K, reinterpret_cast<const float*>(a + i), a_stride, K, kTileRows,
               nullptr);
     multiply_rows_in_tiles(min<int64_t>(M - i, kTileRows), N, K, rows, K, b, b_stride, c + i * c_stride, c_stride,
-                           accumulate, ahead);
+                           accumulate, prefetcher);
   }
 }
 
