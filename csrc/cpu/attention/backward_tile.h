@@ -147,8 +147,8 @@ static void begin_block(BackwardScratch<Arithmetic>& w, const AttentionBackwardP
   }
 }
 
-// How many rows of a tile's dK and dV its products are added to; the others they replace. Replacing takes products that
-// cover all other rows: where they do not, the rows are zeroed first.
+// How many rows of a tile's dK and dV its products are added to; all later rows they are stored to. Where the products
+// do not cover all later rows, those are zeroed first and everything is added.
 template <class Arithmetic>
 static int64_t rows_to_add_to(const BackwardScratch<Arithmetic>& w, const KeyGradients& gradients, int64_t keys) {
   int64_t covered = gradients.written;

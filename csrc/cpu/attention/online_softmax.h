@@ -3,7 +3,7 @@
 // Each query has a running maximum m, denominator l and accumulator acc. A tile with scores S and values V updates them
 // (Milakov & Gimelshein 2018; Dao et al. 2022):
 //   m' = max(m, S),  P = 2^(S - m'),  alpha = 2^(m - m'),  l' = alpha l + sum P,  acc' = alpha acc + P^T V.
-// A prefix is nothing but more keys: one pass, one softmax, no copy of it for each row of the batch.
+// A prefix is nothing but more keys: one pass, one softmax, no copy of it for each batch row.
 #pragma once
 
 #include "../tiles/arithmetic.h"

@@ -1,8 +1,9 @@
 // Rows of float32, bfloat16 or float16 numbers to float32 rows and back, rounding to nearest even.
 //
 // Bit arithmetic on whole vectors: it needs no F16C and no compiler type for the half formats, and gives the same
-// bits on every machine, denormal halves included. AVX-512 has instructions for two of the four: the one that reads
-// float16 is exact, the one that rounds to bfloat16 takes denormals for zero, as the products of AVX512_BF16 do.
+// bits on every machine, denormal halves included. AVX-512 has instructions for two of the four conversions: the one
+// that reads float16 is exact, the one that rounds to bfloat16 takes denormals for zero, as the products of AVX512_BF16
+// do.
 #pragma once
 
 #if defined(__AVX512F__)

@@ -81,8 +81,8 @@ static MatrixView<float> float_key_rows(float* buffer, int64_t width, const Head
 // The tile that starts at key `first`, of keys that end before `end`: everything from its first to its last token.
 static void prefetch_keys(Prefetcher& prefetcher, const HeadKeys& from, int64_t first, int64_t end) {
   if (first >= end) return;
-  const int64_t tokens = from.list[min(first + kBlockN, end) - 1] + 1 - from.list[first],
-                size = size_of(from.view->dtype);
+  const int64_t size = size_of(from.view->dtype);
+  const int64_t tokens = from.list[min(first + kBlockN, end) - 1] + 1 - from.list[first];
   prefetcher.add(static_cast<const char*>(from.view->data) + from.offset(first) * size, from.view->stride[2] * size,
                  tokens, from.dim * size);
 }
