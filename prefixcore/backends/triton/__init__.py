@@ -117,7 +117,7 @@ def prefix_attention_backward(
     p = _problem(problem)
     with torch.cuda.device_of(p.query):
         from . import merged, single
-        from .kernels.delta import delta as delta_of
+        from .kernels.delta import compute_delta
 
         if p.query.numel() == 0:
             return single.no_gradient(p, needs_query, needs_sequence, needs_prefix)
@@ -126,7 +126,7 @@ def prefix_attention_backward(
         if path.fused is not None:
             return merged.backward(p, path.fused, grad_out, out, lse, needs_prefix=needs_prefix)
         grads = single.unwanted(p)
-        delta = delta_of(grad_out, out, grad_lse)
+        delta = compute_delta(grad_out, out, grad_lse)
         if needs_query:
             grads[0] = single.grad_query(p, grad_out, lse, delta)
         if needs_sequence:

@@ -13,16 +13,16 @@ from ..problem import AttentionProblem
 from . import single
 from .fused_attention import FusedAttention
 from .kernels import grad_short_prefix
-from .kernels.delta import delta as delta_of
-from .kernels.forward import forward as absorb_prefix
-from .kernels.grad_query import grad_query as add_grad_query
+from .kernels.delta import compute_delta
+from .kernels.forward import launch_forward
+from .kernels.grad_query import launch_grad_query
 
 
 def forward(p: AttentionProblem, fused: FusedAttention) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of prefix and sequence, and of the sinks, which PyTorch's need not know about either."""
     out, lse = fused.forward(p)
     if p.virtual_tokens or p.sinks is not None:
-        absorb_prefix(p, out, lse, from_state=True)
+        launch_forward(p, out, lse, from_state=True)
     return out, lse
 
 
@@ -32,8 +32,9 @@ def backward(
     """All five gradients; where the prefix's are not needed, two empty tensors in their place."""
     sequence = fused.backward(p, grad_out, out, lse)
     if needs_prefix and grad_short_prefix.fits(p):
-        return *sequence, *single.as_prefix(p, grad_short_prefix.grad_short_prefix(p, grad_out, out, lse, sequence[0]))
-    delta = delta_of(grad_out, out, None)
+        of_bank = grad_short_prefix.launch_grad_short_prefix(p, grad_out, out, lse, sequence[0])
+        return *sequence, *single.as_prefix(p, of_bank)
+    delta = compute_delta(grad_out, out, None)
     if p.virtual_tokens:
-        add_grad_query(p, grad_out, lse, delta, sequence[0], prefix_only=True)
+        launch_grad_query(p, grad_out, lse, delta, sequence[0], prefix_only=True)
     return *sequence, *(single.grad_prefix(p, grad_out, lse, delta) if needs_prefix else single.unwanted(p)[3:])

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..layout import empty_gradient, empty_heads_last
 from ..problem import AttentionProblem
-from .kernels import decode as decode_kernels
-from .kernels import forward as forward_kernel
-from .kernels import grad_keys as grad_keys_kernel
-from .kernels import grad_prefix as grad_prefix_kernels
-from .kernels import grad_query as grad_query_kernel
+from .kernels.decode import launch_decode
+from .kernels.forward import launch_forward
+from .kernels.grad_keys import launch_grad_keys
+from .kernels.grad_prefix import launch_grad_prefix
+from .kernels.grad_query import launch_grad_query
 
 
 def outputs(p: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -25,14 +25,14 @@ def outputs(p: AttentionProblem) -> tuple[Tensor, Tensor]:
 def forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     out, lse = outputs(p)
-    forward_kernel.forward(p, out, lse)
+    launch_forward(p, out, lse)
     return out, lse
 
 
 def decode(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """The same for few queries over many keys, which are split among the processors."""
     out, lse = outputs(p)
-    decode_kernels.decode(p, out, lse)
+    launch_decode(p, out, lse)
     return out, lse
 
 
@@ -55,20 +55,20 @@ def no_gradient(p: AttentionProblem, needs_query: bool, needs_sequence: bool, ne
 
 def grad_query(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     grad = empty_gradient(p.query)
-    grad_query_kernel.grad_query(p, grad_out, lse, delta, grad)
+    launch_grad_query(p, grad_out, lse, delta, grad)
     return grad
 
 
 def grad_sequence(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of key and value."""
     grad_key, grad_value = empty_gradient(p.key), empty_gradient(p.value)
-    grad_keys_kernel.grad_keys(p, grad_out, lse, delta, grad_key, grad_value)
+    launch_grad_keys(p, grad_out, lse, delta, grad_key, grad_value)
     return grad_key, grad_value
 
 
 def grad_prefix(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the prefix, in its own shape, float32."""
-    return as_prefix(p, grad_prefix_kernels.grad_prefix(p, grad_out, lse, delta))
+    return as_prefix(p, launch_grad_prefix(p, grad_out, lse, delta))
 
 
 def as_prefix(p: AttentionProblem, of_bank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -97,19 +97,19 @@ def call(name: str, p: AttentionProblem) -> None:
     out = torch.empty(p.batch, p.queries, p.heads, p.value_dim, dtype=p.query.dtype).transpose(1, 2)
     lse = torch.empty(p.batch, p.heads, p.queries)
     if name in ("forward", "from_state"):
-        forward.forward(p, out, lse, from_state=name == "from_state")
+        forward.launch_forward(p, out, lse, from_state=name == "from_state")
     elif name in ("grad_query", "prefix_only"):
-        grad_query.grad_query(p, out, lse, lse, torch.empty_like(p.query), prefix_only=name == "prefix_only")
+        grad_query.launch_grad_query(p, out, lse, lse, torch.empty_like(p.query), prefix_only=name == "prefix_only")
     elif name == "grad_keys":
-        grad_keys.grad_keys(p, out, lse, lse, torch.empty_like(p.key), torch.empty_like(p.value))
+        grad_keys.launch_grad_keys(p, out, lse, lse, torch.empty_like(p.key), torch.empty_like(p.value))
     elif name == "grad_prefix":
-        grad_prefix.grad_prefix(p, out, lse, lse)
+        grad_prefix.launch_grad_prefix(p, out, lse, lse)
     elif name == "grad_short_prefix":
-        grad_short_prefix.grad_short_prefix(p, out, out, lse, torch.empty_like(p.query))
+        grad_short_prefix.launch_grad_short_prefix(p, out, out, lse, torch.empty_like(p.query))
     elif name == "decode":
-        decode.decode(p, out, lse)
+        decode.launch_decode(p, out, lse)
     elif name == "delta":
-        delta.delta(out, out, lse)
+        delta.compute_delta(out, out, lse)
 
 
 class _NoDevice:
@@ -164,7 +164,7 @@ def _compiled(task: tuple[str, str, int]) -> list[tuple[str, dict[str, int]]]:
 
 def measure(jobs: int, architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> dict[str, Any]:
     launch.PROGRAMS = 10**6  # so small a problem is split too, and the reduction compiled
-    grad_prefix.TILES_A_SPLIT = grad_short_prefix.TILES_A_SPLIT = 1
+    grad_prefix.TILES_PER_SPLIT = grad_short_prefix.TILES_PER_SPLIT = 1
     tasks = [(case, name, a) for case, (_, names) in CASES.items() for name in names for a in architectures]
     tasks = [task for task in tasks if only in f"{task[0]}: {task[1]}"]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="its tensors are on the 
 
 if INTERPRETED:
     from prefixcore.backends.triton.kernels import decode, forward, grad_keys, grad_prefix, grad_query, launch
-    from prefixcore.backends.triton.kernels.delta import delta
+    from prefixcore.backends.triton.kernels.delta import compute_delta
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if INTERPRETED:
         monkeypatch.setattr(launch, "blocks_for", lambda kernel, p: launch.Blocks(16, 16, 4, 1))
         monkeypatch.setattr(launch, "PROGRAMS", 8)
-        monkeypatch.setattr(decode, "_KEYS_A_PART", 16)
-        monkeypatch.setattr(grad_prefix, "TILES_A_SPLIT", 1)
+        monkeypatch.setattr(decode, "KEYS_PER_SPLIT", 16)
+        monkeypatch.setattr(grad_prefix, "TILES_PER_SPLIT", 1)
 
 
 def arguments(problem: Problem) -> AttentionProblem:
@@ -99,7 +99,7 @@ def close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, slack: float
 
 def check_forward(p: AttentionProblem, expected: Expected) -> tuple[Tensor, Tensor]:
     out, lse = poisoned(expected.out, p.query.dtype), poisoned(expected.lse, torch.float32)
-    forward.forward(p, out, lse)
+    forward.launch_forward(p, out, lse)
     close("out", out, expected.out, p.query.dtype)
     close("lse", lse, expected.lse, p.query.dtype)
     return out, lse
@@ -107,18 +107,18 @@ def check_forward(p: AttentionProblem, expected: Expected) -> tuple[Tensor, Tens
 
 def check_decode(p: AttentionProblem, expected: Expected) -> None:
     out, lse = poisoned(expected.out, p.query.dtype), poisoned(expected.lse, torch.float32)
-    decode.decode(p, out, lse)
+    decode.launch_decode(p, out, lse)
     close("decoded out", out, expected.out, p.query.dtype)
     close("decoded lse", lse, expected.lse, p.query.dtype)
 
 
 def check_backward(p: AttentionProblem, expected: Expected, out: Tensor, lse: Tensor) -> None:
     dtype, grad_out = p.query.dtype, expected.grad_out
-    d = delta(grad_out, out, expected.grad_lse)
+    d = compute_delta(grad_out, out, expected.grad_lse)
     dq, dk, dv = (poisoned(x, dtype) for x in (p.query, p.key, p.value))
-    grad_query.grad_query(p, grad_out, lse, d, dq)
-    grad_keys.grad_keys(p, grad_out, lse, d, dk, dv)
-    prefix_grads = grad_prefix.grad_prefix(p, grad_out, lse, d)
+    grad_query.launch_grad_query(p, grad_out, lse, d, dq)
+    grad_keys.launch_grad_keys(p, grad_out, lse, d, dk, dv)
+    prefix_grads = grad_prefix.launch_grad_prefix(p, grad_out, lse, d)
     for name, got in zip(expected.grads, (dq, dk, dv, *prefix_grads), strict=True):
         close(f"gradient of {name}", got, expected.grads[name], dtype)
 
@@ -128,13 +128,13 @@ def check_from_state(p: AttentionProblem, expected: Expected) -> None:
     dtype, sequence = p.query.dtype, without_prefix(p)
     out, lse = reference(sequence, sinks=None)
     out, lse = out.to(dtype), lse.float()
-    forward.forward(p, out, lse, from_state=True)
+    forward.launch_forward(p, out, lse, from_state=True)
     close("merged out", out, expected.out, dtype)
     close("merged lse", lse, expected.lse, dtype)
-    d = delta(expected.grad_out, out, expected.grad_lse)
+    d = compute_delta(expected.grad_out, out, expected.grad_lse)
     dq = poisoned(p.query, dtype)
-    grad_query.grad_query(sequence, expected.grad_out, lse, d, dq)
-    grad_query.grad_query(p, expected.grad_out, lse, d, dq, prefix_only=True)
+    grad_query.launch_grad_query(sequence, expected.grad_out, lse, d, dq)
+    grad_query.launch_grad_query(p, expected.grad_out, lse, d, dq, prefix_only=True)
     close("merged gradient of query", dq, expected.grads["query"], dtype)
 
 
@@ -213,7 +213,7 @@ def test_infinities_of_other_kernels_mean_nothing_seen() -> None:
     p = arguments(replace(BASE, T=5))
     for infinity in (torch.inf, -torch.inf):
         out, lse = torch.zeros(1, 2, 5, 32), torch.full((1, 2, 5), infinity)
-        forward.forward(p, out, lse, from_state=True)
+        forward.launch_forward(p, out, lse, from_state=True)
         want, want_lse = reference(replace(p, key=p.key[:, :, :0], value=p.value[:, :, :0]))
         close("out", out, want, torch.float32)
         close("lse", lse, want_lse, torch.float32)
@@ -234,7 +234,7 @@ def test_offsets_beyond_32_bits() -> None:
     p = replace(p, query=far(p.query), key=far(p.key), value=far(p.value))
     out = far(torch.full(expected.out.shape, torch.nan))
     lse = torch.full(expected.lse.shape, torch.nan)
-    forward.forward(p, out, lse)
+    forward.launch_forward(p, out, lse)
     close("out", out, expected.out, torch.float32)
 
 
@@ -244,8 +244,8 @@ def same_bits(p: AttentionProblem, q: AttentionProblem) -> None:
     results = []
     for problem in (p, q):
         out, lse = check_forward(problem, expected)
-        d = delta(expected.grad_out, out, None)
-        results.append((out, lse, *grad_prefix.grad_prefix(problem, expected.grad_out, lse, d)))
+        d = compute_delta(expected.grad_out, out, None)
+        results.append((out, lse, *grad_prefix.launch_grad_prefix(problem, expected.grad_out, lse, d)))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
@@ -257,7 +257,7 @@ def test_values_out_of_range_are_clamped() -> None:
     same_bits(replace(wild, prefix_index=tame.prefix_index), tame)
     same_bits(replace(tame, prefix_lengths=None), replace(tame, prefix_lengths=torch.tensor([20, 20])))
     out, lse = check_forward(wild, Expected(tame))
-    grad_prefix.grad_prefix(wild, torch.zeros_like(out), lse, torch.zeros_like(lse))
+    grad_prefix.launch_grad_prefix(wild, torch.zeros_like(out), lse, torch.zeros_like(lse))
     packed = arguments(replace(BASE, packed=(30, 40)))
     same_bits(
         replace(packed, cu_seqlens=torch.tensor([-5, 30, 10**9])), replace(packed, cu_seqlens=torch.tensor([0, 30, 70]))
@@ -267,4 +267,4 @@ def test_values_out_of_range_are_clamped() -> None:
 def test_decode_refuses_packed_sequences() -> None:
     p = arguments(replace(BASE, packed=(3, 2)))
     with pytest.raises(ValueError, match="use forward"):
-        decode.decode(p, torch.empty(1, 2, 5, 32), torch.empty(1, 2, 5))
+        decode.launch_decode(p, torch.empty(1, 2, 5, 32), torch.empty(1, 2, 5))

@@ -91,7 +91,7 @@ def test_options(backwards: list[str], option: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("P", [1, 20, 64])
 def test_a_short_prefix_in_many_partial_sums(monkeypatch: pytest.MonkeyPatch, P: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(grad_short_prefix, "TILES_A_SPLIT", 1)
+    monkeypatch.setattr(grad_short_prefix, "TILES_PER_SPLIT", 1)
     check(Problem(B=3, T=70, P=P, H=6, Hkv=2, dtype=dtype), attention=output_alone)
 
 

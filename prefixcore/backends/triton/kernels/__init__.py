@@ -1,1 +1,1 @@
-"""The GPU backend's Triton kernels. Importing a module of this room imports Triton; nothing else does."""
+"""The Triton kernels. To import one of these modules is to import Triton; nothing else in prefixcore does."""

@@ -1,4 +1,4 @@
-"""delta = rowsum(dO * O) - d(lse): all that the backward of one part of the keys must know of the others."""
+"""delta = rowsum(dO * O) - d(lse): all that the backward of one part of the keys has to know of the others."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -10,41 +10,43 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .tiles import at, load_tile
+from .tiles import address, head_of, load_tile
 
-_ROWS = 32
+_BLOCK_M = 32
 
 
 @triton.jit(do_not_specialize=["heads", "queries"])
 def delta_kernel(
-    grad_out, out, grad_lse, delta, heads, queries, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+    grad_out, out, grad_lse, delta, heads, queries, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    program, tiles = tl.program_id(0), tl.cdiv(queries, ROWS)
+    """One program: BLOCK_M queries of one head."""
+    program, tiles = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
     head, batch = program // tiles % heads, program // tiles // heads
-    i = program % tiles * ROWS + tl.arange(0, ROWS)
+    i = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     exists = i < queries
     origin = head * 0
-    o = load_tile(at(out, batch, head, origin), i, out.row, exists, DIM, WIDTH, tl.float32)
-    do = load_tile(at(grad_out, batch, head, origin), i, grad_out.row, exists, DIM, WIDTH, tl.float32)
-    total = tl.sum(o * do, 1)
+    o_head, do_head = head_of(out, batch, head, origin), head_of(grad_out, batch, head, origin)
+    o = load_tile(o_head, i, exists, VALUE_DIM, BLOCK_DV, tl.float32)  # [BLOCK_M, BLOCK_DV]
+    do = load_tile(do_head, i, exists, VALUE_DIM, BLOCK_DV, tl.float32)  # [BLOCK_M, BLOCK_DV]
+    sums = tl.sum(o * do, 1)  # [BLOCK_M]
     if grad_lse is not None:
-        address = at(grad_lse, batch, head, origin) + i.to(tl.int64) * grad_lse.row
-        total -= tl.load(address, mask=exists, other=0.0)
-    tl.store(at(delta, batch, head, origin) + i.to(tl.int64) * delta.row, total, mask=exists)
+        sums -= tl.load(address(head_of(grad_lse, batch, head, origin), i), mask=exists, other=0.0)
+    tl.store(address(head_of(delta, batch, head, origin), i), sums, mask=exists)
 
 
-def delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """``[B, H, T]`` float32: ``<grad_out, out> - grad_lse`` of every query.
+def compute_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """`<grad_out, out> - grad_lse` of every query, [B, H, T] in float32.
 
-    ``grad_out`` and ``out`` are [B, H, T, Dv], ``grad_lse`` [B, H, T] or None. Dao et al., arXiv:2205.14135,
-    appendix B.4; the lse's own gradient adds ``p * grad_lse`` to d(score), which is the same as less delta.
+    `grad_out` and `out` are [B, H, T, Dv], `grad_lse` is [B, H, T] or None. Dao et al., arXiv:2205.14135, appendix B.4;
+    the log-sum-exp's own gradient adds `p * grad_lse` to d(score), which is the same as a smaller delta.
     """
     batch, heads, queries, dim = out.shape
     result = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     launch.launch(
-        delta_kernel, triton.cdiv(queries, _ROWS) * batch * heads, launch.Blocks(_ROWS, 0, 4, 1), out,
+        delta_kernel, triton.cdiv(queries, _BLOCK_M) * batch * heads, launch.Blocks(_BLOCK_M, 0, 4, 1), out,
         grad_out=launch.view(grad_out), out=launch.view(out),
         grad_lse=None if grad_lse is None else launch.view(grad_lse), delta=launch.view(result),
-        heads=heads, queries=queries, DIM=dim, WIDTH=launch.width(dim), ROWS=_ROWS,
+        heads=heads, queries=queries, VALUE_DIM=dim, BLOCK_DV=launch.padded(dim), BLOCK_M=_BLOCK_M,
     )  # fmt: skip
     return result

@@ -1,13 +1,11 @@
-"""Forward: an online softmax over tiles of keys, first the prefix's, then the sequence's.
+"""Forward: one online softmax over the keys of the prefix, then those of the sequence.
 
-For each tile of query rows the running maximum m, denominator l and output O absorb one tile of keys after another
-(Milakov and Gimelshein, arXiv:1805.02867, algorithm 3; Dao, arXiv:2307.08691, algorithm 1):
-    m' = max(m, scores),  p = 2^(scores - m'),  l' = l 2^(m - m') + sum p,  O' = O 2^(m - m') + p V.
-The prefix is nothing but more keys. If another kernel has already attended to the sequence, its output and lse are a
-state of this softmax (m = lse, l = 1, O = output), and the prefix alone is absorbed into it.
+The prefix is nothing but more keys. If another kernel has attended to the sequence, its output and log-sum-exp are a
+state of the softmax (m = lse, l = 1, acc = output), and only the prefix is left to take in.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: E741  (l is the sum's name in the papers)
 
 import triton
 import triton.language as tl
@@ -15,154 +13,83 @@ from torch import Tensor
 
 from ...problem import AttentionProblem
 from . import launch
-from .tiles import (
-    INFINITY,
-    LN2,
-    LOG2E,
-    LOWEST,
-    at,
-    dot,
-    finish_scores,
-    in_tiles,
-    kept,
-    keys_seen,
-    load_tile,
-    locate,
-    mask_of,
-    padding_of,
-    prefix_of,
-    store_tile,
-    tile_of_program,
-    tile_start,
-)  # fmt: skip
-
-
-@triton.jit
-def absorb(
-    acc, peak, total, q, i, keys, padding, begin, count, whole, left, end, mask, scoring, shift, window,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, DTYPE: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Takes ``count`` tiles of keys into the softmax; ``keys`` says where they lie."""
-    key, key_row, value, value_row = keys
-    for n in range(0, count):
-        j = tile_start(n, begin, whole, left, KEYS, EDGE) + tl.arange(0, KEYS)
-        keep = kept(j, end, padding, EDGE)
-        k = load_tile(key, j, key_row, keep, DIM, WIDTH, DTYPE)
-        v = load_tile(value, j, value_row, keep, VALUE_DIM, VALUE_WIDTH, DTYPE)
-        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], KEYS], tl.float32))
-        if keep is not None:
-            keep = keep[None, :]
-        scores, _slope = finish_scores(scores, i[:, None], j[None, :], keep, mask, scoring, shift, window, CAUSAL, EDGE)
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = dot(p.to(DTYPE), v, acc * shrink[:, None])
-        peak = higher
-    return acc, peak, total
-
-
-@triton.jit
-def absorb_prefix(
-    acc, peak, total, q, i, prefix_key, prefix_value, entry, kv_head, begin, end, scoring,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Takes virtual tokens ``[begin, end)`` of an entry into the softmax: seen by every query."""
-    keys = (
-        at(prefix_key, entry, kv_head, entry * 0), prefix_key.row,
-        at(prefix_value, entry, kv_head, entry * 0), prefix_value.row,
-    )  # fmt: skip
-    rest, whole, left, edges = in_tiles(begin, begin, end, end, KEYS)
-    acc, peak, total = absorb(
-        acc, peak, total, q, i, keys, None, rest, whole, whole, left, end, None, scoring, 0, None,
-        DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, False, False,
-    )  # fmt: skip
-    return absorb(
-        acc, peak, total, q, i, keys, None, begin, edges, whole, left, end, None, scoring, 0, None,
-        DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, False, True,
-    )  # fmt: skip
-
-
-@triton.jit
-def absorb_sink(acc, peak, total, sink):
-    """A sink is a key without a value: it only opens the denominator."""
-    sink = sink.to(tl.float32) * LOG2E
-    higher = tl.maximum(peak, sink)
-    shrink = tl.exp2(peak - higher)
-    return acc * shrink[:, None], higher, total * shrink + tl.exp2(sink - higher)
+from .online_softmax import Keys, empty_state, update, update_sink
+from .ranges import in_tiles, keys_seen
+from .scores import ScoreMod, mask_of, padding_of
+from .sequences import locate, prefix_of, tile_of_program
+from .tiles import INFINITY, LN2, LOG2E, LOWEST, address, head_of, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["sizes", "window", "tiles"])
 def forward_kernel(
-    out, lse, query, key, value, prefix_key, prefix_value, bank, starts, padding, mask, sinks, sizes, scoring, window,
-    tiles, GROUP: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DTYPE: tl.constexpr,
-    PREFIX: tl.constexpr, FROM_STATE: tl.constexpr,
+    out, lse, query, key, value, prefix_key, prefix_value, bank, cu_seqlens, padding, mask, sinks, sizes, scoring,
+    window, tiles, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr, PREFIX: tl.constexpr, FROM_STATE: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS queries of one head."""
+    """One program: BLOCK_M queries of one head."""
     batch, kv_head, head, tile = tile_of_program(tiles, sizes, GROUP)
-    sequence, start, queries, length, first = locate(tile, batch, starts, sizes, ROWS)
-    if first >= queries:
+    sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_M)
+    if first >= sequence.queries:
         return
-    last = tl.minimum(first + ROWS, queries)
-    i = first + tl.arange(0, ROWS)
-    exists = i < queries
-    q = load_tile(at(query, batch, head, start), i, query.row, exists, DIM, WIDTH, DTYPE)
-    out_at, lse_at = at(out, batch, head, start), at(lse, batch, head, start) + i.to(tl.int64) * lse.row
+    start = sequence.start
+    last = tl.minimum(first + BLOCK_M, sequence.queries)
+    i = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    exists = i < sequence.queries
+    q = load_tile(head_of(query, batch, head, start), i, exists, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
+    o = head_of(out, batch, head, start)
+    lse_at = address(head_of(lse, batch, head, start), i)  # [BLOCK_M]
 
+    acc, m, l = empty_state(BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
     if FROM_STATE:
-        acc = load_tile(out_at, i, out.row, exists, VALUE_DIM, VALUE_WIDTH, tl.float32)
-        peak = tl.load(lse_at, mask=exists, other=-INFINITY)
-        total = tl.where(tl.abs(peak) == INFINITY, 0.0, 1.0)  # some kernels write +infinity where nothing is seen
-        peak = tl.where(total > 0, peak * LOG2E, LOWEST)
-    else:
-        acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
-        peak = tl.full([ROWS], LOWEST, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        acc = load_tile(o, i, exists, VALUE_DIM, BLOCK_DV, tl.float32)
+        m = tl.load(lse_at, mask=exists, other=-INFINITY)
+        l = tl.where(tl.abs(m) == INFINITY, 0.0, 1.0)  # some kernels write +infinity where nothing is seen
+        m = tl.where(l > 0, m * LOG2E, LOWEST)
     if sinks is not None:
-        acc, peak, total = absorb_sink(acc, peak, total, tl.load(sinks + head))
+        acc, m, l = update_sink(acc, m, l, tl.load(sinks + head))
 
     if PREFIX:
-        entry, virtual = prefix_of(sequence, bank, sizes)
-        acc, peak, total = absorb_prefix(
-            acc, peak, total, q, i, prefix_key, prefix_value, entry, kv_head, entry * 0, virtual, scoring,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE,
-        )  # fmt: skip
+        entry, length = prefix_of(sequence.number, bank, sizes)
+        keys = Keys(
+            key=head_of(prefix_key, entry, kv_head, entry * 0),
+            value=head_of(prefix_value, entry, kv_head, entry * 0),
+            padding=None,
+            tiles=in_tiles(entry * 0, entry * 0, length, length, BLOCK_N),
+            score_mod=ScoreMod(scoring, mask=None, shift=0, window=None),
+        )
+        acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL=False)
     if not FROM_STATE:
-        shift = length - queries
-        mask_from = mask_of(mask, batch, head, start, queries, length)
-        padded = padding_of(padding, batch, start)
-        keys = (at(key, batch, kv_head, start), key.row, at(value, batch, kv_head, start), value.row)
-        begin, end, whole_begin, whole, left, edges = keys_seen(first, last, shift, length, window, KEYS, CAUSAL)
-        acc, peak, total = absorb(
-            acc, peak, total, q, i, keys, padded, whole_begin, whole, whole, left, end, mask_from, scoring, shift,
-            window,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, CAUSAL, False,
-        )  # fmt: skip
-        acc, peak, total = absorb(
-            acc, peak, total, q, i, keys, padded, begin, edges, whole, left, end, mask_from, scoring, shift,
-            window,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, CAUSAL, True,
-        )  # fmt: skip
+        shift = sequence.keys - sequence.queries
+        keys = Keys(
+            key=head_of(key, batch, kv_head, start),
+            value=head_of(value, batch, kv_head, start),
+            padding=padding_of(padding, batch, sequence.start),
+            tiles=keys_seen(first, last, shift, sequence.keys, window, BLOCK_N, CAUSAL),
+            score_mod=ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window),
+        )
+        acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL)
 
-    sees = total > 0
-    acc = acc / tl.where(sees, total, 1.0)[:, None]
-    store_tile(out_at, i, out.row, exists, acc, VALUE_DIM, VALUE_WIDTH)
-    tl.store(lse_at, tl.where(sees, (peak + tl.log2(tl.where(sees, total, 1.0))) * LN2, -INFINITY), mask=exists)
+    sees = l > 0
+    acc = acc / tl.where(sees, l, 1.0)[:, None]
+    store_tile(o, i, exists, acc, VALUE_DIM)
+    tl.store(lse_at, tl.where(sees, (m + tl.log2(tl.where(sees, l, 1.0))) * LN2, -INFINITY), mask=exists)
 
 
-def forward(p: AttentionProblem, out: Tensor, lse: Tensor, *, from_state: bool = False) -> None:
-    """Writes ``out`` [B, H, T, Dv] and ``lse`` [B, H, T] (float32, natural log; -inf where a query sees nothing).
+def launch_forward(p: AttentionProblem, out: Tensor, lse: Tensor, *, from_state: bool = False) -> None:
+    """Writes `out` [B, H, T, Dv] and `lse` [B, H, T] (float32, natural log; -inf where a query sees nothing).
 
-    ``from_state``: ``out`` and ``lse`` already hold attention over the sequence alone (of any kernel; rows that see
-    nothing may have an lse of either infinity); the prefix, and the sinks if there are any, are absorbed into them.
+    Args:
+        p: The arguments of the op.
+        out: The output.
+        lse: The log-sum-exp of the scores.
+        from_state: `out` and `lse` hold attention over the sequence alone, of any kernel (where nothing is seen the
+            lse may be either infinity): they are updated with the prefix, and with the sinks if there are any.
     """
     blocks = launch.blocks_for("from_state" if from_state else "forward", p)
-    tiles = launch.tiles(p, p.queries, blocks.rows)
+    tiles = launch.tile_count(p, p.queries, blocks.block_m)
     launch.launch(
         forward_kernel, tiles * p.heads * p.batch, blocks, p.query,
-        out=launch.view(out), lse=launch.view(lse), sinks=launch.flat(p.sinks), tiles=tiles,
+        out=launch.view(out), lse=launch.view(lse), sinks=launch.contiguous(p.sinks), tiles=tiles,
         PREFIX=p.virtual_tokens > 0, FROM_STATE=from_state, **launch.arguments(p), **launch.constants(p, blocks),
     )  # fmt: skip

@@ -1,10 +1,11 @@
-"""The gradients of the sequence's keys and values: one program a tile of keys, so nothing is added atomically.
+"""The gradients of the sequence's keys and values: one program a tile of keys, so that nothing is added atomically.
 
-With p and dS as in :mod:`.grad_query`, transposed (Dao et al., arXiv:2205.14135, appendix B.2):
-    dV = p^T dO,  dK = scale dS^T Q,  summed over the query heads of the group and the queries that see the keys.
+A program sums over the query heads of the group and the queries that see its keys.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,112 +13,113 @@ from torch import Tensor
 
 from ...problem import AttentionProblem
 from . import launch
-from .tiles import (
-    at,
-    dot,
-    finish_scores,
-    load_statistics,
-    load_tile,
-    locate,
-    mask_of,
-    padding_of,
-    queries_seeing,
-    store_tile,
-    tile_start,
-)  # fmt: skip
+from .grad_tile import add_queries
+from .ranges import queries_seeing, tile_count, tile_indices
+from .scores import ScoreMod, mask_of, padding_of
+from .sequences import locate
+from .tiles import address, head_of, load_log_sum_exp, load_tile, store_tile
+
+
+class Queries(NamedTuple):
+    """What each tile of queries needs: where the queries lie, which of them, and how they are scored.
+
+    Attributes:
+        query: One head's [T, D], `Strided`.
+        grad_out: One head's [T, Dv], `Strided`.
+        lse: [T], `Strided`.
+        delta: [T], `Strided`.
+        tiles: The queries that see any of the keys, `ranges.Tiles`.
+        score_mod: A `scores.ScoreMod`.
+    """
+
+    query: Any
+    grad_out: Any
+    lse: Any
+    delta: Any
+    tiles: Any
+    score_mod: Any
 
 
 @triton.jit
-def collect(
-    dk, dv, k, v, q, do, lse, delta, i, j, mask, scoring, shift, window,
-    DTYPE: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+def add_all_queries(
+    dk, dv, k, v, j, queries, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Adds what one tile of rows gives to dK / scale and dV of a tile of keys."""
-    zeros = tl.zeros([k.shape[0], q.shape[0]], tl.float32)
-    scores = dot(k, tl.trans(q), zeros)
-    scores, slope = finish_scores(scores, i[None, :], j[:, None], None, mask, scoring, shift, window, CAUSAL, EDGE)
-    p = tl.exp2(scores - lse[None, :])
-    dv = dot(p.to(DTYPE), do, dv)
-    ds = p * (dot(v, tl.trans(do), zeros) - delta[None, :])
-    if scoring.cap is not None:
-        ds *= slope
-    return dot(ds.to(DTYPE), q, dk), dv
+    """Adds what all `queries` give to `dk` = dK / scale and `dv` of keys `j`: edges, then whole tiles.
 
-
-@triton.jit
-def collect_tiles(
-    dk, dv, k, v, j, rows, begin, count, whole, left, end, mask, scoring, shift, window,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, DTYPE: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Adds what ``count`` tiles of one head's queries give; ``rows`` says where they lie."""
-    query, query_row, grad_out, grad_out_row, lse, lse_row, delta, delta_row = rows
-    for n in range(0, count):
-        i = tile_start(n, begin, whole, left, ROWS, EDGE) + tl.arange(0, ROWS)
-        exists = i < end
-        keep = None
-        if EDGE:
-            keep = exists
-        q = load_tile(query, i, query_row, keep, DIM, WIDTH, DTYPE)
-        do = load_tile(grad_out, i, grad_out_row, keep, VALUE_DIM, VALUE_WIDTH, DTYPE)
-        lse_i, delta_i = load_statistics(lse, i, lse_row, delta, i, delta_row, exists)
-        dk, dv = collect(dk, dv, k, v, q, do, lse_i, delta_i, i, j, mask, scoring, shift, window, DTYPE, CAUSAL, EDGE)
+    `dk` and `k` are [BLOCK_N, BLOCK_D], `dv` and `v` [BLOCK_N, BLOCK_DV].
+    """
+    for EDGE in tl.static_range(1, -1, -1):
+        for n in range(0, tile_count(queries.tiles, EDGE)):
+            i = tile_indices(queries.tiles, n, BLOCK_M, EDGE)  # [BLOCK_M]
+            exists = i < queries.tiles.end
+            keep = None
+            if EDGE:
+                keep = exists
+            q = load_tile(queries.query, i, keep, HEAD_DIM, k.shape[1], k.dtype)  # [BLOCK_M, BLOCK_D]
+            do = load_tile(queries.grad_out, i, keep, VALUE_DIM, v.shape[1], k.dtype)  # [BLOCK_M, BLOCK_DV]
+            delta = tl.load(address(queries.delta, i), mask=exists, other=0.0)  # [BLOCK_M]
+            lse = load_log_sum_exp(queries.lse, i, exists)  # [BLOCK_M]
+            dk, dv, _ds = add_queries(dk, dv, k, v, q, do, lse, delta, i, j, None, queries.score_mod, CAUSAL, EDGE)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["sizes", "window", "tiles", "scale"])
 def grad_keys_kernel(
-    grad_key, grad_value, grad_out, lse, delta, query, key, value, starts, padding, mask, sizes, scoring, window,
-    tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DTYPE: tl.constexpr,
+    grad_key, grad_value, grad_out, lse, delta, query, key, value, cu_seqlens, padding, mask, sizes, scoring, window,
+    tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program: KEYS keys of one key/value head. Early tiles come first: the most queries see them."""
+    """One program: BLOCK_N keys of one key/value head. Early tiles come first: the most queries see them."""
     program = tl.program_id(0)
     tile, kv_head = program % tiles, program // tiles % sizes.kv_heads
     batch = program // (tiles * sizes.kv_heads)
-    _sequence, start, queries, length, first = locate(tile, batch, starts, sizes, KEYS)
-    if first >= length:
+    sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_N)
+    if first >= sequence.keys:
         return
-    last = tl.minimum(first + KEYS, length)
-    shift = length - queries
-    j = first + tl.arange(0, KEYS)
-    exists = j < length
+    start = sequence.start
+    last = tl.minimum(first + BLOCK_N, sequence.keys)
+    shift = sequence.keys - sequence.queries
+    j = first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    exists = j < sequence.keys
     keep = exists
     padded = padding_of(padding, batch, start)
     if padded is not None:
-        keep = tl.load(padded[0] + j.to(tl.int64) * padded[1], mask=exists, other=0) != 0
-    # Keys beyond the sequence, or padding, are zeros here: their rows of dK and dV come out wrong and are not used.
-    k = load_tile(at(key, batch, kv_head, start), j, key.row, keep, DIM, WIDTH, DTYPE)
-    v = load_tile(at(value, batch, kv_head, start), j, value.row, keep, VALUE_DIM, VALUE_WIDTH, DTYPE)
-    dk = tl.zeros([KEYS, WIDTH], tl.float32)
-    dv = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
-    begin, end, whole_begin, whole, left, edges = queries_seeing(first, last, shift, queries, window, ROWS, CAUSAL)
+        keep = tl.load(address(padded, j), mask=exists, other=0) != 0
+    # Keys beyond the sequence, and padding, are loaded as zeros: dK and dV are wrong there, and replaced at the end.
+    k = load_tile(head_of(key, batch, kv_head, start), j, keep, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(head_of(value, batch, kv_head, start), j, keep, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_N, BLOCK_DV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    seeing = queries_seeing(first, last, shift, sequence.queries, window, BLOCK_M, CAUSAL)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
-        mask_from = mask_of(mask, batch, head, start, queries, length)
-        rows = (at(query, batch, head, start), query.row, at(grad_out, batch, head, start), grad_out.row,
-                at(lse, batch, head, start), lse.row, at(delta, batch, head, start), delta.row)  # fmt: skip
-        dk, dv = collect_tiles(
-            dk, dv, k, v, j, rows, begin, edges, whole, left, end, mask_from, scoring, shift, window,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, ROWS, DTYPE, CAUSAL, True,
-        )  # fmt: skip
-        dk, dv = collect_tiles(
-            dk, dv, k, v, j, rows, whole_begin, whole, whole, left, end, mask_from, scoring, shift, window,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, ROWS, DTYPE, CAUSAL, False,
-        )  # fmt: skip
+        queries = Queries(
+            query=head_of(query, batch, head, start),
+            grad_out=head_of(grad_out, batch, head, start),
+            lse=head_of(lse, batch, head, start),
+            delta=head_of(delta, batch, head, start),
+            tiles=seeing,
+            score_mod=ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window),
+        )
+        dk, dv = add_all_queries(dk, dv, k, v, j, queries, HEAD_DIM, VALUE_DIM, BLOCK_M, CAUSAL)
     dk = tl.where(keep[:, None], dk * scale, 0.0)
     dv = tl.where(keep[:, None], dv, 0.0)
-    store_tile(at(grad_key, batch, kv_head, start), j, grad_key.row, exists, dk, DIM, WIDTH)
-    store_tile(at(grad_value, batch, kv_head, start), j, grad_value.row, exists, dv, VALUE_DIM, VALUE_WIDTH)
+    store_tile(head_of(grad_key, batch, kv_head, start), j, exists, dk, HEAD_DIM)
+    store_tile(head_of(grad_value, batch, kv_head, start), j, exists, dv, VALUE_DIM)
 
 
-def grad_keys(
+def launch_grad_keys(
     p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_key: Tensor, grad_value: Tensor
 ) -> None:  # fmt: skip
-    """Writes ``grad_key`` [B, Hkv, S, D] and ``grad_value`` [B, Hkv, S, Dv] from ``grad_out`` [B, H, T, Dv] and the
-    merged ``lse`` and ``delta`` [B, H, T]."""
+    """Writes `grad_key` [B, Hkv, S, D] and `grad_value` [B, Hkv, S, Dv].
+
+    From `grad_out` [B, H, T, Dv], the log-sum-exp of prefix and sequence together, and `delta.compute_delta`'s
+    (both [B, H, T]).
+    """
     blocks = launch.blocks_for("grad_keys", p)
-    tiles = launch.tiles(p, p.keys, blocks.keys)
+    tiles = launch.tile_count(p, p.keys, blocks.block_n)
     arguments = launch.arguments(p)
     for unused in ("prefix_key", "prefix_value", "bank"):
         del arguments[unused]

@@ -1,8 +1,8 @@
-"""The gradient of the queries: the forward's walk over the keys, with the probabilities already known.
+"""The gradient of the queries: over the same keys as the forward, with probabilities from its log-sum-exp.
 
-With L the log-sum-exp and delta of a row (Dao et al., arXiv:2205.14135, appendix B.2):
+With L a query's log-sum-exp and delta its sum of dO * O (Dao et al., arXiv:2205.14135, appendix B.2):
     p = 2^(scores - L),  dS = p (dO V^T - delta),  dQ = scale dS K.
-Prefix and sequence add up, each knowing of the other only through L and delta: if another kernel has written the
+Prefix and sequence add up, each depending on the other through L and delta alone: if another kernel has written the
 sequence's part, the prefix's is added to it.
 """
 
@@ -14,117 +14,107 @@ from torch import Tensor
 
 from ...problem import AttentionProblem
 from . import launch
-from .tiles import (
-    at,
-    dot,
-    finish_scores,
-    in_tiles,
-    kept,
-    keys_seen,
-    load_statistics,
-    load_tile,
-    locate,
-    mask_of,
-    padding_of,
-    prefix_of,
-    store_tile,
-    tile_of_program,
-    tile_start,
-)  # fmt: skip
+from .online_softmax import Keys
+from .ranges import in_tiles, keys_seen, tile_count, tile_indices
+from .scores import ScoreMod, exists_unpadded, mask_of, padding_of, score
+from .sequences import locate, prefix_of, tile_of_program
+from .tiles import address, dot, head_of, load_log_sum_exp, load_tile, store_tile
 
 
 @triton.jit
-def gather(
-    dq, q, do, lse, delta, i, keys, padding, begin, count, whole, left, end, mask, scoring, shift, window,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, DTYPE: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+def add_keys(
+    dq, q, do, lse, delta, i, keys, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Adds what ``count`` tiles of keys give to dQ / scale."""
-    key, key_row, value, value_row = keys
-    for n in range(0, count):
-        j = tile_start(n, begin, whole, left, KEYS, EDGE) + tl.arange(0, KEYS)
-        keep = kept(j, end, padding, EDGE)
-        k = load_tile(key, j, key_row, keep, DIM, WIDTH, DTYPE)
-        v = load_tile(value, j, value_row, keep, VALUE_DIM, VALUE_WIDTH, DTYPE)
-        zeros = tl.zeros([q.shape[0], KEYS], tl.float32)
-        scores = dot(q, tl.trans(k), zeros)
-        if keep is not None:
-            keep = keep[None, :]
-        scores, slope = finish_scores(scores, i[:, None], j[None, :], keep, mask, scoring, shift, window, CAUSAL, EDGE)
-        p = tl.exp2(scores - lse[:, None])
-        ds = p * (dot(do, tl.trans(v), zeros) - delta[:, None])
-        if scoring.cap is not None:
-            ds *= slope
-        dq = dot(ds.to(DTYPE), k, dq)
+    """Adds what all `keys` give to `dq` = dQ / scale [BLOCK_M, BLOCK_D] of queries `i`: whole tiles, then edges.
+
+    `q` is [BLOCK_M, BLOCK_D], `do` [BLOCK_M, BLOCK_DV], `lse` and `delta` [BLOCK_M].
+    """
+    for EDGE in tl.static_range(2):
+        for n in range(0, tile_count(keys.tiles, EDGE)):
+            j = tile_indices(keys.tiles, n, BLOCK_N, EDGE)  # [BLOCK_N]
+            keep = exists_unpadded(j, keys.tiles.end, keys.padding, EDGE)  # [BLOCK_N] or None
+            k = load_tile(keys.key, j, keep, HEAD_DIM, q.shape[1], q.dtype)  # [BLOCK_N, BLOCK_D]
+            v = load_tile(keys.value, j, keep, VALUE_DIM, do.shape[1], q.dtype)  # [BLOCK_N, BLOCK_DV]
+            zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+            if keep is not None:
+                keep = keep[None, :]
+            scores, slope = score(
+                dot(q, tl.trans(k), zeros), i[:, None], j[None, :], keep, keys.score_mod, CAUSAL, EDGE
+            )  # [BLOCK_M, BLOCK_N]
+            p = tl.exp2(scores - lse[:, None])  # [BLOCK_M, BLOCK_N]
+            ds = p * (dot(do, tl.trans(v), zeros) - delta[:, None])  # [BLOCK_M, BLOCK_N]
+            if keys.score_mod.scoring.cap is not None:
+                ds *= slope
+            dq = dot(ds.to(q.dtype), k, dq)
     return dq
 
 
 @triton.jit(do_not_specialize=["sizes", "window", "tiles", "scale"])
 def grad_query_kernel(
-    grad_query, grad_out, lse, delta, query, key, value, prefix_key, prefix_value, bank, starts, padding, mask, sizes,
-    scoring, window, tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DTYPE: tl.constexpr,
-    PREFIX: tl.constexpr, PREFIX_ONLY: tl.constexpr,
+    grad_query, grad_out, lse, delta, query, key, value, prefix_key, prefix_value, bank, cu_seqlens, padding, mask,
+    sizes, scoring, window, tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, PREFIX: tl.constexpr, PREFIX_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS queries of one head, as in the forward."""
+    """One program: BLOCK_M queries of one head, as in the forward."""
     batch, kv_head, head, tile = tile_of_program(tiles, sizes, GROUP)
-    sequence, start, queries, length, first = locate(tile, batch, starts, sizes, ROWS)
-    if first >= queries:
+    sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_M)
+    if first >= sequence.queries:
         return
-    last = tl.minimum(first + ROWS, queries)
-    i = first + tl.arange(0, ROWS)
-    exists = i < queries
-    q = load_tile(at(query, batch, head, start), i, query.row, exists, DIM, WIDTH, DTYPE)
-    do = load_tile(at(grad_out, batch, head, start), i, grad_out.row, exists, VALUE_DIM, VALUE_WIDTH, DTYPE)
-    lse_i, delta_i = load_statistics(at(lse, batch, head, start), i, lse.row,
-                                     at(delta, batch, head, start), i, delta.row, exists)  # fmt: skip
-    dq = tl.zeros([ROWS, WIDTH], tl.float32)
+    start = sequence.start
+    last = tl.minimum(first + BLOCK_M, sequence.queries)
+    i = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    exists = i < sequence.queries
+    q = load_tile(head_of(query, batch, head, start), i, exists, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
+    do = load_tile(head_of(grad_out, batch, head, start), i, exists, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_M, BLOCK_DV]
+    delta_i = tl.load(address(head_of(delta, batch, head, start), i), mask=exists, other=0.0)  # [BLOCK_M]
+    lse_i = load_log_sum_exp(head_of(lse, batch, head, start), i, exists)  # [BLOCK_M]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if PREFIX:
-        entry, virtual = prefix_of(sequence, bank, sizes)
-        origin = entry * 0
-        keys = (at(prefix_key, entry, kv_head, origin), prefix_key.row,
-                at(prefix_value, entry, kv_head, origin), prefix_value.row)  # fmt: skip
-        begin, whole, left, edges = in_tiles(origin, origin, virtual, virtual, KEYS)
-        dq = gather(
-            dq, q, do, lse_i, delta_i, i, keys, None, begin, whole, whole, left, virtual, None, scoring, 0, None,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, False, False,
-        )  # fmt: skip
-        dq = gather(
-            dq, q, do, lse_i, delta_i, i, keys, None, begin, edges, whole, left, virtual, None, scoring, 0, None,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, False, True,
-        )  # fmt: skip
+        entry, length = prefix_of(sequence.number, bank, sizes)
+        keys = Keys(
+            key=head_of(prefix_key, entry, kv_head, entry * 0),
+            value=head_of(prefix_value, entry, kv_head, entry * 0),
+            padding=None,
+            tiles=in_tiles(entry * 0, entry * 0, length, length, BLOCK_N),
+            score_mod=ScoreMod(scoring, mask=None, shift=0, window=None),
+        )
+        dq = add_keys(dq, q, do, lse_i, delta_i, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL=False)
     if not PREFIX_ONLY:
-        shift = length - queries
-        mask_from = mask_of(mask, batch, head, start, queries, length)
-        padded = padding_of(padding, batch, start)
-        keys = (at(key, batch, kv_head, start), key.row, at(value, batch, kv_head, start), value.row)
-        begin, end, whole_begin, whole, left, edges = keys_seen(first, last, shift, length, window, KEYS, CAUSAL)
-        dq = gather(
-            dq, q, do, lse_i, delta_i, i, keys, padded, whole_begin, whole, whole, left, end, mask_from, scoring, shift,
-            window,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, CAUSAL, False,
-        )  # fmt: skip
-        dq = gather(
-            dq, q, do, lse_i, delta_i, i, keys, padded, begin, edges, whole, left, end, mask_from, scoring, shift,
-            window,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, KEYS, DTYPE, CAUSAL, True,
-        )  # fmt: skip
+        shift = sequence.keys - sequence.queries
+        keys = Keys(
+            key=head_of(key, batch, kv_head, start),
+            value=head_of(value, batch, kv_head, start),
+            padding=padding_of(padding, batch, start),
+            tiles=keys_seen(first, last, shift, sequence.keys, window, BLOCK_N, CAUSAL),
+            score_mod=ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window),
+        )
+        dq = add_keys(dq, q, do, lse_i, delta_i, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL)
 
     dq *= scale
-    to = at(grad_query, batch, head, start)
+    to = head_of(grad_query, batch, head, start)
     if PREFIX_ONLY:
-        dq += load_tile(to, i, grad_query.row, exists, DIM, WIDTH, tl.float32)
-    store_tile(to, i, grad_query.row, exists, dq, DIM, WIDTH)
+        dq += load_tile(to, i, exists, HEAD_DIM, BLOCK_D, tl.float32)
+    store_tile(to, i, exists, dq, HEAD_DIM)
 
 
-def grad_query(
+def launch_grad_query(
     p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_query: Tensor, *, prefix_only: bool = False
 ) -> None:
-    """Writes ``grad_query`` [B, H, T, D] from ``grad_out`` [B, H, T, Dv] and the merged ``lse`` and ``delta``
-    [B, H, T]; ``prefix_only`` adds the prefix's part to what is there instead."""
+    """Writes `grad_query` [B, H, T, D].
+
+    Args:
+        p: The arguments of the op.
+        grad_out: [B, H, T, Dv].
+        lse: Of prefix and sequence together, [B, H, T].
+        delta: Of `delta.compute_delta`, [B, H, T].
+        grad_query: The gradient.
+        prefix_only: `grad_query` holds the sequence's part: the prefix's is added to it.
+    """
     blocks = launch.blocks_for("grad_query", p)
-    tiles = launch.tiles(p, p.queries, blocks.rows)
+    tiles = launch.tile_count(p, p.queries, blocks.block_m)
     launch.launch(
         grad_query_kernel, tiles * p.heads * p.batch, blocks, p.query,
         grad_query=launch.view(grad_query), grad_out=launch.view(grad_out), lse=launch.view(lse),
