@@ -81,9 +81,9 @@ def grad_prefix_kernel(
             q = load_tile(Strided(query.data, 1), q_at, exists, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
             do_at = b * grad_out.batch_stride + h * grad_out.head_stride + t * grad_out.row_stride
             do = load_tile(Strided(grad_out.data, 1), do_at, exists, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_M, BLOCK_DV]
+            lse_at = b * lse.batch_stride + h * lse.head_stride + t * lse.row_stride
             delta_at = b * delta.batch_stride + h * delta.head_stride + t * delta.row_stride
             delta_i = tl.load(delta.data + delta_at, mask=exists, other=0.0)  # [BLOCK_M]
-            lse_at = b * lse.batch_stride + h * lse.head_stride + t * lse.row_stride
             lse_i = load_log_sum_exp(Strided(lse.data, 1), lse_at, exists)  # [BLOCK_M]
             dk, dv, _ds = add_queries(dk, dv, k, v, q, do, lse_i, delta_i, folded, j, None, score_mod, False, False)
     dk = tl.where(counts[:, None], dk * scale, 0.0)

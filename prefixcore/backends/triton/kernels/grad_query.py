@@ -68,8 +68,9 @@ def grad_query_kernel(
     exists = i < sequence.queries
     q = load_tile(head_of(query, batch, head, start), i, exists, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
     do = load_tile(head_of(grad_out, batch, head, start), i, exists, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_M, BLOCK_DV]
-    delta_i = tl.load(address(head_of(delta, batch, head, start), i), mask=exists, other=0.0)  # [BLOCK_M]
-    lse_i = load_log_sum_exp(head_of(lse, batch, head, start), i, exists)  # [BLOCK_M]
+    lse_head, delta_head = head_of(lse, batch, head, start), head_of(delta, batch, head, start)
+    delta_i = tl.load(address(delta_head, i), mask=exists, other=0.0)  # [BLOCK_M]
+    lse_i = load_log_sum_exp(lse_head, i, exists)  # [BLOCK_M]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if PREFIX:
