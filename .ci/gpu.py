@@ -43,9 +43,9 @@ DEVICE_TESTS = (
     *(f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics")),
     *(f"tests/backends/triton/test_{name}.py" for name in ("merged", "on_device", "registration", "choose")),
 )
-CUDA_TESTS = tuple(f"tests/backends/cuda/test_{name}.py" for name in ("bank_decode", "embedding", "reductions"))
+CUDA_TESTS = ("tests/backends/cuda/test_embedding.py",)
 REHEARSED = ("tests/ops/test_attention_correct.py", "-k", "test_options and 75-torch.bfloat16")
-SANITIZED_CUDA = (*CUDA_TESTS, "-k", "(against_the_reference and bfloat16) or test_backward or test_merge")
+SANITIZED_CUDA = (*CUDA_TESTS, "-k", "test_backward")
 SANITIZED = ("tests/backends/triton/test_on_device.py", "tests/backends/triton/test_merged.py",
              "-k", "out_of_range or (test_options and bfloat16) or soft_embedding or dense_mask")  # fmt: skip
 

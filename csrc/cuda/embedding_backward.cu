@@ -15,7 +15,7 @@ constexpr int kSortThreads = 32 * kWarps;
 constexpr int kScanThreads = 1024;
 constexpr int kSumThreads = 128;
 constexpr int64_t kMostTiles = 128, kLeastTile = 512;
-constexpr int kAhead = 8;  // loads under way at a time, whose latencies would otherwise add up
+constexpr int kLoads = 8;  // of a thread, under way at a time: their latencies would otherwise add up
 
 struct Sort : EmbeddingBackward {
   int64_t tile, tiles;
@@ -36,17 +36,17 @@ Sort layout(const EmbeddingBackward& p, int64_t* memory) {
 }
 
 // Calls `hit(place, row, peers)` for every id of a tile that names a virtual row; `peers` are the lanes that name the
-// same one. A warp at a time, 32 ids at a time, in order; the ids of kAhead such steps are read at once.
+// same one. A warp at a time, 32 ids at a time, in order; the ids of kLoads such steps are read at once.
 template <class Hit>
 __device__ void for_each_hit(const Sort& p, int64_t tile, const Hit& hit) {
   const int64_t end = (tile + 1) * p.tile < p.count ? (tile + 1) * p.tile : p.count;
 #pragma unroll 1
-  for (int64_t first = tile * p.tile + threadIdx.x % 32; first - threadIdx.x % 32 < end; first += 32 * kAhead) {
-    int64_t ids[kAhead];
+  for (int64_t first = tile * p.tile + threadIdx.x % 32; first - threadIdx.x % 32 < end; first += 32 * kLoads) {
+    int64_t ids[kLoads];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) ids[i] = first + 32 * i < end ? p.ids[first + 32 * i] : -1;
+    for (int i = 0; i < kLoads; ++i) ids[i] = first + 32 * i < end ? p.ids[first + 32 * i] : -1;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       const bool virtual_row = ids[i] >= p.vocabulary && ids[i] - p.vocabulary < p.num_virtual;
       const unsigned hits = __ballot_sync(0xffffffffu, virtual_row);
       if (hits == 0) continue;
@@ -75,13 +75,13 @@ __global__ void __launch_bounds__(kScanThreads) scan_counts(Sort p) {
     const int64_t row = first + threadIdx.x;
     int64_t total = 0;
     if (row < p.num_virtual) {
-      for (int64_t tile = 0; tile < p.tiles; tile += kAhead) {
+      for (int64_t tile = 0; tile < p.tiles; tile += kLoads) {
         int64_t* counts = p.counts + tile * p.num_virtual + row;
-        int64_t found[kAhead];
+        int64_t found[kLoads];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) found[i] = tile + i < p.tiles ? counts[i * p.num_virtual] : 0;
+        for (int i = 0; i < kLoads; ++i) found[i] = tile + i < p.tiles ? counts[i * p.num_virtual] : 0;
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
+        for (int i = 0; i < kLoads; ++i) {
           if (tile + i < p.tiles) counts[i * p.num_virtual] = total;
           total += found[i];
         }
@@ -140,12 +140,12 @@ __global__ void __launch_bounds__(kSumThreads) sum_rows(Sort p) {
     return *reinterpret_cast<const Pack<Element, kPack>*>(grad + p.places[i] * p.grad_out.stride[0]);
   };
   int64_t i = p.starts[row];
-  for (; i + kAhead <= end; i += kAhead) {
-    Pack<Element, kPack> pack[kAhead];
+  for (; i + kLoads <= end; i += kLoads) {
+    Pack<Element, kPack> pack[kLoads];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) pack[k] = at_place(i + k);
+    for (int k = 0; k < kLoads; ++k) pack[k] = at_place(i + k);
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) add(pack[k]);
+    for (int k = 0; k < kLoads; ++k) add(pack[k]);
   }
   for (; i < end; ++i) add(at_place(i));
 

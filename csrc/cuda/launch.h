@@ -3,18 +3,15 @@
 
 #include <cuda_runtime.h>
 
-#include <cstddef>
 #include <cstdint>
 
 namespace prefixcore::cuda {
 
 template <class Problem>
-cudaError_t launch(void (*kernel)(Problem), const Problem& problem, dim3 grid, int threads, cudaStream_t stream,
-                   size_t dynamic_shared = 0) {
+cudaError_t launch(void (*kernel)(Problem), const Problem& problem, dim3 grid, int threads, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = dynamic_shared;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, problem);
 }

@@ -18,8 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixcore.backends import cuda
-
 from ...device import NAME
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,25 +26,22 @@ EMULATOR = Path(__file__).resolve().parent / "emulator"
 
 
 class Gpu:
-    """The CUDA kernels behind their binding: ``gpu.bank_decode(...)`` and so on, with CPU tensors in and out.
+    """The CUDA kernels behind their binding: ``gpu.soft_embedding(...)`` and so on, with CPU tensors in and out.
 
     A GPU that is there is given copies of the tensors' whole memory, so that they lie in it as they do here.
     """
 
-    def __init__(self, ops: Any, device: str, set_order: Callable[[bool, int], None]) -> None:
+    def __init__(self, ops: Any, device: str, set_order: Callable[[bool], None]) -> None:
         self._ops, self._device, self._set_order = ops, device, set_order
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *arguments: self._call(getattr(self._ops, name), arguments)
 
-    def opcheck(self, name: str, *arguments: Any) -> None:
-        torch.library.opcheck(getattr(self._ops, name), tuple(self._there(x) for x in arguments))
-
-    def twice(self, run: Callable[[], Any], processors: int = 4) -> Any:
+    def twice(self, run: Callable[[], Any]) -> Any:
         """What ``run`` returns: the same bits both times, and whichever order the emulator runs threads in."""
         results = []
         for hasty in (False, True):
-            self._set_order(hasty, processors)
+            self._set_order(hasty)
             results.append(run())
         torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
         return results[0]
@@ -54,14 +49,7 @@ class Gpu:
     def _call(self, op: Any, arguments: tuple[Any, ...]) -> Any:
         if self._device == "cpu":
             return op(*arguments)
-        there = [self._there(x) for x in arguments]
-        results = op(*there)
-        for here, other, argument in zip(arguments, there, op.default._schema.arguments, strict=True):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                # All of the memory, also what lies beside a view: a stray write has to be seen.
-                memory, other_memory = (x.new_empty(0).set_(x.untyped_storage()) for x in (here, other))
-                memory.copy_(other_memory)
-        return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, results)
+        return op(*(self._there(x) for x in arguments)).cpu()
 
     def _there(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or self._device == "cpu":
@@ -73,14 +61,13 @@ class Gpu:
 @pytest.fixture(scope="session")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Gpu:
     if NAME == "cuda":
-        return Gpu(torch.ops.prefixcore, "cuda", lambda hasty, processors: None)
+        return Gpu(torch.ops.prefixcore, "cuda", lambda hasty: None)
     if not sys.platform.startswith("linux"):
         pytest.skip("the emulated GPU needs Linux: its library overrides symbols of torch's")
     library = emulated_library(tmp_path_factory.mktemp("emulator"))
     torch.ops.load_library(library)
-    cuda.register_fakes("prefixcore_emulated")
     set_order = ctypes.CDLL(str(library)).emulator_options
-    set_order.argtypes = [ctypes.c_bool, ctypes.c_int]
+    set_order.argtypes = [ctypes.c_bool]
     return Gpu(torch.ops.prefixcore_emulated, "cpu", set_order)
 
 

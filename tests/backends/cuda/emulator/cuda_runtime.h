@@ -3,8 +3,7 @@
 // Every CUDA thread is a fiber; blocks run one after another, and a fiber runs until it waits for others. So every
 // index, every shuffle and every barrier is executed as it is written. Of the hardware it shows nothing: neither speed
 // nor caches nor registers, nor the memory order that a vote or a shuffle does not promise and __syncwarp does. The
-// order in which fibers run, and when asynchronous copies land, can be changed: results that depend on either give away
-// a missing barrier.
+// order in which fibers run can be changed: results that depend on it give away a missing barrier.
 #pragma once
 
 #include <math.h>
@@ -29,20 +28,13 @@ struct dim3 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by the emulator"; }
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
 
@@ -51,23 +43,20 @@ inline dim3 threadIdx, blockIdx;
 namespace emulator {
 
 struct Options {
-  // Blocks and fibers run from the last to the first, a warp as far as it gets before another one does, and
-  // asynchronous copies land when they are issued. Else blocks follow each other and fibers take turns, both from the
-  // first to the last, and copies land when waited for.
+  // Blocks and fibers run from the last to the first, a warp as far as it gets before another one does. Else blocks
+  // follow each other and fibers take turns, both from the first to the last.
   bool hasty = false;
-  int processors = 4;
 };
 inline Options options;
-inline std::map<const void*, size_t> dynamic_shared_limits;  // that kernels have asked for
 
 // What the lanes of a mask bring to a meeting, and take away from it.
 struct Meeting {
   unsigned arrived = 0;
-  uint64_t turn = 0;
+  uint64_t round = 0;
   alignas(16) unsigned char brought[32][32], taken[32][32];
 };
 
-void run_block(int threads, size_t dynamic_shared, const std::function<void()>& body);
+void run_block(int threads, const std::function<void()>& body);
 void yield();
 void progress();
 int lane();
@@ -87,10 +76,10 @@ Taken meet(unsigned mask, const Brought& mine, const Compute& compute) {
     compute(brought, taken);
     for (int i = 0; i < 32; ++i) std::memcpy(m.taken[i], &taken[i], sizeof(Taken));
     m.arrived = 0;
-    ++m.turn;
+    ++m.round;
     progress();
   } else {
-    for (const uint64_t turn = m.turn; m.turn == turn;) yield();
+    for (const uint64_t round = m.round; m.round == round;) yield();
   }
   Taken result;
   std::memcpy(&result, m.taken[lane()], sizeof(result));
@@ -100,7 +89,6 @@ Taken meet(unsigned mask, const Brought& mine, const Compute& compute) {
 }  // namespace emulator
 
 void __syncthreads();
-int __syncthreads_count(int predicate);
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulator::meet<int>(mask, 0, [](const int*, int* taken) { std::memset(taken, 0, 32 * sizeof(int)); });
@@ -127,13 +115,6 @@ unsigned __match_any_sync(unsigned mask, T value) {
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int distance) {
-  return emulator::meet<T>(mask, value, [&](const T* brought, T* taken) {
-    for (int i = 0; i < 32; ++i) taken[i] = brought[i ^ distance];
-  });
-}
-
-template <class T>
 T __shfl_up_sync(unsigned mask, T value, int distance) {
   return emulator::meet<T>(mask, value, [&](const T* brought, T* taken) {
     for (int i = 0; i < 32; ++i) taken[i] = brought[i < distance ? i : i - distance];
@@ -143,29 +124,16 @@ T __shfl_up_sync(unsigned mask, T value, int distance) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = emulator::options.processors, cudaSuccess;
-}
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > 99 * 1024) return cudaErrorInvalidValue;  // what the least of the architectures has
-  emulator::dynamic_shared_limits[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
-  return cudaSuccess;
-}
-
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535 || grid.z != 1) return cudaErrorInvalidValue;
-  const auto limit = emulator::dynamic_shared_limits.find(reinterpret_cast<const void*>(kernel));
-  const size_t allowed = limit == emulator::dynamic_shared_limits.end() ? 48 * 1024 : limit->second;
-  if (block.x == 0 || block.x > 1024 || config->dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
+  if (block.x == 0 || block.x > 1024) return cudaErrorInvalidValue;
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = emulator::options.hasty ? dim3(grid.x - 1 - x, grid.y - 1 - y, 0) : dim3(x, y, 0);
-      emulator::run_block(static_cast<int>(block.x), config->dynamicSmemBytes, [&] { kernel(arguments...); });
+      emulator::run_block(static_cast<int>(block.x), [&] { kernel(arguments...); });
     }
   return cudaSuccess;
 }
