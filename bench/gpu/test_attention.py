@@ -37,11 +37,10 @@ def name(problem: Any) -> str | None:
 
 def path(problem: Problem, *, backward: bool) -> dict[str, str]:
     """Which path and whose kernel, in words: part of the figure."""
-    from prefixcore.backends.problem import AttentionProblem
+    from prefixcore.backends.problem import attention_problem
     from prefixcore.backends.triton import choose
 
-    arguments: list[Any] = [*inputs(problem, gradients=False).values(), *[None] * 6, True, problem.D**-0.5, 0, 0.0]
-    p = AttentionProblem(*arguments)
+    p = attention_problem(**inputs(problem, gradients=False))
     paths = {"forward": choose.forward(p)}
     if backward:
         paths["backward"] = choose.backward(p, all_three=True, grad_lse=False)

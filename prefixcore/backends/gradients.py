@@ -2,7 +2,7 @@
 
 ``torch.library.register_autograd`` would do, but what it generates fills in defaults, flattens trees and leaves cycles
 to the garbage collector, which then keep an op's output alive: several times the cost of a small call. So each op has
-an ``autograd.Function`` of its own. :data:`AUTOGRAD` is what the dispatcher calls where it would call PyTorch's own
+an ``autograd.Function`` of its own. ``AUTOGRAD`` is what the dispatcher calls where it would call PyTorch's own
 derivatives; eager code calls the same functions directly and spares itself the dispatcher's way into Python and back.
 """
 
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from .problem import AttentionProblem
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
@@ -60,27 +62,30 @@ def soft_embedding_backward(*arguments: Any) -> Tensor:
 
 
 class _PrefixAttention(Function):
+    """Its arguments are the tensors that may want a gradient, which autograd sees only there, and the whole record."""
+
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, rest: Any
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor,
+        p: AttentionProblem,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         with _below_autograd():
-            out, lse = _ops.prefix_attention.default(query, key, value, prefix_key, prefix_value, *rest)
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, *rest[:6], out, lse)
-        ctx.options = rest[6:]
+            out, lse = _ops.prefix_attention.default(*p)
+        ctx.save_for_backward(*p.tensors, out, lse)
+        ctx.options = p.options
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_lse is None:
-            return (None,) * 6
-        *inputs, out, lse = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        *tensors, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         query, key, value, prefix_key, prefix_value, _ = ctx.needs_input_grad
         grads = prefix_attention_backward(
-            grad_out, grad_lse, out, lse, *inputs, *ctx.options, query, key or value, prefix_key or prefix_value
+            grad_out, grad_lse, out, lse, *tensors, *ctx.options, query, key or value, prefix_key or prefix_value
         )
         return (
             grads[0] if query else None,
@@ -92,14 +97,13 @@ class _PrefixAttention(Function):
         )
 
 
-def prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def prefix_attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """The op, its gradient recorded where one is asked for: for eager code outside functional transforms."""
-    if torch.is_grad_enabled() and _any_requires_grad(query, key, value, prefix_key, prefix_value):
-        return _apply(_PrefixAttention, query, key, value, prefix_key, prefix_value, rest)
+    differentiable = p.differentiable
+    if torch.is_grad_enabled() and _any_requires_grad(*differentiable):
+        return _apply(_PrefixAttention, *differentiable, p)
     with _below_autograd():
-        return _ops.prefix_attention.default(query, key, value, prefix_key, prefix_value, *rest)
+        return _ops.prefix_attention.default(*p)
 
 
 class _SoftEmbedding(Function):
@@ -120,7 +124,7 @@ class _SoftEmbedding(Function):
 
 
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
-    """As :func:`prefix_attention`."""
+    """As `prefix_attention`."""
     if torch.is_grad_enabled() and _any_requires_grad(weight, virtual):
         return _apply(_SoftEmbedding, input_ids, weight, virtual)
     with _below_autograd():
@@ -128,7 +132,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
 
 
 AUTOGRAD: dict[str, Callable[..., Any]] = {
-    "prefix_attention": prefix_attention,
+    "prefix_attention": lambda *fields: prefix_attention(AttentionProblem(*fields)),
     "prefix_attention_backward": prefix_attention_backward,
     "soft_embedding": soft_embedding,
     "soft_embedding_backward": soft_embedding_backward,

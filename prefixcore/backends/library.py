@@ -1,7 +1,7 @@
 """The compiled library: loading it, and telling PyTorch what the C++ cannot.
 
 The ops are registered by the library itself, through torch's stable ABI. Registered here are their shapes under
-fake tensors (``torch.compile``) and their derivatives (:mod:`.gradients`). The backends stand on this module.
+fake tensors (``torch.compile``) and their derivatives (``gradients.py``). The backends stand on this module.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import gradients
 from .layout import empty_gradient, empty_heads_last
+from .problem import AttentionProblem
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
 BUILT = LIBRARY.exists()
@@ -42,24 +43,24 @@ def host() -> ModuleType:
 # --- prefix attention -----------------------------------------------------------------------------
 
 
-def _prefix_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_heads_last(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _prefix_attention_fake(*fields: Any) -> tuple[Tensor, Tensor]:
+    p = AttentionProblem(*fields)
+    return empty_heads_last(p.query, p.value_dim), p.query.new_empty(p.query.shape[:3], dtype=torch.float32)
 
 
 def _prefix_attention_backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    needs_query, needs_sequence, needs_prefix = rest[-3:]
-
-    none = query.new_empty(0)
-    none32 = query.new_empty(0, dtype=torch.float32)
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *fields, needs_query, needs_sequence, needs_prefix = arguments
+    p = AttentionProblem(*fields)
+    none = p.query.new_empty(0)
+    none32 = p.query.new_empty(0, dtype=torch.float32)
     return (
-        empty_gradient(query) if needs_query else none,
-        empty_gradient(key) if needs_sequence else none.clone(),
-        empty_gradient(value) if needs_sequence else none.clone(),
-        prefix_key.new_empty(prefix_key.shape, dtype=torch.float32) if needs_prefix else none32,
-        prefix_value.new_empty(prefix_value.shape, dtype=torch.float32) if needs_prefix else none32.clone(),
+        empty_gradient(p.query) if needs_query else none,
+        empty_gradient(p.key) if needs_sequence else none.clone(),
+        empty_gradient(p.value) if needs_sequence else none.clone(),
+        p.prefix_key.new_empty(p.prefix_key.shape, dtype=torch.float32) if needs_prefix else none32,
+        p.prefix_value.new_empty(p.prefix_value.shape, dtype=torch.float32) if needs_prefix else none32.clone(),
     )
 
 

@@ -1,15 +1,31 @@
-"""What the GPU backend is asked: the op's arguments under one name."""
+"""The one record of what ``prefix_attention`` is asked: every backend, the reference and the tests read it.
+
+To add an option to the op:
+
+1. here, a field of ``AttentionProblem``: a tensor before ``is_causal``, anything else at the end. Its value None, False
+   or 0 means that the option is off, and ``attention_problem`` has it off unless it is named;
+2. in ``csrc/binding.cpp``, the argument of the same name in the same place of both schemas (a test compares them);
+3. in ``ops/prefix_attention.py``, the argument that users see, and in ``ops/attention_checks.py`` its check;
+4. in ``ops/reference.py``, what it means;
+5. in each backend's kernels, the same: ``csrc/cpu`` and ``triton/kernels``;
+6. in ``triton/fused_attention.py``, whether PyTorch's fused kernels may be given it. Until that is said, they are not.
+
+What is saved for the backward, the fake kernels and the calls in between need no edit: they go by the fields.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class AttentionProblem:
-    """The arguments of ``torch.ops.prefixcore.prefix_attention``, in its order and already checked."""
+class AttentionProblem(NamedTuple):
+    """The arguments of ``torch.ops.prefixcore.prefix_attention``, in its order and already checked: tensors first.
+
+    Tensors that are always there (``DIFFERENTIABLE``) are what the op has gradients of.
+    """
 
     query: Tensor  # [B, H, T, D]
     key: Tensor  # [B, Hkv, S, D]
@@ -26,6 +42,21 @@ class AttentionProblem:
     scale: float
     sliding_window: int  # 0: none
     softcap: float  # 0: none
+
+    @property
+    def differentiable(self) -> tuple[Any, ...]:
+        """The tensors that may want a gradient, in the order of ``DIFFERENTIABLE``."""
+        return self[_DIFFERENTIABLE]  # type: ignore[return-value]
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All tensors, or None in their place, in the order of ``TENSORS``."""
+        return self[_TENSORS]  # type: ignore[return-value]
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """All other fields, so that ``AttentionProblem(*p.tensors, *p.options)`` is `p`."""
+        return self[_OPTIONS]  # type: ignore[return-value]
 
     @property
     def batch(self) -> int:
@@ -81,3 +112,47 @@ class AttentionProblem:
     def window(self) -> int:
         """The sliding window if it hides anything, else 0."""
         return self.sliding_window if 0 < self.sliding_window < self.keys else 0
+
+
+_HINTS = get_type_hints(AttentionProblem)
+DIFFERENTIABLE = tuple(name for name, kind in _HINTS.items() if kind is Tensor)
+"""The fields that are always tensors: they, and no others, get gradients."""
+TENSORS = tuple(name for name, kind in _HINTS.items() if kind in (Tensor, Tensor | None))
+"""The fields that are tensors, or None."""
+assert AttentionProblem._fields[: len(TENSORS)] == TENSORS, "tensors come before all other fields"
+assert TENSORS[: len(DIFFERENTIABLE)] == DIFFERENTIABLE, "tensors that are always there come first"
+_DIFFERENTIABLE = slice(len(DIFFERENTIABLE))
+_TENSORS = slice(len(TENSORS))
+_OPTIONS = slice(len(TENSORS), None)
+
+
+def is_off(value: Any) -> bool:
+    """Whether an option has the value that means that it is not there."""
+    return value is None or (not isinstance(value, Tensor) and value == 0)
+
+
+def attention_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+    **options: Any,
+) -> AttentionProblem:
+    """A record from what differs: causal, with the usual scale, no prefix being one of length 0, and all else off.
+
+    For tests, benchmarks and whoever asks which path a problem takes. Nothing is checked but the names.
+
+    Example:
+        >>> x = torch.randn(1, 2, 3, 4)
+        >>> attention_problem(x, x, x, sliding_window=2).scale
+        0.5
+    """
+    if prefix_key is None or prefix_value is None:
+        heads = key.shape[1]
+        prefix_key, prefix_value = (x.new_empty(heads, 0, x.shape[3]) for x in (key, value))
+    # The zeros of the other types, bool's being False, mean that an option is off.
+    off: dict[str, Any] = {name: None if name in TENSORS else kind() for name, kind in _HINTS.items()}
+    usual = {"is_causal": True, "scale": 1 / math.sqrt(query.shape[3])}
+    tensors = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
+    return AttentionProblem(**off | usual | tensors | options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from .common import OK, table
 
@@ -81,11 +80,11 @@ def gpu_facts() -> list[tuple[str, str]]:
 
 
 def gpu_paths() -> list[tuple[str, str, str, str]]:
-    """Which path the GPU backend takes for some problems, and why; nothing where the backend cannot run."""
+    """Which path the triton backend takes for some problems, and why; nothing where the backend cannot run."""
     import torch
 
     from ..backends import triton
-    from ..backends.problem import AttentionProblem
+    from ..backends.problem import attention_problem
     from ..backends.triton import choose
 
     if triton.refuses("prefix_attention", "cuda", torch.bfloat16):
@@ -101,8 +100,7 @@ def gpu_paths() -> list[tuple[str, str, str, str]]:
         head = torch.empty(128, dtype=dtype, device="cuda")  # one row stands for all: nothing is computed
         query, key = head.expand(8, 32, queries, -1), head.expand(8, 8, keys, -1)
         prefix = head.expand(8, 64, -1)
-        arguments: Any = (query, key, key, prefix, prefix, *[None] * 6, True, 128**-0.5, window, 0.0)
-        p = AttentionProblem(*arguments)
+        p = attention_problem(query, key, key, prefix, prefix, sliding_window=window)
         path = choose.forward(p)
         rows.append((name, "forward", path.name, path.why))
         if queries > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.problem import AttentionProblem
 from .checks import check_tensor, wrong
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -148,6 +149,11 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
     return None, attn_mask.expand(batch, heads, queries, keys)
 
 
+def _check_number(name: str, x: float) -> None:
+    if not isinstance(x, _NUMBERS):
+        raise wrong(TypeError, name, "a number, or None", type(x).__name__)
+
+
 def check_options(
     query: Tensor,
     is_causal: bool,
@@ -159,13 +165,14 @@ def check_options(
     """The options that change the scores. Comparisons that NaN fails, and that compiled code can make."""
     if not isinstance(is_causal, bool):
         raise wrong(TypeError, "is_causal", "True or False", repr(is_causal))
-    for name, x in (("scale", scale), ("softcap", softcap)):
-        if x is not None and not isinstance(x, _NUMBERS):
-            raise wrong(TypeError, name, "a number, or None", type(x).__name__)
-    if scale is not None and not -_LARGEST <= scale <= _LARGEST:
-        raise wrong(ValueError, "scale", "a finite number", scale)
-    if softcap is not None and not 0 < softcap <= _LARGEST:
-        raise wrong(ValueError, "softcap", "a finite number more than 0, or None", softcap)
+    if scale is not None:
+        _check_number("scale", scale)
+        if not -_LARGEST <= scale <= _LARGEST:
+            raise wrong(ValueError, "scale", "a finite number", scale)
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if not 0 < softcap <= _LARGEST:
+            raise wrong(ValueError, "softcap", "a finite number more than 0, or None", softcap)
     if sliding_window is not None:
         if isinstance(sliding_window, bool) or not isinstance(sliding_window, (int, torch.SymInt)):
             raise wrong(TypeError, "sliding_window", "an integer, or None", repr(sliding_window))
@@ -185,25 +192,19 @@ def check_options(
         raise wrong(ValueError, "sinks", expected, got, "freeze it with requires_grad_(False)")
 
 
-def check_values(
-    queries: int,
-    prefix_key: Tensor,
-    prefix_index: Tensor | None,
-    prefix_lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
+def check_values(p: AttentionProblem) -> None:
     """The checks that read tensors, for the reference: the kernels make them themselves."""
-    if torch.compiler.is_compiling() or prefix_key.is_meta:
+    if torch.compiler.is_compiling() or p.prefix_key.is_meta:
         return
-    bank, capacity = bank_size(prefix_key), prefix_key.shape[-2]
-    for place, entry in enumerate([] if prefix_index is None else prefix_index.tolist()):
+    bank, capacity = bank_size(p.prefix_key), p.virtual_tokens
+    for place, entry in enumerate([] if p.prefix_index is None else p.prefix_index.tolist()):
         if not -1 <= entry < bank:
             raise wrong(IndexError, f"prefix_index[{place}]", f"-1 (none) to {bank - 1}", entry)
-    for place, length in enumerate([] if prefix_lengths is None else prefix_lengths.tolist()):
+    for place, length in enumerate([] if p.prefix_lengths is None else p.prefix_lengths.tolist()):
         if not 0 <= length <= capacity:
             raise wrong(ValueError, f"prefix_lengths[{place}]", f"0 to {capacity}", length)
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
+    if p.cu_seqlens is not None:
+        ends = p.cu_seqlens.tolist()
         rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
-        if ends[0] != 0 or ends[-1] != queries or not rising:
-            raise wrong(ValueError, "cu_seqlens", f"a sequence rising from 0 to {queries}", ends)
+        if ends[0] != 0 or ends[-1] != p.queries or not rising:
+            raise wrong(ValueError, "cu_seqlens", f"a sequence rising from 0 to {p.queries}", ends)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import gradients
+from ..backends.problem import AttentionProblem
 from .attention_checks import (
     check_bank,
     check_options,
@@ -136,15 +137,14 @@ def prefix_attention(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
 
-    arguments = (
+    p = AttentionProblem(
         query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens,
-        is_causal, scale, min(sliding_window or 0, _ENDLESS), softcap or 0.0,
+        is_causal, scale, 0 if sliding_window is None else min(sliding_window, _ENDLESS), softcap or 0.0,
     )  # fmt: skip
     if backend_name("prefix_attention", device_type, query.dtype) != "reference":
         plain = check_derivatives("prefix_attention")
-        op = gradients.prefix_attention if plain else torch.ops.prefixcore.prefix_attention
-        out, lse = op(*arguments)
+        out, lse = gradients.prefix_attention(p) if plain else torch.ops.prefixcore.prefix_attention(*p)
     else:
-        check_values(query.shape[2], prefix_key, prefix_index, prefix_lengths, cu_seqlens)
-        out, lse = prefix_attention_reference(*arguments)
+        check_values(p)
+        out, lse = prefix_attention_reference(p)
     return (out, lse) if return_lse else out

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import prefixcore
+from prefixcore.backends.problem import AttentionProblem, attention_problem
 from tests.device import DEVICE, NAME
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -52,6 +53,16 @@ class Problem:
             tensors, options = self._made_on_the_cpu()
         options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
         return {name: x.to(DEVICE) for name, x in tensors.items()}, options
+
+    def record(self) -> AttentionProblem:
+        """The arguments of the registered op, as ``prefix_attention`` normalises them."""
+        tensors, options = self.tensors()
+        mask = options.pop("attn_mask", None)
+        if mask is not None and mask.dim() == 2:
+            options["padding"] = mask
+        elif mask is not None:
+            options["mask"] = mask.expand(*tensors["query"].shape[:3], tensors["key"].shape[2])
+        return attention_problem(**tensors, **{name: x for name, x in options.items() if x is not None})
 
     def _made_on_the_cpu(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Random numbers are the same wherever they are computed with."""

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+from torch import Tensor
 
 import prefixcore
+from prefixcore.backends.problem import DIFFERENTIABLE, TENSORS, AttentionProblem, attention_problem, is_off
 from prefixcore.ops.reference import prefix_attention_reference
 
 from .problems import Problem, relative_error, run
 
 
-def raw_arguments(problem: Problem, grad: bool = True) -> tuple[Any, ...]:
-    """The arguments of the registered op, as the public function normalises them."""
-    t, o = problem.tensors()
-    leaves = [x.detach().requires_grad_(grad) for x in t.values()]
-    if problem.N is None:
-        leaves[3:] = [x.detach()[None].requires_grad_(grad) for x in leaves[3:]]
-    mask = o.get("attn_mask")
-    padding = mask if mask is not None and mask.dim() == 2 else None
-    return (
-        *leaves, o.get("prefix_index"), o.get("prefix_lengths"), padding, None if padding is not None else mask,
-        o.get("sinks"), o.get("cu_seqlens"), problem.is_causal, 0.2, problem.sliding_window or 0,
-        problem.softcap or 0.0,
-    )  # fmt: skip
+def as_bank(p: AttentionProblem) -> AttentionProblem:
+    """With a single prefix as a bank of one entry."""
+    prefix_key, prefix_value = p.bank
+    return p._replace(prefix_key=prefix_key, prefix_value=prefix_value)
 
+
+def wanting_gradients(p: AttentionProblem) -> AttentionProblem:
+    return p._replace(**{name: getattr(p, name).detach().requires_grad_() for name in DIFFERENTIABLE})
+
+
+OPS = torch.ops.prefixcore
 
 PROBLEMS = {
     "plain": Problem(T=9),
@@ -38,22 +38,45 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_opcheck(problem: str) -> None:
-    p = PROBLEMS[problem]
-    arguments = raw_arguments(p)
-    torch.library.opcheck(torch.ops.prefixcore.prefix_attention.default, arguments, atol=1e-2, rtol=1e-2)
-    arguments = raw_arguments(p, grad=False)
-    out, lse = torch.ops.prefixcore.prefix_attention(*arguments)
-    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *arguments, True, True, True)
-    torch.library.opcheck(torch.ops.prefixcore.prefix_attention_backward.default, backward)
+    p = as_bank(PROBLEMS[problem].record())
+    torch.library.opcheck(OPS.prefix_attention.default, wanting_gradients(p), atol=1e-2, rtol=1e-2)
+    out, lse = OPS.prefix_attention(*p)
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *p, True, True, True)
+    torch.library.opcheck(OPS.prefix_attention_backward.default, backward)
 
 
 def test_opcheck_of_a_prefix_without_a_bank() -> None:
-    *tensors, prefix_key, prefix_value = raw_arguments(PROBLEMS["plain"], grad=False)[:5]
-    rest = raw_arguments(PROBLEMS["plain"], grad=False)[5:]
-    single = (*tensors, prefix_key[0].requires_grad_(), prefix_value[0].requires_grad_(), *rest)
-    torch.library.opcheck(torch.ops.prefixcore.prefix_attention.default, single)
-    bank = torch.ops.prefixcore.prefix_attention(*tensors, prefix_key, prefix_value, *rest)
-    assert torch.equal(torch.ops.prefixcore.prefix_attention(*single)[0], bank[0])
+    p = PROBLEMS["plain"].record()
+    torch.library.opcheck(OPS.prefix_attention.default, wanting_gradients(p))
+    assert torch.equal(OPS.prefix_attention(*p)[0], OPS.prefix_attention(*as_bank(p))[0])
+
+
+def test_the_record_and_the_schemas_have_the_same_arguments() -> None:
+    """Whoever adds an option to one of them and not to the others learns it here."""
+    names, kinds = AttentionProblem._fields, get_type_hints(AttentionProblem).values()
+    forward = OPS.prefix_attention.default._schema.arguments
+    assert tuple(argument.name for argument in forward) == names
+    schema_kinds = {Tensor: "Tensor", Tensor | None: "Optional[Tensor]", bool: "bool", int: "int", float: "float"}
+    assert [str(argument.type) for argument in forward] == [schema_kinds[kind] for kind in kinds]
+    backward = OPS.prefix_attention_backward.default._schema.arguments
+    before, after = ("grad_out", "grad_lse", "out", "lse"), ("needs_query", "needs_sequence", "needs_prefix")
+    assert tuple(argument.name for argument in backward) == (*before, *names, *after)
+    assert [str(x.type) for x in backward[len(before) :][: len(names)]] == [str(x.type) for x in forward]
+    assert len(OPS.prefix_attention_backward.default._schema.returns) == len(DIFFERENTIABLE)
+
+
+def test_a_record_is_its_tensors_and_its_options() -> None:
+    p = PROBLEMS["packed, window, cap, sinks"].record()
+    again = AttentionProblem(*p.tensors, *p.options)
+    assert all(x is y for x, y in zip(again, p, strict=True))
+    assert all(x is None or isinstance(x, Tensor) for x in p.tensors)
+    assert not any(isinstance(x, Tensor) for x in p.options)
+    q = attention_problem(p.query, p.key, p.value)
+    assert q.virtual_tokens == 0
+    assert q.options == (True, 1 / math.sqrt(p.query.shape[3]), 0, 0.0)
+    assert all(is_off(getattr(q, name)) for name in TENSORS if name not in DIFFERENTIABLE)
+    with pytest.raises(TypeError, match="no_such_option"):
+        attention_problem(p.query, p.key, p.value, no_such_option=1)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -190,9 +213,9 @@ def test_backends_can_be_asked_and_forced() -> None:
 
 
 def test_reference_is_the_forced_reference() -> None:
-    arguments = raw_arguments(PROBLEMS["bank and padding"], grad=False)
-    out, lse = prefix_attention_reference(*arguments)
-    got, got_lse = torch.ops.prefixcore.prefix_attention(*arguments)
+    p = PROBLEMS["bank and padding"].record()
+    out, lse = prefix_attention_reference(p)
+    got, got_lse = OPS.prefix_attention(*p)
     torch.testing.assert_close(got, out, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got_lse, lse, atol=1e-5, rtol=1e-5)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import library
-from ..problem import AttentionProblem
+from ..problem import DIFFERENTIABLE, TENSORS, AttentionProblem
 from . import choose
 from .choose import PATHS, use_path
 
@@ -94,9 +94,9 @@ def describe() -> str:
     return "Triton kernels, PyTorch's fused attention for the sequence where it can"
 
 
-def prefix_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+def prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
     """``torch.ops.prefixcore.prefix_attention`` for CUDA tensors."""
-    p = _problem(arguments)
+    p = _readable(AttentionProblem(*fields))
     _check_device(p.query)
     with torch.cuda.device_of(p.query):
         from . import merged, single
@@ -113,8 +113,8 @@ def prefix_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """``torch.ops.prefixcore.prefix_attention_backward`` for CUDA tensors; computes what is wanted alone."""
-    *problem, needs_query, needs_sequence, needs_prefix = arguments
-    p = _problem(problem)
+    *fields, needs_query, needs_sequence, needs_prefix = arguments
+    p = _readable(AttentionProblem(*fields))
     with torch.cuda.device_of(p.query):
         from . import merged, single
         from .kernels.delta import compute_delta
@@ -136,17 +136,23 @@ def prefix_attention_backward(
     return tuple(grads)
 
 
-def _problem(arguments: Any) -> AttentionProblem:
-    """The op's arguments as kernels read them: contiguous rows, and small vectors without strides."""
-    index, lengths, padding, mask, sinks, ends = arguments[5:11]
-    index, lengths, sinks, ends = (None if x is None else x.contiguous() for x in (index, lengths, sinks, ends))
-    read: Any = (*map(_rows, arguments[:5]), index, lengths, padding, mask, sinks, ends, *arguments[11:])
-    return AttentionProblem(*read)
+def _readable(p: AttentionProblem) -> AttentionProblem:
+    """`p` as kernels read it: contiguous rows, and vectors without strides. Masks are read by all of their strides."""
+    changed: dict[str, Any] = {
+        name: x.contiguous()
+        for name, x in zip(TENSORS, p.tensors, strict=True)
+        if x is not None and (name in DIFFERENTIABLE or x.dim() == 1) and not _has_rows(x)
+    }
+    return p._replace(**changed) if changed else p
 
 
 def _rows(x: Tensor) -> Tensor:
     """`x` with its last dimension contiguous. Only what is not is copied."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if _has_rows(x) else x.contiguous()
+
+
+def _has_rows(x: Tensor) -> bool:
+    return x.shape[-1] <= 1 or x.stride(-1) == 1
 
 
 def register(dispatch_key: str = "CUDA") -> torch.library.Library:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from prefixcore.backends.problem import AttentionProblem
+from prefixcore.backends.problem import AttentionProblem, attention_problem
 from prefixcore.backends.triton import choose, fused_attention, use_path
 
 
@@ -42,10 +41,9 @@ def problem(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
-    names = ("prefix_index", "prefix_lengths", "padding", "mask", "sinks", "cu_seqlens")
-    return AttentionProblem(
+    return attention_problem(
         empty(2, 8, T, D), empty(2, 4, S, D), empty(2, 4, S, Dv), empty(4, P, D), empty(4, P, Dv),
-        *(tensors.get(name) for name in names), is_causal, D**-0.5, window, softcap,
+        is_causal=is_causal, sliding_window=window, softcap=softcap, **tensors,
     )  # fmt: skip
 
 
@@ -79,9 +77,9 @@ def test_rows_that_wide_loads_cannot_read_are_not_for_fused_attention() -> None:
         shape, strides = (2, 8, 2048, 128), (8 * 2048 * stride, 2048 * stride, stride, 1)
         return torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="cuda")
 
-    assert fused_attention.cannot(replace(problem(), query=rows(136))) is None
-    assert choose.forward(replace(problem(), query=rows(132))).name == "single"
-    assert fused_attention.cannot(replace(problem(), query=rows(132))) == "rows do not begin at multiples of 16 bytes"
+    assert fused_attention.cannot(problem()._replace(query=rows(136))) is None
+    assert choose.forward(problem()._replace(query=rows(132))).name == "single"
+    assert fused_attention.cannot(problem()._replace(query=rows(132))) == "rows do not begin at multiples of 16 bytes"
     assert fused_attention._is_aligned(torch.empty(64, 128, device="meta")[:, 4:68])
     assert not fused_attention._is_aligned(torch.empty(64, 128, device="meta")[:, 2:66])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefixcore.backends.problem import AttentionProblem
+from prefixcore.backends.problem import AttentionProblem, attention_problem
 from prefixcore.backends.triton import fused_attention
 
 
@@ -20,8 +20,8 @@ def problem(layout: str, T: int = 40, S: int = 40, is_causal: bool = True) -> At
         return torch.empty(2, length, count, 64, device="meta", dtype=torch.bfloat16).transpose(1, 2)
 
     prefix = torch.empty(4, 5, 64, device="meta")
-    no_tensors = [None] * 6
-    return AttentionProblem(heads(8, T), heads(4, S), heads(4, S), prefix, prefix, *no_tensors, is_causal, 0.1, 0, 0.0)
+    tensors = heads(8, T), heads(4, S), heads(4, S), prefix, prefix
+    return attention_problem(*tensors, is_causal=is_causal, scale=0.1)
 
 
 @pytest.mark.parametrize("layout", ["heads last", "heads first", "fused projection"])

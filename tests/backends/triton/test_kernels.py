@@ -38,25 +38,9 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(grad_prefix, "TILES_PER_SPLIT", 1)
 
 
-def arguments(problem: Problem) -> AttentionProblem:
-    """As :func:`prefixcore.prefix_attention` normalises them."""
-    tensors, options = problem.tensors()
-    padding, mask = None, options.get("attn_mask")
-    if mask is not None and mask.dim() == 2:
-        padding, mask = mask, None
-    query, key = tensors["query"], tensors["key"]
-    if mask is not None:
-        mask = mask.expand(*query.shape[:3], key.shape[2])
-    return AttentionProblem(
-        *tensors.values(), options.get("prefix_index"), options.get("prefix_lengths"), padding, mask,
-        options.get("sinks"), options.get("cu_seqlens"), problem.is_causal, problem.scale or problem.D**-0.5,
-        problem.sliding_window or 0, problem.softcap or 0.0,
-    )  # fmt: skip
-
-
 def reference(p: AttentionProblem, **changes: Any) -> tuple[Tensor, Tensor]:
-    values = vars(replace(p, **changes)).values()
-    return prefix_attention_reference(*(x.double() if _floating(x) else x for x in values))
+    wide = (x.double() if _floating(x) else x for x in p._replace(**changes))
+    return prefix_attention_reference(AttentionProblem(*wide))
 
 
 def _floating(x: Any) -> bool:
@@ -64,7 +48,7 @@ def _floating(x: Any) -> bool:
 
 
 def without_prefix(p: AttentionProblem) -> AttentionProblem:
-    return replace(p, prefix_key=p.prefix_key[..., :0, :], prefix_value=p.prefix_value[..., :0, :], prefix_lengths=None)
+    return p._replace(prefix_key=p.prefix_key[..., :0, :], prefix_value=p.prefix_value[..., :0, :], prefix_lengths=None)
 
 
 def poisoned(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,7 +151,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_reference(case: str) -> None:
-    p = arguments(replace(BASE, **CASES[case]))
+    p = replace(BASE, **CASES[case]).record()
     expected = Expected(p)
     out, lse = check_forward(p, expected)
     check_backward(p, expected, out, lse)
@@ -180,7 +164,7 @@ def test_against_the_reference(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("prefix_dtype", [None, torch.float32], ids=["", "float32 prefix"])
 def test_half_precisions(dtype: torch.dtype, prefix_dtype: torch.dtype | None) -> None:
-    p = arguments(replace(BASE, T=20, dtype=dtype, prefix_dtype=prefix_dtype))
+    p = replace(BASE, T=20, dtype=dtype, prefix_dtype=prefix_dtype).record()
     expected = Expected(p)
     out, lse = check_forward(p, expected)
     check_backward(p, expected, out, lse)
@@ -190,7 +174,7 @@ def test_half_precisions(dtype: torch.dtype, prefix_dtype: torch.dtype | None) -
 
 @pytest.mark.parametrize("empty", [{"B": 0}, {"T": 0}, {"T": 0, "S": 5}, {"P": 0, "S": 0}, {"N": 2, "P": 0}])
 def test_empty(empty: dict) -> None:
-    p = arguments(replace(BASE, **empty))
+    p = replace(BASE, **empty).record()
     expected = Expected(p)
     check_backward(p, expected, *check_forward(p, expected))
     check_decode(p, expected)
@@ -198,23 +182,23 @@ def test_empty(empty: dict) -> None:
 
 def test_hidden_garbage_does_not_leak() -> None:
     """Padded keys and virtual tokens beyond an entry's length may hold anything."""
-    p = arguments(replace(BASE, B=2, T=18, N=2))
+    p = replace(BASE, B=2, T=18, N=2).record()
     padding = torch.arange(18) < torch.tensor([[11], [18]])
-    clean = replace(p, padding=padding, prefix_index=torch.tensor([0, 1]), prefix_lengths=torch.tensor([20, 3]))
+    clean = p._replace(padding=padding, prefix_index=torch.tensor([0, 1]), prefix_lengths=torch.tensor([20, 3]))
     dirty = {name: getattr(p, name).clone() for name in ("key", "value", "prefix_key", "prefix_value")}
     dirty["key"][0, :, 11:], dirty["value"][0, :, 11:] = torch.nan, torch.inf
     dirty["prefix_key"][1, :, 3:], dirty["prefix_value"][1, :, 3:] = torch.nan, torch.inf
-    p, expected = replace(clean, **dirty), Expected(clean)
+    p, expected = clean._replace(**dirty), Expected(clean)
     check_backward(p, expected, *check_forward(p, expected))
     check_decode(p, expected)
 
 
 def test_infinities_of_other_kernels_mean_nothing_seen() -> None:
-    p = arguments(replace(BASE, T=5))
+    p = replace(BASE, T=5).record()
     for infinity in (torch.inf, -torch.inf):
         out, lse = torch.zeros(1, 2, 5, 32), torch.full((1, 2, 5), infinity)
         forward.launch_forward(p, out, lse, from_state=True)
-        want, want_lse = reference(replace(p, key=p.key[:, :, :0], value=p.value[:, :, :0]))
+        want, want_lse = reference(p._replace(key=p.key[:, :, :0], value=p.value[:, :, :0]))
         close("out", out, want, torch.float32)
         close("lse", lse, want_lse, torch.float32)
 
@@ -229,9 +213,9 @@ def test_offsets_beyond_32_bits() -> None:
         return room.copy_(x)
 
     torch.use_deterministic_algorithms(False)  # which would fill the room
-    p = arguments(replace(BASE, B=2, T=5, P=3, H=1, D=16))
+    p = replace(BASE, B=2, T=5, P=3, H=1, D=16).record()
     expected = Expected(p)
-    p = replace(p, query=far(p.query), key=far(p.key), value=far(p.value))
+    p = p._replace(query=far(p.query), key=far(p.key), value=far(p.value))
     out = far(torch.full(expected.out.shape, torch.nan))
     lse = torch.full(expected.lse.shape, torch.nan)
     forward.launch_forward(p, out, lse)
@@ -251,20 +235,20 @@ def same_bits(p: AttentionProblem, q: AttentionProblem) -> None:
 
 def test_values_out_of_range_are_clamped() -> None:
     """Nobody can look at them without waiting for the GPU; they must not lead outside of a tensor."""
-    p = arguments(replace(BASE, B=3, N=2, T=20, index=True, lengths=True))
-    wild = replace(p, prefix_index=torch.tensor([-7, 9, 2**40]), prefix_lengths=torch.tensor([-3, 2**40]))
-    tame = replace(p, prefix_index=torch.tensor([-1, 1, 1]), prefix_lengths=torch.tensor([0, 20]))
-    same_bits(replace(wild, prefix_index=tame.prefix_index), tame)
-    same_bits(replace(tame, prefix_lengths=None), replace(tame, prefix_lengths=torch.tensor([20, 20])))
+    p = replace(BASE, B=3, N=2, T=20, index=True, lengths=True).record()
+    wild = p._replace(prefix_index=torch.tensor([-7, 9, 2**40]), prefix_lengths=torch.tensor([-3, 2**40]))
+    tame = p._replace(prefix_index=torch.tensor([-1, 1, 1]), prefix_lengths=torch.tensor([0, 20]))
+    same_bits(wild._replace(prefix_index=tame.prefix_index), tame)
+    same_bits(tame._replace(prefix_lengths=None), tame._replace(prefix_lengths=torch.tensor([20, 20])))
     out, lse = check_forward(wild, Expected(tame))
-    grad_prefix.launch_grad_prefix(wild, torch.zeros_like(out), lse, torch.zeros_like(lse))
-    packed = arguments(replace(BASE, packed=(30, 40)))
+    grad_prefix.grad_prefix(wild, torch.zeros_like(out), lse, torch.zeros_like(lse))
+    packed = replace(BASE, packed=(30, 40)).record()
     same_bits(
-        replace(packed, cu_seqlens=torch.tensor([-5, 30, 10**9])), replace(packed, cu_seqlens=torch.tensor([0, 30, 70]))
+        packed._replace(cu_seqlens=torch.tensor([-5, 30, 10**9])), packed._replace(cu_seqlens=torch.tensor([0, 30, 70]))
     )
 
 
 def test_decode_refuses_packed_sequences() -> None:
-    p = arguments(replace(BASE, packed=(3, 2)))
+    p = replace(BASE, packed=(3, 2)).record()
     with pytest.raises(ValueError, match="use forward"):
         decode.launch_decode(p, torch.empty(1, 2, 5, 32), torch.empty(1, 2, 5))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import prefixcore
+from prefixcore.backends.problem import attention_problem
 from prefixcore.backends.triton import choose, fused_attention, merged, single, use_path
 from prefixcore.backends.triton.kernels import grad_short_prefix
 from tests.device import DEVICE, triton_backend
@@ -106,10 +107,10 @@ def test_what_is_written_is_laid_out_as_promised() -> None:
     for heads_last in (False, True):
         tensors, _ = Problem(T=33, P=20, dtype=DTYPES[0], heads_last=heads_last).tensors()
         leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-        arguments = (*leaves.values(), *[None] * 6, True, 0.2, 0, 0.0)
-        out, lse = torch.ops.prefixcore.prefix_attention(*arguments)
+        p = attention_problem(**leaves)
+        out, lse = torch.ops.prefixcore.prefix_attention(*p)
         grads = torch.ops.prefixcore.prefix_attention_backward(
-            torch.randn_like(out), None, out, lse, *arguments, True, True, True
+            torch.randn_like(out), None, out, lse, *p, True, True, True
         )
         for x, grad in zip(leaves.values(), grads[:3], strict=False):
             assert grad.stride() == x.stride()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore.backends import cuda
+from prefixcore.backends.problem import attention_problem
 from prefixcore.backends.triton import PATHS, use_path
 from tests.device import DEVICE, NAME
 from tests.ops.problems import Problem, relative_error, run
@@ -163,12 +164,11 @@ def test_compiled_code(mode: str) -> None:
 
 def test_opcheck() -> None:
     tensors, _ = Problem(T=9).tensors()
-    arguments = (*tensors.values(), *[None] * 6, True, 0.2, 0, 0.0)
-    leaves = tuple(x.requires_grad_() if isinstance(x, Tensor) else x for x in arguments)
-    torch.library.opcheck(torch.ops.prefixcore.prefix_attention.default, leaves, atol=1e-3, rtol=1e-3)
-    plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    out, lse = torch.ops.prefixcore.prefix_attention(*plain)
-    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *plain, True, True, True)
+    p = attention_problem(**{name: x.clone().requires_grad_() for name, x in tensors.items()})
+    torch.library.opcheck(torch.ops.prefixcore.prefix_attention.default, p, atol=1e-3, rtol=1e-3)
+    p = attention_problem(**tensors)
+    out, lse = torch.ops.prefixcore.prefix_attention(*p)
+    backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *p, True, True, True)
     torch.library.opcheck(torch.ops.prefixcore.prefix_attention_backward.default, backward)
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prefixcore
 from prefixcore.backends import triton
+from prefixcore.backends.problem import attention_problem
 from prefixcore.backends.triton import choose, merged, single, use_path
 from tests.device import DEVICE, NAME, triton_backend
 from tests.ops.problems import Problem
@@ -84,8 +85,8 @@ def test_shapes_of_fake_cuda_tensors(monkeypatch: pytest.MonkeyPatch, heads_last
             tensors = [x.transpose(1, 2) for x in tensors]
         prefix = [torch.empty(8, 5, 64, device="cuda") for _ in range(2)]
         out, lse = prefixcore.prefix_attention(*tensors, *prefix, return_lse=True)
-        arguments = (*tensors, *prefix, *[None] * 6, True, 0.1, 0, 0.0)
-        grads = torch.ops.prefixcore.prefix_attention_backward(out, None, out, lse, *arguments, True, True, True)
+        p = attention_problem(*tensors, *prefix)
+        grads = torch.ops.prefixcore.prefix_attention_backward(out, None, out, lse, *p, True, True, True)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     assert [x.dtype for x in grads] == [torch.bfloat16] * 3 + [torch.float32] * 2
     for x in (out, lse, *grads):
