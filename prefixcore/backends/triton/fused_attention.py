@@ -21,7 +21,7 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend
 
 from ..layout import as_gradient, heads_last
-from ..problem import AttentionProblem
+from ..problem import AttentionProblem, is_off
 
 _aten = torch.ops.aten
 _NO_DROPOUT = 0.0
@@ -43,28 +43,48 @@ class FusedAttention(NamedTuple):
     backward: Callable[[AttentionProblem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+class _Rule(NamedTuple):
+    """What PyTorch's may be given as one field of the record, and what speaks against all else, in words."""
+
+    field: str
+    allows: Callable[[AttentionProblem], bool]
+    otherwise: str
+
+
+_PASSED_ON = ("scale",)
+"""The fields that PyTorch's take, whatever they are."""
+
+_OURS = ("prefix_key", "prefix_value", "prefix_index", "prefix_lengths", "sinks")
+"""The fields that our own kernels add to the sequence's part: PyTorch's never see them."""
+
+_RULES = (
+    _Rule("cu_seqlens", lambda p: p.cu_seqlens is None, "the rows are packed"),
+    _Rule("mask", lambda p: p.mask is None, "there is a mask over queries and keys"),
+    _Rule("padding", lambda p: p.padding is None, "there is a padding mask"),
+    _Rule("sliding_window", lambda p: not p.window, "there is a sliding window"),
+    _Rule("softcap", lambda p: p.softcap == 0, "there is a softcap"),
+    _Rule("value", lambda p: p.value_dim == p.head_dim, "keys and values have different head dims"),
+    _Rule("query", lambda p: p.head_dim % 8 == 0 and p.head_dim <= 256,
+          "the head dim is no multiple of 8, or more than 256"),
+    _Rule("key", lambda p: bool(p.query.numel() and p.key.numel()), "there is nothing to attend"),
+    _Rule("query", lambda p: all(_is_aligned(x) for x in (p.query, p.key, p.value)),
+          "rows do not begin at multiples of 16 bytes"),
+    _Rule("is_causal", lambda p: not (p.is_causal and 1 < p.queries != p.keys),
+          "it is causal over more keys than queries, which PyTorch aligns top-left"),
+)  # fmt: skip
+
+ALLOWED = frozenset((*_PASSED_ON, *_OURS, *(rule.field for rule in _RULES)))
+"""The fields of the record of which something is said above. Any other one has to be off."""
+
+
 def cannot(p: AttentionProblem) -> str | None:
     """What about the sequence's part of `p` is beyond every fused attention, in words; None if nothing is."""
-    if p.cu_seqlens is not None:
-        return "the rows are packed"
-    if p.mask is not None:
-        return "there is a mask over queries and keys"
-    if p.padding is not None:
-        return "there is a padding mask"
-    if p.window:
-        return "there is a sliding window"
-    if p.softcap > 0:
-        return "there is a softcap"
-    if p.value_dim != p.head_dim:
-        return "keys and values have different head dims"
-    if p.head_dim % 8 or p.head_dim > 256:
-        return "the head dim is no multiple of 8, or more than 256"
-    if not (p.query.numel() and p.key.numel()):
-        return "there is nothing to attend"
-    if not all(_is_aligned(x) for x in (p.query, p.key, p.value)):
-        return "rows do not begin at multiples of 16 bytes"
-    if p.is_causal and 1 < p.queries != p.keys:
-        return "it is causal over more keys than queries, which PyTorch aligns top-left"
+    for field in p._fields:
+        if field not in ALLOWED and not is_off(getattr(p, field)):
+            return f"there is a {field}, which PyTorch's fused attention is not known to take"
+    for rule in _RULES:
+        if not rule.allows(p):
+            return rule.otherwise
     return None
 
 
@@ -76,7 +96,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 
 def preferred(p: AttentionProblem, *, training: bool) -> FusedAttention | None:
-    """The fused attention that PyTorch would choose where :func:`cannot` says None; None: it has none for this.
+    """The fused attention that PyTorch would choose where `cannot` says None; None: it has none for this.
 
     `training`: a backward is what is asked for. Some kernels have one for fewer head dims than the forward.
     """

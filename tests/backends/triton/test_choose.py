@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -126,6 +127,28 @@ def test_what_no_fused_attention_is_given(tensors: dict[str, tuple[int, ...]], w
     path = choose.forward(problem(**{name: bools(*shape) for name, shape in tensors.items()}))
     assert path.name == "single"
     assert why in path.why
+
+
+def test_of_every_field_something_is_said() -> None:
+    assert set(AttentionProblem._fields) == fused_attention.ALLOWED
+
+
+@pytest.mark.parametrize("off", [None, 0, False, 0.0])
+def test_an_option_that_nobody_has_thought_of_is_for_our_own_kernels(off: Any) -> None:
+    class Extended(AttentionProblem):
+        """The record as it is after somebody has added an option to it."""
+
+        _fields = (*AttentionProblem._fields, "temperature")  # type: ignore[assignment]
+        temperature = property(operator.itemgetter(len(AttentionProblem._fields)))
+
+    def extended(temperature: Any) -> Extended:
+        return tuple.__new__(Extended, (*problem(), temperature))
+
+    assert choose.forward(extended(off)).name == "merged"
+    for on in (0.5, True, torch.zeros((), device="cuda")):
+        for path in (choose.forward(extended(on)), choose.backward(extended(on), all_three=True, grad_lse=False)):
+            assert path.name == "single"
+            assert path.why == "there is a temperature, which PyTorch's fused attention is not known to take"
 
 
 def test_banks_and_sinks_are_no_obstacle() -> None:
