@@ -1,31 +1,30 @@
-"""The cuda backend: C++ kernels for the soft embedding on NVIDIA GPUs, where CUDA was compiled in.
+"""The cuda backend: the soft embedding on NVIDIA GPUs in C++, where CUDA was compiled in. The default there.
 
-They never wait for the GPU: an id out of range, which raises on the CPU, gives a row of NaN here, and never an access
-outside of a table. The kernels compile for sm_80, sm_90 and sm_100 without a spill.
+It never waits for the GPU, so that it can be captured in a CUDA graph: an id out of range, which raises on the CPU,
+gives a row of NaN, and never an access outside of a table.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import library
+from . import library, nvidia
+from .protocol import mismatch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAME = "cuda"
+OPS = ("soft_embedding",)
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot do ``op`` on such tensors, or None if it can."""
-    if op != "soft_embedding":
-        return f"it has no kernel for {op} yet"
-    if device_type != "cuda":
-        return f"it runs on CUDA devices, not on {device_type}"
-    if dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if not library.host().build_info()["cuda_architectures"]:
+    """Why this backend cannot do `op` on such tensors, or None if it can."""
+    if reason := mismatch(op, device_type, dtype, ops=OPS, device="cuda"):
+        return reason
+    if not library.CUDA_ARCHITECTURES:
         return "CUDA was not compiled in: build with PREFIXCORE_CUDA=1 where nvcc is installed"
-    return None
+    machine = nvidia.machine()
+    return None if machine.problem else nvidia.too_old(machine.newest, min(library.CUDA_ARCHITECTURES))
 
 
 def describe() -> str:
     """The backend in a few words."""
-    return f"CUDA kernels for sm_{library.host().build_info()['cuda_architectures'].replace(',', ', sm_')}"
+    return "CUDA kernels for " + ", ".join(f"sm_{major}{minor}" for major, minor in library.CUDA_ARCHITECTURES)

@@ -6,7 +6,9 @@ fake tensors (``torch.compile``) and their derivatives (``gradients.py``). The b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,5 +95,16 @@ def _register() -> torch.library.Library:
     return derivatives
 
 
+def _cuda_architectures() -> tuple[tuple[int, int], ...]:
+    with suppress(ImportError):  # of the host module: whoever needs it says so
+        names = host().build_info()["cuda_architectures"]
+        return tuple((int(number[:-1]), int(number[-1])) for number in re.findall(r"\d+", names))
+    return ()
+
+
+CUDA_ARCHITECTURES: tuple[tuple[int, int], ...] = ()
+"""The compute capabilities that the CUDA sources were compiled for; none where they were not."""
+
 if BUILT:
     _REGISTERED = _register()  # lasts as long as this object does
+    CUDA_ARCHITECTURES = _cuda_architectures()

@@ -9,6 +9,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..backends.problem import AttentionProblem
 
@@ -96,5 +97,5 @@ def soft_embedding_reference(input_ids: Tensor, weight: Tensor, virtual: Tensor)
 
 
 def _lookup(table: Tensor, rows: Tensor) -> Tensor:
-    """``embedding``, of an empty table too, of whose rows none is used."""
-    return torch.nn.functional.embedding(rows, table if len(table) else table.new_zeros(1, table.shape[1]))
+    """``embedding``; an empty table, of which no row is used, gets one of zeros."""
+    return functional.embedding(rows, table if len(table) else functional.pad(table, (0, 0, 0, 1)))

@@ -1,6 +1,6 @@
 """Which backend an op uses: one small rule that can be asked and forced.
 
-``PREFIXCORE_BACKEND`` forces one for the whole process, :func:`use_backend` for a block of code.
+``PREFIXCORE_BACKEND`` forces one for the whole process, `use_backend` for a block of code.
 A forced backend that cannot do what it is asked raises; nothing falls back silently.
 """
 
@@ -14,10 +14,22 @@ from typing import NamedTuple
 import torch
 
 from ..backends import cpu, cuda, library, triton
+from ..backends.protocol import DTYPES, Backend
 
-OPS = ("prefix_attention", "soft_embedding")
-BACKENDS = ("cpu", "cuda", "triton", "reference")
-_KERNELS = {"cpu": cpu, "cuda": cuda, "triton": triton}
+TABLE: dict[tuple[str, str], tuple[Backend, ...]] = {
+    ("prefix_attention", "cpu"): (cpu,),
+    ("prefix_attention", "cuda"): (triton,),
+    ("soft_embedding", "cpu"): (cpu,),
+    ("soft_embedding", "cuda"): (cuda, triton),
+}
+"""For each op and type of device its backends: the first that does not refuse is the default, and else the reference.
+
+A new backend is a row, or a place in one; see ``prefixcore/backends/protocol.py``.
+"""
+
+OPS = tuple(dict.fromkeys(op for op, _ in TABLE))
+_BY_NAME = {backend.NAME: backend for row in TABLE.values() for backend in row}
+BACKENDS = (*_BY_NAME, "reference")
 
 _forced: str | None = os.environ.get("PREFIXCORE_BACKEND") or None
 
@@ -30,16 +42,17 @@ class Choice(NamedTuple):
 
 
 def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend of ``op``; see :func:`which_backend`. Cheap: every call of an op asks it."""
+    """The backend of `op`; see `which_backend`. Cheap: every call of an op asks it."""
     name = _forced
     if name is None:
-        if device_type == "cpu":
-            name = "cpu" if dtype in cpu.DTYPES else "reference"
-        else:
-            name = "reference" if triton.refuses(op, device_type, dtype) else "triton"
+        name = "reference"
+        for backend in TABLE.get((op, device_type), ()):
+            if backend.refuses(op, device_type, dtype) is None:
+                name = backend.NAME
+                break
     elif name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r} (PREFIXCORE_BACKEND): use one of {BACKENDS}")
-    elif name != "reference" and (reason := _KERNELS[name].refuses(op, device_type, dtype)):
+    elif name != "reference" and (reason := _BY_NAME[name].refuses(op, device_type, dtype)):
         raise ValueError(f"the {name} backend was forced, but {reason}; stop forcing it, or force 'reference'")
     if name != "reference" and not library.BUILT:
         library.require()
@@ -65,15 +78,15 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
     if _forced is not None:
         return Choice(name, "forced")
     if name != "reference":
-        return Choice(name, _KERNELS[name].describe())
+        return Choice(name, _BY_NAME[name].describe())
     return Choice(name, _why_not_kernels(op, device_type, dtype))
 
 
 def _why_not_kernels(op: str, device_type: str, dtype: torch.dtype) -> str:
-    if op == "soft_embedding" and device_type == "cuda" and cuda.refuses(op, device_type, dtype) is None:
-        return 'the cuda backend has to be forced: use_backend("cuda")'
-    name, backend = ("cpu", cpu) if device_type == "cpu" else ("triton", triton)
-    return f"the {name} backend refuses: {backend.refuses(op, device_type, dtype)}"
+    if (op, device_type) not in TABLE:
+        return f"no backend has kernels for {device_type}"
+    refusals = {backend.NAME: backend.refuses(op, device_type, dtype) for backend in TABLE[op, device_type]}
+    return "; ".join(f"the {name} backend refuses: {reason}" for name, reason in refusals.items())
 
 
 @contextmanager
@@ -104,7 +117,7 @@ def explain() -> list[tuple[str, str, str, str, str]]:
     rows = []
     for op in OPS:
         for device in devices:
-            for dtype in (*cpu.DTYPES, torch.float64):
+            for dtype in (*DTYPES, torch.float64):
                 try:
                     choice = which_backend(op, device, dtype)
                 except (RuntimeError, ValueError) as error:

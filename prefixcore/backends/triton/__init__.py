@@ -1,11 +1,12 @@
-"""The GPU backend: PyTorch's fused attention where it is best, Triton kernels for the prefix and for everything else.
+"""The triton backend: both ops on NVIDIA GPUs, by Triton kernels; and by PyTorch's fused attention where it is best.
 
 The compiled library declares the ops; registered here are their implementations for CUDA tensors. Triton is imported
 when the first of them runs, never by ``import prefixcore``.
 
 A launch never waits for the GPU, so that it can be captured in a CUDA graph. Therefore nobody looks at the values of
 ``prefix_index``, ``prefix_lengths`` and ``cu_seqlens``: the kernels clamp them to what is there. Values out of range,
-which raise on the CPU, give a meaningless result here, and never an access outside of a tensor.
+which raise on the CPU, give a meaningless result here, and never an access outside of a tensor; an id out of range
+gives the soft embedding a row of NaN.
 
 Outputs and the prefix's gradients have the same bits on every run. The gradients of query, key and value have them on
 the single path; PyTorch's fused attention sums in any order unless ``torch.use_deterministic_algorithms(True)``
@@ -20,18 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import library, nvidia
 from ..problem import DIFFERENTIABLE, TENSORS, AttentionProblem
+from ..protocol import mismatch
 from . import choose
 from .choose import PATHS, use_path
 
-__all__ = ["DTYPES", "PATHS", "describe", "prefix_attention", "prefix_attention_backward", "refuses", "use_path"]
+__all__ = [
+    "NAME", "PATHS", "describe", "prefix_attention", "prefix_attention_backward", "refuses", "soft_embedding",
+    "soft_embedding_backward", "use_path",
+]  # fmt: skip
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAME = "triton"
+OPS = ("prefix_attention", "soft_embedding")
 OLDEST = (8, 0)
 """The compute capability that the kernels need: bfloat16 products and asynchronous copies."""
-
-_machines: dict[str, str | None] = {}  # what speaks against each GPU, by its index, and against all of them
 
 
 def _importable(name: str) -> bool:
@@ -45,53 +49,35 @@ _TRITON = _importable("triton")
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot do ``op`` on such tensors, or None if it can."""
-    if op != "prefix_attention":
-        return f"it has no kernel for {op}"
-    if device_type != "cuda":
-        return f"it runs on NVIDIA GPUs, not on {device_type}"
-    if dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    """Why this backend cannot do `op` on such tensors, or None if it can."""
+    if reason := mismatch(op, device_type, dtype, ops=OPS, device="cuda"):
+        return reason
+    if op == "soft_embedding" and library.CUDA_ARCHITECTURES:
+        return "CUDA was compiled in, and its kernels for soft_embedding stand in this one's place"
     if not _TRITON:
         return "Triton is not installed: pip install triton"
-    if "all" not in _machines:
-        _machines["all"] = _look_at_the_machine()
-    return _machines["all"]
-
-
-def _look_at_the_machine() -> str | None:
-    if torch.version.hip is not None:
-        return "it has been written for NVIDIA's GPUs, and this PyTorch is for AMD's"
-    if not torch.cuda.is_available():
-        return "no GPU is there"
-    best = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    return _too_old(best)
-
-
-_look_at_the_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile is not to trace it
-
-
-def _too_old(capability: tuple[int, int]) -> str | None:
-    if capability >= OLDEST:
-        return None
-    return "it needs compute capability {}.{}, and the GPU has {}.{}".format(*OLDEST, *capability)
+    machine = nvidia.machine()
+    return machine.problem or nvidia.too_old(machine.newest, OLDEST)
 
 
 def _check_device(x: Tensor) -> None:
     """RuntimeError if there are several GPUs, and `x` is on one of those that are too old."""
-    index = str(x.device.index)
-    if index not in _machines:
-        _machines[index] = _too_old(torch.cuda.get_device_capability(x.device)) if x.is_cuda else None
-    if reason := _machines[index]:
+    device = x.device
+    if device not in _too_old:
+        _too_old[device] = nvidia.too_old(torch.cuda.get_device_capability(device), OLDEST) if x.is_cuda else None
+    if reason := _too_old[device]:
         raise RuntimeError(
-            f"the triton backend cannot run on {x.device}: {reason}; move the tensors to a newer one, or run the slow "
+            f"the triton backend cannot run on {device}: {reason}; move the tensors to a newer one, or run the slow "
             "reference inside 'with prefixcore.use_backend(\"reference\")'"
         )
 
 
+_too_old: dict[torch.device, str | None] = {}  # what speaks against a device, of those whose tensors came
+
+
 def describe() -> str:
     """The backend in a few words."""
-    return "Triton kernels, PyTorch's fused attention for the sequence where it can"
+    return "Triton kernels; for attention's sequence PyTorch's fused attention where it can"
 
 
 def prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
@@ -136,6 +122,27 @@ def prefix_attention_backward(
     return tuple(grads)
 
 
+def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
+    """``torch.ops.prefixcore.soft_embedding`` for CUDA tensors, where CUDA was not compiled in."""
+    if virtual.shape[1] != weight.shape[1]:
+        raise ValueError("virtual: expected rows as long as those of weight")
+    _check_device(weight)
+    with torch.cuda.device_of(weight):
+        from .kernels.soft_embedding import gather
+
+        return gather(input_ids, _rows(weight), _rows(virtual))
+
+
+def soft_embedding_backward(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
+    """``torch.ops.prefixcore.soft_embedding_backward`` for CUDA tensors, where CUDA was not compiled in."""
+    if grad.shape[:-1] != input_ids.shape:
+        raise ValueError("grad: expected one row for each of input_ids")
+    with torch.cuda.device_of(grad):
+        from .kernels.soft_embedding import grad_virtual
+
+        return grad_virtual(grad, input_ids, vocabulary, num_virtual)
+
+
 def _readable(p: AttentionProblem) -> AttentionProblem:
     """`p` as kernels read it: contiguous rows, and vectors without strides. Masks are read by all of their strides."""
     changed: dict[str, Any] = {
@@ -160,6 +167,9 @@ def register(dispatch_key: str = "CUDA") -> torch.library.Library:
     implementations = torch.library.Library("prefixcore", "IMPL")
     implementations.impl("prefix_attention", prefix_attention, dispatch_key)
     implementations.impl("prefix_attention_backward", prefix_attention_backward, dispatch_key)
+    if not (dispatch_key == "CUDA" and library.CUDA_ARCHITECTURES):  # the dispatcher keeps one kernel for each key
+        implementations.impl("soft_embedding", soft_embedding, dispatch_key)
+        implementations.impl("soft_embedding_backward", soft_embedding_backward, dispatch_key)
     return implementations
 
 

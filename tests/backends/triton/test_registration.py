@@ -12,18 +12,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prefixcore
-from prefixcore.backends import triton
+from prefixcore.backends import nvidia, triton
 from prefixcore.backends.problem import attention_problem
+from prefixcore.backends.protocol import DTYPES
 from prefixcore.backends.triton import choose, merged, single, use_path
 from tests.device import DEVICE, NAME, triton_backend
 from tests.ops.problems import Problem
+
+A_GPU = nvidia.Machine(None, (9, 0))
 
 without_gpu = pytest.mark.skipif(NAME == "cuda", reason="there is a GPU")
 
 
 @pytest.fixture
 def no_machine_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_machines", {})
+    monkeypatch.setattr(nvidia, "_machine", [])
+    monkeypatch.setattr(triton, "_too_old", {})
 
 
 def test_importing_prefixcore_does_not_import_triton() -> None:
@@ -42,11 +46,10 @@ def test_without_a_gpu_the_reference_runs_and_says_why(no_machine_is_known: None
 
 
 def test_with_a_gpu_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_machines", {"all": None})
-    for dtype in triton.DTYPES:
+    monkeypatch.setattr(nvidia, "_machine", [A_GPU])
+    for dtype in DTYPES:
         assert prefixcore.which_backend("prefix_attention", "cuda", dtype) == ("triton", triton.describe())
     assert prefixcore.which_backend("prefix_attention", "cuda", torch.float64).name == "reference"
-    assert "no kernel for soft_embedding" in (triton.refuses("soft_embedding", "cuda", torch.bfloat16) or "")
     assert "not on mps" in (triton.refuses("prefix_attention", "mps", torch.bfloat16) or "")
     monkeypatch.setattr(triton, "_TRITON", False)
     choice = prefixcore.which_backend("prefix_attention", "cuda", torch.bfloat16)
@@ -77,7 +80,7 @@ def test_old_gpus(
 @pytest.mark.parametrize("heads_last", [False, True])
 def test_shapes_of_fake_cuda_tensors(monkeypatch: pytest.MonkeyPatch, heads_last: bool) -> None:
     """What compiled code is told about the outputs: on the device of the inputs, laid out as promised."""
-    monkeypatch.setattr(triton, "_machines", {"all": None})
+    monkeypatch.setattr(nvidia, "_machine", [A_GPU])
     with FakeTensorMode():
         shape = (2, 33, 8, 64) if heads_last else (2, 8, 33, 64)
         tensors = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -133,11 +136,12 @@ def test_where_there_is_no_query(problem: Problem) -> None:
 def test_compiled_code_may_be_the_first_to_ask(monkeypatch: pytest.MonkeyPatch, no_machine_is_known: None) -> None:
     """Looking at the machine cannot be traced, and is not."""
 
-    def look() -> None:
+    def look() -> nvidia.Machine:
         torch._dynamo.graph_break()
+        return A_GPU
 
-    look._dynamo_marked_constant = triton._look_at_the_machine._dynamo_marked_constant  # type: ignore[attr-defined]
-    monkeypatch.setattr(triton, "_look_at_the_machine", look)
+    look._dynamo_marked_constant = nvidia._look_at_the_machine._dynamo_marked_constant  # type: ignore[attr-defined]
+    monkeypatch.setattr(nvidia, "_look_at_the_machine", look)
 
     def ask(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if triton.refuses("prefix_attention", "cuda", torch.bfloat16) else x + 2
