@@ -41,13 +41,16 @@ NEEDED = {"setuptools": "setuptools>=77", "ninja": "ninja", "pybind11": "pybind1
 
 DEVICE_TESTS = (
     *(f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics")),
-    *(f"tests/backends/triton/test_{name}.py" for name in ("merged", "on_device", "registration", "choose")),
+    *(
+        f"tests/backends/triton/test_{name}.py"
+        for name in ("merged", "on_device", "registration", "choose", "soft_embedding")
+    ),
 )
 CUDA_TESTS = ("tests/backends/cuda/test_embedding.py",)
 REHEARSED = ("tests/ops/test_attention_correct.py", "-k", "test_options and 75-torch.bfloat16")
 SANITIZED_CUDA = (*CUDA_TESTS, "-k", "test_backward")
-SANITIZED = ("tests/backends/triton/test_on_device.py", "tests/backends/triton/test_merged.py",
-             "-k", "out_of_range or (test_options and bfloat16) or soft_embedding or dense_mask")  # fmt: skip
+SANITIZED = (*(f"tests/backends/triton/test_{name}.py" for name in ("on_device", "merged", "soft_embedding")),
+             "-k", "out_of_range or (test_options and bfloat16) or by_default or dense_mask")  # fmt: skip
 
 
 def missing(packages: dict[str, str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Where the tests of the ops run. ``PREFIXCORE_TEST_DEVICE`` is
 
-* ``cpu`` (the default): CPU tensors, the CPU backend;
-* ``cuda``: CUDA tensors, the GPU backend: the whole matrix on real hardware;
-* ``interpreter``: CPU tensors, the GPU backend with Triton's interpreter and PyTorch's CPU flash attention in the
+* ``cpu`` (the default): CPU tensors, the cpu backend;
+* ``cuda``: CUDA tensors, the triton backend: the whole matrix on real hardware;
+* ``interpreter``: CPU tensors, the triton backend with Triton's interpreter and PyTorch's CPU flash attention in the
   fused attention's place: the same matrix as far as a CPU goes. Slow.
 """
 
@@ -31,7 +31,7 @@ cpu_backend = pytest.mark.skipif(NAME != "cpu", reason="what it tests belongs to
 
 @contextmanager
 def triton_backend() -> Iterator[None]:
-    """The GPU backend computes the tensors of ``DEVICE``, interpreted where they are on the CPU."""
+    """The triton backend computes the tensors of ``DEVICE``, interpreted where they are on the CPU."""
     from prefixcore.backends import triton
 
     registered = triton.register("CPU") if DEVICE.type == "cpu" else None

@@ -18,7 +18,7 @@ Measure = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session", autouse=True)
 def triton_backend() -> Iterator[None]:
-    """In a rehearsal the GPU backend takes CPU tensors, its kernels interpreted."""
+    """In a rehearsal the triton backend takes CPU tensors, its kernels interpreted."""
     with device.triton_backend():
         yield
 

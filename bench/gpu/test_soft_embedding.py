@@ -1,4 +1,4 @@
-"""``soft_embedding`` by the CUDA kernels, beside a copy of as many bytes and beside embedding + concatenate."""
+"""``soft_embedding`` by its default kernels, beside a copy of as many bytes and beside embedding + concatenate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 import prefixcore
 from bench.gates import gate
 from bench.scale import pick
-from prefixcore.backends import cuda
 
 from .conftest import Measure
-from .device import DEVICE, HALF, REAL
+from .device import DEVICE, HALF
 
 SHAPES = pick(smoke=[(2, 24, 5, 97, 32)], quick=[(8, 2048, 64, 128256, 4096)],
               full=[(8, 2048, 64, 128256, 4096), (1, 512, 20, 128256, 2048), (32, 2048, 512, 32000, 4096)])  # fmt: skip
@@ -20,9 +19,8 @@ SHAPES = pick(smoke=[(2, 24, 5, 97, 32)], quick=[(8, 2048, 64, 128256, 4096)],
 @pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
 @pytest.mark.parametrize(("B", "T", "P", "V", "E"), SHAPES)
 def test_soft_embedding(measure: Measure, B: int, T: int, P: int, V: int, E: int, backward: bool) -> None:
-    backend = "cuda" if REAL else "cpu"
-    if REAL and (reason := cuda.refuses("soft_embedding", "cuda", HALF)):
-        pytest.skip(f"the cuda backend cannot run: {reason}")
+    backend = prefixcore.which_backend("soft_embedding", DEVICE, HALF)
+    assert backend.name != "reference", backend.why
     text = torch.randint(0, V, (B, T), device=DEVICE)
     ids = torch.cat([torch.arange(V, V + P, device=DEVICE).expand(B, P), text], 1)
     weight = torch.randn(V, E, device=DEVICE, dtype=HALF)
@@ -30,7 +28,7 @@ def test_soft_embedding(measure: Measure, B: int, T: int, P: int, V: int, E: int
     grad = torch.randn(B, P + T, E, device=DEVICE, dtype=HALF)
 
     def ours() -> dict[str, torch.Tensor]:
-        with prefixcore.use_backend(backend), torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward):
             out = prefixcore.soft_embedding(ids, weight, virtual)
         return {"out": out, **({"grad": torch.autograd.grad(out, virtual, grad)[0]} if backward else {})}
 
@@ -54,4 +52,5 @@ def test_soft_embedding(measure: Measure, B: int, T: int, P: int, V: int, E: int
         {"embedding + cat": 1.0, **({} if backward else {"copy": 0.9})},
         moves=2 * whole + (B * P * E * HALF.itemsize if backward else 0),
         relative_error=error,
+        backend=backend.name,
     )

@@ -1,7 +1,7 @@
 """What every backend is: the one form of its module, and what such modules share.
 
 To add a backend: one module (or package) here with the members of ``Backend``, which registers its kernels with
-PyTorch's dispatcher when it is imported, and one row for each of its ops in the table of ``prefixcore/ops/select.py``.
+PyTorch's dispatcher when it is imported, and its place in the table of ``prefixcore/ops/select.py``.
 mypy holds the modules in that table to the protocol.
 """
 

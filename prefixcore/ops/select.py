@@ -16,19 +16,17 @@ import torch
 from ..backends import cpu, cuda, library, triton
 from ..backends.protocol import DTYPES, Backend
 
-TABLE: dict[tuple[str, str], tuple[Backend, ...]] = {
-    ("prefix_attention", "cpu"): (cpu,),
-    ("prefix_attention", "cuda"): (triton,),
-    ("soft_embedding", "cpu"): (cpu,),
-    ("soft_embedding", "cuda"): (cuda, triton),
+TABLE: dict[str, dict[str, tuple[Backend, ...]]] = {
+    "prefix_attention": {"cpu": (cpu,), "cuda": (triton,)},
+    "soft_embedding": {"cpu": (cpu,), "cuda": (cuda, triton)},
 }
 """For each op and type of device its backends: the first that does not refuse is the default, and else the reference.
 
-A new backend is a row, or a place in one; see ``prefixcore/backends/protocol.py``.
+A new backend is a place in a row; see ``prefixcore/backends/protocol.py``.
 """
 
-OPS = tuple(dict.fromkeys(op for op, _ in TABLE))
-_BY_NAME = {backend.NAME: backend for row in TABLE.values() for backend in row}
+OPS = tuple(TABLE)
+_BY_NAME = {backend.NAME: backend for row in TABLE.values() for backends in row.values() for backend in backends}
 BACKENDS = (*_BY_NAME, "reference")
 
 _forced: str | None = os.environ.get("PREFIXCORE_BACKEND") or None
@@ -45,11 +43,12 @@ def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend of `op`; see `which_backend`. Cheap: every call of an op asks it."""
     name = _forced
     if name is None:
-        name = "reference"
-        for backend in TABLE.get((op, device_type), ()):
+        for backend in TABLE[op].get(device_type, ()):
             if backend.refuses(op, device_type, dtype) is None:
                 name = backend.NAME
                 break
+        else:
+            return "reference"
     elif name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r} (PREFIXCORE_BACKEND): use one of {BACKENDS}")
     elif name != "reference" and (reason := _BY_NAME[name].refuses(op, device_type, dtype)):
@@ -83,9 +82,10 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
 
 
 def _why_not_kernels(op: str, device_type: str, dtype: torch.dtype) -> str:
-    if (op, device_type) not in TABLE:
+    backends = TABLE[op].get(device_type)
+    if backends is None:
         return f"no backend has kernels for {device_type}"
-    refusals = {backend.NAME: backend.refuses(op, device_type, dtype) for backend in TABLE[op, device_type]}
+    refusals = {backend.NAME: backend.refuses(op, device_type, dtype) for backend in backends}
     return "; ".join(f"the {name} backend refuses: {reason}" for name, reason in refusals.items())
 
 

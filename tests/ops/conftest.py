@@ -20,7 +20,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=NAME != "cpu")
 def gpu() -> Iterator[None]:
-    """The GPU backend in the CPU backend's place, where that is what is under test."""
+    """The triton backend in the cpu backend's place, where that is what is under test."""
     torch.set_default_device(DEVICE)
     with triton_backend():
         yield

@@ -21,7 +21,7 @@ GRADIENTS = ("query", "key", "value", "prefix_key", "prefix_value")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a test varies; :meth:`tensors` makes the inputs from it, always the same ones."""
+    """What a test varies; ``tensors`` makes the inputs from it, always the same ones."""
 
     B: int = 2
     H: int = 4

@@ -79,11 +79,13 @@ def test_the_library_loads_without_a_gpu(nvcc_build: NvccBuild) -> None:
     code = """
 import torch, prefixcore
 from torch._subclasses import FakeTensorMode
-from prefixcore.backends import cuda, library
+from prefixcore.backends import cuda, library, triton
 weight = torch.randn(10, 4)
 assert torch.equal(prefixcore.soft_embedding(torch.tensor([1, 11]), weight, weight), weight[[1, 1]])
 print(library.LIBRARY, library.host().build_info()["cuda_architectures"])
 assert cuda.refuses("soft_embedding", "cuda", torch.float32) is None
+assert prefixcore.which_backend("soft_embedding", "cuda", torch.float32).name == "cuda"
+assert "CUDA was compiled in" in triton.refuses("soft_embedding", "cuda", torch.float32)
 
 ops = torch.ops.prefixcore
 for op in ("soft_embedding", "soft_embedding_backward"):
@@ -97,4 +99,5 @@ with FakeTensorMode(), torch.device("cuda"):
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=nvcc_build.folder)
     assert result.returncode == 0, result.stderr
+    assert "verriding" not in result.stderr, "the triton backend registered itself over the CUDA kernels"
     assert result.stdout.split() == [str(nvcc_build.folder / "prefixcore" / "_kernels.so"), "80,90,100"]

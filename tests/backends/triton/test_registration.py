@@ -1,4 +1,4 @@
-"""How the GPU backend stands in the dispatcher: fake CUDA tensors, forced and refused, without a GPU."""
+"""How the triton backend stands in the dispatcher: fake CUDA tensors, forced and refused, without a GPU."""
 
 from __future__ import annotations
 
