@@ -35,6 +35,7 @@ from prefixcore.backends.triton.kernels import (
     grad_query,
     grad_short_prefix,
     launch,
+    soft_embedding,
 )
 
 RECORDED = Path(__file__).with_name("resources.json")
@@ -90,6 +91,8 @@ CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bool mask, bidirectional": (problem(mask=torch.bool, is_causal=False), SINGLE[:3]),
     "packed, bank": (problem(packed=True, bank=True), SINGLE[:4]),
     "bank": (problem(bank=True), ("decode",)),
+    "bf16 4096, float32 virtual tokens": (problem(prefix_dtype=FP32), ("soft_embedding",)),
+    "fp32 63": (problem(63, FP32), ("soft_embedding",)),
 }  # fmt: skip
 
 
@@ -110,6 +113,11 @@ def call(name: str, p: AttentionProblem) -> None:
         decode.launch_decode(p, out, lse)
     elif name == "delta":
         delta.compute_delta(out, out, lse)
+    elif name == "soft_embedding":  # of the problem's dtypes, its hidden size 32 heads, or one that is odd
+        hidden = p.head_dim * (1 if p.head_dim % 2 else 32)
+        ids, weight = torch.arange(9), torch.empty(7, hidden, dtype=p.query.dtype)
+        rows = soft_embedding.gather(ids, weight, torch.empty(2, hidden, dtype=p.prefix_key.dtype))
+        soft_embedding.grad_virtual(rows, ids, 7, 2)
 
 
 class _NoDevice:
