@@ -241,7 +241,7 @@ def test_values_out_of_range_are_clamped() -> None:
     same_bits(wild._replace(prefix_index=tame.prefix_index), tame)
     same_bits(tame._replace(prefix_lengths=None), tame._replace(prefix_lengths=torch.tensor([20, 20])))
     out, lse = check_forward(wild, Expected(tame))
-    grad_prefix.grad_prefix(wild, torch.zeros_like(out), lse, torch.zeros_like(lse))
+    grad_prefix.launch_grad_prefix(wild, torch.zeros_like(out), lse, torch.zeros_like(lse))
     packed = replace(BASE, packed=(30, 40)).record()
     same_bits(
         packed._replace(cu_seqlens=torch.tensor([-5, 30, 10**9])), packed._replace(cu_seqlens=torch.tensor([0, 30, 70]))
