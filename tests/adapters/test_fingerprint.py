@@ -103,6 +103,6 @@ def test_a_hundred_million_parameters_in_well_under_a_second():
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     assert model.num_parameters() > 9e7
-    start = time.perf_counter()
+    start = time.process_time()  # others on the machine do not lengthen it
     fingerprint(model)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...compiler_cache import stand_in
 from ...device import NAME
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +73,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Gpu:
 
 
 def emulated_library(folder: Path) -> Path:
-    compiler = os.environ.get("CXX") or next(name for name in ("g++", "clang++", "c++") if shutil.which(name))
+    compiler = stand_in(cxx(), folder / "c++")
     torch_root = Path(torch.__file__).parent
     flags = [
         "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas",
@@ -82,15 +83,19 @@ def emulated_library(folder: Path) -> Path:
 
     def compiled(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        run(*compiler.split(), *flags, "-x", "c++", "-c", str(source), "-o", target)
+        run(compiler, *flags, "-x", "c++", "-c", str(source), "-o", target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, [*sorted(EMULATOR.glob("*.cpp")), *SOURCES]))
     library = folder / "emulated.so"
-    run(*compiler.split(), "-shared", *objects, "-o", str(library), "-Wl,-Bsymbolic",
+    run(compiler, "-shared", *objects, "-o", str(library), "-Wl,-Bsymbolic",
         f"-L{torch_root}/lib", "-ltorch_cpu", "-lc10")  # fmt: skip
     return library
+
+
+def cxx() -> str:
+    return os.environ.get("CXX") or next(name for name in ("g++", "clang++", "c++") if shutil.which(name))
 
 
 class NvccBuild(NamedTuple):
@@ -102,11 +107,16 @@ class NvccBuild(NamedTuple):
 
 @pytest.fixture(scope="session")
 def nvcc_build(tmp_path_factory: pytest.TempPathFactory) -> NvccBuild:
-    if shutil.which("nvcc") is None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
         pytest.skip("nvcc is not installed: CUDA sources cannot be compiled here")
     folder = tmp_path_factory.mktemp("nvcc")
+    compilers = tmp_path_factory.mktemp("compilers")
+    stand_in(nvcc, compilers / "nvcc")
     environment = {
-        **os.environ, "PREFIXCORE_CUDA": "1", "PREFIXCORE_CUDA_ARCHITECTURES": "80;90;100",
+        **os.environ, "CXX": stand_in(cxx(), compilers / "c++"),
+        "PATH": f"{compilers}{os.pathsep}{os.environ['PATH']}",
+        "PREFIXCORE_CUDA": "1", "PREFIXCORE_CUDA_ARCHITECTURES": "80;90;100",
         "PREFIXCORE_NVCC_FLAGS": "-Xptxas=-v",
     }  # fmt: skip
     output = run(

@@ -1,7 +1,8 @@
 """The CUDA sources without a GPU: what ptxas made of them for every architecture, and the library on a bare CPU.
 
 ``resources.json`` records every kernel's registers and static shared memory, so that a change of them is seen. After
-a change that is meant: ``RECORD_CUDA_RESOURCES=1 python -m pytest tests/backends/cuda/test_build.py`` writes it anew.
+a change that is meant ``RECORD_CUDA_RESOURCES=1 python -m pytest -m slow tests/backends/cuda/test_build.py`` writes it
+anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from .conftest import SOURCES, NvccBuild, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvcc")]
 
 RESOURCES = Path(__file__).with_name("resources.json")
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("Triton kernels for every architecture")]
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
