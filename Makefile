@@ -42,8 +42,9 @@ demo: $(VENV)/.installed
 weights: $(VENV)/.installed
 	$(BIN)/python -c "from bench.demo import base_model; base_model.converted_model()"
 
-# At most eight processes: each has torch and transformers of its own in memory.
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadgroup
+# A file's tests stay together, for the fixtures that they share, and those that start processes come early. At most eight
+# processes: each has torch and transformers of its own in memory.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed
 	$(PYTEST) $(ARGS)

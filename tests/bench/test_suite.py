@@ -9,8 +9,6 @@ import pytest
 from bench import pictures, runs, tables
 from tests.bench.smoke import run
 
-pytestmark = pytest.mark.xdist_group("the whole suite")
-
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict:

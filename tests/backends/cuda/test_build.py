@@ -18,7 +18,7 @@ import pytest
 
 from .conftest import SOURCES, NvccBuild, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nvcc")]
+pytestmark = pytest.mark.slow
 
 RESOURCES = Path(__file__).with_name("resources.json")
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]

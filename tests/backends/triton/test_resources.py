@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("Triton kernels for every architecture")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
 
