@@ -21,13 +21,17 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.backends.triton.resources"]
+def resources(*options: str, **settings: str) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | settings
+    command = [sys.executable, "-m", "tests.backends.triton.resources", *options]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return resources()
 
 
 def recorded() -> dict[str, Any]:
@@ -62,3 +66,15 @@ def test_as_recorded(found: dict[str, Any]) -> None:
     if found["triton"] != want["triton"]:
         pytest.skip(f"recorded with Triton {want['triton']}, here is {found['triton']}: other compilers, other numbers")
     assert found["kernels"] == want["kernels"], "python -m tests.backends.triton.resources --write"
+
+
+def test_what_was_compiled_once_is_remembered(tmp_path: Path) -> None:
+    """Triton leaves what it compiles in a folder; of the second run there is none."""
+    first, second = (
+        resources("--only", "bf16 128: delta", PREFIXCORE_TEST_CACHE=f"{tmp_path}/ours", TRITON_CACHE_DIR=str(folder))
+        for folder in (tmp_path / "first", tmp_path / "second")
+    )
+    assert first == second
+    assert len(first["kernels"]) == 3
+    assert list((tmp_path / "first").iterdir())
+    assert not (tmp_path / "second").exists()
