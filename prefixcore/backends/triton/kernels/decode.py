@@ -72,30 +72,27 @@ def decode_kernel(
     origin = owner * 0
     if PREFIX:
         keys = Keys(
+            padding=None,
             key=head_of(prefix_key, owner, kv_head, origin),
             value=head_of(prefix_value, owner, kv_head, origin),
-            padding=None,
             tiles=in_tiles(begin, begin, end, end, BLOCK_N),
             score_mod=ScoreMod(scoring, mask=None, shift=0, window=None),
         )
     else:
         shift = sizes.keys - sizes.queries
+        mask_at = None
+        if mask is not None:
+            base = mask.data + wide_b * mask.batch_stride + wide_h * mask.head_stride  # [BLOCK_M]
+            mask_at = Mask(base[:, None], mask.row_stride, mask.key_stride, sizes.queries, sizes.keys)
+        padded = padding_of(padding, owner, origin)
+        k_head, v_head = head_of(key, owner, kv_head, origin), head_of(value, owner, kv_head, origin)
         whole_begin, whole_end = begin, end
         if CAUSAL:
             whole_end = tl.minimum(end, shift + 1)
         if window is not None:
             whole_begin = tl.maximum(begin, sizes.keys - window)
-        mask_at = None
-        if mask is not None:
-            base = mask.data + wide_b * mask.batch_stride + wide_h * mask.head_stride  # [BLOCK_M]
-            mask_at = Mask(base[:, None], mask.row_stride, mask.key_stride, sizes.queries, sizes.keys)
-        keys = Keys(
-            key=head_of(key, owner, kv_head, origin),
-            value=head_of(value, owner, kv_head, origin),
-            padding=padding_of(padding, owner, origin),
-            tiles=in_tiles(begin, whole_begin, whole_end, end, BLOCK_N),
-            score_mod=ScoreMod(scoring, mask_at, shift, window),
-        )
+        tiles_seen = in_tiles(begin, whole_begin, whole_end, end, BLOCK_N)
+        keys = Keys(padded, k_head, v_head, tiles_seen, ScoreMod(scoring, mask_at, shift, window))
     acc, m, l = empty_state(BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
     acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL and not PREFIX)
 

@@ -26,8 +26,9 @@ def delta_kernel(
     i = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     exists = i < queries
     origin = head * 0
-    o_head, do_head = head_of(out, batch, head, origin), head_of(grad_out, batch, head, origin)
+    o_head = head_of(out, batch, head, origin)
     o = load_tile(o_head, i, exists, VALUE_DIM, BLOCK_DV, tl.float32)  # [BLOCK_M, BLOCK_DV]
+    do_head = head_of(grad_out, batch, head, origin)
     do = load_tile(do_head, i, exists, VALUE_DIM, BLOCK_DV, tl.float32)  # [BLOCK_M, BLOCK_DV]
     sums = tl.sum(o * do, 1)  # [BLOCK_M]
     if grad_lse is not None:

@@ -52,21 +52,22 @@ def forward_kernel(
     if PREFIX:
         entry, length = prefix_of(sequence.number, bank, sizes)
         keys = Keys(
+            padding=None,
             key=head_of(prefix_key, entry, kv_head, entry * 0),
             value=head_of(prefix_value, entry, kv_head, entry * 0),
-            padding=None,
             tiles=in_tiles(entry * 0, entry * 0, length, length, BLOCK_N),
             score_mod=ScoreMod(scoring, mask=None, shift=0, window=None),
         )
         acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL=False)
     if not FROM_STATE:
         shift = sequence.keys - sequence.queries
+        score_mod = ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window)
         keys = Keys(
+            padding=padding_of(padding, batch, start),
             key=head_of(key, batch, kv_head, start),
             value=head_of(value, batch, kv_head, start),
-            padding=padding_of(padding, batch, sequence.start),
             tiles=keys_seen(first, last, shift, sequence.keys, window, BLOCK_N, CAUSAL),
-            score_mod=ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window),
+            score_mod=score_mod,
         )
         acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL)
 

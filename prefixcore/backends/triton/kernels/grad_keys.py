@@ -95,13 +95,14 @@ def grad_keys_kernel(
     seeing = queries_seeing(first, last, shift, sequence.queries, window, BLOCK_M, CAUSAL)
     for member in range(0, GROUP):
         head = kv_head * GROUP + member
+        score_mod = ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window)
         queries = Queries(
             query=head_of(query, batch, head, start),
             grad_out=head_of(grad_out, batch, head, start),
             lse=head_of(lse, batch, head, start),
             delta=head_of(delta, batch, head, start),
             tiles=seeing,
-            score_mod=ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window),
+            score_mod=score_mod,
         )
         dk, dv = add_all_queries(dk, dv, k, v, j, queries, HEAD_DIM, VALUE_DIM, BLOCK_M, CAUSAL)
     dk = tl.where(keep[:, None], dk * scale, 0.0)

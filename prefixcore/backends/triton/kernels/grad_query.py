@@ -76,21 +76,22 @@ def grad_query_kernel(
     if PREFIX:
         entry, length = prefix_of(sequence.number, bank, sizes)
         keys = Keys(
+            padding=None,
             key=head_of(prefix_key, entry, kv_head, entry * 0),
             value=head_of(prefix_value, entry, kv_head, entry * 0),
-            padding=None,
             tiles=in_tiles(entry * 0, entry * 0, length, length, BLOCK_N),
             score_mod=ScoreMod(scoring, mask=None, shift=0, window=None),
         )
         dq = add_keys(dq, q, do, lse_i, delta_i, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL=False)
     if not PREFIX_ONLY:
         shift = sequence.keys - sequence.queries
+        score_mod = ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window)
         keys = Keys(
+            padding=padding_of(padding, batch, start),
             key=head_of(key, batch, kv_head, start),
             value=head_of(value, batch, kv_head, start),
-            padding=padding_of(padding, batch, start),
             tiles=keys_seen(first, last, shift, sequence.keys, window, BLOCK_N, CAUSAL),
-            score_mod=ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window),
+            score_mod=score_mod,
         )
         dq = add_keys(dq, q, do, lse_i, delta_i, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL)
 

@@ -40,8 +40,9 @@ def grad_short_prefix_kernel(
     origin = kv_head * 0
     j = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     counts = j < prefix_length(origin, bank, sizes)
-    k_head, v_head = head_of(prefix_key, origin, kv_head, origin), head_of(prefix_value, origin, kv_head, origin)
+    k_head = head_of(prefix_key, origin, kv_head, origin)
     k = load_tile(k_head, j, counts, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_N, BLOCK_D]
+    v_head = head_of(prefix_value, origin, kv_head, origin)
     v = load_tile(v_head, j, counts, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_N, BLOCK_D]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

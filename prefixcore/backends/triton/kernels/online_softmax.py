@@ -22,16 +22,16 @@ class Keys(NamedTuple):
     """What each tile of keys needs: where the keys lie, which of them, and how they are scored.
 
     Attributes:
+        padding: [S], `Strided`, or None.
         key: One head's [S, D], `Strided`; of the prefix [P, D].
         value: One head's [S, Dv], `Strided`.
-        padding: [S], `Strided`, or None.
         tiles: The keys that any of the queries sees, `ranges.Tiles`.
         score_mod: A `scores.ScoreMod`.
     """
 
+    padding: Any
     key: Any
     value: Any
-    padding: Any
     tiles: Any
     score_mod: Any
 
