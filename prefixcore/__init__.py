@@ -2,9 +2,9 @@
 
 Three front doors:
 
-* a transformers model: :func:`attach`, :func:`load`, the ``*Config`` classes, :class:`PackedCollator`;
-* a framework of your own: :func:`prefix_attention` and :func:`soft_embedding`;
-* the command line: ``prefixcore train | generate | inspect | doctor``.
+* a transformers model: `attach`, `load`, the `*Config` classes, `PackedCollator`;
+* a framework of your own: `prefix_attention` and `soft_embedding`;
+* the command line: `prefixcore train | generate | inspect | doctor`.
 
 Importing the package needs torch alone; everything that needs transformers, PEFT or safetensors is
 imported when it is first used.
