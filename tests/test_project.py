@@ -43,9 +43,7 @@ def test_the_workflow_runs_what_is_run_here() -> None:
     oldest = re.search(r'requires-python = ">=([\d.]+)"', PYPROJECT)
     assert oldest is not None
     assert job["strategy"]["matrix"]["python"][0] == oldest[1]
-    makes = re.search(r"^TORCH \?= (\S+)", MAKEFILE, re.MULTILINE)
-    assert makes is not None
-    assert job["env"]["TORCH"].startswith(makes[1])
+    assert "env" not in job  # what is installed is for the Makefile to say
 
 
 @pytest.mark.parametrize("name", ["bug", "slow", "proposal"])
