@@ -1,16 +1,8 @@
 """The one record of what ``prefix_attention`` is asked: every backend, the reference and the tests read it.
 
-To add an option to the op:
-
-1. here, a field of ``AttentionProblem``: a tensor before ``is_causal``, anything else at the end. Its value None, False
-   or 0 means that the option is off, and ``attention_problem`` has it off unless it is named;
-2. in ``csrc/binding.cpp``, the argument of the same name in the same place of both schemas (a test compares them);
-3. in ``ops/prefix_attention.py``, the argument that users see, and in ``ops/attention_checks.py`` its check;
-4. in ``ops/reference.py``, what it means;
-5. in each backend's kernels, the same: ``csrc/cpu`` and ``triton/kernels``;
-6. in ``triton/fused_attention.py``, whether PyTorch's fused kernels may be given it. Until that is said, they are not.
-
-What is saved for the backward, the fake kernels and the calls in between need no edit: they go by the fields.
+An option of the op begins here, as a field: a tensor before ``is_causal``, anything else at the end. Its value None,
+False or 0 means that it is off. What is saved for the backward, the fake kernels and the calls in between go by the
+fields. CONTRIBUTING.md ("How to add an option of the op") has all steps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What every backend is: the one form of its module, and what such modules share.
 
-To add a backend: one module (or package) here with the members of ``Backend``, which registers its kernels with
-PyTorch's dispatcher when it is imported, and its place in the table of ``prefixcore/ops/select.py``.
-mypy holds the modules in that table to the protocol.
+A backend is one module (or package) here with the members of ``Backend``, which registers its kernels with PyTorch's
+dispatcher when it is imported, and a place in the table of ``prefixcore/ops/select.py``, where mypy holds it to the
+protocol. CONTRIBUTING.md ("How to add a backend") has all steps.
 """
 
 from __future__ import annotations

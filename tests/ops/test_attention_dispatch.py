@@ -73,8 +73,9 @@ def test_a_record_is_its_tensors_and_its_options() -> None:
     assert not any(isinstance(x, Tensor) for x in p.options)
     q = attention_problem(p.query, p.key, p.value)
     assert q.virtual_tokens == 0
-    assert q.options == (True, 1 / math.sqrt(p.query.shape[3]), 0, 0.0)
-    assert all(is_off(getattr(q, name)) for name in TENSORS if name not in DIFFERENTIABLE)
+    assert q.options[:2] == (True, 1 / math.sqrt(p.query.shape[3]))
+    on = (*DIFFERENTIABLE, "is_causal", "scale")
+    assert all(is_off(getattr(q, name)) for name in q._fields if name not in on)
     with pytest.raises(TypeError, match="no_such_option"):
         attention_problem(p.query, p.key, p.value, no_such_option=1)
 
