@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import prefixcore
-from prefixcore.backends.problem import DIFFERENTIABLE, TENSORS, AttentionProblem, attention_problem, is_off
+from prefixcore.backends.problem import DIFFERENTIABLE, AttentionProblem, attention_problem, is_off
 from prefixcore.ops.reference import prefix_attention_reference
 
 from .problems import Problem, relative_error, run
