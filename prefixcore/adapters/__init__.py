@@ -1,7 +1,7 @@
 """Adapters: the folders that hold what was trained. Needs torch and safetensors."""
 
 from .errors import AdapterError
-from .files import check_target, read_adapter, write_adapter
+from .files import check_target, read_adapter, read_record, write_adapter
 from .fingerprint import compare_fingerprints, fingerprint
 from .manifest import Manifest
 from .module import Adapter, make_module
@@ -15,5 +15,6 @@ __all__ = [
     "fingerprint",
     "make_module",
     "read_adapter",
+    "read_record",
     "write_adapter",
 ]

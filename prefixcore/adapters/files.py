@@ -4,7 +4,8 @@
   `layers.N.key` [Hkv, P, D] and `layers.N.value` [Hkv, P, Dv] for each layer N that has a prefix;
 - `adapter_config.json`: PEFT's configuration; absent where PEFT can't express the adapter;
 - `prefixcore_manifest.json`: our manifest; absent in an adapter that PEFT wrote;
-- `training_state.safetensors`: what a reparameterised prefix or soft prompt is trained by; absent otherwise.
+- `training_state.safetensors`: what a reparameterised prefix or soft prompt is trained by; absent otherwise;
+- `training.json` and `curve.png`: how it was trained (`record`), where whoever saves it says so.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .errors import AdapterError
 from .manifest import Manifest
 from .module import Adapter, make_module
 from .peft import PEFT_TYPES, PROMPT_EMBEDDINGS, Values, from_peft, is_expressible, peft_tensor_shape, to_peft
-from .replace import left_behind, replace_folder
+from .record import CURVE, RECORD, belongs, load_record, record_bytes
+from .replace import recover, replace_folder
 from .storage import check_file, describe, load_json, load_tensors, naming, to_json
 
 MODEL_FILE = "adapter_model.safetensors"
@@ -32,18 +34,31 @@ PEFT_FILE = "adapter_config.json"
 MANIFEST_FILE = "prefixcore_manifest.json"
 STATE_FILE = "training_state.safetensors"
 
+_READS = 100
 
-def write_adapter(directory: str | Path, *, module: Prefix | SoftPrompt, config: Config, manifest: Manifest) -> Path:
+
+def write_adapter(
+    directory: str | Path,
+    *,
+    module: Prefix | SoftPrompt,
+    config: Config,
+    manifest: Manifest,
+    record: Mapping[str, Any] | None = None,
+    curve: bytes | None = None,
+) -> Path:
     """Writes an adapter's folder, whole or not at all.
 
-    The new folder is written beside the target, read back, and renamed to it. An existing folder is replaced only if
-    it is an adapter or empty; files of other names in it (a README, a picture) stay.
+    The new folder is written beside the target, read back, and exchanged with it. An existing folder is replaced only
+    if it is an adapter or empty; files of other names in it (a README, a picture) stay, but for the record of a
+    training that made other values.
 
     Args:
         directory: the folder to write; its parents are made.
         module: what was trained.
         config: its configuration.
         manifest: from `Manifest.create`; the number of virtual tokens and the files' digests are filled in here.
+        record: how it was trained, for `training.json`.
+        curve: a picture of the training, PNG, for `curve.png`.
 
     Returns:
         The folder's absolute path.
@@ -89,14 +104,20 @@ def write_adapter(directory: str | Path, *, module: Prefix | SoftPrompt, config:
         peft_type=peft_config.get("peft_type"),
         files={name: describe(blob) for name, blob in blobs.items()},
     )
-    replace_folder(target, {**files, **blobs, MANIFEST_FILE: to_json(manifest.to_dict())}, check=read_adapter)
+    digest = manifest.files[MODEL_FILE]["sha256"]
+    files |= {**blobs, MANIFEST_FILE: to_json(manifest.to_dict())}
+    if record is not None:
+        files |= {RECORD: record_bytes(record, digest), CURVE: curve}
+    elif not belongs(target, digest):
+        files |= {RECORD: None, CURVE: None}
+    replace_folder(target, files, check=_read_adapter)
     return target
 
 
 def read_adapter(directory: str | Path) -> Adapter:
     """Reads an adapter's folder, ours or PEFT's, and checks all of it before anything is returned.
 
-    Nothing is ever unpickled.
+    Nothing is ever unpickled. A folder that is replaced while it is read is read again.
 
     Raises:
         AdapterError: naming the file and the field that is missing, foreign, truncated, of a wrong shape or type,
@@ -110,10 +131,63 @@ def read_adapter(directory: str | Path) -> Adapter:
         LayerShape(num_kv_heads=2, key_dim=16, value_dim=16)
     """
     folder = Path(directory)
+    recover(folder.absolute(), check=_read_adapter)
+    for _ in range(_READS):
+        before = _identity(folder)
+        try:
+            adapter = _read_adapter(folder)
+        except AdapterError:
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return adapter
+    raise AdapterError(f"{folder}: was replaced again and again while it was read")
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """How the adapter in a folder was trained, as `write_adapter` was told; empty where nobody said so.
+
+    Raises:
+        AdapterError: the record or the manifest is damaged.
+
+    Examples:
+        >>> from prefixcore.adapters import read_record
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("capitals", record={"data": "capitals.jsonl", "held_out": {}})
+        >>> read_record(folder)["data"]
+        'capitals.jsonl'
+    """
+    folder = Path(directory)
+    manifest = load_json(folder / MANIFEST_FILE) or {}
+    files = manifest.get("files")
+    described = files.get(MODEL_FILE) if isinstance(files, dict) else None
+    digest = described.get("sha256") if isinstance(described, dict) else None
+    try:
+        return load_record(folder, digest if isinstance(digest, str) else None)
+    except OSError as error:
+        raise AdapterError(f"{folder / RECORD}: cannot be read: {error.strerror or error}") from error
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells the folder from one that has taken its name."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _read_adapter(folder: Path) -> Adapter:
+    try:
+        return _read_folder(folder)
+    except OSError as error:
+        raise AdapterError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_folder(folder: Path) -> Adapter:
     if not folder.is_dir():
-        former = left_behind(folder.absolute())
-        hint = f"; a former adapter is whole in {former}: rename it back" if former else ""
-        raise AdapterError(f"{folder}: no such folder{hint}")
+        raise AdapterError(f"{folder}: no such folder")
     fields = load_json(folder / MANIFEST_FILE)
     peft_config = load_json(folder / PEFT_FILE)
     if fields is None:

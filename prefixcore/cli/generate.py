@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from .common import OK, UserError, add_model_arguments, open_model, plain_escapes, positive, user_errors
-from .record import read_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = sampling_options(arguments)
     if not arguments.adapter.is_dir():
         raise UserError(f"--adapter {arguments.adapter} is not a folder")
-    record = read_record(arguments.adapter)
+
+    from ..adapters import AdapterError, read_record
+
+    with user_errors(AdapterError):
+        record = read_record(arguments.adapter)
     end = arguments.end if arguments.end is not None else record.get("end")
     model, tokenizer = open_model(arguments)
 
     import torch
 
-    from ..adapters import AdapterError
     from ..hf import load
     from ..training import predict
 

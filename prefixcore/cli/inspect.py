@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import OK, UserError, table, user_errors
-from .record import CURVE, read_record
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
@@ -26,10 +25,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that prefixcore or PEFT wrote")
 
-    from ..adapters import AdapterError, read_adapter
+    from ..adapters import AdapterError, read_adapter, read_record
 
     with user_errors(AdapterError):
-        facts = describe(folder, read_adapter(folder))
+        facts = describe(folder, read_adapter(folder), read_record(folder))
     if arguments.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -37,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def describe(folder: Path, adapter: Adapter) -> dict[str, Any]:
+def describe(folder: Path, adapter: Adapter, record: dict[str, Any]) -> dict[str, Any]:
     """What is known about an adapter, as JSON can hold it."""
     from torch import Tensor
 
@@ -66,7 +65,7 @@ def describe(folder: Path, adapter: Adapter) -> dict[str, Any]:
         "libraries": manifest.libraries if manifest else None,
         "peft_config": adapter.peft_config,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
-        "training": read_record(folder) or None,
+        "training": record or None,
     }
 
 
@@ -134,7 +133,7 @@ def trained(record: dict[str, Any]) -> list[tuple[str, str]]:
     losses = record.get("train_loss") or []
     if losses:
         how = "stopped early, " if record.get("interrupted") else ""
-        found.append(("training", f"{how}{len(losses)} steps on {record.get('data')}; curve in {CURVE}"))
+        found.append(("training", f"{how}{len(losses)} steps on {record.get('data')}; curve in curve.png"))
     for name, result in (record.get("held_out") or {}).items():
         text = f"loss {result['loss']:.3f}, exact match {result['exact_match']:.1%} of {result['examples']}"
         found.append((f"held out, {name}", text))

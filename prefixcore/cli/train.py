@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import INTERRUPTED, OK, UserError, open_model, table, user_errors
-from .record import CURVE, read_record, write_record
 from .train_options import LEARNING_RATES, add_arguments, build_config
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+CURVE = "curve.png"
 EPOCHS = 5.0
 
 
@@ -51,23 +51,22 @@ def run(arguments: argparse.Namespace) -> int:
     if record.steps_done == 0:
         say("stopped before the first step; nothing was saved")
         return INTERRUPTED
-    with user_errors(OSError):
-        handle.save(arguments.out)
-        write_results(arguments, handle.config.method, record, evaluator)
+    stopped = save(arguments, handle, record, evaluator)
     if record.interrupted:
         say(f"stopped after {record.steps_done} of {options.steps} steps; saved what there is to {arguments.out}")
         return INTERRUPTED
-    if held_out:
-        try:
+    try:
+        if stopped:
+            raise KeyboardInterrupt
+        if held_out:
             evaluator("after training")
-        except KeyboardInterrupt:
-            say(f"\nstopped while evaluating; the adapter is in {arguments.out}")
-            return INTERRUPTED
-        with user_errors(OSError):
-            write_results(arguments, handle.config.method, record, evaluator)
-        print(evaluator.table())
-    say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
-    return OK
+            stopped = save(arguments, handle, record, evaluator)
+            print(evaluator.table())
+        say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
+    except KeyboardInterrupt:
+        say(f"\nstopped while evaluating; the adapter is in {arguments.out}")
+        return INTERRUPTED
+    return INTERRUPTED if stopped else OK
 
 
 def say(text: str) -> None:
@@ -91,13 +90,16 @@ def inherit_from_resumed(arguments: argparse.Namespace) -> None:
     arguments.split_seed = arguments.seed
     if arguments.resume is None:
         return
-    earlier = read_record(arguments.resume)
+    from ..adapters import AdapterError, read_record
+
+    with user_errors(AdapterError):
+        earlier = read_record(arguments.resume)
     if arguments.end is None:
         arguments.end = earlier.get("end")
     if arguments.eval_data is not None or arguments.eval_fraction == 0:
         return
     split = earlier.get("split")
-    if isinstance(split, dict) and split["fraction"] >= arguments.eval_fraction:
+    if split and split["fraction"] >= arguments.eval_fraction:
         arguments.split_seed = split["seed"]
     else:
         say(
@@ -217,23 +219,22 @@ class HeldOutEvaluator:
         }
 
 
-def write_results(
-    arguments: argparse.Namespace, method: str, record: TrainingRecord, evaluator: HeldOutEvaluator
-) -> None:
-    """The curve and the record, beside the adapter that was just saved."""
-    from ..training import Curve, write_curve
+def save(arguments: argparse.Namespace, handle: Any, record: TrainingRecord, evaluator: HeldOutEvaluator) -> bool:
+    """Write adapter, record and curve as one; whether Ctrl-C came meanwhile (it is heeded afterwards)."""
+    from ..adapters import AdapterError
+    from ..training import Curve, draw_curve
+    from ..training.loop import stop_on_signal
 
-    write_curve(arguments.out / CURVE, [Curve(method, record)], title=f"{method}, {arguments.data.name}")
-    write_record(
-        arguments.out,
-        {
-            "model": arguments.model,
-            "data": str(arguments.data),
-            "end": arguments.end,
-            "split": None
-            if arguments.eval_data
-            else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
-            "held_out": evaluator.to_dict(),
-            **record.to_dict(),
-        },
-    )
+    method = handle.config.method
+    fields = {
+        "model": arguments.model,
+        "data": str(arguments.data),
+        "end": arguments.end,
+        "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
+        "held_out": evaluator.to_dict(),
+        **record.to_dict(),
+    }
+    with stop_on_signal() as stopping, user_errors(OSError, AdapterError):
+        curve = draw_curve([Curve(method, record)], title=f"{method}, {arguments.data.name}")
+        handle.save(arguments.out, record=fields, curve=curve)
+        return stopping()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -116,12 +116,21 @@ class Handle:
         """A block in which the model computes as if nothing were attached."""
         return self._attachment.disabled()
 
-    def save(self, directory: str | Path, *, task: str | None = None) -> Path:
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        task: str | None = None,
+        record: Mapping[str, Any] | None = None,
+        curve: bytes | None = None,
+    ) -> Path:
         """Writes the adapter: PEFT's two files, the manifest, and the training state where there is more than values.
 
         Args:
             directory: a new folder, or an adapter's, which is replaced as a whole.
             task: what it was trained for, in words; for the manifest.
+            record: how it was trained and how it did, as `json` can write it; for `training.json`.
+            curve: a picture of the training, PNG; for `curve.png`.
 
         Returns:
             The folder.
@@ -132,7 +141,7 @@ class Handle:
         """
         shapes = self._layer_shapes or None
         manifest = Manifest.create(self.model, self.config, shapes, task=task, tokenizer=self.tokenizer)
-        write_adapter(directory, module=self.module, config=self.config, manifest=manifest)
+        write_adapter(directory, module=self.module, config=self.config, manifest=manifest, record=record, curve=curve)
         return Path(directory)
 
     def detach(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .curve import Curve, write_curve
+from .curve import Curve, draw_curve, write_curve
 from .data import DataError, Example, TokenizedExample, collate, read_jsonl, split, tokenize
 from .evaluate import Evaluation, evaluate, held_out_loss, predict
 from .loop import TrainingOptions, TrainingRecord, fit, train
@@ -18,6 +18,7 @@ __all__ = [
     "TrainingRecord",
     "base_parameters",
     "collate",
+    "draw_curve",
     "evaluate",
     "fit",
     "held_out_loss",

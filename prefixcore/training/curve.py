@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from .loop import TrainingRecord
@@ -38,16 +39,35 @@ def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -> Path:
-    """Write a PNG of the losses over the steps.
-
-    On the left the training loss of each step (faint) and its moving average, on the right the held-out
-    loss, where there is any. Losses that differ tenfold get a logarithmic axis.
+    """Write the picture of `draw_curve` to a file, whole or not at all.
 
     Examples:
         >>> from prefixcore.training import Curve, TrainingOptions, TrainingRecord, write_curve
         >>> record = TrainingRecord(TrainingOptions(), train_loss=[(1, 2.0), (2, 1.5)])
         >>> write_curve("curve.png", [Curve("prefix", record)]).exists()
         True
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.writing")
+    try:
+        unfinished.write_bytes(draw_curve(curves, title=title))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def draw_curve(curves: Sequence[Curve], *, title: str = "") -> bytes:
+    """The losses over the steps as a PNG.
+
+    On the left the training loss of each step (faint) and its moving average, on the right the held-out
+    loss, where there is any. Losses that differ tenfold get a logarithmic axis.
+
+    Examples:
+        >>> from prefixcore.training import Curve, TrainingOptions, TrainingRecord, draw_curve
+        >>> record = TrainingRecord(TrainingOptions(), train_loss=[(1, 2.0), (2, 1.5)])
+        >>> draw_curve([Curve("prefix", record)])[1:4]
+        b'PNG'
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -93,6 +113,6 @@ def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
-    path = Path(path)
-    figure.savefig(path)
-    return path
+    picture = BytesIO()
+    figure.savefig(picture)
+    return picture.getvalue()

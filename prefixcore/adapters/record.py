@@ -1,0 +1,80 @@
+"""`training.json` and `curve.png`: how an adapter was trained and how it did, beside it for people and for `generate`.
+
+They are written with the adapter, in one step, and name it by a digest: a record of another training, as an adapter
+that was copied or saved over it leaves behind, is never taken for this adapter's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterError
+from .storage import load_json
+
+RECORD = "training.json"
+CURVE = "curve.png"
+_ADAPTER = "adapter_sha256"
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "data": (str,),
+    "end": (str, type(None)),
+    "split": (dict, type(None)),
+    "held_out": (dict,),
+    "train_loss": (list,),
+    "held_out_loss": (list,),
+    "interrupted": (bool,),
+}
+"""What other commands read from it, where it is there; everything else is for people alone."""
+
+
+def record_bytes(record: Mapping[str, Any], digest: str) -> bytes:
+    """The file's contents, one field a line; `digest` is that of the adapter's values."""
+    fields = {_ADAPTER: digest, **record}
+    lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", errors="backslashreplace")
+
+
+def load_record(folder: Path, digest: str | None) -> dict[str, Any]:
+    """The record in an adapter's folder; empty if it has none, or that of another adapter.
+
+    Args:
+        folder: the adapter's.
+        digest: of the adapter's values, from its manifest; None: it has none, and so no record.
+
+    Raises:
+        AdapterError: the file is damaged: not a regular file, too large, no JSON object, a field of a wrong type.
+    """
+    path = folder / RECORD
+    if digest is None:
+        return {}
+    record = load_json(path)
+    if record is None or record.pop(_ADAPTER, None) != digest:
+        return {}
+    for name, types in _TYPES.items():
+        if name in record and not isinstance(record[name], types):
+            raise AdapterError(f"{path}: {name}: expected {types[0].__name__}, got {type(record[name]).__name__}")
+    _check_numbers(path, "split", record.get("split") or {}, ("seed", "fraction"))
+    for name, result in record.get("held_out", {}).items():
+        if not isinstance(result, dict):
+            raise AdapterError(f"{path}: held_out.{name}: expected an object, got {type(result).__name__}")
+        _check_numbers(path, f"held_out.{name}", result, ("loss", "exact_match", "examples"))
+    return record
+
+
+def belongs(folder: Path, digest: str) -> bool:
+    """Whether the record in `folder` is that of the adapter with these values."""
+    try:
+        return bool(load_record(folder, digest))
+    except AdapterError:
+        return False
+
+
+def _check_numbers(path: Path, name: str, values: Mapping[str, Any], needed: tuple[str, ...]) -> None:
+    for field in needed if values else ():
+        value = values.get(field)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise AdapterError(f"{path}: {name}.{field}: expected a number, got {value!r}")

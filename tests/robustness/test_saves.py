@@ -1,0 +1,23 @@
+"""A save that dies or is interrupted at any moment leaves the old adapter or the new one, with its own record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("how", ["die", "interrupt", "random"])
+def test_an_adapter_is_always_old_or_new(how: str, exchange: bool) -> None:
+    command = [sys.executable, "-m", "tests.robustness.saves", how, *([] if exchange else ["--no-exchange"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["failures"] == []
+    assert result["tried"] >= 100
