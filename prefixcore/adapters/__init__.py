@@ -1,10 +1,11 @@
 """Adapters: the folders that hold what was trained. Needs torch and safetensors."""
 
 from .errors import AdapterError
-from .files import check_target, read_adapter, read_record, write_adapter
 from .fingerprint import compare_fingerprints, fingerprint
 from .manifest import Manifest
 from .module import Adapter, make_module
+from .reading import read_adapter, read_record
+from .writing import check_target, write_adapter
 
 __all__ = [
     "Adapter",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError
+from .errors import AdapterError, shown
 
 SAMPLES = 32
 """How many numbers of each weight are sampled, evenly from the first to the last."""
@@ -75,8 +75,13 @@ def check_fingerprint(value: Mapping[str, Any]) -> None:
     for field in (*FACTS, "weights"):
         if field not in value:
             raise AdapterError(f"base_model.{field}: missing")
-    if not isinstance(value["weights"], dict):
+    weights = value["weights"]
+    if not isinstance(weights, dict) or not all(isinstance(digest, str) for digest in weights.values()):
         raise AdapterError("base_model.weights: expected digests by dtype")
+    if type(value["num_parameters"]) is not int:
+        raise AdapterError(f"base_model.num_parameters: expected an integer, got {shown(value['num_parameters'])}")
+    if not isinstance(value.get("name_or_path"), (str, type(None))):
+        raise AdapterError(f"base_model.name_or_path: expected a text, got {shown(value['name_or_path'])}")
 
 
 def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
@@ -97,8 +102,8 @@ def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any])
     for field in FACTS:
         if expected[field] != actual.get(field):
             raise AdapterError(
-                f"base_model.{field}: the adapter was trained for {expected[field]!r}, this model has "
-                f"{actual.get(field)!r}; load the model it was trained for ({_name(expected)})"
+                f"base_model.{field}: the adapter was trained for {shown(expected[field])}, this model has "
+                f"{shown(actual.get(field))}; load the model it was trained for ({_name(expected)})"
             )
     trained_for, found = expected.get("weights") or {}, actual.get("weights") or {}
     common = [dtype for dtype in trained_for if dtype in found]
@@ -116,7 +121,8 @@ def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any])
 
 
 def _name(fingerprint: Mapping[str, Any]) -> str:
-    return str(fingerprint.get("name_or_path") or "its name is not known")
+    name = fingerprint.get("name_or_path")
+    return shown(name) if isinstance(name, str) and name else "its name is not known"
 
 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..nn import Config, LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from ..version import __version__
-from .errors import AdapterError
+from .errors import AdapterError, shown
 from .fingerprint import check_fingerprint, fingerprint
 
 FORMAT_VERSION = 1
@@ -126,9 +126,9 @@ class Manifest:
             AdapterError: naming a field that is missing, unknown, of a wrong type, or contradicts another.
         """
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != FORMAT_VERSION or type(version) is not int:
             raise AdapterError(
-                f"format_version: expected {FORMAT_VERSION}, got {version!r}; read it with the version of "
+                f"format_version: expected {FORMAT_VERSION}, got {shown(version)}; read it with the version of "
                 "prefixcore that wrote it"
             )
         for name, types in _TYPES.items():
@@ -136,10 +136,12 @@ class Manifest:
                 raise AdapterError(f"{name}: missing")
             if not isinstance(values[name], types):
                 raise AdapterError(f"{name}: expected {types[0].__name__}, got {type(values[name]).__name__}")
-        check_fingerprint(values["base_model"])
         unknown = sorted(set(values) - set(_TYPES))
         if unknown:
             raise AdapterError(f"{unknown[0]}: unknown field")
+        check_fingerprint(values["base_model"])
+        _check_facts("libraries", values["libraries"])
+        _check_facts("tokenizer", values["tokenizer"] or {})
         manifest = cls(**{name: value for name, value in values.items() if name != "format_version"})
         manifest._check_layers(manifest.make_config())
         return manifest
@@ -147,7 +149,7 @@ class Manifest:
     def make_config(self) -> Config:
         """The configuration; `init` that was given as tensors is "tensor"."""
         if self.method not in _CONFIGS:
-            raise AdapterError(f"method: expected one of {', '.join(_CONFIGS)}, got {self.method!r}")
+            raise AdapterError(f"method: expected one of {', '.join(_CONFIGS)}, got {shown(self.method)}")
         try:
             return _CONFIGS[self.method](**self.config)
         except (TypeError, ValueError) as error:
@@ -164,9 +166,17 @@ class Manifest:
             return
         shapes, layers = self.layer_shapes, self.layers
         if not shapes or not all(isinstance(s, list) and len(s) == 3 and _positive(*s) for s in shapes):
-            raise AdapterError(f"layer_shapes: expected [Hkv, D, Dv] for each layer with a prefix, got {shapes!r}")
-        if layers != (config.layers or list(range(len(shapes)))) or len(layers) != len(shapes):
-            raise AdapterError(f"layers: {layers!r} does not agree with config.layers and layer_shapes")
+            raise AdapterError(f"layer_shapes: expected [Hkv, D, Dv] for each layer with a prefix, got {shown(shapes)}")
+        are_indices = all(type(layer) is int for layer in layers or [])  # 0.0 and False are equal to 0
+        if not are_indices or layers != (config.layers or list(range(len(shapes)))) or len(layers) != len(shapes):
+            raise AdapterError(f"layers: {shown(layers)} does not agree with config.layers and layer_shapes")
+
+
+def _check_facts(name: str, facts: Mapping[str, Any]) -> None:
+    """Raises AdapterError unless each of these facts is a text, an integer or None."""
+    for field_name, value in facts.items():
+        if not isinstance(value, (str, int, type(None))):
+            raise AdapterError(f"{name}.{field_name}: expected a text or an integer, got {shown(value)}")
 
 
 def _positive(*values: Any) -> bool:

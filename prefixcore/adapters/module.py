@@ -78,12 +78,16 @@ def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPr
         >>> len(prefix())  # layers
         2
     """
-    if not trainable:
-        module = _make(_without_reparameterization(adapter.config), adapter.tensors)
-        return module.requires_grad_(False)
+    return build_module(adapter, trainable=trainable, share=False)
+
+
+def build_module(adapter: Adapter, *, trainable: bool, share: bool = True) -> Prefix | SoftPrompt:
+    """`make_module`; with `share` its tensors are the adapter's own, for one that is used for nothing else."""
     state = adapter.training_state
-    if state is None:
-        return _make(_without_reparameterization(adapter.config), adapter.tensors)
+    if state is None or not trainable:
+        config = _without_reparameterization(adapter.config)
+        module = _make_sharing(config, adapter.tensors) if share else _make(config, adapter.tensors)
+        return module if trainable else module.requires_grad_(False)
     # A module with initial values has them in its state; an encoder that makes everything itself has none (as in PEFT).
     needs_initial = adapter.config.init_name not in ("random", "zero")
     has_initial = needs_initial or any(name.split(".", 1)[0] == "initial" for name in state)
@@ -93,8 +97,27 @@ def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPr
     except ValueError as error:
         raise AdapterError(f"config: {error}") from error
     _check_state(module.state_dict(), state)
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=share)
     _check_baked(module.bake(), adapter.tensors)
+    return module
+
+
+def _make_sharing(config: PrefixTuningConfig | PromptTuningConfig, values: Values) -> Prefix | SoftPrompt:
+    """A module whose parameters are `values` themselves; those of a prefix with frozen tokens are cut, so copied."""
+    with torch.device("meta"):  # a module of the right shape, without memory
+        empty = dataclasses.replace(config, init="zero", init_text=None)
+        module = _make(empty, values, has_initial=False)
+    if isinstance(values, Tensor):
+        state = {"embedding": values.contiguous()}
+    else:
+        frozen, state = module.num_frozen_tokens, {}
+        for i, pair in enumerate(values):
+            for name, tensor in zip(("key", "value"), pair, strict=True):
+                state[f"layers.{i}.{name}"] = tensor[:, frozen:].contiguous()
+                if frozen:
+                    state[f"frozen.{i}.{name}"] = tensor[:, :frozen].contiguous()
+    module.load_state_dict(state, assign=True)
+    module.config = config.resolved(module.num_virtual_tokens)
     return module
 
 
@@ -108,7 +131,7 @@ def _make(config: Config, values: Values, *, has_initial: bool = True) -> Prefix
     return SoftPrompt(values.shape[1], config, values if has_initial else None)
 
 
-def _without_reparameterization(config: Config) -> Config:
+def _without_reparameterization(config: Config) -> PrefixTuningConfig | PromptTuningConfig:
     """The configuration that trains the same virtual tokens themselves."""
     if isinstance(config, PTuningConfig):
         return PromptTuningConfig(

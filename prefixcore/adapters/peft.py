@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..nn import (
@@ -21,7 +22,8 @@ from ..nn import (
     join_layers,
     split_layers,
 )
-from .errors import AdapterError
+from .errors import AdapterError, shown
+from .tensors import TensorFile
 
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -107,15 +109,15 @@ def peft_tensor_shape(peft_config: Mapping[str, Any]) -> list[int]:
     """
     peft_type = peft_config.get("peft_type")
     if peft_type not in PEFT_TYPES:
-        raise AdapterError(f"peft_type: expected one of {', '.join(PEFT_TYPES)}, got {peft_type!r}")
+        raise AdapterError(f"peft_type: expected one of {', '.join(PEFT_TYPES)}, got {shown(peft_type)}")
     if peft_config.get("num_transformer_submodules") not in (None, 1):
         raise AdapterError(
             "num_transformer_submodules: expected 1 (a decoder or an encoder alone), got "
-            f"{peft_config['num_transformer_submodules']!r}"
+            f"{shown(peft_config['num_transformer_submodules'])}"
         )
     if peft_config.get("modules_to_save"):
         raise AdapterError(
-            f"modules_to_save: whole modules saved beside the virtual tokens ({peft_config['modules_to_save']!r}) "
+            f"modules_to_save: whole modules saved beside the virtual tokens ({shown(peft_config['modules_to_save'])}) "
             "are not read here"
         )
     width = _positive(peft_config, "token_dim")
@@ -128,36 +130,65 @@ def peft_tensor_shape(peft_config: Mapping[str, Any]) -> list[int]:
     return [_positive(peft_config, "num_virtual_tokens"), width]
 
 
-def from_peft(peft_config: Mapping[str, Any], tensor: Tensor) -> tuple[Config, Values]:
-    """The configuration and values of a PEFT adapter; `tensor` is of `peft_tensor_shape`.
+def from_peft(peft_config: Mapping[str, Any]) -> tuple[Config, list[LayerShape]]:
+    """The configuration of a PEFT adapter and the shape of each of its layers; none for a soft prompt.
 
     The MLP or LSTM that trained it is not in PEFT's files, so the configuration is that of a plain prefix or soft
     prompt with `init="tensor"`: training goes on from its values.
+
+    Args:
+        peft_config: one that `peft_tensor_shape` has accepted.
 
     Raises:
         AdapterError: naming a field whose value is out of range.
     """
     common: dict[str, Any] = {
-        "num_virtual_tokens": tensor.shape[0],
+        "num_virtual_tokens": peft_config["num_virtual_tokens"],
         "init": "tensor",
         "task_type": peft_config.get("task_type"),
     }
     try:
         if peft_config["peft_type"] not in PREFIX_TYPES:
             tokenizer = peft_config.get("tokenizer_name_or_path")
-            return PromptTuningConfig(**common, tokenizer_name_or_path=tokenizer), tensor
+            return PromptTuningConfig(**common, tokenizer_name_or_path=tokenizer), []
         frozen = peft_config.get("num_frozen_tokens", 1) if peft_config["peft_type"] == "CARTRIDGE" else 0
         config = PrefixTuningConfig(**common, num_frozen_tokens=frozen)
     except ValueError as error:
         raise AdapterError(str(error)) from error
     heads = peft_config["num_attention_heads"]
     dim = peft_config["token_dim"] // heads
-    shapes = [LayerShape(heads, dim, dim)] * peft_config["num_layers"]
-    return config, [(key.contiguous(), value.contiguous()) for key, value in split_layers(tensor, shapes)]
+    return config, [LayerShape(heads, dim, dim)] * peft_config["num_layers"]
+
+
+def read_peft(file: TensorFile, shapes: Sequence[LayerShape]) -> Values:
+    """The values in a file of PEFT's layout, whose header `peft_tensor_shape` has been checked against.
+
+    A prefix goes from the file into its layers some virtual tokens at a time, so that it is never in memory twice.
+
+    Raises:
+        AdapterError: a number is not finite, or the file is damaged.
+    """
+    if not shapes:
+        return file.read()[PROMPT_EMBEDDINGS]
+    tokens, width = file.shapes[PROMPT_EMBEDDINGS]
+    values = [
+        (torch.empty(s.num_kv_heads, tokens, s.key_dim), torch.empty(s.num_kv_heads, tokens, s.value_dim))
+        for s in shapes
+    ]
+
+    def place(name: str, start: int, numbers: Tensor) -> None:
+        first = start // width
+        piece = split_layers(numbers.view(-1, width), shapes)
+        for (key, value), (some_keys, some_values) in zip(values, piece, strict=True):
+            key[:, first : first + some_keys.shape[1]] = some_keys
+            value[:, first : first + some_values.shape[1]] = some_values
+
+    file.read_pieces(place, multiple=width)
+    return values
 
 
 def _positive(peft_config: Mapping[str, Any], field: str) -> int:
     value = peft_config.get(field)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise AdapterError(f"{field}: expected an integer of at least 1, got {value!r}")
+        raise AdapterError(f"{field}: expected an integer of at least 1, got {shown(value)}")
     return value

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterError
+from .errors import AdapterError, shown
 from .storage import load_json
 
 RECORD = "training.json"
@@ -57,7 +57,14 @@ def load_record(folder: Path, digest: str | None) -> dict[str, Any]:
     for name, types in _TYPES.items():
         if name in record and not isinstance(record[name], types):
             raise AdapterError(f"{path}: {name}: expected {types[0].__name__}, got {type(record[name]).__name__}")
-    _check_numbers(path, "split", record.get("split") or {}, ("seed", "fraction"))
+    split = record.get("split")
+    if split:
+        _check_numbers(path, "split", split, ("seed", "fraction"))
+        if not isinstance(split["seed"], int):
+            raise AdapterError(f"{path}: split.seed: expected an integer, got {shown(split['seed'])}")
+    for name in ("train_loss", "held_out_loss"):
+        if not all(_is_number(value) or isinstance(value, list) for value in record.get(name, [])):
+            raise AdapterError(f"{path}: {name}: expected numbers, got {shown(record[name])}")
     for name, result in record.get("held_out", {}).items():
         if not isinstance(result, dict):
             raise AdapterError(f"{path}: held_out.{name}: expected an object, got {type(result).__name__}")
@@ -74,7 +81,13 @@ def belongs(folder: Path, digest: str) -> bool:
 
 
 def _check_numbers(path: Path, name: str, values: Mapping[str, Any], needed: tuple[str, ...]) -> None:
-    for field in needed if values else ():
-        value = values.get(field)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise AdapterError(f"{path}: {name}.{field}: expected a number, got {value!r}")
+    for field in needed:
+        if not _is_number(values.get(field)):
+            raise AdapterError(f"{path}: {name}.{field}: expected a number, got {shown(values.get(field))}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 2**63

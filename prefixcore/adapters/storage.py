@@ -1,24 +1,32 @@
-"""Reading and writing one file of an adapter, JSON or safetensors; nothing in a file is trusted."""
+"""Opening one file of an adapter and reading its JSON; nothing in a file is trusted."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from .errors import AdapterError
 
-_LONGEST_JSON = 4 * 2**20
+LONGEST_JSON = 4 * 2**20
 """Bytes, a thousand times what an adapter needs. Parsing a longer file could fill the memory."""
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
+PIECE = 2**20
+"""Bytes that are read at a time."""
+
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 @contextmanager
@@ -30,75 +38,92 @@ def naming(path: Path) -> Iterator[None]:
         raise AdapterError(f"{path}: {error}") from error
 
 
+def open_file(path: Path) -> io.FileIO | None:
+    """A regular file, or a link to one, opened for reading; None if there is nothing of this name.
+
+    Whatever else has the name is an error and not opened: reading from a device or a pipe might never end, and an
+    entry that is there but can't be read is not the same as none.
+
+    Raises:
+        AdapterError: not a regular file, or a link that leads nowhere.
+        OSError: the file system refuses, for example because of permissions or of links that lead in a circle.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise AdapterError(f"{path}: a link to nothing") from None
+        return None
+    _check_regular(path, found)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    file = io.FileIO(os.open(path, flags))
+    try:
+        _check_regular(path, os.fstat(file.fileno()))  # it may have become another in between
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise AdapterError(f"{path}: not a file but a {_KINDS.get(stat.S_IFMT(found.st_mode), 'special file')}")
+
+
 def to_json(values: Mapping[str, Any]) -> bytes:
     """JSON in UTF-8, indented and in the order of its keys: equal values make equal bytes."""
     return json.dumps(values, indent=2, sort_keys=True).encode()
 
 
 def load_json(path: Path) -> dict[str, Any] | None:
-    """The object that a JSON file holds; None if there is no such file."""
-    if not path.exists():
+    """The object that a JSON file holds; None if there is no such file.
+
+    Raises:
+        AdapterError: not a regular file, too long, or no JSON object.
+        OSError: the file system refuses.
+    """
+    file = open_file(path)
+    if file is None:
         return None
-    if not path.is_file():  # reading from a device or a pipe might never end
-        raise AdapterError(f"{path}: not a file")
-    if (size := path.stat().st_size) > _LONGEST_JSON:
-        raise AdapterError(f"{path}: expected at most {_LONGEST_JSON} bytes, got {size}")
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LONGEST_JSON:
+            raise AdapterError(f"{path}: expected at most {LONGEST_JSON} bytes, got {size}")
+        return parse_json(path, _read_at_most(file, LONGEST_JSON))
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """The object that JSON text from this file is; AdapterError: it is none."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
 
 
+def _read_at_most(file: io.FileIO, limit: int) -> bytes:
+    """What is left of a file, up to `limit` bytes, also if it grows while it is read."""
+    pieces, left = [], limit
+    while left and (piece := file.read(min(left, PIECE))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
+
+
 def describe(blob: bytes) -> dict[str, Any]:
-    """Size and SHA-256 of a file's contents, for `check_file`."""
+    """Size and SHA-256 of a file's contents, for `check_size` and `check_digest`."""
     return {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
 
 
-def check_file(path: Path, described: Mapping[str, Any]) -> None:
-    """Raises AdapterError unless the file has the size and SHA-256 that `describe` returned for it."""
-    if not path.is_file():
-        raise AdapterError(f"{path}: missing")
-    size = path.stat().st_size
+def check_size(path: Path, size: int, described: Mapping[str, Any]) -> None:
+    """Raises AdapterError unless the file has the size that `describe` returned for it."""
     if size != described["bytes"]:
         raise AdapterError(f"{path}: {size} bytes in place of {described['bytes']}: truncated or another file")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != described["sha256"]:
+
+
+def check_digest(path: Path, digest: str, described: Mapping[str, Any]) -> None:
+    """Raises AdapterError unless the file has the SHA-256 that `describe` returned for it."""
+    if digest != described["sha256"]:
         raise AdapterError(f"{path}: SHA-256 differs from the manifest's: damaged or another file")
-
-
-def load_tensors(path: Path, shapes: Mapping[str, list[int]] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own, on the CPU.
-
-    Args:
-        path: the file.
-        shapes: the names and shapes of the tensors that it must hold, and no others. They are checked against the
-            header before any number is read, and the numbers become fp32. None: any tensors, in their own dtypes.
-
-    Raises:
-        AdapterError: naming the file, and the tensor whose name, shape, dtype or numbers are wrong.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file, naming(path):
-            names = list(file.keys())
-            _check_header({name: file.get_slice(name) for name in names}, shapes)
-            dtype = None if shapes is None else torch.float32
-            tensors = {name: file.get_tensor(name).to(dtype=dtype, copy=True) for name in names}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise AdapterError(f"{path}: not a whole safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{path}: {name}: holds a number that is NaN or infinite")
-    return tensors
-
-
-def _check_header(found: Mapping[str, Any], shapes: Mapping[str, list[int]] | None) -> None:
-    if shapes is not None:
-        for name in sorted(found.keys() ^ shapes.keys()):
-            raise AdapterError(f"{name}: {'missing' if name in shapes else 'unknown tensor'}")
-    for name, tensor in found.items():
-        if tensor.get_dtype() not in _DTYPES:
-            raise AdapterError(f"{name}: expected one of the dtypes {', '.join(_DTYPES)}, got {tensor.get_dtype()}")
-        if shapes is not None and tensor.get_shape() != shapes[name]:
-            raise AdapterError(f"{name}: expected shape {shapes[name]}, got {tensor.get_shape()}")

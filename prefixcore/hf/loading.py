@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..adapters import Adapter, AdapterError, compare_fingerprints, fingerprint, make_module, read_adapter
-from ..nn import Prefix, PrefixTuningConfig
+from ..adapters import AdapterError, compare_fingerprints, fingerprint
+from ..adapters.files import MANIFEST_FILE
+from ..adapters.module import build_module
+from ..adapters.reading import AdapterHeader, read
+from ..adapters.storage import naming
+from ..nn import Prefix
 from .attaching import attach_prefix, attach_soft_prompt, check_model, find_attention_layers, find_hidden_size
 from .discover import AttentionCall
 from .handle import Handle
@@ -40,41 +46,64 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
         Handle(prefix on LlamaForCausalLM, 4 virtual tokens, 0 trainable)
     """
     check_model(model)
-    adapter = read_adapter(directory)
-    if adapter.manifest is not None:
-        compare_fingerprints(adapter.manifest.base_model, fingerprint(model))
-    module = make_module(adapter, trainable=trainable)
-    if isinstance(adapter.config, PrefixTuningConfig):
-        assert isinstance(module, Prefix)
-        calls, backbone = find_attention_layers(model)
-        return attach_prefix(model, backbone, _layers_of(adapter, calls, directory), module)
-    assert not isinstance(module, Prefix)
-    hidden_size = find_hidden_size(model)
-    if module.hidden_size != hidden_size:
-        raise AdapterError(
-            f"{directory}: its virtual tokens have {module.hidden_size} numbers, but the model's embeddings have "
-            f"{hidden_size}; it was trained for another model"
-        )
-    return attach_soft_prompt(model, module)
+    folder = Path(directory)
+    target = _Target(model, folder)
+    adapter = read(folder, fits=target.check, state=trainable)
+    with naming(folder):
+        module = build_module(adapter, trainable=trainable)
+    if not isinstance(module, Prefix):
+        return attach_soft_prompt(model, module)
+    calls, backbone = target.attention_layers
+    return attach_prefix(model, backbone, [calls[layer] for layer in adapter.layers], module)
 
 
-def _layers_of(adapter: Adapter, calls: list[AttentionCall], directory: str | Path) -> list[AttentionCall]:
-    """The attention layers that the adapter is for; AdapterError: the model lacks them, or their shapes differ."""
-    if adapter.manifest is None and len(adapter.layers) != len(calls):
-        raise AdapterError(
-            f"{directory}: it has a prefix for {len(adapter.layers)} layers, but the model has {len(calls)} attention "
-            "layers; it was trained for another model"
-        )
-    if max(adapter.layers) >= len(calls):
-        raise AdapterError(
-            f"{directory}: it has a prefix for layer {max(adapter.layers)}, but the model has {len(calls)} attention "
-            "layers"
-        )
-    chosen = [calls[layer] for layer in adapter.layers]
-    for layer, shape, call in zip(adapter.layers, adapter.layer_shapes, chosen, strict=True):
-        if shape != call.shape:
+class _Target:
+    """A model that an adapter is to be loaded for. What is found out about it is found out once."""
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        self.model, self.folder = model, folder
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.model)
+
+    @cached_property
+    def attention_layers(self) -> tuple[list[AttentionCall], PreTrainedModel]:
+        return find_attention_layers(self.model)
+
+    @cached_property
+    def hidden_size(self) -> int:
+        return find_hidden_size(self.model)
+
+    def check(self, header: AdapterHeader) -> None:
+        """Raises AdapterError unless the adapter is for this model."""
+        if header.manifest is not None:
+            with naming(self.folder / MANIFEST_FILE):
+                compare_fingerprints(header.manifest.base_model, self.fingerprint)
+        if header.hidden_size is None:
+            with naming(self.folder):
+                _check_layers(header, self.attention_layers[0])
+        elif header.hidden_size != self.hidden_size:
             raise AdapterError(
-                f"{directory}: the prefix of layer {layer} is for {shape}, but the model has {call.shape}; "
-                "it was trained for another model"
+                f"{self.folder}: its virtual tokens have {header.hidden_size} numbers, but the model's embeddings have "
+                f"{self.hidden_size}; it was trained for another model"
             )
-    return chosen
+
+
+def _check_layers(header: AdapterHeader, calls: list[AttentionCall]) -> None:
+    """Raises AdapterError if the model lacks a layer that the adapter is for, or has others there."""
+    if header.manifest is None and len(header.layers) != len(calls):
+        raise AdapterError(
+            f"it has a prefix for {len(header.layers)} layers, but the model has {len(calls)} attention layers; it was "
+            "trained for another model"
+        )
+    if max(header.layers) >= len(calls):
+        raise AdapterError(
+            f"it has a prefix for layer {max(header.layers)}, but the model has {len(calls)} attention layers"
+        )
+    for layer, shape in zip(header.layers, header.layer_shapes, strict=True):
+        if shape != calls[layer].shape:
+            raise AdapterError(
+                f"the prefix of layer {layer} is for {shape}, but the model has {calls[layer].shape}; it was trained "
+                "for another model"
+            )

@@ -23,10 +23,10 @@ from typing import Any
 from torch import nn
 
 from prefixcore import adapters
-from prefixcore.adapters import AdapterError, Manifest, exchange, files, read_adapter, read_record, replace
+from prefixcore.adapters import AdapterError, Manifest, exchange, read_adapter, read_record, replace, writing
 from prefixcore.nn import PromptTuningConfig, SoftPrompt
 
-WRITERS = {module.__file__ for module in (replace, exchange, files)}
+WRITERS = {module.__file__ for module in (replace, exchange, writing)}
 RANDOM_DEATHS = 150
 
 

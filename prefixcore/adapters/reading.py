@@ -1,0 +1,256 @@
+"""Reading an adapter's folder: what it claims first, then whether that fits a model, and its numbers last."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..nn import Config, LayerShape
+from .errors import AdapterError, shown
+from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, tensor_names, tensor_shapes
+from .manifest import Manifest
+from .module import Adapter, make_module
+from .peft import PROMPT_EMBEDDINGS, from_peft, peft_tensor_shape, read_peft
+from .record import load_record
+from .replace import recover
+from .storage import load_json, naming
+from .tensors import TensorFile
+
+_READS = 100
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What an adapter's folder claims: its JSON files and the headers of its tensor files, which agree.
+
+    Attributes:
+        config, manifest, peft_config: as of `Adapter`.
+        layers: of a prefix, the indices of the layers that have one; none for a soft prompt.
+        layer_shapes: the shape of each of them.
+        hidden_size: E of a soft prompt; None for a prefix.
+    """
+
+    config: Config
+    layers: list[int]
+    layer_shapes: list[LayerShape]
+    hidden_size: int | None
+    manifest: Manifest | None
+    peft_config: dict[str, Any] | None
+
+
+Fits = Callable[[AdapterHeader], object]
+"""Raises an exception if an adapter does not fit; called before any of its numbers is read."""
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Reads an adapter's folder, ours or PEFT's, and checks all of it before anything is returned.
+
+    Nothing is ever unpickled. A folder that is replaced while it is read is read again.
+
+    Raises:
+        AdapterError: naming the file and the field that is missing, foreign, truncated, of a wrong shape or type,
+            or not finite; or the file that the file system refuses to read.
+
+    Examples:
+        >>> from prefixcore.adapters import read_adapter
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("capitals")
+        >>> read_adapter(folder).layer_shapes[0]
+        LayerShape(num_kv_heads=2, key_dim=16, value_dim=16)
+    """
+    return _undisturbed(Path(directory), read_folder)
+
+
+def read(directory: str | Path, *, fits: Fits | None = None, state: bool = True) -> Adapter:
+    """`read_adapter` for one that is used at once.
+
+    Args:
+        directory: the adapter's folder.
+        fits: what refuses an adapter by its header.
+        state: False: the training state is checked against its digest, and left out.
+    """
+    return _undisturbed(Path(directory), lambda folder: _read_folder(folder, fits, state))
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """How the adapter in a folder was trained, as `write_adapter` was told; empty where nobody said so.
+
+    Raises:
+        AdapterError: the record or the manifest is damaged.
+
+    Examples:
+        >>> from prefixcore.adapters import read_record
+        >>> with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("capitals", record={"data": "capitals.jsonl", "held_out": {}})
+        >>> read_record(folder)["data"]
+        'capitals.jsonl'
+    """
+    return _undisturbed(Path(directory), _read_record)
+
+
+def read_folder(folder: Path) -> Adapter:
+    """`read_adapter` of a folder that nobody replaces meanwhile; OSError: the file system refuses."""
+    adapter = _read_folder(folder, None, True)
+    if adapter.training_state is not None:
+        with naming(folder / STATE_FILE):
+            make_module(adapter, trainable=True)
+    return adapter
+
+
+T = TypeVar("T")
+
+
+def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
+    """What `what` makes of the folder, begun again where the folder was replaced meanwhile."""
+    for _ in range(_READS):
+        recover(folder.absolute(), check=read_folder)
+        before = _identity(folder)
+        failure: AdapterError | None = None
+        try:
+            found = what(folder)
+        except AdapterError as error:
+            failure = error
+        except OSError as error:
+            failure = AdapterError(f"{error.filename or folder}: cannot be read: {error.strerror or error}")
+            failure.__cause__ = error
+        if _identity(folder) == before:
+            if failure is not None:
+                raise failure
+            return found
+    raise AdapterError(f"{folder}: was replaced again and again while it was read")
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells the folder from one that has taken its name; the number of an inode alone may be used again."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    manifest = load_json(folder / MANIFEST_FILE) or {}
+    files = manifest.get("files")
+    described = files.get(MODEL_FILE) if isinstance(files, dict) else None
+    digest = described.get("sha256") if isinstance(described, dict) else None
+    return load_record(folder, digest if isinstance(digest, str) else None)
+
+
+def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = False
+    if not is_folder:
+        raise AdapterError(f"{folder}: no such folder")
+    fields = load_json(folder / MANIFEST_FILE)
+    peft_config = load_json(folder / PEFT_FILE)
+    if fields is None and peft_config is None:
+        raise AdapterError(f"{folder}: not an adapter: expected {MANIFEST_FILE} or {PEFT_FILE} in it")
+    manifest = None
+    if fields is not None:
+        with naming(folder / MANIFEST_FILE):
+            manifest = Manifest.from_dict(fields)
+            _check_listing(manifest, manifest.make_config(), peft_config)
+    shapes = None
+    if peft_config is not None:
+        with naming(folder / PEFT_FILE):
+            shapes = {PROMPT_EMBEDDINGS: peft_tensor_shape(peft_config)}
+    header = _header(folder, manifest, peft_config)
+    if shapes is None:
+        assert manifest is not None
+        assert header.config.num_virtual_tokens is not None
+        shapes = tensor_shapes(manifest, header.config.num_virtual_tokens)
+
+    with ExitStack() as stack:
+        described = {} if manifest is None else manifest.files
+        model_file = stack.enter_context(_open(folder / MODEL_FILE, described.get(MODEL_FILE)))
+        model_file.check_shapes(shapes)
+        state_file = None
+        if STATE_FILE in described:
+            state_file = stack.enter_context(_open(folder / STATE_FILE, described[STATE_FILE]))
+        if fits is not None:
+            fits(header)
+        if state_file is not None and not state:
+            state_file.check_digest()
+        if peft_config is not None:
+            values = read_peft(model_file, header.layer_shapes)
+        else:
+            assert manifest is not None
+            tensors = model_file.read()
+            values = [(tensors[key], tensors[value]) for key, value in tensor_names(manifest)]
+        training_state = None
+        if state_file is not None and state:
+            training_state = state_file.read(dtype=None)
+    return Adapter(header.config, values, manifest, training_state, peft_config)
+
+
+def _open(path: Path, described: dict[str, Any] | None) -> TensorFile:
+    pickled = path.name == MODEL_FILE and not os.path.lexists(path) and (path.parent / "adapter_model.bin").exists()
+    if pickled:
+        raise AdapterError(
+            f"{path}: missing; adapter_model.bin is a pickle and never read, save it again as safetensors"
+        )
+    return TensorFile(path, described)
+
+
+def _header(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> AdapterHeader:
+    """What the JSON files say; AdapterError: they contradict each other."""
+    hidden_size = None
+    if peft_config is not None:
+        with naming(folder / PEFT_FILE):
+            config, layer_shapes = from_peft(peft_config)
+        hidden_size = None if layer_shapes else peft_config["token_dim"]
+    if manifest is not None:
+        with naming(folder / MANIFEST_FILE):
+            if peft_config is not None:
+                _check_agreement(manifest, config, layer_shapes)
+            config, layer_shapes = manifest.make_config(), manifest.make_layer_shapes()
+    layers = list(range(len(layer_shapes))) if manifest is None or manifest.layers is None else manifest.layers
+    return AdapterHeader(config, layers, layer_shapes, hidden_size, manifest, peft_config)
+
+
+def _check_listing(manifest: Manifest, config: Config, peft_config: dict[str, Any] | None) -> None:
+    """Raises AdapterError unless the manifest lists the files that an adapter with this configuration has."""
+    if config.num_virtual_tokens is None:
+        raise AdapterError("config.num_virtual_tokens: missing")
+    expected = {MODEL_FILE, STATE_FILE} if config.is_reparameterized else {MODEL_FILE}
+    if manifest.files.keys() != expected:
+        raise AdapterError(f"files: expected {sorted(expected)}, got {shown(sorted(manifest.files))}")
+    for name, described in manifest.files.items():
+        if not _is_description(described):
+            raise AdapterError(f"files.{name}: expected bytes and sha256, got {shown(described)}")
+    peft_type = None if peft_config is None else peft_config.get("peft_type")
+    if peft_type != manifest.peft_type:
+        raise AdapterError(f"peft_type: {shown(manifest.peft_type)}, but that of {PEFT_FILE} is {shown(peft_type)}")
+    if manifest.layers is None and peft_type is None:
+        raise AdapterError("peft_type: expected one, a soft prompt is always in PEFT's files")
+
+
+def _is_description(value: Any) -> bool:
+    """Whether it says the size and the SHA-256 of a file."""
+    if not isinstance(value, dict) or value.keys() != {"bytes", "sha256"}:
+        return False
+    return type(value["bytes"]) is int and isinstance(value["sha256"], str)
+
+
+def _check_agreement(manifest: Manifest, peft: Config, peft_shapes: list[LayerShape]) -> None:
+    """Raises AdapterError unless the manifest states the shapes that PEFT's configuration states."""
+    tokens, shapes = manifest.make_config().num_virtual_tokens, manifest.make_layer_shapes()
+    if not peft_shapes:
+        if shapes or peft.num_virtual_tokens != tokens:
+            raise AdapterError(
+                f"method {manifest.method!r} with {tokens} virtual tokens does not agree with {PEFT_FILE}, a soft "
+                f"prompt of {peft.num_virtual_tokens}"
+            )
+    elif (shapes, tokens) != (peft_shapes, peft.num_virtual_tokens):
+        raise AdapterError(
+            f"layer_shapes with {tokens} virtual tokens do not agree with {MODEL_FILE}: by {PEFT_FILE} it has "
+            f"{len(peft_shapes)} layers of {peft_shapes[0]} with {peft.num_virtual_tokens} virtual tokens"
+        )

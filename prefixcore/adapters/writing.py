@@ -1,0 +1,172 @@
+"""Writing an adapter's folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..nn import Config, Prefix, PrefixTuningConfig, SoftPrompt
+from .errors import AdapterError
+from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, tensor_names
+from .manifest import Manifest
+from .peft import PEFT_TYPES, PROMPT_EMBEDDINGS, Values, is_expressible, to_peft
+from .reading import read_folder
+from .record import CURVE, RECORD, belongs, record_bytes
+from .replace import replace_folder
+from .storage import describe, load_json, to_json
+
+
+def write_adapter(
+    directory: str | Path,
+    *,
+    module: Prefix | SoftPrompt,
+    config: Config,
+    manifest: Manifest,
+    record: Mapping[str, Any] | None = None,
+    curve: bytes | None = None,
+) -> Path:
+    """Writes an adapter's folder, whole or not at all.
+
+    The new folder is written beside the target, read back, and exchanged with it. An existing folder is replaced only
+    if it is an adapter or empty; files of other names in it (a README, a picture) stay, but for the record of a
+    training that made other values.
+
+    Args:
+        directory: the folder to write; its parents are made.
+        module: what was trained.
+        config: its configuration.
+        manifest: from `Manifest.create`; the number of virtual tokens and the files' digests are filled in here.
+        record: how it was trained, for `training.json`.
+        curve: a picture of the training, PNG, for `curve.png`.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        AdapterError: the three do not fit each other, a number is not finite, or the target is something else
+            than an adapter. Nothing has been written.
+        OSError: the file system refused; an adapter that was there is as it was.
+
+    Examples:
+        >>> from prefixcore.adapters import Manifest, write_adapter
+        >>> from prefixcore.nn import PromptTuningConfig, SoftPrompt
+        >>> config = PromptTuningConfig(num_virtual_tokens=4, init="random")
+        >>> manifest = Manifest.create(model, config)
+        >>> write_adapter("prompt", module=SoftPrompt(32, config), config=config, manifest=manifest).name
+        'prompt'
+    """
+    target = Path(directory).absolute()
+    check_target(target)
+    _check_parts(module, config, manifest)
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.state_dict().values()):
+        # The module was cast along with its model. What is saved is computed in fp32, so that it can be checked.
+        module = copy.deepcopy(module).float()
+    baked = module.bake()
+    values: Values = _to_cpu(baked) if isinstance(baked, Tensor) else [(_to_cpu(k), _to_cpu(v)) for k, v in baked]
+    files: dict[str, bytes | None] = {STATE_FILE: None, PEFT_FILE: None}
+    peft_config: dict[str, Any] = {}
+    if is_expressible(config, manifest.make_layer_shapes(), manifest.base_model):
+        peft_config, flat = to_peft(config, values, manifest.base_model)
+        files[PEFT_FILE] = to_json(peft_config)
+        tensors = {PROMPT_EMBEDDINGS: flat}
+    else:
+        assert not isinstance(values, Tensor)
+        tensors = {}
+        for names, pair in zip(tensor_names(manifest), values, strict=True):
+            tensors.update(zip(names, pair, strict=True))
+    blobs = {MODEL_FILE: _to_bytes(tensors)}
+    if module.is_reparameterized:
+        blobs[STATE_FILE] = _to_bytes(module.state_dict())
+    manifest = dataclasses.replace(
+        manifest,
+        config={**config.to_dict(), "num_virtual_tokens": module.num_virtual_tokens},
+        peft_type=peft_config.get("peft_type"),
+        files={name: describe(blob) for name, blob in blobs.items()},
+    )
+    digest = manifest.files[MODEL_FILE]["sha256"]
+    files |= {**blobs, MANIFEST_FILE: to_json(manifest.to_dict())}
+    if record is not None:
+        files |= {RECORD: record_bytes(record, digest), CURVE: curve}
+    elif not belongs(target, digest):
+        files |= {RECORD: None, CURVE: None}
+    replace_folder(target, files, check=read_folder)
+    return target
+
+
+def check_target(target: Path) -> None:
+    """Raises AdapterError unless the target is nothing, an empty folder, or an adapter.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from prefixcore.adapters import AdapterError, check_target
+        >>> check_target(Path("capitals"))  # nothing is there: fine
+        >>> Path("notes").mkdir()
+        >>> _ = Path("notes/todo.txt").write_text("")
+        >>> try:
+        ...     check_target(Path("notes"))
+        ... except AdapterError as error:
+        ...     print(error)
+        notes: holds 'todo.txt' and is no adapter, so it is not replaced; give another folder
+    """
+    if target.is_symlink():
+        raise AdapterError(f"{target}: is a symbolic link; give the folder that it points to ({target.resolve()})")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise AdapterError(f"{target}: is a file; give a folder of its own for the adapter")
+    entries = sorted(target.iterdir())
+    if not entries:
+        return
+    if not (target / MANIFEST_FILE).is_file() and not _is_peft_folder(target):
+        raise AdapterError(
+            f"{target}: holds {entries[0].name!r} and is no adapter, so it is not replaced; give another folder"
+        )
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            raise AdapterError(f"{entry}: an adapter has no subfolders, so {target} is not replaced")
+
+
+def _is_peft_folder(folder: Path) -> bool:
+    try:
+        peft_config = load_json(folder / PEFT_FILE)
+    except AdapterError:
+        return False
+    return peft_config is not None and peft_config.get("peft_type") in PEFT_TYPES
+
+
+def _check_parts(module: Prefix | SoftPrompt, config: Config, manifest: Manifest) -> None:
+    """Raises AdapterError unless module, configuration and manifest belong to the same adapter."""
+    if manifest.method != config.method or isinstance(module, Prefix) != isinstance(config, PrefixTuningConfig):
+        raise AdapterError(
+            f"method: the manifest says {manifest.method!r}, the configuration {config.method!r}, and the module is "
+            f"a {type(module).__name__}"
+        )
+    if module.is_reparameterized != config.is_reparameterized:
+        raise AdapterError("config.reparameterization: the module was not built with this configuration")
+    if config.num_virtual_tokens not in (None, module.num_virtual_tokens):
+        raise AdapterError(
+            f"config.num_virtual_tokens: {config.num_virtual_tokens}, but the module has {module.num_virtual_tokens}"
+        )
+    if isinstance(module, Prefix) and list(module.shapes) != manifest.make_layer_shapes():
+        raise AdapterError(f"layer_shapes: {manifest.layer_shapes}, but the module has {list(module.shapes)}")
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32)
+
+
+def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{name}: holds a number that is NaN or infinite (the training has diverged); nothing is written"
+            )
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return to_bytes(whole, {"format": "pt"})

@@ -1,0 +1,104 @@
+"""What loading an adapter takes: `python -m tests.robustness.memory KIND MEGABYTES [read|load|train]`.
+
+Writes an adapter of that size, reads or loads it in a process of its own, and prints as JSON the bytes of its tensor
+files and by how many bytes the process's resident memory rose above what it was before, at its peak.
+
+- ours: a prefix in one of two layers, in tensors of our own names;
+- peft: a prefix in every layer, one tensor in PEFT's layout;
+- prompt: a soft prompt;
+- state: a low-rank prefix, whose training state lies beside its values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixcore import PrefixTuningConfig, PromptTuningConfig, load
+from prefixcore.adapters import Manifest, read_adapter, write_adapter
+from prefixcore.nn import LayerShape, Prefix, SoftPrompt
+
+from ..adapters.models import make_model
+
+HKV, D, E = 2, 16, 32
+
+
+def write(folder: Path, kind: str, size: int) -> None:
+    """An adapter for the tiny Llama whose values take `size` bytes."""
+    if kind == "prompt":
+        prompt = PromptTuningConfig(size // (4 * E), init="zero")
+        manifest = Manifest.create(make_model("llama"), prompt)
+        write_adapter(folder, module=SoftPrompt(E, prompt), config=prompt, manifest=manifest)
+        return
+    layers = [1] if kind == "ours" else [0, 1]
+    options: dict[str, Any] = {"reparameterization": "low_rank", "rank": 4} if kind == "state" else {}
+    tokens = size // (4 * 2 * HKV * D * len(layers))
+    config = PrefixTuningConfig(tokens, init="zero", layers=layers if kind == "ours" else None, **options)
+    shapes = [LayerShape(HKV, D, D)] * len(layers)
+    manifest = Manifest.create(make_model("llama"), config, shapes)
+    write_adapter(folder, module=Prefix(shapes, config), config=config, manifest=manifest)
+
+
+def peak() -> int:
+    """The most resident memory that the process has had, in bytes, since `reset_peak`."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak() -> None:
+    """So that what was freed before does not hide what comes; where the system has no such thing it may."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(folder: Path, how: str) -> dict[str, int]:
+    """In this process."""
+    model = make_model("llama")
+    with tempfile.TemporaryDirectory() as small:  # what is imported and set up once
+        write(Path(small) / "adapter", "ours", 1 << 14)
+        load(model, Path(small) / "adapter").detach()
+    torch.zeros(1)
+    reset_peak()
+    before = peak()
+    if how == "read":
+        kept: Any = read_adapter(folder)
+    else:
+        kept = load(model, folder, trainable=how == "train")
+    rise = peak() - before
+    del kept
+    files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"files": files, "rise": rise}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=("ours", "peft", "prompt", "state"))
+    parser.add_argument("megabytes", type=int)
+    parser.add_argument("how", nargs="?", default="load", choices=("read", "load", "train"))
+    parser.add_argument("--folder", type=Path, help="measure the adapter in it, in this process")
+    options = parser.parse_args()
+    if options.folder is not None:
+        print(json.dumps(measure(options.folder, options.how)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "adapter", options.kind, options.megabytes * 2**20)
+        command = [sys.executable, "-m", "tests.robustness.memory", options.kind, "0", options.how]
+        subprocess.run([*command, "--folder", str(Path(folder) / "adapter")], check=True)
+
+
+if __name__ == "__main__":
+    main()
