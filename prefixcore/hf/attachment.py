@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -12,8 +11,10 @@ from transformers import PreTrainedModel
 
 from ..nn import Prefix, SoftPrompt
 from .attention import ATTENTION
+from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .families import attention_dropout, position_limit
-from .patch import Patch, attention_implementations, restore_attention
+from .patch import Patch
+from .positions import takes_keywords
 
 
 class Attachment:
@@ -23,7 +24,6 @@ class Attachment:
         model: the model as the user knows it.
         module: the trainable module.
         handle: the `Handle` that the user holds.
-        enabled: False while the model is to compute as if nothing were attached.
         num_virtual_tokens: P.
         limit: positions that the model has learned; None: it computes them.
         patch: what was changed in the model, to be put back.
@@ -33,23 +33,27 @@ class Attachment:
         self.model = model
         self.module: Any = module
         self.handle: Any = None
-        self.enabled = True
         self.num_virtual_tokens = module.num_virtual_tokens
         self.limit = position_limit(model)
         self.patch = Patch(model)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the model computes as if nothing were attached, with the attention that it had."""
-        before, self.enabled = self.enabled, False
-        implementations = attention_implementations(self.model)
-        restore_attention(self.patch.attention)
-        try:
-            yield
-        finally:
-            self.enabled = before
-            if self.patch.attention:  # not if it was detached inside
-                restore_attention(implementations)
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the running thread computes as if nothing were attached."""
+        return is_disabled(self.patch)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside, the running thread computes as if nothing were attached, with the attention that the model had."""
+        return disable(self.patch)
+
+    def disabled_arguments(self, decoder: PreTrainedModel | str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a disabled forward of `decoder`: with the attention to use, where ours was put in."""
+        if isinstance(decoder, str):  # why there is none: a soft prompt that leaves attention alone
+            return kwargs
+        name = other_attention(decoder.config)
+        if name is None or decoder.config._attn_implementation != ATTENTION or not takes_keywords(decoder):
+            return kwargs
+        return {**kwargs, OTHER_ATTENTION: name}
 
 
 def refuse_replicas(module: nn.Module) -> None:

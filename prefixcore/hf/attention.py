@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..ops import prefix_attention
+from .disabled import NamedAttention, find_attention, is_disabled
 from .packing import num_shared_tokens
 
 ATTENTION = "prefixcore"
@@ -37,19 +38,65 @@ class LayerPrefix:
     Attributes:
         differentiable: what forwards that record gradients read; None: not computed yet.
         baked: what forwards without gradients read; None: not computed yet.
+        patch: the `Patch` that put it there.
     """
 
-    __slots__ = ("differentiable", "baked")
+    __slots__ = ("differentiable", "baked", "patch")
 
     def __init__(self) -> None:
         self.differentiable: KeyValue | None = None
         self.baked: KeyValue | None = None
+        self.patch: Any = None
 
-    def __reduce__(self) -> tuple[type[LayerPrefix], tuple[()]]:
-        return LayerPrefix, ()
+    def __reduce__(self) -> tuple[type[LayerPrefix], tuple[()], tuple[None, dict[str, Any]]]:
+        return LayerPrefix, (), (None, {"patch": self.patch})
 
 
 def prefix_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prefixcore_other_attention: str | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the prefix and the sequence, or in a disabled forward the attention that the model had before.
+
+    Args:
+        module, query, key, value, attention_mask, kwargs: as of an attention function of transformers.
+        prefixcore_other_attention: the name of the attention of a disabled forward (`OTHER_ATTENTION`).
+
+    Raises:
+        NotImplementedError: as of `attend_to_prefix_and_sequence`; a disabled forward whose model does not hand on its
+            arguments.
+    """
+    if prefixcore_other_attention is None:
+        _check_not_disabled(module)
+        return attend_to_prefix_and_sequence(module, query, key, value, attention_mask, **kwargs)
+    attend = find_attention(prefixcore_other_attention, module)
+    named: Any = module
+    if prefixcore_other_attention not in ("eager", "sdpa"):
+        named = NamedAttention(module, prefixcore_other_attention)
+    return attend(named, query, key, value, attention_mask, **kwargs)
+
+
+def _check_not_disabled(module: nn.Module) -> None:
+    """Raises NotImplementedError if a forward is disabled but its attention was not told.
+
+    Not in a backward, where gradient checkpointing repeats forwards that may have begun outside the block.
+    """
+    layer_prefix = module.__dict__.get(LAYER_PREFIX)
+    if layer_prefix is None or not is_disabled(layer_prefix.patch):
+        return
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        raise NotImplementedError(
+            f"{type(module).__name__} does not get the arguments that its model is called with, so disabled() cannot "
+            "reach it: detach instead"
+        )
+
+
+def attend_to_prefix_and_sequence(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

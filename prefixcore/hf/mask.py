@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from .attention import ATTENTION
+from .disabled import other_attention
 
 
 def prefix_mask(
@@ -29,7 +30,7 @@ def prefix_mask(
     allow_is_causal_skip: bool = True,
     config: Any = None,
     **kwargs: Any,
-) -> Tensor | None:
+) -> Any:
     """None, a padding mask [B, S] (True is visible), or a mask [B, 1, T, S] that says everything.
 
     Args:
@@ -41,9 +42,27 @@ def prefix_mask(
         config: the model's.
         kwargs: what transformers' own `sdpa_mask` needs besides.
 
+    Where what is attached is disabled: whatever mask the attention of the bare model takes.
+
     Raises:
         ValueError: the padding mask is shorter than the sequence.
     """
+    other = other_attention(config)
+    if other is not None:
+        if other not in ALL_MASK_ATTENTION_FUNCTIONS:  # as transformers: an attention without masks
+            return None
+        return ALL_MASK_ATTENTION_FUNCTIONS[other](
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip,
+            config=config,
+            **({} if local_size is None else {"local_size": local_size}),
+            **kwargs,
+        )
     structural = allow_is_causal_skip and _is_bottom_right(q_length, kv_length, q_offset, kv_offset)
     if not structural or not _is_known_structure(local_size, config):
         return sdpa_mask(

@@ -67,6 +67,7 @@ class Patch:
     def add_layer_prefix(self, module: nn.Module) -> LayerPrefix:
         """Gives an attention module a `LayerPrefix`, empty until the first forward."""
         layer_prefix = LayerPrefix()
+        layer_prefix.patch = self
         setattr(module, LAYER_PREFIX, layer_prefix)
         self.prefixed.append(module)
         return layer_prefix

@@ -17,6 +17,11 @@ def argument_names(module: nn.Module) -> list[str]:
     return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind not in kinds]
 
 
+def takes_keywords(module: nn.Module) -> bool:
+    """Whether `module.forward` takes `**kwargs`."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
+
+
 def as_keywords(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name; TypeError: more positional ones than the forward takes."""
     if len(args) > len(names):

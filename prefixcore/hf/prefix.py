@@ -57,8 +57,8 @@ class PrefixAttachment(Attachment):
         self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The hook before each forward of the backbone."""
-        if not self.enabled:
-            return args, kwargs
+        if self.is_disabled:
+            return args, self.disabled_arguments(self.backbone, kwargs)
         self._check(backbone, kwargs)
         self._set_layer_prefixes()
         kwargs = as_keywords(self.names, args, kwargs)
@@ -94,13 +94,14 @@ class PrefixAttachment(Attachment):
         """The prefix without its graph, computed again only where a tensor that it is made of has changed."""
         if torch.compiler.is_compiling():  # compiled code has no addresses to compare, and computes it each time
             return [(key.detach(), value.detach()) for key, value in self.module()]
-        if self._baked is None or self._baked_versions != _versions(self._baked_from):
+        baked = self._baked  # another thread may drop it
+        if baked is None or self._baked_versions != _versions(self._baked_from):
             # Ordinary tensors even in inference mode: a later forward may need them in a graph.
             with torch.inference_mode(False), torch.no_grad():
-                self._baked = [(key.detach(), value.detach()) for key, value in self.module()]
+                self._baked = baked = [(key.detach(), value.detach()) for key, value in self.module()]
             self._baked_from = [*self.module.parameters(), *self.module.buffers()]
             self._baked_versions = _versions(self._baked_from)
-        return self._baked
+        return baked
 
 
 def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:

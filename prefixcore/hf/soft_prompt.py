@@ -83,8 +83,8 @@ class SoftPromptAttachment(Attachment):
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The hook before each forward of the model."""
-        if not self.enabled:
-            return args, kwargs
+        if self.is_disabled:
+            return args, self.disabled_arguments(self.decoder, kwargs) if self.model.base_model is model else kwargs
         refuse_replicas(model)
         kwargs = as_keywords(self.names, args, kwargs)
         _check_arguments(kwargs)
@@ -99,16 +99,19 @@ class SoftPromptAttachment(Attachment):
             self._continue_sequence(kwargs, int(past))
         return (), kwargs
 
-    def before_backbone(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_backbone(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The hook before each forward of the decoder inside: RuntimeError if the prompt was not put in."""
-        if not self.enabled:
-            return
+        if self.is_disabled:
+            return args, self.disabled_arguments(self.decoder, kwargs)
         kwargs = as_keywords(self.backbone_names, args, kwargs)
         if past_length(kwargs) == 0 and not hasattr(kwargs.get("inputs_embeds"), _LAYOUT):
             raise RuntimeError(
                 f"{type(backbone).__name__} was called without the soft prompt, which is put in when the model that it "
                 f"is attached to ({type(self.model).__name__}) is called as model(...), not model.forward(...)"
             )
+        return None
 
     def after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The hook after each forward of the model: virtual tokens are taken out of the outputs."""
