@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 _LONGEST = 120
+_LONGEST_MESSAGE = 1500
 
 
 class AdapterError(ValueError):
     """An adapter can't be read, written or used with a model; the message names the file and the field.
 
-    What files and models say stands in it with every character that is not printable escaped, so that printing the
-    message on a terminal prints text.
+    What files and models say stands in it with every character that is not printable escaped, and cut where it is
+    long, so that printing the message on a terminal prints text.
 
     Examples:
         >>> try:
@@ -20,7 +21,8 @@ class AdapterError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        text = printable(message)
+        super().__init__(text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}...")
 
 
 def printable(text: str) -> str:

@@ -17,7 +17,7 @@ from .manifest import Manifest
 from .module import Adapter, make_module
 from .peft import PROMPT_EMBEDDINGS, from_peft, peft_tensor_shape, read_peft
 from .record import load_record
-from .replace import recover
+from .replace import identity, recover
 from .storage import load_json, naming
 from .tensors import TensorFile
 
@@ -109,7 +109,7 @@ def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
     """What `what` makes of the folder, begun again where the folder was replaced meanwhile."""
     for _ in range(_READS):
         recover(folder.absolute(), check=read_folder)
-        before = _identity(folder)
+        before = identity(folder)
         failure: AdapterError | None = None
         try:
             found = what(folder)
@@ -118,20 +118,11 @@ def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
         except OSError as error:
             failure = AdapterError(f"{error.filename or folder}: cannot be read: {error.strerror or error}")
             failure.__cause__ = error
-        if _identity(folder) == before:
+        if identity(folder) == before:
             if failure is not None:
                 raise failure
             return found
     raise AdapterError(f"{folder}: was replaced again and again while it was read")
-
-
-def _identity(folder: Path) -> tuple[int, ...] | None:
-    """What tells the folder from one that has taken its name; the number of an inode alone may be used again."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 A folder `capitals` is written as `.capitals.writing-<token>` beside it and then exchanged with it in one step
 (`exchange`). Where the file system has no such step, the former folder is renamed to `.capitals.replaced-<token>`
-for the moment between two renames; `recover` gives it its name back if the writer died in that moment.
+for the moment between two renames; `recover` gives it its name back if the writer died in that moment, and waits if
+the writer lives.
 
-A writer holds a lock on the folders it works in. The lock goes with the process, so an unlocked one is left over.
+A writer holds a lock on the folder that it writes, and on the parent for the two renames. Locks go with the process,
+so an unlocked folder is left over.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +27,9 @@ try:
     import fcntl
 except ImportError:  # no locks here: nothing is ever taken for left over
     fcntl = None  # type: ignore[assignment]
+
+_PATIENCE = 10.0
+"""Seconds to wait for a lock: a hundred times what another writer takes."""
 
 
 def replace_folder(
@@ -52,9 +58,8 @@ def replace_folder(
             if data is not None:
                 _write(new / name, data)
         if target.exists():
-            for entry in target.iterdir():
-                if entry.name not in files and keep(entry):
-                    shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+            _take_along(target, new, lambda entry: entry.name not in files and keep(entry))
+            shutil.copymode(target, new)
         _sync(new)
         check(new)
         _put_in_place(new, target)
@@ -62,21 +67,53 @@ def replace_folder(
     remove_leftovers(target)
 
 
+def _take_along(target: Path, new: Path, wanted: Callable[[Path], bool]) -> None:
+    """Copies entries of `target` into `new`, all from the same folder, also if another writer replaces it meanwhile."""
+    copied: list[Path] = []
+    while True:
+        before = identity(target)
+        try:
+            for entry in target.iterdir():
+                if wanted(entry):
+                    copied.append(new / entry.name)
+                    shutil.copy2(entry, copied[-1], follow_symlinks=False)
+        except FileNotFoundError:
+            if identity(target) == before:
+                raise
+        if identity(target) == before:
+            return
+        while copied:
+            copied.pop().unlink(missing_ok=True)
+
+
+def identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells a folder from one that has taken its name; the number of an inode alone may be used again."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
 def recover(target: Path, check: Callable[[Path], object]) -> None:
     """Gives the former folder its name back if its writer died before the new one had it.
 
-    Of several the newest that passes `check`. Does nothing where `target` exists, or a writer is at work.
+    Of several the newest that passes `check`. Does nothing where `target` exists. Where a writer is between its two
+    renames, waits until it is done.
     """
-    if os.path.lexists(target):
+    if os.path.lexists(target) or not _has_leftovers(target, "replaced"):
         return
-    for folder in _leftovers(target, "replaced"):
-        try:
-            check(folder)
-        except (ValueError, OSError):
-            continue
-        with contextlib.suppress(OSError):  # somebody else was quicker
-            folder.rename(target)
-        return
+    with contextlib.suppress(OSError), _locked(target.parent, wait=_PATIENCE) as is_locked:
+        if not is_locked or os.path.lexists(target):  # a writer is at work, or was
+            return
+        for folder in _leftovers(target, "replaced"):
+            try:
+                check(folder)
+            except (ValueError, OSError):
+                continue
+            with contextlib.suppress(OSError):
+                folder.rename(target)
+            return
 
 
 def remove_leftovers(target: Path) -> None:
@@ -88,34 +125,60 @@ def remove_leftovers(target: Path) -> None:
 
 def _leftovers(target: Path, kinds: str) -> Iterator[Path]:
     """Folders beside `target` that a writer made and no living writer works in, the newest first; locked meanwhile."""
+    for folder in _find(target, kinds):
+        with contextlib.suppress(OSError), _locked(folder) as is_locked:
+            if is_locked:
+                yield folder
+
+
+def _has_leftovers(target: Path, kinds: str) -> bool:
+    return bool(_find(target, kinds))
+
+
+def _find(target: Path, kinds: str) -> list[Path]:
+    """Folders beside `target` with a name that its writers give, the newest first."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.({kinds})-[0-9a-f]{{8}}")
     found = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(target.parent):
-            if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                found.append((entry.stat(follow_symlinks=False).st_mtime, target.parent / entry.name))
-    for _, folder in sorted(found, reverse=True):
-        with contextlib.suppress(OSError), _locked(folder, wait=False):
-            yield folder
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # it has gone meanwhile
+                if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    found.append((entry.stat(follow_symlinks=False).st_mtime, target.parent / entry.name))
+    return [folder for _, folder in sorted(found, reverse=True)]
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Locks a folder against other writers for the block.
+def _locked(folder: Path, *, wait: float = 0) -> Iterator[bool]:
+    """Locks a folder against other writers for the block, if no other has it within `wait` seconds.
+
+    Yields:
+        Whether it is locked; never where the system or the file system has no locks.
 
     Raises:
-        OSError: the folder is gone; without `wait` also: a writer has it, or there are no locks.
+        OSError: the folder is gone, or may not be opened.
     """
+    if fcntl is None:
+        yield False
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            with contextlib.suppress(OSError) if wait else contextlib.nullcontext():  # some file systems have none
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        elif not wait:
-            raise OSError("no locks")
-        yield
+        yield _lock(descriptor, time.monotonic() + wait)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.001)
+        except OSError:  # some file systems have no locks
+            return False
+        else:
+            return True
 
 
 @contextmanager
@@ -127,28 +190,32 @@ def _new_folder(target: Path) -> Iterator[Path]:
             new.mkdir()
             stack.callback(shutil.rmtree, new, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError):
-                stack.enter_context(_locked(new, wait=True))
+                stack.enter_context(_locked(new, wait=_PATIENCE))
             if new.exists():  # else it was taken for left over before it was locked
                 break
         yield new
 
 
 def _put_in_place(new: Path, target: Path) -> None:
-    if not target.exists():
-        with contextlib.suppress(OSError):  # another writer was quicker
+    if os.path.lexists(target):
+        with contextlib.suppress(FileNotFoundError):  # another writer is between its two renames
+            if exchange(new, target):
+                return
+    with _locked(target.parent, wait=_PATIENCE):
+        if not os.path.lexists(target):
             new.rename(target)
             return
-    if exchange(new, target):
-        return
-    old = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
-    with _locked(target, wait=True):
+        if exchange(new, target):
+            return
+        old = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
         target.rename(old)
         try:
             new.rename(target)
         except BaseException:
-            old.rename(target)
+            if new.exists():  # else an interrupt came when the second rename was done
+                old.rename(target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> None:

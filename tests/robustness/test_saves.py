@@ -21,3 +21,14 @@ def test_an_adapter_is_always_old_or_new(how: str, exchange: bool) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["failures"] == []
     assert result["tried"] >= 100
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_readers_and_two_writers_at_once(exchange: bool) -> None:
+    """No error and no mixture: each reader finds one writer's adapter with its own record."""
+    command = [sys.executable, "-m", "tests.robustness.crowd", "4", *([] if exchange else ["--no-exchange"])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["failures"] == []
+    assert min(result["counts"].values()) >= 10, result["counts"]
