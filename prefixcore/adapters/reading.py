@@ -17,7 +17,7 @@ from .manifest import Manifest
 from .module import Adapter, make_module
 from .peft import PROMPT_EMBEDDINGS, from_peft, peft_tensor_shape, read_peft
 from .record import load_record
-from .replace import identity, recover
+from .replace import identity, is_being_replaced, recover
 from .storage import load_json, naming
 from .tensors import TensorFile
 
@@ -107,10 +107,10 @@ T = TypeVar("T")
 
 def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
     """What `what` makes of the folder, begun again where the folder was replaced meanwhile."""
+    failure: AdapterError | None = None
     for _ in range(_READS):
         recover(folder.absolute(), check=read_folder)
-        before = identity(folder)
-        failure: AdapterError | None = None
+        before, failure = identity(folder), None
         try:
             found = what(folder)
         except AdapterError as error:
@@ -118,11 +118,12 @@ def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
         except OSError as error:
             failure = AdapterError(f"{error.filename or folder}: cannot be read: {error.strerror or error}")
             failure.__cause__ = error
-        if identity(folder) == before:
-            if failure is not None:
-                raise failure
-            return found
-    raise AdapterError(f"{folder}: was replaced again and again while it was read")
+        if identity(folder) != before or (before is None and is_being_replaced(folder.absolute())):
+            continue
+        if failure is not None:
+            raise failure
+        return found
+    raise failure or AdapterError(f"{folder}: was replaced again and again while it was read")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ try:
 except ImportError:  # no locks here: nothing is ever taken for left over
     fcntl = None  # type: ignore[assignment]
 
+_TRIES = 100
 _PATIENCE = 10.0
 """Seconds to wait for a lock: a hundred times what another writer takes."""
 
@@ -57,9 +58,7 @@ def replace_folder(
         for name, data in files.items():
             if data is not None:
                 _write(new / name, data)
-        if target.exists():
-            _take_along(target, new, lambda entry: entry.name not in files and keep(entry))
-            shutil.copymode(target, new)
+        _take_along(target, new, lambda entry: entry.name not in files and keep(entry), check)
         _sync(new)
         check(new)
         _put_in_place(new, target)
@@ -67,20 +66,22 @@ def replace_folder(
     remove_leftovers(target)
 
 
-def _take_along(target: Path, new: Path, wanted: Callable[[Path], bool]) -> None:
-    """Copies entries of `target` into `new`, all from the same folder, also if another writer replaces it meanwhile."""
+def _take_along(target: Path, new: Path, wanted: Callable[[Path], bool], check: Callable[[Path], object]) -> None:
+    """Copies entries of `target`, if it is there, and its mode: all from one folder, also if writers replace it."""
     copied: list[Path] = []
-    while True:
+    for _ in range(_TRIES):
+        recover(target, check)
         before = identity(target)
         try:
             for entry in target.iterdir():
                 if wanted(entry):
                     copied.append(new / entry.name)
                     shutil.copy2(entry, copied[-1], follow_symlinks=False)
+            shutil.copymode(target, new)
         except FileNotFoundError:
-            if identity(target) == before:
+            if before is not None and identity(target) == before:
                 raise
-        if identity(target) == before:
+        if identity(target) == before and not (before is None and is_being_replaced(target)):
             return
         while copied:
             copied.pop().unlink(missing_ok=True)
@@ -101,7 +102,7 @@ def recover(target: Path, check: Callable[[Path], object]) -> None:
     Of several the newest that passes `check`. Does nothing where `target` exists. Where a writer is between its two
     renames, waits until it is done.
     """
-    if os.path.lexists(target) or not _has_leftovers(target, "replaced"):
+    if os.path.lexists(target) or not _find(target, "replaced"):
         return
     with contextlib.suppress(OSError), _locked(target.parent, wait=_PATIENCE) as is_locked:
         if not is_locked or os.path.lexists(target):  # a writer is at work, or was
@@ -114,6 +115,11 @@ def recover(target: Path, check: Callable[[Path], object]) -> None:
             with contextlib.suppress(OSError):
                 folder.rename(target)
             return
+
+
+def is_being_replaced(target: Path) -> bool:
+    """Whether a `target` that was not there may only have been between a writer's two renames."""
+    return bool(_find(target, "replaced")) or os.path.lexists(target)
 
 
 def remove_leftovers(target: Path) -> None:
@@ -129,10 +135,6 @@ def _leftovers(target: Path, kinds: str) -> Iterator[Path]:
         with contextlib.suppress(OSError), _locked(folder) as is_locked:
             if is_locked:
                 yield folder
-
-
-def _has_leftovers(target: Path, kinds: str) -> bool:
-    return bool(_find(target, kinds))
 
 
 def _find(target: Path, kinds: str) -> list[Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,22 +117,26 @@ def check_target(target: Path) -> None:
         ...     print(error)
         notes: holds 'todo.txt' and is no adapter, so it is not replaced; give another folder
     """
-    if target.is_symlink():
-        raise AdapterError(f"{target}: is a symbolic link; give the folder that it points to ({target.resolve()})")
-    if not target.exists():
+    try:
+        mode = target.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise AdapterError(f"{target}: is a symbolic link; give the folder that it points to ({target.resolve()})")
+        if not stat.S_ISDIR(mode):
+            raise AdapterError(f"{target}: is a file; give a folder of its own for the adapter")
+        with os.scandir(target) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except FileNotFoundError:  # nothing is there, or a writer is between its two renames
         return
-    if not target.is_dir():
-        raise AdapterError(f"{target}: is a file; give a folder of its own for the adapter")
-    entries = sorted(target.iterdir())
     if not entries:
         return
-    if not (target / MANIFEST_FILE).is_file() and not _is_peft_folder(target):
+    has_manifest = any(entry.name == MANIFEST_FILE and entry.is_file() for entry in entries)
+    if not has_manifest and not _is_peft_folder(target):
         raise AdapterError(
             f"{target}: holds {entries[0].name!r} and is no adapter, so it is not replaced; give another folder"
         )
     for entry in entries:
-        if entry.is_dir() and not entry.is_symlink():
-            raise AdapterError(f"{entry}: an adapter has no subfolders, so {target} is not replaced")
+        if entry.is_dir(follow_symlinks=False):
+            raise AdapterError(f"{entry.path}: an adapter has no subfolders, so {target} is not replaced")
 
 
 def _is_peft_folder(folder: Path) -> bool:

@@ -8,6 +8,7 @@ its own record, and the next save must leave nothing beside it. Prints how many 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -98,26 +99,28 @@ def problem(target: Path) -> str | None:
     return None if left == [target.name] else f"left behind: {left}"
 
 
-def moments(what: Callable[[], Any], target: Path) -> tuple[int, list[str]]:
-    """Ends a save at each line in turn, until one gets through."""
+def moments(what: Callable[[], Any], target: Path, every: int) -> tuple[int, list[str]]:
+    """Ends a save at each line in turn, or at every so many, until one gets through."""
     tried, failures = 0, []
-    while True:
+    for moment in itertools.count(1, every):
         save(target, 1)
         tried += 1
-        _, status = os.waitpid(child(target, end_at(tried, what)), 0)
+        _, status = os.waitpid(child(target, end_at(moment, what)), 0)
         if failure := problem(target):
-            failures.append(f"line {tried}: {failure}")
+            failures.append(f"line {moment}: {failure}")
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            return tried, failures
+            break
+    return tried, failures
 
 
-def random_deaths(target: Path) -> tuple[int, list[str]]:
+def random_deaths(target: Path, every: int) -> tuple[int, list[str]]:
     """Kills a save after a random time, not longer than a whole one takes."""
     generator, failures = random.Random(0), []
     began = time.perf_counter()
     save(target, 1)
     whole = time.perf_counter() - began
-    for attempt in range(RANDOM_DEATHS):
+    attempts = range(0, RANDOM_DEATHS, every)
+    for attempt in attempts:
         save(target, 1)
         number = child(target, None)
         time.sleep(generator.uniform(0, 2 * whole))
@@ -125,13 +128,14 @@ def random_deaths(target: Path) -> tuple[int, list[str]]:
         os.waitpid(number, 0)
         if failure := problem(target):
             failures.append(f"death {attempt}: {failure}")
-    return RANDOM_DEATHS, failures
+    return len(attempts), failures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("how", choices=("die", "interrupt", "random"))
     parser.add_argument("--no-exchange", action="store_true", help="as on a file system that cannot exchange folders")
+    parser.add_argument("--every", type=int, default=1, help="leave out all moments but every so many")
     options = parser.parse_args()
     if options.no_exchange:
         replace.exchange = lambda first, second: False
@@ -140,10 +144,10 @@ def main() -> None:
     target = folder / "an adapter [1]"
     try:
         if options.how == "random":
-            tried, failures = random_deaths(target)
+            tried, failures = random_deaths(target, options.every)
         else:
             what = {"die": lambda: os._exit(9), "interrupt": interrupt}[options.how]
-            tried, failures = moments(what, target)
+            tried, failures = moments(what, target, options.every)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps({"tried": tried, "failures": failures}))
