@@ -118,8 +118,10 @@ def recover(target: Path, check: Callable[[Path], object]) -> None:
 
 
 def is_being_replaced(target: Path) -> bool:
-    """Whether a `target` that was not there may only have been between a writer's two renames."""
-    return bool(_find(target, "replaced")) or os.path.lexists(target)
+    """Whether a `target` that was not there was between a writer's two renames: waits for the writer, and looks."""
+    with contextlib.suppress(OSError), _locked(target.parent, wait=_PATIENCE):
+        return os.path.lexists(target)
+    return False
 
 
 def remove_leftovers(target: Path) -> None:
