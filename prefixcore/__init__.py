@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import _interrupt as _interrupt  # before torch, whose import takes seconds
 from .ops import prefix_attention, soft_embedding, use_backend, which_backend
 from .version import __version__
 

@@ -6,8 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .cli import doctor, generate, inspect, train
-from .cli.common import INTERRUPTED, USER_ERROR, UserError
+from . import _interrupt
+from .cli import doctor, generate, inspect, output, train
+from .cli.common import INTERRUPTED, OK, USER_ERROR
+from .cli.failures import message
 from .version import __version__
 
 COMMANDS = {"train": train, "generate": generate, "inspect": inspect, "doctor": doctor}
@@ -27,16 +29,46 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0 done, 2 an error to mend, 130 stopped by Ctrl-C."""
-    options = parser().parse_args(arguments)
+    """Run one subcommand and return its exit code: 0 done, 2 an error to mend, 130 stopped by Ctrl-C.
+
+    Without `arguments` this process is the command line's own: Ctrl-C ends it.
+    """
+    if arguments is not None:
+        return _run(arguments)
+    _interrupt.take_over()
+    output.reserve_standard_streams()
     try:
-        return COMMANDS[options.command].run(options)
-    except UserError as error:
-        print(f"prefixcore {options.command}: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _run(sys.argv[1:])
+    finally:
+        _interrupt.let_go()
+
+
+def _run(arguments: Sequence[str]) -> int:
+    program = "prefixcore"
+    _interrupt.tell(_interrupt.NOTHING, program=program)
+    try:
+        code = OK
+        try:
+            options = parser().parse_args(arguments)
+        except SystemExit as stop:  # argparse has printed its help, or what is wrong
+            code = int(stop.code or OK)
+        else:
+            program = f"prefixcore {options.command}"
+            _interrupt.tell(_interrupt.NOTHING, program=program)
+            code = COMMANDS[options.command].run(options)
+        output.flush()
+        return code
     except KeyboardInterrupt:
-        print(f"\nprefixcore {options.command}: stopped; nothing was written", file=sys.stderr)
+        output.say(f"\n{_interrupt.line()}")
         return INTERRUPTED
+    except Exception as error:
+        text = message(error)
+        if text is None:
+            raise
+        written = _interrupt.written()
+        suffix = "" if written == _interrupt.NOTHING else f" ({written})"
+        output.say(f"{program}: error: {output.one_line(text)}{suffix}")
+        return USER_ERROR
 
 
 if __name__ == "__main__":

@@ -1,30 +1,20 @@
-"""What the subcommands share: errors that are the user's to mend, and opening a model."""
+"""What the subcommands share: exit codes, options, and opening a model."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
-"""Exit codes: done; something the user can mend (one line on standard error); stopped by Ctrl-C."""
+from .._interrupt import INTERRUPTED
+from .failures import UserError, user_errors
+
+__all__ = ["INTERRUPTED", "OK", "USER_ERROR", "add_model_arguments", "open_model", "plain_escapes", "positive", "seed"]
+
+OK, USER_ERROR = 0, 2
+"""Exit codes: done; something the user can mend (one line on standard error). `INTERRUPTED`: stopped by Ctrl-C."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class UserError(Exception):
-    """Something the user can mend; the message says what was expected, what came and how to mend it."""
-
-
-@contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions of these kinds, whose messages are written for the user, into `UserError`."""
-    try:
-        yield
-    except kinds as error:
-        raise UserError(str(error)) from error
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +29,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    """An argparse type: a whole number from 1 to 2^63 - 1."""
+    return _whole(text, least=1)
+
+
+def seed(text: str) -> int:
+    """An argparse type: a whole number from 0 to 2^63 - 1, which every random number generator takes."""
+    return _whole(text, least=0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {shown!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError("must be below 2^63")
     return value
 
 
@@ -55,49 +60,55 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The causal language model that `--model` names, in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: no such folder, not a model that transformers can open, or no such device.
+        UserError: no such folder, not a model that transformers can open, weights that are not whole, or no such
+            device.
     """
-    import torch
-
-    with user_errors(RuntimeError):
-        device = _device(arguments.device)
-        torch.empty(0, device=device)
+    device = _device(arguments.device)
     name = arguments.model
-    folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith((".", "~")) or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise UserError(f"--model {name} {what}; expected the folder of a transformers model")
+    check_model_folder(name)
 
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {name} cannot be opened: {_first_line(error)}") from error
-    return model.to(device).eval(), tokenizer
+    # What transformers raises for a broken folder is of any kind: KeyError, TypeError, plain Exception.
+    with user_errors(Exception, what=f"--model {name} cannot be opened"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=arguments.dtype, trust_remote_code=False, output_loading_info=True
+        )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"--model {name} is not whole: {len(missing)} of its weights, such as {missing[0]}, are not in its files"
+        )
+    with user_errors(RuntimeError, what=f"--device {arguments.device}"):
+        return model.to(device).eval(), tokenizer
+
+
+def check_model_folder(name: str) -> None:
+    """Raises UserError if `name` looks like a folder, but none that holds a model in regular files."""
+    folder = Path(name)
+    with user_errors(OSError, what=f"--model {name} cannot be read"):
+        looks_local = folder.is_absolute() or name.startswith((".", "~")) or folder.exists()
+        if not looks_local:
+            return
+        if not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "is not a folder"
+            raise UserError(f"--model {name} {what}; expected the folder of a transformers model")
+        for entry in folder.iterdir():  # reading from a pipe or a device might never end
+            if entry.exists() and not entry.is_file() and not entry.is_dir():
+                raise UserError(f"--model {name}: {entry.name} is not a regular file")
 
 
 def _device(name: str) -> Any:
+    """The device of that name; UserError: there is none that computes."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text under one another, every column as wide as its widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    # A device that this build of torch lacks is an AssertionError, a RuntimeError or an ImportError.
+    with user_errors(Exception, what=f"--device {name} cannot be used"):
+        device = torch.device(name)
+        torch.ones(1, device=device).add(1).item()
+    return device

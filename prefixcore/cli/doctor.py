@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from .common import OK, table
+from .common import OK
+from .output import results, table
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "accelerate", "vllm", "triton")
 
@@ -22,12 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [("op", "device", "dtype", "backend", "why")]
     rows += explain()
     built, facts = build_facts()
-    print(table([*library_facts(), *facts, *gpu_facts()]))
-    print()
-    print(table(rows))
+    tables: list[Sequence[Sequence[str]]] = [[*library_facts(), *facts, *gpu_facts()], rows]
     if paths := gpu_paths():
-        print()
-        print(table([("problem", "pass", "path", "why"), *paths]))
+        tables.append([("problem", "pass", "path", "why"), *paths])
+    results("\n\n".join(table(each) for each in tables))
     return OK if built else 1
 
 

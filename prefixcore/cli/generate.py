@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from .common import OK, UserError, add_model_arguments, open_model, plain_escapes, positive, user_errors
+from .common import OK, add_model_arguments, open_model, plain_escapes, positive, seed
+from .failures import UserError, user_errors
+from .limits import check_ids, learned_positions, stated_positions
+from .output import printable, results, say, to_json
+
+COLDEST, HOTTEST = 1e-6, 1e6
+"""Temperatures outside make numbers that float32 cannot hold, and choose the likeliest token or any."""
+
+MOST_BEAMS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--temperature", type=float, default=1.0, help="of --sample (default: 1)")
     parser.add_argument("--top-p", type=float, default=1.0, help="of --sample (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of --sample (default: 0)")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: 16")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with prompt and completion")
 
@@ -40,12 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.adapter.is_dir():
         raise UserError(f"--adapter {arguments.adapter} is not a folder")
 
-    from ..adapters import AdapterError, read_record
+    from ..adapters import AdapterError, read_adapter, read_record
 
-    with user_errors(AdapterError):
+    too_deep = user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep")
+    with user_errors(AdapterError), too_deep:
+        virtual_tokens = read_adapter(arguments.adapter).config.num_virtual_tokens or 0
         record = read_record(arguments.adapter)
     end = arguments.end if arguments.end is not None else record.get("end")
     model, tokenizer = open_model(arguments)
+    check_prompts(model, tokenizer, prompts, virtual_tokens)
+    learned = learned_positions(model)
 
     import torch
 
@@ -61,23 +72,51 @@ def run(arguments: argparse.Namespace) -> int:
             max_new_tokens=arguments.max_new_tokens,
             end=end or None,
             batch_size=arguments.batch_size,
+            max_length=None if learned is None else learned - virtual_tokens,
             **sampling,
         )
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if arguments.json:
-            print(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False))
-        else:
-            print(answer.strip())
+    if arguments.json:
+        lines = [to_json({"prompt": p, "completion": a}) for p, a in zip(prompts, answers, strict=True)]
+    else:
+        lines = [answer.strip() for answer in answers]
+        if sys.stdout is not None and sys.stdout.isatty():
+            lines = [printable(line) for line in lines]
+    results("\n".join(lines))
     return OK
+
+
+def check_prompts(model: Any, tokenizer: Any, prompts: list[str], virtual_tokens: int) -> None:
+    """Refuse prompts that the model cannot read, and say which are longer than it was made for."""
+    from ..training import DataError
+    from ..training.data import encode
+
+    learned, stated = learned_positions(model), stated_positions(model)
+    for number, prompt in enumerate(prompts, start=1):
+        with user_errors(DataError):
+            ids = encode(tokenizer, prompt, f"prompt {number}")
+        if not ids:
+            raise UserError(f"prompt {number} has no token; there is nothing to continue from")
+        check_ids(model, ids, f"prompt {number}")
+        positions = learned if learned is not None else stated
+        needed = f"prompt {number}: {len(ids):,} tokens and {virtual_tokens:,} virtual ones"
+        if learned is not None and len(ids) + virtual_tokens >= learned:
+            raise UserError(f"{needed} leave no room in the model's {positions:,} positions; shorten it")
+        if positions is not None and len(ids) + virtual_tokens > positions:
+            say(f"warning: {needed} are more than the {positions:,} positions that the model was made for")
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """`--prompt`, or the lines of standard input that are not blank."""
     prompts = arguments.prompt
     if prompts is None:
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give --prompt TEXT, or one prompt a line on standard input")
         if sys.stdin.isatty():
-            print("one prompt a line, then Ctrl-D:", file=sys.stderr)
-        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+            say("one prompt a line, then Ctrl-D:")
+        try:
+            prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not {error.encoding.upper()} text ({error.reason})") from None
     if not prompts or not all(prompts):
         raise UserError("there is no prompt; give --prompt TEXT, or one prompt a line on standard input")
     return list(prompts)
@@ -85,13 +124,18 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `model.generate` is told, checked before a model is opened."""
+    if arguments.num_beams > MOST_BEAMS:
+        raise UserError(f"--num-beams must be at most {MOST_BEAMS:,}, got {arguments.num_beams:,}")
     options: dict[str, Any] = {"num_beams": arguments.num_beams, "do_sample": arguments.sample}
     if not arguments.sample:
         if arguments.temperature != 1.0 or arguments.top_p != 1.0:
             raise UserError("--temperature and --top-p mean something with --sample only; add it or leave them out")
         return options
-    if not arguments.temperature > 0:
-        raise UserError(f"--temperature must be above 0, got {arguments.temperature}")
+    if not COLDEST <= arguments.temperature <= HOTTEST:
+        raise UserError(
+            f"--temperature must be above 0, from {COLDEST:g} to {HOTTEST:g}, got {arguments.temperature}; "
+            "leave out --sample for the likeliest tokens"
+        )
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, got {arguments.top_p}")
     return {**options, "temperature": arguments.temperature, "top_p": arguments.top_p}

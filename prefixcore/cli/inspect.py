@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import OK, UserError, table, user_errors
+from .common import OK
+from .failures import UserError, user_errors
+from .output import results, table, to_json
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
@@ -27,12 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..adapters import AdapterError, read_adapter, read_record
 
-    with user_errors(AdapterError):
+    with user_errors(AdapterError), user_errors(RecursionError, what=f"{folder}: nested too deep"):
         facts = describe(folder, read_adapter(folder), read_record(folder))
-    if arguments.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-    else:
-        print(table(rows(facts)))
+        text = to_json(facts, indent=2) if arguments.json else table(rows(facts))
+    results(text)
     return OK
 
 
@@ -122,7 +121,7 @@ def ranges(numbers: list[int]) -> str:
 
 def base_model(facts: dict[str, Any]) -> str:
     """Name, class and size of the base model, from its fingerprint."""
-    size = f"{facts.get('class')}, {facts.get('num_parameters', 0):,} parameters"
+    size = f"{facts.get('class')}, {number(facts.get('num_parameters', 0), ',')} parameters"
     name = facts.get("name_or_path")
     return f"{name} ({size})" if name else size
 
@@ -135,6 +134,15 @@ def trained(record: dict[str, Any]) -> list[tuple[str, str]]:
         how = "stopped early, " if record.get("interrupted") else ""
         found.append(("training", f"{how}{len(losses)} steps on {record.get('data')}; curve in curve.png"))
     for name, result in (record.get("held_out") or {}).items():
-        text = f"loss {result['loss']:.3f}, exact match {result['exact_match']:.1%} of {result['examples']}"
+        loss, share = number(result["loss"], ".3f"), number(result["exact_match"], ".1%")
+        text = f"loss {loss}, exact match {share} of {number(result['examples'], '')}"
         found.append((f"held out, {name}", text))
     return found
+
+
+def number(value: Any, how: str) -> str:
+    """A number that was read from a file, as the format `how` has it; what has no such format is shown as it is."""
+    try:
+        return format(value, how)
+    except (TypeError, ValueError, OverflowError):
+        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else repr(value)

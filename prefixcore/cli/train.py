@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
-import sys
-from collections.abc import Sequence
+import secrets
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import INTERRUPTED, OK, UserError, open_model, table, user_errors
-from .train_options import LEARNING_RATES, add_arguments, build_config
+from .. import _interrupt
+from .common import INTERRUPTED, OK, open_model
+from .failures import UserError, user_errors
+from .limits import LengthLimit, check_ids, check_virtual_tokens, learned_positions
+from .output import results, say, table
+from .train_options import LEARNING_RATES, add_arguments, build_config, option
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Example, TokenizedExample, TrainingOptions, TrainingRecord
@@ -20,6 +26,7 @@ __all__ = ["add_arguments", "run"]
 
 CURVE = "curve.png"
 EPOCHS = 5.0
+MOST_EPOCHS = 1e9
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,13 +42,18 @@ def run(arguments: argparse.Namespace) -> int:
     options = training_options(arguments, len(training))
 
     model, tokenizer = open_model(arguments)
-    training, train_ids = tokenize_all(arguments, tokenizer, training)
-    held_out, held_out_ids = tokenize_all(arguments, tokenizer, held_out)
+    tokens = count_virtual_tokens(arguments, model, tokenizer, config)
+    limit = LengthLimit.of(model, tokens, arguments.max_length)
+    end, skip = arguments.end, arguments.skip_too_long
+    training, train_ids = tokenize_all(model, tokenizer, training, end, limit, skip=skip)
+    held_out, held_out_ids = tokenize_all(model, tokenizer, held_out, end, limit, skip=skip)
     if not train_ids:
-        raise UserError(f"no example has at most {arguments.max_length} tokens; raise --max-length")
+        raise UserError(f"no example has at most {limit.tokens} tokens; raise --max-length or shorten the examples")
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out")
 
-    evaluator = HeldOutEvaluator(model, tokenizer, arguments.end, held_out, held_out_ids)
+    learned = learned_positions(model)
+    longest = None if learned is None else learned - tokens
+    evaluator = HeldOutEvaluator(model, tokenizer, end, held_out, held_out_ids, longest)
     evaluator("bare model")
     handle = attach(arguments, model, tokenizer, config)
     say(f"{handle.num_trainable:,} numbers to train in {handle.num_virtual_tokens} virtual tokens")
@@ -55,34 +67,45 @@ def run(arguments: argparse.Namespace) -> int:
     if record.interrupted:
         say(f"stopped after {record.steps_done} of {options.steps} steps; saved what there is to {arguments.out}")
         return INTERRUPTED
-    try:
-        if stopped:
-            raise KeyboardInterrupt
-        if held_out:
-            evaluator("after training")
-            stopped = save(arguments, handle, record, evaluator)
-            print(evaluator.table())
-        say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
-    except KeyboardInterrupt:
-        say(f"\nstopped while evaluating; the adapter is in {arguments.out}")
-        return INTERRUPTED
-    return INTERRUPTED if stopped else OK
-
-
-def say(text: str) -> None:
-    """Progress goes to standard error, so that standard output has the results alone."""
-    print(text, file=sys.stderr, flush=True)
+    if held_out and not stopped:
+        evaluator("after training")
+        stopped = save(arguments, handle, record, evaluator)
+    if stopped:
+        raise KeyboardInterrupt
+    say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
+    if held_out:
+        results(evaluator.table())
+    return OK
 
 
 def check_out(out: Path) -> None:
     """Refuse a place where an adapter cannot be written, or where something else would be overwritten."""
     from ..adapters import AdapterError, check_target
 
+    if out.name in ("", "..") or (out.is_dir() and out.samefile(os.curdir)):
+        raise UserError(f"--out {out}: an adapter is replaced as a whole, name and all; give a folder of its own")
     with user_errors(AdapterError):
         check_target(out)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written: {parent} is not a folder that you may write to")
+    with user_errors(OSError, what=f"--out {out} cannot be written"), signals_held_back():
+        trial = parent / f".{out.name}.writing-{secrets.token_hex(4)}"  # as a save makes it
+        trial.mkdir()
+        trial.rmdir()
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """A block of a moment that Ctrl-C and SIGTERM do not cut in two."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def inherit_from_resumed(arguments: argparse.Namespace) -> None:
@@ -90,22 +113,28 @@ def inherit_from_resumed(arguments: argparse.Namespace) -> None:
     arguments.split_seed = arguments.seed
     if arguments.resume is None:
         return
-    from ..adapters import AdapterError, read_record
+    from ..adapters import AdapterError, read_adapter, read_record
 
-    with user_errors(AdapterError):
+    with user_errors(AdapterError), user_errors(RecursionError, what=f"{arguments.resume}: nested too deep"):
+        arguments.resumed_tokens = read_adapter(arguments.resume).config.num_virtual_tokens
         earlier = read_record(arguments.resume)
     if arguments.end is None:
         arguments.end = earlier.get("end")
     if arguments.eval_data is not None or arguments.eval_fraction == 0:
         return
     split = earlier.get("split")
-    if split and split["fraction"] >= arguments.eval_fraction:
+    if split and split["fraction"] >= arguments.eval_fraction and is_seed(split["seed"]):
         arguments.split_seed = split["seed"]
     else:
         say(
             f"warning: what is held out now may be among what {arguments.resume} was trained on before; "
             "give --eval-data for an honest evaluation"
         )
+
+
+def is_seed(value: Any) -> bool:
+    """Whether a number that was read from a file is one that a generator can be seeded with."""
+    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Example]]:
@@ -135,9 +164,13 @@ def training_options(arguments: argparse.Namespace, examples: int) -> TrainingOp
     steps = arguments.steps
     if steps is None:
         epochs = EPOCHS if arguments.epochs is None else arguments.epochs
-        if not 0 < epochs < math.inf:
-            raise UserError(f"--epochs must be above 0, got {arguments.epochs}")
+        if not 0 < epochs <= MOST_EPOCHS:
+            raise UserError(f"--epochs must be above 0 and at most {MOST_EPOCHS:,.0f}, got {arguments.epochs}")
         steps = max(1, round(epochs * math.ceil(examples / arguments.batch_size)))
+    for name in ("lr", "weight_decay", "max_grad_norm"):
+        value = getattr(arguments, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{option(name)} must be a finite number, got {value}")
     rate = arguments.lr if arguments.lr is not None else LEARNING_RATES.get(arguments.method, 1e-3)
     with user_errors(ValueError):
         return TrainingOptions(
@@ -153,20 +186,43 @@ def training_options(arguments: argparse.Namespace, examples: int) -> TrainingOp
         )
 
 
+def count_virtual_tokens(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: Any) -> int:
+    """How many virtual tokens there will be; an error if the model cannot take as many, or cannot read their text."""
+    from ..training import DataError
+    from ..training.data import encode
+
+    if config is None:
+        count = arguments.resumed_tokens
+    else:
+        count = config.num_virtual_tokens
+        if config.init_text is not None:
+            with user_errors(DataError):
+                ids = encode(tokenizer, config.init_text, "--init-text")
+            if not ids:
+                raise UserError("--init-text has no token; give a longer one")
+            check_ids(model, ids, "--init-text")
+            count = count or len(ids)
+    check_virtual_tokens(model, count)
+    return int(count)
+
+
 def tokenize_all(
-    arguments: argparse.Namespace, tokenizer: Any, examples: Sequence[Example]
+    model: Any, tokenizer: Any, examples: Sequence[Example], end: str | None, limit: LengthLimit, *, skip: bool
 ) -> tuple[list[Example], list[TokenizedExample]]:
-    """Examples and their ids; with `--skip-too-long` only those that are short enough."""
+    """Examples and their ids; with `skip` only those that are short enough."""
     from ..training import DataError, tokenize
 
-    limit = arguments.max_length
     with user_errors(DataError):
-        ids = tokenize(tokenizer, examples, end=arguments.end, max_length=None if arguments.skip_too_long else limit)
-    if limit is None:
-        return list(examples), ids
-    kept = [(example, its_ids) for example, its_ids in zip(examples, ids, strict=True) if its_ids.length <= limit]
+        ids = tokenize(tokenizer, examples, end=end)
+    kept = []
+    for example, its_ids in zip(examples, ids, strict=True):
+        if its_ids.length <= limit.tokens:
+            check_ids(model, its_ids.prompt_ids + its_ids.completion_ids, example.source)
+            kept.append((example, its_ids))
+        elif not skip:
+            raise UserError(f"{example.source}: {its_ids.length} tokens, more than the {limit}")
     if len(kept) < len(ids):
-        say(f"left out {len(ids) - len(kept)} of {len(ids)} examples with more than {limit} tokens")
+        say(f"left out {len(ids) - len(kept)} of {len(ids)} examples with more than {limit.tokens} tokens")
     return [example for example, _ in kept], [its_ids for _, its_ids in kept]
 
 
@@ -191,8 +247,9 @@ class HeldOutEvaluator:
         end: str | None,
         held_out: Sequence[Example],
         ids: Sequence[TokenizedExample],
+        max_length: int | None,
     ) -> None:
-        self.model, self.tokenizer, self.end = model, tokenizer, end
+        self.model, self.tokenizer, self.end, self.max_length = model, tokenizer, end, max_length
         self.held_out, self.ids = held_out, ids
         self.results: dict[str, Evaluation] = {}
 
@@ -200,7 +257,9 @@ class HeldOutEvaluator:
         from ..training import evaluate
 
         if self.held_out:
-            result = evaluate(self.model, self.tokenizer, self.held_out, self.ids, end=self.end)
+            result = evaluate(
+                self.model, self.tokenizer, self.held_out, self.ids, end=self.end, max_length=self.max_length
+            )
             self.results[name] = result
             say(f"held out, {name}: loss {result.loss:.3f}, exact match {result.exact_match:.1%}")
 
@@ -234,7 +293,21 @@ def save(arguments: argparse.Namespace, handle: Any, record: TrainingRecord, eva
         "held_out": evaluator.to_dict(),
         **record.to_dict(),
     }
-    with stop_on_signal() as stopping, user_errors(OSError, AdapterError):
+    before = _interrupt.written()
+    saving = before
+    if before == _interrupt.NOTHING:
+        saving = f"{arguments.out} is as it was before, or the new adapter, whole"
+    with stop_on_signal() as stopping, user_errors(AdapterError):
         curve = draw_curve([Curve(method, record)], title=f"{method}, {arguments.data.name}")
-        handle.save(arguments.out, record=fields, curve=curve)
+        # A second Ctrl-C ends the save. It raises, so that what is half written is taken away.
+        _interrupt.tell(saving, at_once=False)
+        try:
+            handle.save(arguments.out, record=fields, curve=curve)
+        except AdapterError:
+            _interrupt.tell(before)
+            raise
+        except BaseException:
+            _interrupt.tell(saving)
+            raise
+        _interrupt.tell(f"the adapter is in {arguments.out}")
         return stopping()

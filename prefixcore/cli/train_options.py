@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, add_model_arguments, plain_escapes, positive, user_errors
+from .common import add_model_arguments, plain_escapes, positive, seed
+from .failures import UserError, user_errors
 
 METHODS = ("prefix", "prompt", "p-tuning")
 LEARNING_RATES = {"prefix": 2e-3, "prompt": 5e-3, "p-tuning": 1e-3}
@@ -118,14 +119,6 @@ def layer_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected layer numbers like 0,1,2, got {text!r}") from None
-
-
-def seed(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
 
 
 def option(name: str) -> str:

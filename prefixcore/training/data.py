@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,9 @@ def read_jsonl(path: str | Path) -> list[Example]:
     The whole file is checked before anything is returned. Further fields are ignored.
 
     Raises:
-        DataError: no such file, not UTF-8, a line that is not a JSON object, a field that is missing,
-            not a string, or empty (`completion`), or no example at all. The message names the line.
+        DataError: no such file, one that cannot be read, not UTF-8, a line that is not a JSON object, a field that is
+            missing, not a string, no whole characters, or empty (`completion`), or no example at all. The message
+            names the line.
 
     Examples:
         >>> from pathlib import Path
@@ -78,16 +80,18 @@ def read_jsonl(path: str | Path) -> list[Example]:
         ' Lima'
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected JSON lines with the fields prompt and completion")
     examples = []
     try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; expected JSON lines with the fields prompt and completion")
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     examples.append(_example(line, f"{path}, line {number}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not examples:
         raise DataError(f'{path}: no examples; expected lines like {{"prompt": "...", "completion": "..."}}')
     return examples
@@ -98,6 +102,10 @@ def _example(line: str, source: str) -> Example:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{source}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{source}: nested too deep for JSON") from None
+    except ValueError as error:  # Python reads integers of 4,300 digits at most
+        raise DataError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise DataError(f"{source}: expected a JSON object, got {_json_name(record)}")
     for field in ("prompt", "completion"):
@@ -105,9 +113,19 @@ def _example(line: str, source: str) -> Example:
             raise DataError(f"{source}: the field {field!r} is missing (found: {', '.join(record) or 'none'})")
         if not isinstance(record[field], str):
             raise DataError(f"{source}: the field {field!r} must be a string, got {_json_name(record[field])}")
+        if not _is_whole(record[field]):
+            raise DataError(f"{source}: the field {field!r} holds half of a character (a lone surrogate)")
     if not record["completion"]:
         raise DataError(f"{source}: the field 'completion' is empty; there is nothing to learn from it")
     return Example(record["prompt"], record["completion"], source)
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_name(value: Any) -> str:
@@ -151,6 +169,18 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list
     return training, held_out
 
 
+def encode(tokenizer: Any, text: str, source: str, **options: Any) -> list[int]:
+    """The ids of a text; DataError, which begins with `source`: the tokenizer has none for it."""
+    if not _is_whole(text):
+        raise DataError(f"{source} holds bytes that are not UTF-8, or half of a character (a lone surrogate)")
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except MemoryError:
+        raise
+    except Exception as error:  # what the tokenizers library raises is an Exception and nothing narrower
+        raise DataError(f"{source} cannot be encoded by the tokenizer: {error}") from error
+
+
 def tokenize(
     tokenizer: Any,
     examples: Sequence[Example],
@@ -168,7 +198,8 @@ def tokenize(
         max_length: the most tokens an example may have, or None for no limit.
 
     Raises:
-        DataError: an example has no prompt token, no completion token, or too many tokens in all.
+        DataError: an example has text that the tokenizer cannot encode, no prompt token, no completion token, or too
+            many tokens in all.
 
     Examples:
         >>> from prefixcore.training import Example, tokenize
@@ -181,8 +212,8 @@ def tokenize(
         completion = example.completion
         if end is not None and not completion.endswith(end):
             completion += end
-        prompt_ids = list(tokenizer(example.prompt)["input_ids"])
-        completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        prompt_ids = encode(tokenizer, example.prompt, f"{example.source}: the prompt")
+        completion_ids = encode(tokenizer, completion, f"{example.source}: the completion", add_special_tokens=False)
         if end is None and tokenizer.eos_token_id is not None:
             completion_ids.append(tokenizer.eos_token_id)
         if not prompt_ids:
@@ -262,9 +293,19 @@ def batches(examples: Sequence[TokenizedExample], batch_size: int, seed: int) ->
             yield [examples[i] for i in order[start : start + batch_size]]
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's, else its end of sequence, else 0 (padding is masked anyway)."""
+def pad_id(tokenizer: Any, model: Any = None) -> int:
+    """The id to pad with: the tokenizer's, else its end of sequence, else 0 (padding is masked anyway).
+
+    With a model, only an id that its table of embeddings has.
+    """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < vocabulary_size(model):
             return int(candidate)
     return 0
+
+
+def vocabulary_size(model: Any) -> float:
+    """How many token ids the model's table of embeddings has; infinity where there is no table to ask."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = None if find is None else getattr(find(), "weight", None)
+    return math.inf if weight is None else int(weight.shape[0])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import IGNORED, Example, TokenizedExample, collate, make_batch, pad_id
+from .data import IGNORED, DataError, Example, TokenizedExample, collate, encode, make_batch, pad_id
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def predict(
     max_new_tokens: int,
     end: str | None = None,
     batch_size: int = 64,
+    max_length: int | None = None,
     **generate_options: Any,
 ) -> list[str]:
     """Continue each prompt, greedily unless `generate_options` say otherwise, in left-padded batches.
@@ -98,9 +100,13 @@ def predict(
         max_new_tokens: the most tokens to add.
         end: text at which the answer is cut (and generation stops); None: the end-of-sequence token.
         batch_size: prompts at once.
+        max_length: the most tokens that a prompt and its answer may have in all; answers end there.
 
     Returns:
         The text after each prompt, without `end`.
+
+    Raises:
+        DataError: a prompt that the tokenizer cannot encode, or without a token, or that leaves no room for an answer.
 
     Examples:
         >>> from prefixcore.training import predict
@@ -108,30 +114,54 @@ def predict(
         >>> len(answers)
         2
     """
-    padding = pad_id(tokenizer)
+    padding = pad_id(tokenizer, model)
     options: dict[str, Any] = {"do_sample": False, **generate_options}
     if end:
         options.update(stop_strings=[end], tokenizer=tokenizer)
-    answers = []
+    answers = [""] * len(prompts)
     with _in_eval_mode(model) as device:
         for start in range(0, len(prompts), batch_size):
-            examples = [
-                TokenizedExample(list(tokenizer(prompt)["input_ids"]), [])
-                for prompt in prompts[start : start + batch_size]
-            ]
-            batch = collate(examples, padding, side="left")
-            prompt_length = batch["input_ids"].shape[1]
-            generated = model.generate(  # type: ignore[operator]
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=padding,
-                **options,
-            )
-            for ids in generated[:, prompt_length:]:
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                answers.append(text.split(end)[0] if end else text)
+            rows = {
+                start + i: TokenizedExample(_prompt_ids(tokenizer, prompt, start + i), [])
+                for i, prompt in enumerate(prompts[start : start + batch_size])
+            }
+            for indices, room in _by_room(rows, max_new_tokens, max_length):
+                batch = collate([rows[index] for index in indices], padding, side="left")
+                prompt_length = batch["input_ids"].shape[1]
+                generated = model.generate(  # type: ignore[operator]
+                    input_ids=batch["input_ids"].to(device),
+                    attention_mask=batch["attention_mask"].to(device),
+                    max_new_tokens=room,
+                    pad_token_id=padding,
+                    **options,
+                )
+                for index, ids in zip(indices, generated[:, prompt_length:], strict=True):
+                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                    answers[index] = text.split(end)[0] if end else text
     return answers
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, index: int) -> list[int]:
+    ids = encode(tokenizer, prompt, f"prompt {index + 1}")
+    if not ids:
+        raise DataError(f"prompt {index + 1} has no token; there is nothing to continue from")
+    return ids
+
+
+def _by_room(
+    rows: Mapping[int, TokenizedExample], max_new_tokens: int, max_length: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Rows to generate together, and how many tokens: those with room for all of them, then the others alone."""
+    limit = math.inf if max_length is None else max_length
+    whole = [index for index, row in rows.items() if row.length + max_new_tokens <= limit]
+    if whole:
+        yield whole, max_new_tokens
+    for index, row in rows.items():
+        if row.length + max_new_tokens > limit:
+            room = int(limit) - row.length
+            if room < 1:
+                raise DataError(f"prompt {index + 1}: {row.length:,} tokens; at most {int(limit) - 1:,} leave room")
+            yield [index], room
 
 
 def evaluate(
@@ -141,10 +171,12 @@ def evaluate(
     tokenized: Sequence[TokenizedExample],
     *,
     end: str | None = None,
+    max_length: int | None = None,
 ) -> Evaluation:
     """Held-out loss and greedy exact match on `examples` (`tokenized`: the same ones, from `tokenize`).
 
-    An answer may be one token longer than the longest right one: a longer answer cannot be right.
+    An answer may be one token longer than the longest right one: a longer answer cannot be right. With `max_length`,
+    none goes beyond as many tokens in all, prompt included.
 
     Examples:
         >>> from prefixcore.training import Example, evaluate, tokenize
@@ -153,9 +185,16 @@ def evaluate(
         0.0
     """
     longest = max(len(example.completion_ids) for example in tokenized)
-    answers = predict(model, tokenizer, [example.prompt for example in examples], max_new_tokens=longest + 1, end=end)
+    answers = predict(
+        model,
+        tokenizer,
+        [example.prompt for example in examples],
+        max_new_tokens=longest + 1,
+        end=end,
+        max_length=max_length,
+    )
     return Evaluation(
-        loss=held_out_loss(model, tokenized, pad_id(tokenizer)),
+        loss=held_out_loss(model, tokenized, pad_id(tokenizer, model)),
         exact_match=exact_match(answers, examples, end),
         answers=answers,
     )

@@ -173,7 +173,7 @@ def train(
         handle.parameters(),
         examples,
         held_out=held_out,
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=pad_id(tokenizer, handle.model),
         options=options,
         packed=handle.can_pack if packed is None else packed,
         **progress,

@@ -1,0 +1,90 @@
+"""What is said or refused before work that a model cannot do, or that would never end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .failures import UserError
+
+MOST_VIRTUAL_TOKENS = 2**20
+"""Of a model that does not say how many positions it has."""
+
+
+def stated_positions(model: Any) -> int | None:
+    """How many positions the model says it was made for."""
+    from ..hf.families import text_config
+
+    stated = getattr(text_config(model), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions the model can be run with; None: it computes them, without a limit.
+
+    A model of a family that is not known has a table of positions if one of its tables, besides that of the tokens,
+    has as many rows as it states positions, or a few more (OPT has two).
+    """
+    from torch import nn
+
+    from ..hf.families import is_known, position_limit
+
+    stated = stated_positions(model)
+    if is_known(model) or stated is None:
+        return position_limit(model)
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    return stated if any(stated <= table.num_embeddings <= stated + 2 for table in tables) else None
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """The most tokens that an example may have; as text, what sets the limit and how to mend an example above it."""
+
+    tokens: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def of(cls, model: Any, virtual_tokens: int, max_length: int | None) -> LengthLimit:
+        """The least of `max_length` and what the model has positions for.
+
+        A `max_length` may be above what a model that computes its positions was made for.
+        """
+        learned, stated = learned_positions(model), stated_positions(model)
+        positions = stated if learned is None and max_length is None else learned
+        room = math.inf if positions is None else positions - virtual_tokens
+        if max_length is not None and max_length <= room:
+            return cls(max_length, f"limit of {max_length}; shorten the example or raise the limit")
+        mend = "shorten the example, or leave such ones out (--skip-too-long)"
+        if learned is None:
+            mend += ", or give --max-length if the model can read longer texts than it was made for"
+        if positions is None:
+            return cls(math.inf, "none")
+        return cls(
+            room, f"{room:,} that {virtual_tokens:,} virtual ones leave of the model's {positions:,} positions; {mend}"
+        )
+
+
+def check_virtual_tokens(model: Any, count: int) -> None:
+    """Raises UserError if there are more virtual tokens than the model was made to read tokens."""
+    stated = stated_positions(model)
+    if count > (stated or MOST_VIRTUAL_TOKENS):
+        most = f"the model's {stated:,} positions" if stated else f"{MOST_VIRTUAL_TOKENS:,}"
+        raise UserError(f"{count:,} virtual tokens are more than {most}; take fewer, or a shorter --init-text")
+
+
+def check_ids(model: Any, ids: Iterable[int], source: str) -> None:
+    """Raises UserError if the model's table of embeddings lacks one of the ids."""
+    from ..training.data import vocabulary_size
+
+    size, largest = vocabulary_size(model), max(ids, default=0)
+    if largest >= size:
+        raise UserError(
+            f"{source} has the token id {largest:,}, but the model's vocabulary has {size:,}: its tokenizer is "
+            "another model's"
+        )
