@@ -8,8 +8,9 @@ from typing import Any
 
 from .._interrupt import INTERRUPTED
 from .failures import UserError, user_errors
+from .output import say
 
-__all__ = ["INTERRUPTED", "OK", "USER_ERROR", "add_model_arguments", "open_model", "plain_escapes", "positive", "seed"]
+__all__ = ["INTERRUPTED", "OK", "USER_ERROR"]
 
 OK, USER_ERROR = 0, 2
 """Exit codes: done; something the user can mend (one line on standard error). `INTERRUPTED`: stopped by Ctrl-C."""
@@ -51,8 +52,17 @@ def _whole(text: str, least: int) -> int:
     return value
 
 
+def option(name: str) -> str:
+    """The option that sets the attribute `name`."""
+    return "--" + name.replace("_", "-")
+
+
 def plain_escapes(text: str) -> str:
     r"""An argparse type: text in which `\n` and `\t` stand for a line break and a tab."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python has made half of a character of each byte that is not UTF-8
+        raise argparse.ArgumentTypeError(f"expected UTF-8 text, got {text[:40]!a}") from None
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -71,19 +81,35 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # What transformers raises for a broken folder is of any kind: KeyError, TypeError, plain Exception.
-    with user_errors(Exception, what=f"--model {name} cannot be opened"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=arguments.dtype, trust_remote_code=False, output_loading_info=True
-        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its tables of weights that are missing would stand before our line
+    try:
+        # What transformers raises for a broken folder is of any kind: KeyError, TypeError, plain Exception.
+        with user_errors(Exception, what=f"--model {name} cannot be opened"):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=arguments.dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+    finally:
+        logging.set_verbosity(verbosity)
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"--model {name} is not whole: {len(missing)} of its weights, such as {missing[0]}, are not in its files"
-        )
+    check_weights(name, report)
     with user_errors(RuntimeError, what=f"--device {arguments.device}"):
         return model.to(device).eval(), tokenizer
+
+
+def check_weights(name: str, report: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights are random, and say how many of those in its files are of no use."""
+    for kind, what in (("missing_keys", "not in its files"), ("mismatched_keys", "of another shape in its files")):
+        keys = sorted(key if isinstance(key, str) else key[0] for key in report[kind])
+        if keys:
+            raise UserError(f"--model {name} is not whole: {len(keys)} of its weights, such as {keys[0]}, are {what}")
+    if unused := sorted(report["unexpected_keys"]):
+        say(f"warning: {len(unused)} weights in the files of {name}, such as {unused[0]}, are not the model's")
 
 
 def check_model_folder(name: str) -> None:

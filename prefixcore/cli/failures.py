@@ -39,10 +39,9 @@ def message(error: Exception) -> str | None:
     if out_of_memory(error):
         wanted = re.search(r"allocate ([\d.]+ ?[KMGTi]*B|\d+ bytes)", str(error))
         how_much = f" ({wanted[1]} were wanted)" if wanted else ""
-        return f"out of memory{how_much}; take fewer virtual tokens, shorter examples or a smaller --batch-size"
+        return f"out of memory{how_much}; take fewer virtual tokens, a smaller --batch-size or shorter texts"
     if isinstance(error, OSError):
-        reason = error.strerror or first_line(error)
-        return f"{error.filename}: {reason}" if error.filename is not None else reason
+        return f"{error.filename}: {first_line(error)}" if error.filename is not None else first_line(error)
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "prefixcore":
         return f"{error.name} is not installed; pip install 'prefixcore[hf]'"
     return None
@@ -59,9 +58,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its name."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of what an exception says, with the next one where it ends in a colon; or its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _is_ours(kind: type) -> bool:

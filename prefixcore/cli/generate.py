@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import OK, add_model_arguments, open_model, plain_escapes, positive, seed
+from .common import OK, add_model_arguments, open_model, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
-from .limits import check_ids, learned_positions, stated_positions
+from .limits import check_ids, is_too_long, learned_positions, stated_positions
 from .output import printable, results, say, to_json
 
 COLDEST, HOTTEST = 1e-6, 1e6
 """Temperatures outside make numbers that float32 cannot hold, and choose the likeliest token or any."""
 
 MOST_BEAMS = 1024
+MOST_NEW_TOKENS = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,13 +92,15 @@ def check_prompts(model: Any, tokenizer: Any, prompts: list[str], virtual_tokens
     from ..training.data import encode
 
     learned, stated = learned_positions(model), stated_positions(model)
+    positions = learned if learned is not None else stated
     for number, prompt in enumerate(prompts, start=1):
+        if positions is not None and is_too_long(prompt, positions):
+            raise UserError(f"prompt {number}: {len(prompt):,} characters, far more than {positions:,} positions hold")
         with user_errors(DataError):
             ids = encode(tokenizer, prompt, f"prompt {number}")
         if not ids:
             raise UserError(f"prompt {number} has no token; there is nothing to continue from")
         check_ids(model, ids, f"prompt {number}")
-        positions = learned if learned is not None else stated
         needed = f"prompt {number}: {len(ids):,} tokens and {virtual_tokens:,} virtual ones"
         if learned is not None and len(ids) + virtual_tokens >= learned:
             raise UserError(f"{needed} leave no room in the model's {positions:,} positions; shorten it")
@@ -124,8 +127,9 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def sampling_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `model.generate` is told, checked before a model is opened."""
-    if arguments.num_beams > MOST_BEAMS:
-        raise UserError(f"--num-beams must be at most {MOST_BEAMS:,}, got {arguments.num_beams:,}")
+    for name, most in (("num_beams", MOST_BEAMS), ("max_new_tokens", MOST_NEW_TOKENS)):
+        if (value := getattr(arguments, name)) > most:
+            raise UserError(f"{option(name)} must be at most {most:,}, got {value:,}")
     options: dict[str, Any] = {"num_beams": arguments.num_beams, "do_sample": arguments.sample}
     if not arguments.sample:
         if arguments.temperature != 1.0 or arguments.top_p != 1.0:

@@ -10,7 +10,10 @@ from typing import Any
 from .failures import UserError
 
 MOST_VIRTUAL_TOKENS = 2**20
-"""Of a model that does not say how many positions it has."""
+"""Positions taken for granted of a model that does not say how many it has."""
+
+MOST_CHARACTERS = 128
+"""Of a token. A text with more for each token that it may have is refused before minutes are spent on reading it."""
 
 
 def stated_positions(model: Any) -> int | None:
@@ -70,12 +73,19 @@ class LengthLimit:
         )
 
 
+def is_too_long(text: str, tokens: float) -> bool:
+    """Whether a text is so long that it cannot have as few tokens as that."""
+    return len(text) > MOST_CHARACTERS * max(tokens, 1)
+
+
 def check_virtual_tokens(model: Any, count: int) -> None:
-    """Raises UserError if there are more virtual tokens than the model was made to read tokens."""
-    stated = stated_positions(model)
-    if count > (stated or MOST_VIRTUAL_TOKENS):
-        most = f"the model's {stated:,} positions" if stated else f"{MOST_VIRTUAL_TOKENS:,}"
-        raise UserError(f"{count:,} virtual tokens are more than {most}; take fewer, or a shorter --init-text")
+    """Raises UserError if the virtual tokens leave no room for a text that the model was made to read."""
+    most = stated_positions(model) or MOST_VIRTUAL_TOKENS
+    if count >= most:
+        raise UserError(
+            f"{count:,} virtual tokens leave no room for an example, for the model has {most:,} positions; take fewer, "
+            "or a shorter --init-text"
+        )
 
 
 def check_ids(model: Any, ids: Iterable[int], source: str) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .failures import UserError
+from .failures import UserError, first_line
 
 
 def printable(text: str) -> str:
@@ -87,7 +87,7 @@ def _writing() -> Any:
         # What is left in the buffer would be tried again, and fail again, when Python ends.
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        raise UserError(f"standard output cannot be written: {error.strerror or error}") from error
+        raise UserError(f"standard output cannot be written: {first_line(error)}") from error
 
 
 def reserve_standard_streams() -> None:

@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _interrupt
-from .common import INTERRUPTED, OK, open_model
+from .common import INTERRUPTED, OK, open_model, option
 from .failures import UserError, user_errors
-from .limits import LengthLimit, check_ids, check_virtual_tokens, learned_positions
+from .limits import (
+    MOST_VIRTUAL_TOKENS,
+    LengthLimit,
+    check_ids,
+    check_virtual_tokens,
+    is_too_long,
+    learned_positions,
+    stated_positions,
+)
 from .output import results, say, table
-from .train_options import LEARNING_RATES, add_arguments, build_config, option
+from .train_options import LEARNING_RATES, add_arguments, build_config
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Example, TokenizedExample, TrainingOptions, TrainingRecord
@@ -84,6 +92,8 @@ def check_out(out: Path) -> None:
 
     if out.name in ("", "..") or (out.is_dir() and out.samefile(os.curdir)):
         raise UserError(f"--out {out}: an adapter is replaced as a whole, name and all; give a folder of its own")
+    with user_errors(UnicodeEncodeError, what=f"--out {out} is not UTF-8, as safetensors needs it"):
+        str(out.absolute()).encode()
     with user_errors(AdapterError):
         check_target(out)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
@@ -196,6 +206,8 @@ def count_virtual_tokens(arguments: argparse.Namespace, model: Any, tokenizer: A
     else:
         count = config.num_virtual_tokens
         if config.init_text is not None:
+            if is_too_long(config.init_text, stated_positions(model) or MOST_VIRTUAL_TOKENS):
+                raise UserError(f"--init-text has {len(config.init_text):,} characters, more than the model can read")
             with user_errors(DataError):
                 ids = encode(tokenizer, config.init_text, "--init-text")
             if not ids:
@@ -212,18 +224,22 @@ def tokenize_all(
     """Examples and their ids; with `skip` only those that are short enough."""
     from ..training import DataError, tokenize
 
-    with user_errors(DataError):
-        ids = tokenize(tokenizer, examples, end=end)
     kept = []
-    for example, its_ids in zip(examples, ids, strict=True):
-        if its_ids.length <= limit.tokens:
-            check_ids(model, its_ids.prompt_ids + its_ids.completion_ids, example.source)
-            kept.append((example, its_ids))
-        elif not skip:
-            raise UserError(f"{example.source}: {its_ids.length} tokens, more than the {limit}")
-    if len(kept) < len(ids):
-        say(f"left out {len(ids) - len(kept)} of {len(ids)} examples with more than {limit.tokens} tokens")
-    return [example for example, _ in kept], [its_ids for _, its_ids in kept]
+    for example in examples:
+        length = f"{len(example.prompt) + len(example.completion):,} characters, more tokens"
+        if not is_too_long(example.prompt + example.completion, limit.tokens):
+            with user_errors(DataError):
+                (ids,) = tokenize(tokenizer, [example], end=end)
+            if ids.length <= limit.tokens:
+                check_ids(model, ids.prompt_ids + ids.completion_ids, example.source)
+                kept.append((example, ids))
+                continue
+            length = f"{ids.length} tokens, more"
+        if not skip:
+            raise UserError(f"{example.source}: {length} than the {limit}")
+    if len(kept) < len(examples):
+        say(f"left out {len(examples) - len(kept)} of {len(examples)} examples with more than {limit.tokens} tokens")
+    return [example for example, _ in kept], [ids for _, ids in kept]
 
 
 def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: Any) -> Any:
@@ -257,9 +273,10 @@ class HeldOutEvaluator:
         from ..training import evaluate
 
         if self.held_out:
-            result = evaluate(
-                self.model, self.tokenizer, self.held_out, self.ids, end=self.end, max_length=self.max_length
-            )
+            with user_errors(ValueError):  # what transformers refuses, such as an end that its tokenizer cannot find
+                result = evaluate(
+                    self.model, self.tokenizer, self.held_out, self.ids, end=self.end, max_length=self.max_length
+                )
             self.results[name] = result
             say(f"held out, {name}: loss {result.loss:.3f}, exact match {result.exact_match:.1%}")
 

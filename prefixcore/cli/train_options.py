@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_model_arguments, plain_escapes, positive, seed
+from .common import add_model_arguments, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
 
 METHODS = ("prefix", "prompt", "p-tuning")
@@ -119,11 +119,6 @@ def layer_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected layer numbers like 0,1,2, got {text!r}") from None
-
-
-def option(name: str) -> str:
-    """The option that sets the attribute `name`."""
-    return "--" + name.replace("_", "-")
 
 
 def build_config(arguments: argparse.Namespace) -> Any:
