@@ -3,8 +3,10 @@
 // know nothing of torch.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
+#include "attention_checks.h"
 #include "cpu/embedding/embedding.h"
 #include "cpu/isa.h"
 #include "embedding_tensors.h"
@@ -64,64 +66,74 @@ cpu::Parallel pool(double multiplications) {
 
 // --- prefix attention -----------------------------------------------------------------------------
 
-// Everything a problem points to, kept alive together.
+// A tensor as kernels read it: itself, or a copy with contiguous rows. A copy of the handle would cost a small call.
+class Rows {
+ public:
+  explicit Rows(const Tensor& t) : given_(t) {
+    if (!has_rows(t)) copy_ = rows(t);
+  }
+  const Tensor& tensor() const { return copy_ ? *copy_ : given_; }
+
+ private:
+  const Tensor& given_;
+  OptionalTensor copy_;
+};
+
+// A call's tensors, checked, and everything that a problem points to, kept alive together.
 struct Inputs {
-  Tensor query, key, value, prefix_key, prefix_value;
-  OptionalTensor prefix_index, prefix_lengths, padding, mask, sinks, cu_seqlens;
+  const AttentionSizes sizes;
+  const Rows query, key, value, prefix_key, prefix_value;
+  const OptionalTensor &prefix_index, &prefix_lengths, &padding, &mask;
+  OptionalTensor sinks;
+  const OptionalTensor& cu_seqlens;
   std::vector<cpu::Sequence> sequences;
 
   Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk, const Tensor& pv,
          const OptionalTensor& index, const OptionalTensor& lengths, const OptionalTensor& pad, const OptionalTensor& m,
-         const OptionalTensor& s, const OptionalTensor& cu)
-      : query(rows(q)),
-        key(rows(k)),
-        value(rows(v)),
-        prefix_key(rows(pk)),
-        prefix_value(rows(pv)),
+         const OptionalTensor& s, const OptionalTensor& cu, double scale, double softcap)
+      : sizes(check_attention(q, k, v, pk, pv, index, lengths, pad, m, s, cu, scale, softcap)),
+        query(q),
+        key(k),
+        value(v),
+        prefix_key(pk),
+        prefix_value(pv),
         prefix_index(index),
         prefix_lengths(lengths),
         padding(pad),
         mask(m),
         cu_seqlens(cu) {
-    if (s) sinks = as_contiguous(as_type(*s, ScalarType::Float));
+    if (s) sinks = as_contiguous(as_float(*s));
     find_sequences();
   }
 
-  // A single prefix has no dimension for the bank.
-  int64_t bank() const { return prefix_key.dim() == 4 ? prefix_key.size(0) : 1; }
-  int64_t capacity() const { return prefix_key.size(prefix_key.dim() - 2); }
-
   // Checks every value that the kernels index with, before any work.
   void find_sequences() {
-    const int64_t bank = this->bank(), capacity = this->capacity();
-    std::vector<int64_t> lengths(bank, capacity);
+    const int64_t bank = sizes.bank, capacity = sizes.capacity, queries = sizes.queries;
+    std::vector<int64_t> lengths, ends, index;
     if (prefix_lengths) lengths = integers(*prefix_lengths);
     for (size_t n = 0; n < lengths.size(); ++n)
       if (lengths[n] < 0 || lengths[n] > capacity)
         throw std::invalid_argument("prefix_lengths[" + std::to_string(n) + "]: expected 0 to " +
                                     std::to_string(capacity) + ", got " + std::to_string(lengths[n]));
-    const int64_t queries = query.size(2), keys = key.size(2);
-    std::vector<int64_t> ends;
     if (cu_seqlens) {
       ends = integers(*cu_seqlens);
-      bool rising = ends.size() >= 2 && ends.front() == 0 && ends.back() == queries;
+      bool rising = ends.front() == 0 && ends.back() == queries;
       for (size_t n = 1; n < ends.size(); ++n) rising = rising && ends[n - 1] <= ends[n];
       if (!rising)
         throw std::invalid_argument("cu_seqlens: expected a sequence rising from 0 to " + std::to_string(queries));
     }
-    const int64_t count = cu_seqlens ? static_cast<int64_t>(ends.size()) - 1 : query.size(0);
-    std::vector<int64_t> index(count, 0);
     if (prefix_index) index = integers(*prefix_index);
-    sequences.reserve(count);
-    for (int64_t n = 0; n < count; ++n) {
-      if (index[n] < -1 || index[n] >= bank)
+    sequences.reserve(sizes.sequences);
+    for (int64_t n = 0; n < sizes.sequences; ++n) {
+      const int64_t entry = prefix_index ? index[n] : 0;
+      if (entry < -1 || entry >= bank)
         throw std::out_of_range("prefix_index[" + std::to_string(n) + "]: expected -1 (none) to " +
-                                std::to_string(bank - 1) + ", got " + std::to_string(index[n]));
-      const int64_t length = index[n] < 0 ? 0 : lengths[index[n]];
+                                std::to_string(bank - 1) + ", got " + std::to_string(entry));
+      const int64_t length = entry < 0 ? 0 : prefix_lengths ? lengths[entry] : capacity;
       if (cu_seqlens)
-        sequences.push_back({0, ends[n], ends[n + 1] - ends[n], ends[n], ends[n + 1] - ends[n], index[n], length});
+        sequences.push_back({0, ends[n], ends[n + 1] - ends[n], ends[n], ends[n + 1] - ends[n], entry, length});
       else
-        sequences.push_back({n, 0, queries, 0, keys, index[n], length});
+        sequences.push_back({n, 0, queries, 0, sizes.keys, entry, length});
     }
   }
 
@@ -130,23 +142,23 @@ struct Inputs {
     double pairs = 0;
     for (const cpu::Sequence& s : sequences)
       pairs += static_cast<double>(s.query_length) * static_cast<double>(s.key_length + s.prefix_length);
-    return pairs * static_cast<double>(query.size(1) * query.size(3));
+    return pairs * static_cast<double>(sizes.heads * sizes.dim);
   }
 
   void fill(cpu::AttentionProblem& p, bool causal, double scale, int64_t window, double softcap) const {
     p.sequences = sequences.data();
     p.num_sequences = static_cast<int64_t>(sequences.size());
-    p.num_heads = query.size(1);
-    p.num_kv_heads = key.size(1);
-    p.head_dim = query.size(3);
-    p.value_dim = value.size(3);
-    p.num_prefixes = bank();
-    p.prefix_capacity = capacity();
-    p.query = const_view(query, "query");
-    p.key = const_view(key, "key");
-    p.value = const_view(value, "value");
-    p.prefix_key = bank_view(prefix_key, "prefix_key");
-    p.prefix_value = bank_view(prefix_value, "prefix_value");
+    p.num_heads = sizes.heads;
+    p.num_kv_heads = sizes.kv_heads;
+    p.head_dim = sizes.dim;
+    p.value_dim = sizes.value_dim;
+    p.num_prefixes = sizes.bank;
+    p.prefix_capacity = sizes.capacity;
+    p.query = const_view(query.tensor(), "query");
+    p.key = const_view(key.tensor(), "key");
+    p.value = const_view(value.tensor(), "value");
+    p.prefix_key = bank_view(prefix_key.tensor(), "prefix_key");
+    p.prefix_value = bank_view(prefix_value.tensor(), "prefix_value");
     if (padding) {
       p.padding = static_cast<const uint8_t*>(padding->const_data_ptr());
       p.padding_stride[0] = padding->stride(0);
@@ -162,7 +174,7 @@ struct Inputs {
     if (sinks) p.sinks = static_cast<const float*>(sinks->const_data_ptr());
     p.causal = causal;
     p.scale = static_cast<float>(scale);
-    p.sliding_window = window;
+    p.sliding_window = std::min(window, kMost);  // the kernels count from tokens back to where a window begins
     p.softcap = static_cast<float>(softcap);
   }
 };
@@ -174,10 +186,10 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& query, const Tensor& k
                                             const OptionalTensor& sinks, const OptionalTensor& cu_seqlens,
                                             bool is_causal, double scale, int64_t sliding_window, double softcap) {
   const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
-                      cu_seqlens);
-  const int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2);
-  Tensor out = empty_heads_last(query, batch, heads, queries, value.size(3));
-  Tensor lse = empty_float(query, {batch, heads, queries});
+                      cu_seqlens, scale, softcap);
+  const AttentionSizes& n = inputs.sizes;
+  Tensor out = empty_heads_last(query, n.batch, n.heads, n.queries, n.value_dim);
+  Tensor lse = empty_float(query, {n.batch, n.heads, n.queries});
   cpu::AttentionForwardProblem problem;
   inputs.fill(problem, is_causal, scale, sliding_window, softcap);
   problem.out = view(out, "out");
@@ -195,11 +207,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& cu_seqlens, bool is_causal, double scale, int64_t sliding_window,
     double softcap, bool needs_query, bool needs_sequence, bool needs_prefix) {
   const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
-                      cu_seqlens);
+                      cu_seqlens, scale, softcap);
+  check_outputs(grad_out, grad_lse, out, lse, query, inputs.sizes);
   grad_out = rows(grad_out);
   out = rows(out);
   lse = as_contiguous(lse);
-  if (grad_lse) grad_lse = as_contiguous(as_type(*grad_lse, ScalarType::Float));
+  if (grad_lse) grad_lse = as_contiguous(as_float(*grad_lse));
 
   cpu::AttentionBackwardProblem problem;
   inputs.fill(problem, is_causal, scale, sliding_window, softcap);
@@ -254,6 +267,7 @@ std::string place_of(int64_t flat, const Tensor& t) {
 constexpr double kRead = 1, kCopy = 2;  // as many multiplications take as long as reading, or copying, a byte
 
 Tensor soft_embedding_cpu(const Tensor& input_ids, const Tensor& table, const Tensor& prompt) {
+  check_embedding(input_ids, table, prompt);
   const Tensor ids = contiguous_ids(input_ids), weight = rows(table), virtual_rows = rows(prompt);
   Tensor out = empty_embedding(input_ids, weight);
   const EmbeddingForward problem = embedding_problem(ids, weight, virtual_rows, out);
@@ -265,9 +279,11 @@ Tensor soft_embedding_cpu(const Tensor& input_ids, const Tensor& table, const Te
 
 Tensor soft_embedding_backward_cpu(const Tensor& grad_out, const Tensor& input_ids, int64_t vocabulary,
                                    int64_t num_virtual) {
+  check_embedding_backward(grad_out, input_ids, vocabulary, num_virtual);
   const Tensor ids = contiguous_ids(input_ids), grad = as_contiguous(grad_out);
   Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
   const EmbeddingBackward problem = embedding_problem(ids, grad, vocabulary, grad_virtual);
+  if (problem.hidden == 0) return grad_virtual;  // nothing to sum, for as many rows as are asked for
   cpu::VirtualPlaces found;
   if (!found.find(problem)) refuse_ids(ids, input_ids, vocabulary, num_virtual);
   const double bytes =

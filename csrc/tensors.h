@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdio>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -30,16 +31,63 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 // Every one of torch::stable's functions looks an operator up by its name, boxes its arguments and dispatches: a
 // microsecond, which a small call feels. So they are called where there is something to do, and not to find out.
 
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+template <class Sizes>
+std::string text_of(const Sizes& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
 
-inline Tensor as_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+// The stable ABI hands on that an allocation failed, and not how much was asked for.
+template <class Sizes>
+[[noreturn]] void refuse_memory(const Sizes& sizes, int32_t dtype) {
+  const auto element = static_cast<double>(aoti_torch_dtype_element_size(dtype));
+  double bytes = element;
+  for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+  char text[96];
+  std::snprintf(text, sizeof text, "%.0f bytes (%.1f GiB)", bytes, bytes / (1 << 30));
+  throw std::runtime_error("prefixcore: out of memory: a tensor " + text_of(sizes) + " of " +
+                           std::to_string(static_cast<int>(element)) + "-byte numbers needs " + text +
+                           "; use a smaller batch or shorter sequences");
+}
+
+template <class Copy>
+Tensor copied(const Tensor& t, int32_t dtype, const Copy& copy) {
+  try {
+    return copy();
+  } catch (const std::exception&) {
+    refuse_memory(t.sizes(), dtype);
+  }
+}
+
+inline int32_t type_of(const Tensor& t) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : copied(t, type_of(t), [&] { return torch::stable::contiguous(t); });
+}
+
+inline Tensor as_float(const Tensor& t) {
+  const int32_t dtype = aoti_torch_dtype_float32();
+  return type_of(t) == dtype ? t : copied(t, dtype, [&] { return torch::stable::to(t, ScalarType::Float); });
+}
+
+inline Tensor as_long(const Tensor& t) {
+  const int32_t dtype = aoti_torch_dtype_int64();
+  return type_of(t) == dtype ? t : copied(t, dtype, [&] { return torch::stable::to(t, ScalarType::Long); });
 }
 
 // Kernels read rows: the last dimension must be contiguous. Only what is not is copied.
-inline Tensor rows(const Tensor& t) {
+inline bool has_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(last) <= 1 || t.stride(last) == 1;
+}
+
+inline Tensor rows(const Tensor& t) {
+  return has_rows(t) ? t : copied(t, type_of(t), [&] { return torch::stable::contiguous(t); });
 }
 
 inline ConstView const_view(const Tensor& t, const char* name) {
@@ -60,17 +108,12 @@ inline View view(Tensor& t, const char* name) {
   return v;
 }
 
-inline int32_t type_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
-}
-
 // A new contiguous tensor on the device of `like`.
 inline Tensor empty(const Tensor& like, int32_t dtype, const std::vector<int64_t>& sizes) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype,
-                                                   nullptr, nullptr, 0, nullptr, &handle));
+  if (aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype, nullptr, nullptr,
+                                0, nullptr, &handle) != TORCH_SUCCESS)
+    refuse_memory(sizes, dtype);
   return Tensor(handle);
 }
 

@@ -111,6 +111,13 @@ int32_t runnable_isas(const char** names, int32_t capacity) {
   return found;
 }
 
+// Here, where no instruction set is named: an inline function of the standard library that a kernel's file compiles may
+// stand in for everybody's.
+void refuse_scratch(int64_t bytes) {
+  throw std::runtime_error("prefixcore: out of memory: " + std::to_string(bytes) +
+                           " bytes of scratch memory; use a smaller batch or shorter sequences");
+}
+
 }  // namespace prefixcore::cpu
 
 extern "C" {

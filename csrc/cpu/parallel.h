@@ -19,4 +19,7 @@ struct Parallel {
   }
 };
 
+// Throws std::runtime_error: so many bytes of scratch memory could not be had.
+[[noreturn]] void refuse_scratch(int64_t bytes);
+
 }  // namespace prefixcore::cpu

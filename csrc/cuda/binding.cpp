@@ -35,17 +35,19 @@ void on_device_of(const Tensor& t, const Launch& launch) {
     throw std::runtime_error(std::string("prefixcore: CUDA error: ") + cudaGetErrorString(error));
 }
 
-void expect_same_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+// The dispatcher calls this kernel where one of the tensors is on a GPU.
+void check_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
   int32_t type, other_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(other.get(), &other_type));
   if (type != other_type || t.get_device_index() != other.get_device_index())
-    throw std::invalid_argument(std::string(name) + ": expected the device of " + other_name);
+    refuse(name, std::string("the device of ") + other_name, "another one");
 }
 
 Tensor soft_embedding(const Tensor& input_ids, const Tensor& table, const Tensor& prompt) {
-  expect_same_device(input_ids, "input_ids", table, "weight");
-  expect_same_device(prompt, "virtual", table, "weight");
+  check_device(input_ids, "input_ids", table, "weight");
+  check_device(prompt, "virtual", table, "weight");
+  check_embedding(input_ids, table, prompt);
   const Tensor ids = contiguous_ids(input_ids), weight = rows(table), virtual_rows = rows(prompt);
   Tensor out = empty_embedding(input_ids, weight);
   const EmbeddingForward problem = embedding_problem(ids, weight, virtual_rows, out);
@@ -55,7 +57,8 @@ Tensor soft_embedding(const Tensor& input_ids, const Tensor& table, const Tensor
 
 Tensor soft_embedding_backward(const Tensor& grad_out, const Tensor& input_ids, int64_t vocabulary,
                                int64_t num_virtual) {
-  expect_same_device(input_ids, "input_ids", grad_out, "grad");
+  check_device(input_ids, "input_ids", grad_out, "grad");
+  check_embedding_backward(grad_out, input_ids, vocabulary, num_virtual);
   const Tensor ids = contiguous_ids(input_ids), grad = as_contiguous(grad_out);
   Tensor grad_virtual = empty_float(grad, {num_virtual, grad.size(grad.dim() - 1)});
   const EmbeddingBackward problem = embedding_problem(ids, grad, vocabulary, grad_virtual);

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ..backends.problem import AttentionProblem
-from .checks import check_tensor, wrong
+from ..backends.checks import check_storage
+from ..backends.problem import TENSORS, AttentionProblem
+from .checks import check_dense, check_tensor, wrong
 
 _INTEGERS = (torch.int64, torch.int32)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
-_LARGEST = torch.finfo(torch.float32).max  # scores are computed in float32
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Between these sizes scale, softcap and their quotient are float32 numbers of full precision, which the kernels take,
+and overflow with no product of less than a hundred million. ``csrc/attention_checks.h`` says the same."""
 
 
 def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -82,6 +88,7 @@ def bank_size(prefix: Tensor) -> int:
 
 def _check_integers(name: str, x: Tensor, length: int, meaning: str, device: torch.device) -> None:
     check_tensor(name, x)
+    check_dense(name, x)
     if x.dtype not in _INTEGERS:
         raise wrong(TypeError, name, "int64 or int32", x.dtype)
     if x.dim() != 1 or x.shape[0] != length:
@@ -107,6 +114,7 @@ def check_bank(
 def check_packing(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> int:
     """How many sequences are packed."""
     check_tensor("cu_seqlens", cu_seqlens)
+    check_dense("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         expected = "[sequences + 1], starting at 0 and ending at T"
         raise wrong(ValueError, "cu_seqlens", expected, list(cu_seqlens.shape))
@@ -123,6 +131,7 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
     if attn_mask is None:
         return None, None
     check_tensor("attn_mask", attn_mask)
+    check_dense("attn_mask", attn_mask)
     (batch, heads, queries, _), keys, shape = query.shape, key.shape[2], list(attn_mask.shape)
     boolean = attn_mask.dtype == torch.bool
     if not boolean and not attn_mask.dtype.is_floating_point:
@@ -145,13 +154,30 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
     if boolean and attn_mask.dim() == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
         return attn_mask[:, 0, 0, :].expand(batch, keys), None
     if not boolean and attn_mask.dtype != query.dtype and query.dtype != torch.float64:
+        if not torch.compiler.is_compiling():
+            check_storage("attn_mask", attn_mask)
         attn_mask = attn_mask.float()
     return None, attn_mask.expand(batch, heads, queries, keys)
+
+
+def cast_for_autocast(dtype: torch.dtype, **tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in `dtype`, if autocast may cast them: it casts no integers and nothing complex."""
+    for name, x in tensors.items():
+        if not x.dtype.is_floating_point:
+            raise wrong(TypeError, name, "a floating-point dtype", x.dtype)
+        if x.dtype != dtype and not torch.compiler.is_compiling():
+            check_storage(name, x)
+        yield x.to(dtype)
 
 
 def _check_number(name: str, x: float) -> None:
     if not isinstance(x, _NUMBERS):
         raise wrong(TypeError, name, "a number, or None", type(x).__name__)
+
+
+def _fits(x: float) -> bool:
+    """Whether float32 arithmetic holds `x`. Comparisons that NaN fails, and that compiled code can make."""
+    return _SMALLEST <= x <= _LARGEST or -_LARGEST <= x <= -_SMALLEST
 
 
 def check_options(
@@ -162,17 +188,20 @@ def check_options(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    """The options that change the scores. Comparisons that NaN fails, and that compiled code can make."""
+    """The options that change the scores."""
     if not isinstance(is_causal, bool):
         raise wrong(TypeError, "is_causal", "True or False", repr(is_causal))
     if scale is not None:
         _check_number("scale", scale)
-        if not -_LARGEST <= scale <= _LARGEST:
-            raise wrong(ValueError, "scale", "a finite number", scale)
+        if not (scale == 0 or _fits(scale)):
+            raise wrong(ValueError, "scale", f"0, or a size from {_SMALLEST} to {_LARGEST}", scale)
     if softcap is not None:
         _check_number("softcap", softcap)
-        if not 0 < softcap <= _LARGEST:
-            raise wrong(ValueError, "softcap", "a finite number more than 0, or None", softcap)
+        if not _SMALLEST <= softcap <= _LARGEST:
+            raise wrong(ValueError, "softcap", f"a number from {_SMALLEST} to {_LARGEST}, or None", softcap)
+        quotient = (1 / math.sqrt(query.shape[3]) if scale is None else scale) / softcap
+        if not (quotient == 0 or _fits(quotient)):
+            raise wrong(ValueError, "scale / softcap", f"0, or a size from {_SMALLEST} to {_LARGEST}", quotient)
     if sliding_window is not None:
         if isinstance(sliding_window, bool) or not isinstance(sliding_window, (int, torch.SymInt)):
             raise wrong(TypeError, "sliding_window", "an integer, or None", repr(sliding_window))
@@ -181,6 +210,7 @@ def check_options(
     if sinks is None:
         return
     check_tensor("sinks", sinks)
+    check_dense("sinks", sinks)
     if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
         raise wrong(ValueError, "sinks", f"one logit a head [{query.shape[1]}]", list(sinks.shape))
     if not sinks.dtype.is_floating_point:
@@ -193,9 +223,12 @@ def check_options(
 
 
 def check_values(p: AttentionProblem) -> None:
-    """The checks that read tensors, for the reference: the kernels make them themselves."""
+    """The checks of memory and of what is in it, for the reference: the kernels make them themselves."""
     if torch.compiler.is_compiling() or p.prefix_key.is_meta:
         return
+    for name, x in zip(TENSORS, p.tensors, strict=True):
+        if x is not None:
+            check_storage(name, x)
     bank, capacity = bank_size(p.prefix_key), p.virtual_tokens
     for place, entry in enumerate([] if p.prefix_index is None else p.prefix_index.tolist()):
         if not -1 <= entry < bank:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends import gradients
 from ..backends.problem import AttentionProblem
 from .attention_checks import (
+    cast_for_autocast,
     check_bank,
     check_options,
     check_packing,
@@ -19,7 +20,7 @@ from .attention_checks import (
     check_values,
     split_mask,
 )
-from .checks import check_derivatives, check_tensor, device_type_of
+from .checks import check_all_dense, check_derivatives, check_tensor, device_type_of
 from .reference import prefix_attention_reference
 from .select import backend_name
 
@@ -86,11 +87,12 @@ def prefix_attention(
             padding.
         attn_mask: over the sequence's keys only. Two dimensions mean a padding mask ``[B, S]`` (bool, True is
             visible), which has a path of its own; three or four broadcast to ``[B, H, T, S]``, bool or
-            additive (at or below -1e30, as at minus infinity, the key is hidden). Write a mask ``[T, S]`` as
-            ``mask[None, None]``. Gets no gradient.
+            additive (at or below -1e30, as at minus infinity, the key is hidden; NaN makes the output of its
+            query NaN). Write a mask ``[T, S]`` as ``mask[None, None]``. Gets no gradient.
         is_causal: query i sees keys ``j <= i + S - T``: aligned bottom-right, so that the last query sees
             every key (decoding with a cache). Note that PyTorch's SDPA aligns top-left.
-        scale: of the scores; ``1 / sqrt(D)`` if None.
+        scale: of the scores; ``1 / sqrt(D)`` if None. Its size, that of ``softcap`` and that of
+            ``scale / softcap`` are from 1e-30 to 1e30, which float32 arithmetic holds; ``scale`` may be 0.
         sliding_window: query i sees keys ``j > i + S - T - sliding_window`` only. The prefix is always seen.
         softcap: scores become ``softcap * tanh(score / softcap)``, before the mask.
         sinks: ``[H]``: one more logit a head in the softmax's denominator. Gets no gradient.
@@ -124,12 +126,15 @@ def prefix_attention(
     check_tensor("key", key)
     check_tensor("value", value)
     device_type = device_type_of(query)
-    if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-
-    check_sequence(query, key, value)
-    prefix_key, prefix_value = check_prefix(query, key, value, prefix_key, prefix_value)
+    try:
+        if device_type != "meta" and torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+            query, key, value = cast_for_autocast(dtype, query=query, key=key, value=value)
+        check_sequence(query, key, value)
+        prefix_key, prefix_value = check_prefix(query, key, value, prefix_key, prefix_value)
+    except RuntimeError:
+        check_all_dense(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+        raise
     packed = 0 if cu_seqlens is None else check_packing(query, key, cu_seqlens)
     check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
     padding, mask = split_mask(query, key, attn_mask)

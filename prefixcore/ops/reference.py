@@ -14,7 +14,8 @@ from torch.nn import functional
 from ..backends.problem import AttentionProblem
 
 HIDDEN = -1e30
-"""An additive mask at or below this hides the key: libraries write minus infinity as the lowest finite number."""
+"""An additive mask at or below this hides the key: libraries write minus infinity as the lowest finite number. NaN does
+not: the output of a query that sees it is NaN."""
 
 
 def prefix_attention_reference(p: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def prefix_attention_reference(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     if p.padding is not None:
         visible = visible & p.padding[:, None, None, :]
     if p.mask is not None:
-        visible = visible & (p.mask if p.mask.dtype == torch.bool else p.mask > HIDDEN)
+        visible = visible & (p.mask if p.mask.dtype == torch.bool else ~(p.mask <= HIDDEN))
     in_prefix = torch.arange(p.virtual_tokens, device=query.device) < lengths[:, None]  # [B, P]
     visible = torch.cat([in_prefix[:, None, None, :].expand(*visible.shape[:3], -1), visible], -1)
 
@@ -61,7 +62,7 @@ def prefix_attention_reference(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     if p.softcap > 0:
         scores = p.softcap * torch.tanh(scores / p.softcap)
     if p.mask is not None and p.mask.dtype != torch.bool:
-        bias = torch.where(p.mask > HIDDEN, p.mask.to(compute), 0)
+        bias = torch.where(p.mask <= HIDDEN, 0, p.mask.to(compute))
         scores = scores + torch.cat([bias.new_zeros(*bias.shape[:3], p.virtual_tokens), bias], -1)
     scores = scores.masked_fill(~visible, -torch.inf)
 
@@ -70,7 +71,7 @@ def prefix_attention_reference(p: AttentionProblem) -> tuple[Tensor, Tensor]:
         sinks = p.sinks.to(compute)[None, :, None, None].expand(p.batch, -1, p.queries, 1)
         logits = torch.cat([scores, sinks], -1)
     lse = torch.logsumexp(logits, -1)  # [B, H, T]
-    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
+    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None]).masked_fill(~visible, 0)
     out = (weights @ values).to(query.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse  # laid out as [B, T, H, Dv]
 

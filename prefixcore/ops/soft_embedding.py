@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends import gradients
-from .checks import check_derivatives, check_tensor, device_type_of, wrong
+from ..backends.checks import check_storage
+from .checks import check_all_dense, check_dense, check_derivatives, check_tensor, device_type_of, wrong
 from .reference import soft_embedding_reference
 from .select import backend_name
 
@@ -20,7 +21,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     convention for prompt tables), so where a soft prompt stands is only a matter of ids.
 
     Args:
-        input_ids: int64 or int32, any shape ``[...]``.
+        input_ids: int64 or int32, any shape ``[...]``; int64 if V + N is more than 2^31.
         weight: ``[V, E]``, float32, bfloat16, float16 or float64; must not require a gradient.
         virtual: ``[N, E]``, the dtype of ``weight`` or float32 (a master copy); gets a gradient.
 
@@ -47,17 +48,24 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     dtype, virtual_dtype = weight.dtype, virtual.dtype
     if input_ids.dtype not in _INTEGERS:
         raise wrong(TypeError, "input_ids", "int64 or int32", input_ids.dtype, "convert it with .long()")
-    if weight.dim() != 2 or not dtype.is_floating_point:
-        got = f"{list(weight.shape)} of {dtype}"
-        raise wrong(ValueError, "weight", "a table [V, E] in a floating-point dtype", got)
-    if virtual.dim() != 2 or virtual.shape[1] != weight.shape[1]:
-        raise wrong(ValueError, "virtual", f"[N, E] with E = {weight.shape[1]} as in weight", list(virtual.shape))
+    try:
+        if weight.dim() != 2 or not dtype.is_floating_point:
+            got = f"{list(weight.shape)} of {dtype}"
+            raise wrong(ValueError, "weight", "a table [V, E] in a floating-point dtype", got)
+        if virtual.dim() != 2 or virtual.shape[1] != weight.shape[1]:
+            raise wrong(ValueError, "virtual", f"[N, E] with E = {weight.shape[1]} as in weight", list(virtual.shape))
+    except RuntimeError:
+        check_all_dense(weight=weight, virtual=virtual)
+        raise
     if virtual_dtype != dtype and virtual_dtype != torch.float32:
         raise wrong(TypeError, "virtual", f"{dtype} as weight, or float32", virtual_dtype)
     device = weight.device
     if input_ids.device != device or virtual.device != device:
         devices = [str(x.device) for x in (input_ids, weight, virtual)]
         raise wrong(ValueError, "input_ids, weight and virtual", "one device", devices)
+    if input_ids.dtype == torch.int32 and weight.shape[0] + virtual.shape[0] > 2**31:
+        rows = weight.shape[0] + virtual.shape[0]
+        raise wrong(TypeError, "input_ids", f"int64 to name {rows} rows", "torch.int32", "convert it with .long()")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "weight requires a gradient, but soft_embedding trains virtual tokens alone and never the table: "
@@ -66,7 +74,14 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     if backend_name("soft_embedding", device_type_of(weight), dtype) != "reference":
         plain = check_derivatives("soft_embedding")
         op = gradients.soft_embedding if plain else torch.ops.prefixcore.soft_embedding
-        return op(input_ids, weight, virtual)
+        try:
+            return op(input_ids, weight, virtual)
+        except NotImplementedError:
+            check_dense("input_ids", input_ids)
+            raise
+    if not torch.compiler.is_compiling():
+        for name, x in (("input_ids", input_ids), ("weight", weight), ("virtual", virtual)):
+            check_storage(name, x)
     _check_range(input_ids, weight.shape[0] + virtual.shape[0], weight.shape[0])
     return soft_embedding_reference(input_ids, weight, virtual)
 

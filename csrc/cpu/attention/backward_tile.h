@@ -141,7 +141,7 @@ static void begin_block(BackwardScratch<Arithmetic>& w, const AttentionBackwardP
     w.lse[i] = kInfinity;  // every probability becomes 0: of padding, and of queries that see nothing
     if (i >= block.count) continue;
     const int64_t at = lse_offset(p.lse_stride, block.query[i]);
-    if (p.lse[at] > -kInfinity) w.lse[i] = p.lse[at] * kLog2e;
+    if (p.lse[at] != -kInfinity) w.lse[i] = p.lse[at] * kLog2e;
     if (p.grad_lse != nullptr) w.delta[i] -= p.grad_lse[at];
     w.delta[i] *= p.scale;
   }

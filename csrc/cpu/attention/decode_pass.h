@@ -180,9 +180,9 @@ class DecodePass {
         for (int64_t d = 0; d < block_dv_; d += kLanes) store(acc + d, load(acc + d) + load(part + d) * alpha);
       }
       store_row(static_cast<char*>(p_.out.data) + token_offset(p_.out.stride, query) * size_of(p_.out.dtype),
-                p_.out.dtype, acc, p_.value_dim, l > 0 ? 1.0f / l : 0.0f);
+                p_.out.dtype, acc, p_.value_dim, l != 0 ? 1.0f / l : 0.0f);
       if (p_.lse != nullptr)
-        p_.lse[lse_offset(p_.lse_stride, query)] = l > 0 ? (m + log2(splat(l))[0]) * kLn2 : -kInfinity;
+        p_.lse[lse_offset(p_.lse_stride, query)] = l != 0 ? (m + log2_or_nan(splat(l))[0]) * kLn2 : -kInfinity;
     }
   }
 

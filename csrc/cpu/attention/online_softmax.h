@@ -220,8 +220,8 @@ static void finish_block(ForwardScratch<Arithmetic>& w, const AttentionForwardPr
   alignas(64) float lse[kBlockM];
   for (int i = 0; i < block.padded; i += kLanes) {
     const Vec l = load(w.l + i);
-    const VecInt sees = l > 0.0f;
-    store(lse + i, select(sees, (load(w.m + i) + log2(l)) * kLn2, splat(-kInfinity)));
+    const VecInt sees = l != 0.0f;  // NaN, which comes of a score that is NaN, is left to be seen
+    store(lse + i, select(sees, (load(w.m + i) + log2_or_nan(l)) * kLn2, splat(-kInfinity)));
     store(w.l + i, select(sees, 1.0f / l, Vec{}));
   }
   store_rows(p.out, block, w.acc, w.block_dv, p.value_dim, w.l);

@@ -128,6 +128,9 @@ PREFIXCORE_INLINE Vec log2(Vec x) {
   return __builtin_convertvector(exponent, Vec) + p * s * kLog2e;
 }
 
+// The same, and NaN of NaN.
+PREFIXCORE_INLINE Vec log2_or_nan(Vec x) { return select(x == x, log2(x), x); }
+
 PREFIXCORE_INLINE Vec tanh(Vec x) {
   const Vec size = select(x < 0.0f, -x, x);
   // Small: the odd series, so that small scores keep all their digits.

@@ -3,6 +3,7 @@
 
 #include <new>
 
+#include "../parallel.h"
 #include "../simd/vector.h"
 
 namespace prefixcore::cpu::PREFIXCORE_ISA {
@@ -10,11 +11,14 @@ namespace prefixcore::cpu::PREFIXCORE_ISA {
 constexpr int64_t kAlignment = 64;
 
 // Uninitialised memory that frees itself. Allocated by the calling thread only, never by a worker,
-// so that std::bad_alloc reaches the caller.
+// so that the exception reaches the caller.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes)
-      : data_(bytes > 0 ? ::operator new(static_cast<size_t>(bytes), std::align_val_t(kAlignment)) : nullptr) {}
+      : data_(bytes > 0 ? ::operator new(static_cast<size_t>(bytes), std::align_val_t(kAlignment), std::nothrow)
+                        : nullptr) {
+    if (bytes > 0 && data_ == nullptr) refuse_scratch(bytes);
+  }
   ~Buffer() {
     if (data_ != nullptr) ::operator delete(data_, std::align_val_t(kAlignment));
   }

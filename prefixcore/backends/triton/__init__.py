@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import library, nvidia
+from .. import checks, library, nvidia
 from ..problem import DIFFERENTIABLE, TENSORS, AttentionProblem
 from ..protocol import mismatch
 from . import choose
@@ -82,7 +82,9 @@ def describe() -> str:
 
 def prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
     """``torch.ops.prefixcore.prefix_attention`` for CUDA tensors."""
-    p = _readable(AttentionProblem(*fields))
+    p = AttentionProblem(*fields)
+    checks.check_attention(p)
+    p = _readable(p)
     _check_device(p.query)
     with torch.cuda.device_of(p.query):
         from . import merged, single
@@ -100,7 +102,10 @@ def prefix_attention_backward(
 ) -> tuple[Tensor, ...]:
     """``torch.ops.prefixcore.prefix_attention_backward`` for CUDA tensors; computes what is wanted alone."""
     *fields, needs_query, needs_sequence, needs_prefix = arguments
-    p = _readable(AttentionProblem(*fields))
+    p = AttentionProblem(*fields)
+    checks.check_attention(p)
+    checks.check_outputs(p, grad_out, grad_lse, out, lse)
+    p = _readable(p)
     with torch.cuda.device_of(p.query):
         from . import merged, single
         from .kernels.delta import compute_delta
@@ -124,8 +129,7 @@ def prefix_attention_backward(
 
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
     """``torch.ops.prefixcore.soft_embedding`` for CUDA tensors, where CUDA was not compiled in."""
-    if virtual.shape[1] != weight.shape[1]:
-        raise ValueError("virtual: expected rows as long as those of weight")
+    checks.check_embedding(input_ids, weight, virtual)
     _check_device(weight)
     with torch.cuda.device_of(weight):
         from .kernels.soft_embedding import gather
@@ -135,8 +139,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
 
 def soft_embedding_backward(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
     """``torch.ops.prefixcore.soft_embedding_backward`` for CUDA tensors, where CUDA was not compiled in."""
-    if grad.shape[:-1] != input_ids.shape:
-        raise ValueError("grad: expected one row for each of input_ids")
+    checks.check_embedding_backward(grad, input_ids, vocabulary, num_virtual)
     with torch.cuda.device_of(grad):
         from .kernels.soft_embedding import grad_virtual
 

@@ -96,7 +96,7 @@ def decode_kernel(
     acc, m, l = empty_state(BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
     acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL and not PREFIX)
 
-    sees = l > 0
+    sees = l != 0  # or NaN, which is left to be seen
     divisor = tl.where(sees, l, 1.0)
     heads = sizes.kv_heads * GROUP
     place = (((first_split + split).to(tl.int64) * batches + b) * heads + h) * sizes.queries + i
@@ -136,7 +136,7 @@ def merge_kernel(
         l = l * alpha + tl.sum(weights, 0)
         acc = acc * alpha + tl.sum(weights[:, None] * out_s, 0)
         m = m_new
-    sees = l > 0
+    sees = l != 0  # or NaN, which is left to be seen
     divisor = tl.where(sees, l, 1.0)
     dims = tl.arange(0, BLOCK_DV)
     tl.store(at(out, batch, head, i) + dims, (acc / divisor).to(out.data.dtype.element_ty), mask=dims < VALUE_DIM)

@@ -71,7 +71,7 @@ def forward_kernel(
         )
         acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL)
 
-    sees = l > 0
+    sees = l != 0  # or NaN, which is left to be seen
     acc = acc / tl.where(sees, l, 1.0)[:, None]
     store_tile(o, i, exists, acc, VALUE_DIM)
     tl.store(lse_at, tl.where(sees, (m + tl.log2(tl.where(sees, l, 1.0))) * LN2, -INFINITY), mask=exists)

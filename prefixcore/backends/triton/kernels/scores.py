@@ -107,7 +107,7 @@ def score(products, i, j, keep, mod, CAUSAL: tl.constexpr, EDGE: tl.constexpr):
             scores = tl.where(bias != 0, scores, -INFINITY)
         else:
             bias = bias.to(tl.float32)
-            scores = tl.where(bias > HIDDEN, scores + bias * LOG2E, -INFINITY)
+            scores = tl.where(bias <= HIDDEN, -INFINITY, scores + bias * LOG2E)  # NaN stays NaN
     if keep is not None:
         scores = tl.where(keep, scores, -INFINITY)
     if EDGE and CAUSAL:
