@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <new>
 #include <tuple>
 
 #include "attention_checks.h"
@@ -103,7 +104,11 @@ struct Inputs {
         mask(m),
         cu_seqlens(cu) {
     if (s) sinks = as_contiguous(as_float(*s));
-    find_sequences();
+    try {
+      find_sequences();
+    } catch (const std::bad_alloc&) {
+      cpu::refuse_scratch(sizes.sequences * static_cast<int64_t>(sizeof(cpu::Sequence)));
+    }
   }
 
   // Checks every value that the kernels index with, before any work.

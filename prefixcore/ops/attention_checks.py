@@ -88,7 +88,7 @@ def bank_size(prefix: Tensor) -> int:
 
 def _check_integers(name: str, x: Tensor, length: int, meaning: str, device: torch.device) -> None:
     check_tensor(name, x)
-    check_dense(name, x)
+    check_dense(**{name: x})
     if x.dtype not in _INTEGERS:
         raise wrong(TypeError, name, "int64 or int32", x.dtype)
     if x.dim() != 1 or x.shape[0] != length:
@@ -114,7 +114,7 @@ def check_bank(
 def check_packing(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> int:
     """How many sequences are packed."""
     check_tensor("cu_seqlens", cu_seqlens)
-    check_dense("cu_seqlens", cu_seqlens)
+    check_dense(cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         expected = "[sequences + 1], starting at 0 and ending at T"
         raise wrong(ValueError, "cu_seqlens", expected, list(cu_seqlens.shape))
@@ -131,7 +131,7 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
     if attn_mask is None:
         return None, None
     check_tensor("attn_mask", attn_mask)
-    check_dense("attn_mask", attn_mask)
+    check_dense(attn_mask=attn_mask)
     (batch, heads, queries, _), keys, shape = query.shape, key.shape[2], list(attn_mask.shape)
     boolean = attn_mask.dtype == torch.bool
     if not boolean and not attn_mask.dtype.is_floating_point:
@@ -210,7 +210,7 @@ def check_options(
     if sinks is None:
         return
     check_tensor("sinks", sinks)
-    check_dense("sinks", sinks)
+    check_dense(sinks=sinks)
     if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
         raise wrong(ValueError, "sinks", f"one logit a head [{query.shape[1]}]", list(sinks.shape))
     if not sinks.dtype.is_floating_point:
@@ -228,6 +228,7 @@ def check_values(p: AttentionProblem) -> None:
         return
     for name, x in zip(TENSORS, p.tensors, strict=True):
         if x is not None:
+            check_dense(**{name: x})
             check_storage(name, x)
     bank, capacity = bank_size(p.prefix_key), p.virtual_tokens
     for place, entry in enumerate([] if p.prefix_index is None else p.prefix_index.tolist()):

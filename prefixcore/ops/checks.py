@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_STRIDED = torch.strided
 _functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of which the stubs know little
 
 
@@ -21,31 +20,26 @@ def wrong(kind: type[Exception], name: str, expected: str, got: Any, hint: str =
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """Raises TypeError unless `x` is a tensor with a layout of strides."""
+    """Raises TypeError unless `x` is a tensor."""
     if not isinstance(x, Tensor):
         raise wrong(TypeError, name, "a tensor", type(x).__name__)
-    if x.layout is not _STRIDED:
-        check_dense(name, x)
 
 
-def check_dense(name: str, x: Tensor) -> None:
-    """Raises TypeError unless `x` has a place in memory for each of its numbers.
+def check_dense(**tensors: Any) -> None:
+    """Raises TypeError if one of these is a tensor without a place in memory for each of its numbers.
 
-    Nested tensors may have strides, too, and then no shape. `check_tensor` does not look: it would cost every small
-    call as much again.
+    A good small call does not pay for it: such a tensor has no shape, or no kernel, and who learns that asks here why.
     """
-    if x.is_nested:
-        raise wrong(TypeError, name, "a dense tensor (strided)", "a nested one", "pad it, or pack it with cu_seqlens")
-    if x.layout is not _STRIDED:
-        layout = str(x.layout).removeprefix("torch.").removeprefix("_")
-        raise wrong(TypeError, name, "a dense tensor (strided)", f"one that is {layout}", "convert it with .to_dense()")
-
-
-def check_all_dense(**tensors: Any) -> None:
-    """The same for all that are tensors: for whoever could not read a shape."""
     for name, x in tensors.items():
-        if isinstance(x, Tensor):
-            check_dense(name, x)
+        if not isinstance(x, Tensor):
+            continue
+        if x.is_nested:
+            hint = "pad it, or pack it with cu_seqlens"
+            raise wrong(TypeError, name, "a dense tensor (strided)", "a nested one", hint)
+        if x.layout is not torch.strided:
+            layout = str(x.layout).removeprefix("torch.").removeprefix("_")
+            hint = "convert it with .to_dense()"
+            raise wrong(TypeError, name, "a dense tensor (strided)", f"one that is {layout}", hint)
 
 
 def device_type_of(x: Tensor) -> str:

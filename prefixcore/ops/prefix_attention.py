@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import gradients
+from ..backends.checks import check_storage
 from ..backends.problem import AttentionProblem
 from .attention_checks import (
     cast_for_autocast,
@@ -20,7 +21,7 @@ from .attention_checks import (
     check_values,
     split_mask,
 )
-from .checks import check_all_dense, check_derivatives, check_tensor, device_type_of
+from .checks import check_dense, check_derivatives, check_tensor, device_type_of
 from .reference import prefix_attention_reference
 from .select import backend_name
 
@@ -132,12 +133,14 @@ def prefix_attention(
             query, key, value = cast_for_autocast(dtype, query=query, key=key, value=value)
         check_sequence(query, key, value)
         prefix_key, prefix_value = check_prefix(query, key, value, prefix_key, prefix_value)
-    except RuntimeError:
-        check_all_dense(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+        packed = 0 if cu_seqlens is None else check_packing(query, key, cu_seqlens)
+        check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
+        padding, mask = split_mask(query, key, attn_mask)
+    except RuntimeError:  # nested tensors have no shape, and what has lost its memory cannot be viewed
+        check_dense(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+        if attn_mask is not None:
+            check_storage("attn_mask", attn_mask)
         raise
-    packed = 0 if cu_seqlens is None else check_packing(query, key, cu_seqlens)
-    check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
-    padding, mask = split_mask(query, key, attn_mask)
     check_options(query, is_causal, scale, sliding_window, softcap, sinks)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
@@ -148,7 +151,11 @@ def prefix_attention(
     )  # fmt: skip
     if backend_name("prefix_attention", device_type, query.dtype) != "reference":
         plain = check_derivatives("prefix_attention")
-        out, lse = gradients.prefix_attention(p) if plain else torch.ops.prefixcore.prefix_attention(*p)
+        try:
+            out, lse = gradients.prefix_attention(p) if plain else torch.ops.prefixcore.prefix_attention(*p)
+        except NotImplementedError:
+            check_dense(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
+            raise
     else:
         check_values(p)
         out, lse = prefix_attention_reference(p)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import gradients
 from ..backends.checks import check_storage
-from .checks import check_all_dense, check_dense, check_derivatives, check_tensor, device_type_of, wrong
+from .checks import check_dense, check_derivatives, check_tensor, device_type_of, wrong
 from .reference import soft_embedding_reference
 from .select import backend_name
 
@@ -45,9 +45,9 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     check_tensor("input_ids", input_ids)
     check_tensor("weight", weight)
     check_tensor("virtual", virtual)
-    dtype, virtual_dtype = weight.dtype, virtual.dtype
-    if input_ids.dtype not in _INTEGERS:
-        raise wrong(TypeError, "input_ids", "int64 or int32", input_ids.dtype, "convert it with .long()")
+    dtype, virtual_dtype, ids_dtype = weight.dtype, virtual.dtype, input_ids.dtype
+    if ids_dtype not in _INTEGERS:
+        raise wrong(TypeError, "input_ids", "int64 or int32", ids_dtype, "convert it with .long()")
     try:
         if weight.dim() != 2 or not dtype.is_floating_point:
             got = f"{list(weight.shape)} of {dtype}"
@@ -55,7 +55,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
         if virtual.dim() != 2 or virtual.shape[1] != weight.shape[1]:
             raise wrong(ValueError, "virtual", f"[N, E] with E = {weight.shape[1]} as in weight", list(virtual.shape))
     except RuntimeError:
-        check_all_dense(weight=weight, virtual=virtual)
+        check_dense(weight=weight, virtual=virtual)
         raise
     if virtual_dtype != dtype and virtual_dtype != torch.float32:
         raise wrong(TypeError, "virtual", f"{dtype} as weight, or float32", virtual_dtype)
@@ -63,7 +63,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     if input_ids.device != device or virtual.device != device:
         devices = [str(x.device) for x in (input_ids, weight, virtual)]
         raise wrong(ValueError, "input_ids, weight and virtual", "one device", devices)
-    if input_ids.dtype == torch.int32 and weight.shape[0] + virtual.shape[0] > 2**31:
+    if ids_dtype is not _INTEGERS[0] and weight.shape[0] + virtual.shape[0] > 2**31:
         rows = weight.shape[0] + virtual.shape[0]
         raise wrong(TypeError, "input_ids", f"int64 to name {rows} rows", "torch.int32", "convert it with .long()")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -77,10 +77,11 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
         try:
             return op(input_ids, weight, virtual)
         except NotImplementedError:
-            check_dense("input_ids", input_ids)
+            check_dense(input_ids=input_ids, weight=weight, virtual=virtual)
             raise
     if not torch.compiler.is_compiling():
         for name, x in (("input_ids", input_ids), ("weight", weight), ("virtual", virtual)):
+            check_dense(**{name: x})
             check_storage(name, x)
     _check_range(input_ids, weight.shape[0] + virtual.shape[0], weight.shape[0])
     return soft_embedding_reference(input_ids, weight, virtual)
