@@ -180,7 +180,7 @@ def _check_facts(name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _positive(*values: Any) -> bool:
-    return all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+    return all(isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**63 for v in values)
 
 
 def _libraries() -> dict[str, str]:

@@ -189,6 +189,6 @@ def read_peft(file: TensorFile, shapes: Sequence[LayerShape]) -> Values:
 
 def _positive(peft_config: Mapping[str, Any], field: str) -> int:
     value = peft_config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
         raise AdapterError(f"{field}: expected an integer of at least 1, got {shown(value)}")
     return value

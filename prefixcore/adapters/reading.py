@@ -150,20 +150,13 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         with naming(folder / MANIFEST_FILE):
             manifest = Manifest.from_dict(fields)
             _check_listing(manifest, manifest.make_config(), peft_config)
-    shapes = None
-    if peft_config is not None:
-        with naming(folder / PEFT_FILE):
-            shapes = {PROMPT_EMBEDDINGS: peft_tensor_shape(peft_config)}
-    header = _header(folder, manifest, peft_config)
-    if shapes is None:
-        assert manifest is not None
-        assert header.config.num_virtual_tokens is not None
-        shapes = tensor_shapes(manifest, header.config.num_virtual_tokens)
-
+    shapes = _tensor_shapes(folder, manifest, peft_config)
     with ExitStack() as stack:
         described = {} if manifest is None else manifest.files
         model_file = stack.enter_context(_open(folder / MODEL_FILE, described.get(MODEL_FILE)))
+        # Before anything is made of the sizes that the JSON files claim: a file is as large as its tensors.
         model_file.check_shapes(shapes)
+        header = _header(folder, manifest, peft_config)
         state_file = None
         if STATE_FILE in described:
             state_file = stack.enter_context(_open(folder / STATE_FILE, described[STATE_FILE]))
@@ -190,6 +183,17 @@ def _open(path: Path, described: dict[str, Any] | None) -> TensorFile:
             f"{path}: missing; adapter_model.bin is a pickle and never read, save it again as safetensors"
         )
     return TensorFile(path, described)
+
+
+def _tensor_shapes(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> dict[str, list[int]]:
+    """The names and shapes of the virtual tokens' tensors."""
+    if peft_config is not None:
+        with naming(folder / PEFT_FILE):
+            return {PROMPT_EMBEDDINGS: peft_tensor_shape(peft_config)}
+    assert manifest is not None
+    tokens = manifest.make_config().num_virtual_tokens
+    assert tokens is not None
+    return tensor_shapes(manifest, tokens)
 
 
 def _header(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> AdapterHeader:

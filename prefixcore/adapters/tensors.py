@@ -91,7 +91,7 @@ class TensorFile:
             raise AdapterError(f"{self.path}: {name}: {'missing' if name in shapes else 'unknown tensor'}")
         for name, shape in found.items():
             if shape != shapes[name]:
-                raise AdapterError(f"{self.path}: {name}: expected shape {shapes[name]}, got {shape}")
+                raise AdapterError(f"{self.path}: {name}: expected shape {shown(shapes[name])}, got {shown(shape)}")
 
     def check_digest(self) -> None:
         """Hashes the whole file in pieces; AdapterError: its digest is not the one that it must have."""

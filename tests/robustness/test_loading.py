@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,7 @@ VALUES: list[Any] = [
     2**31,
     2**63,
     10**300,
+    10**4200,
     0.0,
     1.5,
     1e308,
@@ -408,6 +410,22 @@ def test_peft_files_are_read_in_pieces_of_any_size(kinds: dict[str, Path], monke
         monkeypatch.setattr(tensors, "PIECE", piece)
         for pair, reference in zip(read_adapter(kinds["peft alone"]).tensors, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(pair, reference, strict=True))
+
+
+@pytest.mark.parametrize("size", [2**31, 2**62, 10**300, 10**4200])
+@pytest.mark.parametrize("field", ["num_layers", "num_virtual_tokens", "token_dim", "num_attention_heads"])
+@pytest.mark.parametrize("kind", ["peft", "peft alone"])
+def test_a_claimed_size_takes_no_memory(kind: str, field: str, size: int, model: Any, copy_of: Any) -> None:
+    """A list of 2**31 layers would take 17 GB before the file's header shows that there are two."""
+    folder = copy_of(kind)
+    fields = json.loads((folder / PEFT).read_text())
+    (folder / PEFT).write_text(json.dumps({**fields, field: size}))
+    tracemalloc.start()
+    try:
+        refused(model, folder, PEFT, MODEL)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
