@@ -160,7 +160,7 @@ def _check_encoder(adapter: Adapter, state: dict[str, Tensor], has_initial: bool
         with torch.device("meta"):
             expected = _make(config, adapter.tensors, has_initial=has_initial).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:  # TypeError: torch, of a size beyond an int64
-        raise AdapterError(f"config: {error}") from error
+        raise AdapterError(f"config: {str(error).partition(chr(10))[0]}") from error  # a stack of C++ frames follows
     _check_state(expected, state)
 
 

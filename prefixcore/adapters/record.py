@@ -47,6 +47,7 @@ def load_record(folder: Path, digest: str | None) -> dict[str, Any]:
 
     Raises:
         AdapterError: the file is damaged: not a regular file, too large, no JSON object, a field of a wrong type.
+        OSError: the file system refuses to read it.
     """
     path = folder / RECORD
     if digest is None:
@@ -76,7 +77,7 @@ def belongs(folder: Path, digest: str) -> bool:
     """Whether the record in `folder` is that of the adapter with these values."""
     try:
         return bool(load_record(folder, digest))
-    except AdapterError:
+    except (AdapterError, OSError):
         return False
 
 

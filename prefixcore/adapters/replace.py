@@ -49,7 +49,7 @@ def replace_folder(
         files: name and contents; None: a file of this name is not to be there.
         check: called with the finished folder before it is put in place, and with a former folder before it is
             recovered; what it raises is passed on.
-        keep: whether an entry of the existing `target` that `files` does not name comes along.
+        keep: whether an entry of the existing `target` that `files` does not name comes along; asked when it is copied.
     """
     parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)

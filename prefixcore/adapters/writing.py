@@ -65,6 +65,8 @@ def write_adapter(
         'prompt'
     """
     target = Path(directory).absolute()
+    if target.name == "..":
+        target = target.resolve()
     check_target(target)
     _check_parts(module, config, manifest)
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.state_dict().values()):
@@ -96,14 +98,16 @@ def write_adapter(
     files |= {**blobs, MANIFEST_FILE: to_json(manifest.to_dict())}
     if record is not None:
         files |= {RECORD: record_bytes(record, digest), CURVE: curve}
-    elif not belongs(target, digest):
-        files |= {RECORD: None, CURVE: None}
-    replace_folder(target, files, check=read_folder)
+
+    def keep(entry: Path) -> bool:
+        return entry.name not in (RECORD, CURVE) or belongs(entry.parent, digest)
+
+    replace_folder(target, files, check=read_folder, keep=keep)
     return target
 
 
 def check_target(target: Path) -> None:
-    """Raises AdapterError unless the target is nothing, an empty folder, or an adapter.
+    """Raises AdapterError unless the target is nothing, an empty folder, or an adapter that can be replaced.
 
     Examples:
         >>> from pathlib import Path
@@ -118,15 +122,27 @@ def check_target(target: Path) -> None:
         notes: holds 'todo.txt' and is no adapter, so it is not replaced; give another folder
     """
     try:
-        mode = target.lstat().st_mode
-        if stat.S_ISLNK(mode):
+        _check_target(target)
+    except OSError as error:
+        raise AdapterError(f"{error.filename or target}: cannot be read: {error.strerror or error}") from error
+
+
+def _check_target(target: Path) -> None:
+    try:
+        found = target.lstat()
+        if stat.S_ISLNK(found.st_mode):
             raise AdapterError(f"{target}: is a symbolic link; give the folder that it points to ({target.resolve()})")
-        if not stat.S_ISDIR(mode):
+        if not stat.S_ISDIR(found.st_mode):
             raise AdapterError(f"{target}: is a file; give a folder of its own for the adapter")
-        with os.scandir(target) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        with os.scandir(target) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
     except FileNotFoundError:  # nothing is there, or a writer is between its two renames
         return
+    if os.path.samestat(found, os.stat(os.curdir)):
+        raise AdapterError(
+            f"{target}: is the working directory, which would lose its name when a new folder takes its place; "
+            "give another folder, or save from elsewhere"
+        )
     if not entries:
         return
     has_manifest = any(entry.name == MANIFEST_FILE and entry.is_file() for entry in entries)
@@ -137,12 +153,14 @@ def check_target(target: Path) -> None:
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             raise AdapterError(f"{entry.path}: an adapter has no subfolders, so {target} is not replaced")
+        if not entry.is_file(follow_symlinks=False) and not entry.is_symlink():
+            raise AdapterError(f"{entry.path}: is neither a file nor a link, so {target} is not replaced")
 
 
 def _is_peft_folder(folder: Path) -> bool:
     try:
         peft_config = load_json(folder / PEFT_FILE)
-    except AdapterError:
+    except (AdapterError, OSError):
         return False
     return peft_config is not None and peft_config.get("peft_type") in PEFT_TYPES
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..adapters import AdapterError, compare_fingerprints, fingerprint
-from ..adapters.files import MANIFEST_FILE
+from ..adapters.files import MANIFEST_FILE, STATE_FILE
 from ..adapters.module import build_module
 from ..adapters.reading import AdapterHeader, read
 from ..adapters.storage import naming
@@ -49,7 +49,7 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
     folder = Path(directory)
     target = _Target(model, folder)
     adapter = read(folder, fits=target.check, state=trainable)
-    with naming(folder):
+    with naming(folder / STATE_FILE):  # the values were checked against the header
         module = build_module(adapter, trainable=trainable)
     if not isinstance(module, Prefix):
         return attach_soft_prompt(model, module)
