@@ -10,7 +10,7 @@ from typing import Any
 from .common import OK, add_model_arguments, open_model, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
 from .limits import check_ids, is_too_long, learned_positions, stated_positions
-from .output import printable, results, say, to_json
+from .output import check_open, printable, results, say, to_json
 
 COLDEST, HOTTEST = 1e-6, 1e6
 """Temperatures outside make numbers that float32 cannot hold, and choose the likeliest token or any."""
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the continuation of each prompt, in order."""
+    check_open()
     prompts = read_prompts(arguments)
     sampling = sampling_options(arguments)
     if not arguments.adapter.is_dir():

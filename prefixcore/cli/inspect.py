@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .common import OK
 from .failures import UserError, user_errors
-from .output import results, table, to_json
+from .output import check_open, results, table, to_json
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the whole adapter, with every check that loading it makes, and print what is known."""
+    check_open()
     folder = arguments.adapter
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that prefixcore or PEFT wrote")

@@ -54,14 +54,19 @@ def say(text: str) -> None:
             print(printable(text), file=sys.stderr, flush=True)
 
 
+def check_open() -> None:
+    """Raises UserError if standard output is closed: to be known before the work whose results go there."""
+    if sys.stdout is None:
+        raise UserError("standard output is closed; the results have nowhere to go")
+
+
 def results(text: str) -> None:
     """Prints results on standard output.
 
     Raises:
         UserError: it is closed, or what it goes to is full or gone.
     """
-    if sys.stdout is None:
-        raise UserError("standard output is closed; the results have nowhere to go")
+    check_open()
     with _writing():
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding))

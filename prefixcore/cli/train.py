@@ -24,7 +24,7 @@ from .limits import (
     learned_positions,
     stated_positions,
 )
-from .output import results, say, table
+from .output import check_open, results, say, table
 from .train_options import LEARNING_RATES, add_arguments, build_config
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     inherit_from_resumed(arguments)
     with user_errors(DataError):
         training, held_out = read_examples(arguments)
+    if held_out:
+        check_open()
     options = training_options(arguments, len(training))
 
     model, tokenizer = open_model(arguments)
