@@ -17,17 +17,6 @@ from prefixcore.ops import explain
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, model_folder, data):
-    from prefixcore.__main__ import main
-
-    out = tmp_path_factory.mktemp("adapters") / "swap"
-    arguments = ["train", "--model", model_folder, "--data", data, "--out", out, "--end", "\\n"]
-    arguments += ["--method", "prefix", "--init-text", "ab -> ba\n", "--steps", 3]
-    assert main([str(argument) for argument in arguments]) == 0
-    return out
-
-
 @pytest.fixture
 def generate(prefixcore, model_folder, adapter):
     def call(*options):
