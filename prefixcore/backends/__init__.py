@@ -1,1 +1,1 @@
-"""One module a backend, of one form (``protocol.py``); none imports another. ``prefixcore.ops.select`` chooses."""
+"""One module a backend, of one form (`protocol.py`); none imports another. `prefixcore.ops.select` chooses."""

@@ -1,6 +1,6 @@
-"""What a backend written in Python checks before a launch, as ``csrc/checks.h`` does before a C++ kernel runs.
+"""What a backend written in Python checks before a launch, as `csrc/checks.h` does before a C++ kernel runs.
 
-The registered ops can be called without ``prefixcore.ops``, and a kernel trusts every size, dtype and pointer: on a
+The registered ops can be called without `prefixcore.ops`, and a kernel trusts every size, dtype and pointer: on a
 GPU a wrong one ends the process's work there. Shapes and sizes are looked at, never what is in a tensor: nothing
 waits for a device.
 """
@@ -22,7 +22,7 @@ def check_storage(name: str, x: Tensor) -> None:
     """ValueError unless the memory behind `x` holds its shape.
 
     Whoever frees a tensor's memory and keeps the tensor, as FSDP does with what it has sharded, leaves the shape as it
-    was. Tensors without a storage of their own, such as those of ``torch.func``, are not looked at.
+    was. Tensors without a storage of their own, such as those of `torch.func`, are not looked at.
     """
     try:
         have = x.untyped_storage().nbytes()
@@ -129,7 +129,7 @@ def _check_ids(input_ids: Tensor, vocabulary: int, num_virtual: int) -> None:
 
 
 def check_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> None:
-    """ValueError unless a kernel can be given the arguments of ``soft_embedding``."""
+    """ValueError unless a kernel can be given the arguments of `soft_embedding`."""
     vocabulary, hidden = _check_shape("weight", weight, None, None)
     num_virtual, _ = _check_shape("virtual", virtual, None, hidden)
     _check(weight.dtype in DTYPES, "weight", "float32, bfloat16 or float16", weight.dtype)
@@ -142,7 +142,7 @@ def check_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> None:
 
 
 def check_embedding_backward(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> None:
-    """ValueError unless a kernel can be given the arguments of ``soft_embedding_backward``."""
+    """ValueError unless a kernel can be given the arguments of `soft_embedding_backward`."""
     _check_shape("grad", grad, *input_ids.shape, None)
     _check(grad.dtype in DTYPES, "grad", "float32, bfloat16 or float16", grad.dtype)
     _check(input_ids.device == grad.device, "input_ids", f"device {grad.device} as grad", input_ids.device)

@@ -1,8 +1,8 @@
 """How the ops differentiate, and the quickest way into them.
 
-``torch.library.register_autograd`` would do, but what it generates fills in defaults, flattens trees and leaves cycles
+`torch.library.register_autograd` would do, but what it generates fills in defaults, flattens trees and leaves cycles
 to the garbage collector, which then keep an op's output alive: several times the cost of a small call. So each op has
-an ``autograd.Function`` of its own. ``AUTOGRAD`` is what the dispatcher calls where it would call PyTorch's own
+an `autograd.Function` of its own. `AUTOGRAD` is what the dispatcher calls where it would call PyTorch's own
 derivatives; eager code calls the same functions directly and spares itself the dispatcher's way into Python and back.
 """
 
@@ -23,7 +23,7 @@ _ops = torch.ops.prefixcore
 
 
 def _apply(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, without what it first does for ``torch.func``: a fifth of a small call."""
+    """`function.apply(*arguments)`, without what it first does for `torch.func`: a fifth of a small call."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(Function, function).apply(*arguments)  # type: ignore[misc]

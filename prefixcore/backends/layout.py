@@ -1,4 +1,4 @@
-"""How outputs and gradients lie in memory: the same from every backend, for ``torch.compile`` is told once."""
+"""How outputs and gradients lie in memory: the same from every backend, for `torch.compile` is told once."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def empty_gradient(x: Tensor) -> Tensor:
 
 
 def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad` laid out as ``empty_gradient(x)`` is: itself where it is so already."""
+    """`grad` laid out as `empty_gradient(x)` is: itself where it is so already."""
     return grad.contiguous() if _heads_outside(x) else heads_last(grad)

@@ -1,7 +1,7 @@
 """The compiled library: loading it, and telling PyTorch what the C++ cannot.
 
 The ops are registered by the library itself, through torch's stable ABI. Registered here are their shapes under
-fake tensors (``torch.compile``) and their derivatives (``gradients.py``). The backends stand on this module.
+fake tensors (`torch.compile`) and their derivatives (`gradients.py`). The backends stand on this module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def require() -> None:
 
 
 def host() -> ModuleType:
-    """The pybind11 module of host facts: ``isa()``, ``select_isa(name)``, ``build_info()``, ..."""
+    """The pybind11 module of host facts: `isa()`, `select_isa(name)`, `build_info()`, ..."""
     require()
     from .. import _host
 

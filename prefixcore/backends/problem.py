@@ -1,6 +1,6 @@
-"""The one record of what ``prefix_attention`` is asked: every backend, the reference and the tests read it.
+"""The one record of what `prefix_attention` is asked: every backend, the reference and the tests read it.
 
-An option of the op begins here, as a field: a tensor before ``is_causal``, anything else at the end. Its value None,
+An option of the op begins here, as a field: a tensor before `is_causal`, anything else at the end. Its value None,
 False or 0 means that it is off. What is saved for the backward, the fake kernels and the calls in between go by the
 fields. CONTRIBUTING.md ("How to add an option of the op") has all steps.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 class AttentionProblem(NamedTuple):
-    """The arguments of ``torch.ops.prefixcore.prefix_attention``, in its order and already checked: tensors first.
+    """The arguments of `torch.ops.prefixcore.prefix_attention`, in its order and already checked: tensors first.
 
-    Tensors that are always there (``DIFFERENTIABLE``) are what the op has gradients of.
+    Tensors that are always there (`DIFFERENTIABLE`) are what the op has gradients of.
     """
 
     query: Tensor  # [B, H, T, D]
@@ -37,17 +37,17 @@ class AttentionProblem(NamedTuple):
 
     @property
     def differentiable(self) -> tuple[Any, ...]:
-        """The tensors that may want a gradient, in the order of ``DIFFERENTIABLE``."""
+        """The tensors that may want a gradient, in the order of `DIFFERENTIABLE`."""
         return self[_DIFFERENTIABLE]  # type: ignore[return-value]
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        """All tensors, or None in their place, in the order of ``TENSORS``."""
+        """All tensors, or None in their place, in the order of `TENSORS`."""
         return self[_TENSORS]  # type: ignore[return-value]
 
     @property
     def options(self) -> tuple[Any, ...]:
-        """All other fields, so that ``AttentionProblem(*p.tensors, *p.options)`` is `p`."""
+        """All other fields, so that `AttentionProblem(*p.tensors, *p.options)` is `p`."""
         return self[_OPTIONS]  # type: ignore[return-value]
 
     @property
@@ -85,14 +85,14 @@ class AttentionProblem(NamedTuple):
 
     @property
     def bank(self) -> tuple[Tensor, Tensor]:
-        """The prefix as a bank ``[N, Hkv, P, D|Dv]``, of one entry if it is a single prefix."""
+        """The prefix as a bank `[N, Hkv, P, D|Dv]`, of one entry if it is a single prefix."""
         if self.prefix_key.dim() == 3:
             return self.prefix_key[None], self.prefix_value[None]
         return self.prefix_key, self.prefix_value
 
     @property
     def virtual_tokens(self) -> int:
-        """P, the room of an entry: ``prefix_lengths`` may say that fewer count."""
+        """P, the room of an entry: `prefix_lengths` may say that fewer count."""
         return self.prefix_key.shape[-2]
 
     @property

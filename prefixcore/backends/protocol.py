@@ -1,7 +1,7 @@
 """What every backend is: the one form of its module, and what such modules share.
 
-A backend is one module (or package) here with the members of ``Backend``, which registers its kernels with PyTorch's
-dispatcher when it is imported, and a place in the table of ``prefixcore/ops/select.py``, where mypy holds it to the
+A backend is one module (or package) here with the members of `Backend`, which registers its kernels with PyTorch's
+dispatcher when it is imported, and a place in the table of `prefixcore/ops/select.py`, where mypy holds it to the
 protocol. CONTRIBUTING.md ("How to add a backend") has all steps.
 """
 
@@ -17,7 +17,7 @@ class Backend(Protocol):
 
     @property
     def NAME(self) -> str:
-        """What users call it: in ``use_backend``, ``PREFIXCORE_BACKEND`` and what ``which_backend`` says."""
+        """What users call it: in `use_backend`, `PREFIXCORE_BACKEND` and what `which_backend` says."""
 
     def refuses(self, op: str, device_type: str, dtype: torch.dtype, /) -> str | None:
         """Why it cannot do `op` on such tensors, in words that follow "the ... backend refuses:"; None if it can.
@@ -26,7 +26,7 @@ class Backend(Protocol):
         """
 
     def describe(self) -> str:
-        """It in a few words: what ``which_backend`` gives as the reason where it is the default."""
+        """It in a few words: what `which_backend` gives as the reason where it is the default."""
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ _PLACES = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
 def mismatch(
     op: str, device_type: str, dtype: torch.dtype, *, ops: tuple[str, ...], device: str
 ) -> str | None:  # fmt: skip
-    """Why a backend that has `ops` for tensors on `device`, in ``DTYPES``, cannot do this one; None if it can."""
+    """Why a backend that has `ops` for tensors on `device`, in `DTYPES`, cannot do this one; None if it can."""
     if op not in ops:
         return f"it has no kernel for {op}"
     if device_type != device:

@@ -1,4 +1,4 @@
-"""The argument checks of ``prefix_attention``, and the forms it brings its arguments to."""
+"""The argument checks of `prefix_attention`, and the forms it brings its arguments to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTEGERS = (torch.int64, torch.int32)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 _SMALLEST, _LARGEST = 1e-30, 1e30
 """Between these sizes scale, softcap and their quotient are float32 numbers of full precision, which the kernels take,
-and overflow with no product of less than a hundred million. ``csrc/attention_checks.h`` says the same."""
+and overflow with no product of less than a hundred million. `csrc/attention_checks.h` says the same."""
 
 
 def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -100,7 +100,7 @@ def _check_integers(name: str, x: Tensor, length: int, meaning: str, device: tor
 def check_bank(
     query: Tensor, prefix_key: Tensor, prefix_index: Tensor | None, prefix_lengths: Tensor | None, packed: int
 ) -> None:
-    """The bank's index and lengths; ``packed`` is the number of packed sequences, 0 for a batch."""
+    """The bank's index and lengths; `packed` is the number of packed sequences, 0 for a batch."""
     bank = bank_size(prefix_key)
     if prefix_index is not None:
         length, meaning = (packed, "one a packed sequence") if packed else (query.shape[0], "one a batch row")
@@ -127,7 +127,7 @@ def check_packing(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> int:
 
 
 def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as ``(padding [B, S] bool, mask [B, H, T, S])``, at most one of them not None."""
+    """The mask as `(padding [B, S] bool, mask [B, H, T, S])`, at most one of them not None."""
     if attn_mask is None:
         return None, None
     check_tensor("attn_mask", attn_mask)

@@ -1,6 +1,6 @@
 """Argument errors: what was expected, what came and, where it helps, how to mend it.
 
-Checks are written ``if bad: raise wrong(...)`` so that a good call never pays for the words.
+Checks are written `if bad: raise wrong(...)` so that a good call never pays for the words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of w
 
 
 def wrong(kind: type[Exception], name: str, expected: str, got: Any, hint: str = "") -> Exception:
-    """The exception to raise for the argument ``name``."""
+    """The exception to raise for the argument `name`."""
     return kind(f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
 
 
@@ -43,14 +43,14 @@ def check_dense(**tensors: Any) -> None:
 
 
 def device_type_of(x: Tensor) -> str:
-    """``x.device.type``, which writes a new string whenever it is asked; the quick way where it matters."""
+    """`x.device.type`, which writes a new string whenever it is asked; the quick way where it matters."""
     return "cpu" if x.is_cpu else x.device.type
 
 
 def check_derivatives(op: str) -> bool:
-    """Whether the call is plain eager code: not being compiled, and under no transform of ``torch.func``.
+    """Whether the call is plain eager code: not being compiled, and under no transform of `torch.func`.
 
-    Raises NotImplementedError where the kernels' derivatives would be lost: they are known to ``backward`` alone.
+    Raises NotImplementedError where the kernels' derivatives would be lost: they are known to `backward` alone.
     Without this, forward-mode differentiation would silently take every derivative for zero.
     """
     if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""``prefix_attention``: attention over a learned prefix and a sequence in one softmax."""
+"""`prefix_attention`: attention over a learned prefix and a sequence in one softmax."""
 
 from __future__ import annotations
 
@@ -69,47 +69,47 @@ def prefix_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which every query sees a learned prefix and its part of the sequence.
 
-    ``softmax(scale * query @ [prefix_key; key]^T) @ [prefix_value; value]``, computed with an online softmax
+    `softmax(scale * query @ [prefix_key; key]^T) @ [prefix_value; value]`, computed with an online softmax
     (Milakov and Gimelshein, arXiv:1805.02867; Dao et al., arXiv:2205.14135) and never by concatenating: the
     prefix is read as one more block of keys, shared by all rows of the batch and all heads of a group. Prefix
     tuning is Li and Liang, arXiv:2101.00190.
 
     Args:
-        query: ``[B, H, T, D]``.
-        key, value: ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``; H is a multiple of Hkv. ``query``, ``key`` and
-            ``value`` share one dtype (float32, bfloat16, float16; float64 runs the reference) and device, and
+        query: `[B, H, T, D]`.
+        key, value: `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`; H is a multiple of Hkv. `query`, `key` and
+            `value` share one dtype (float32, bfloat16, float16; float64 runs the reference) and device, and
             may have any strides as long as the last dimension is contiguous.
-        prefix_key, prefix_value: ``[Hkv, P, D]`` and ``[Hkv, P, Dv]``, seen by every row; or a prompt bank
-            ``[N, Hkv, P, D]`` and ``[N, Hkv, P, Dv]``; or ``None``: plain attention. In the dtype of ``query``,
+        prefix_key, prefix_value: `[Hkv, P, D]` and `[Hkv, P, Dv]`, seen by every row; or a prompt bank
+            `[N, Hkv, P, D]` and `[N, Hkv, P, Dv]`; or `None`: plain attention. In the dtype of `query`,
             or float32 (a master copy, which products in bfloat16 round as autocast rounds a weight).
-        prefix_index: int64 or int32 ``[B]`` (packed: one a sequence): each row's entry of the bank, -1 for no
+        prefix_index: int64 or int32 `[B]` (packed: one a sequence): each row's entry of the bank, -1 for no
             prefix. Needed if the bank has more than one entry.
-        prefix_lengths: int64 or int32 ``[N]``: how many virtual tokens of each entry count; the rest are
+        prefix_lengths: int64 or int32 `[N]`: how many virtual tokens of each entry count; the rest are
             padding.
-        attn_mask: over the sequence's keys only. Two dimensions mean a padding mask ``[B, S]`` (bool, True is
-            visible), which has a path of its own; three or four broadcast to ``[B, H, T, S]``, bool or
+        attn_mask: over the sequence's keys only. Two dimensions mean a padding mask `[B, S]` (bool, True is
+            visible), which has a path of its own; three or four broadcast to `[B, H, T, S]`, bool or
             additive (at or below -1e30, as at minus infinity, the key is hidden; NaN makes the output of its
-            query NaN). Write a mask ``[T, S]`` as ``mask[None, None]``. Gets no gradient.
-        is_causal: query i sees keys ``j <= i + S - T``: aligned bottom-right, so that the last query sees
+            query NaN). Write a mask `[T, S]` as `mask[None, None]`. Gets no gradient.
+        is_causal: query i sees keys `j <= i + S - T`: aligned bottom-right, so that the last query sees
             every key (decoding with a cache). Note that PyTorch's SDPA aligns top-left.
-        scale: of the scores; ``1 / sqrt(D)`` if None. Its size, that of ``softcap`` and that of
-            ``scale / softcap`` are from 1e-30 to 1e30, which float32 arithmetic holds; ``scale`` may be 0.
-        sliding_window: query i sees keys ``j > i + S - T - sliding_window`` only. The prefix is always seen.
-        softcap: scores become ``softcap * tanh(score / softcap)``, before the mask.
-        sinks: ``[H]``: one more logit a head in the softmax's denominator. Gets no gradient.
-        cu_seqlens: int64 or int32 ``[sequences + 1]``, from 0 to T: B is 1, S is T, and each packed sequence
+        scale: of the scores; `1 / sqrt(D)` if None. Its size, that of `softcap` and that of
+            `scale / softcap` are from 1e-30 to 1e30, which float32 arithmetic holds; `scale` may be 0.
+        sliding_window: query i sees keys `j > i + S - T - sliding_window` only. The prefix is always seen.
+        softcap: scores become `softcap * tanh(score / softcap)`, before the mask.
+        sinks: `[H]`: one more logit a head in the softmax's denominator. Gets no gradient.
+        cu_seqlens: int64 or int32 `[sequences + 1]`, from 0 to T: B is 1, S is T, and each packed sequence
             sees the prefix and itself.
         return_lse: also return the natural log of the softmax's denominator.
 
     Returns:
-        ``[B, H, T, Dv]`` in the dtype of ``query``, laid out as ``[B, T, H, Dv]`` so that transposing it back
-        is free; with ``return_lse`` also ``[B, H, T]`` in float32. A query that sees nothing yields zeros and
-        ``-inf``. Gradients flow from both into query, key, value, prefix_key and prefix_value, each computed
+        `[B, H, T, Dv]` in the dtype of `query`, laid out as `[B, T, H, Dv]` so that transposing it back
+        is free; with `return_lse` also `[B, H, T]` in float32. A query that sees nothing yields zeros and
+        `-inf`. Gradients flow from both into query, key, value, prefix_key and prefix_value, each computed
         only where it is asked for; the prefix's are summed in float32 in a fixed order.
 
     Raises:
         ValueError, TypeError, IndexError: what was expected, what came, how to mend it; before any work.
-        NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
+        NotImplementedError: under `torch.func.grad`, `vjp` and `jvp`, which the reference can.
 
     Examples:
         >>> query = torch.randn(2, 8, 16, 64)  # [B, H, T, D]

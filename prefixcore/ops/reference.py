@@ -19,9 +19,9 @@ not: the output of a query that sees it is NaN."""
 
 
 def prefix_attention_reference(p: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """One softmax over the prefix and the sequence; returns ``(out, lse)``.
+    """One softmax over the prefix and the sequence; returns `(out, lse)`.
 
-    ``out`` has the dtype of ``query``, ``lse`` is the natural log of the softmax's denominator, ``-inf`` where a query
+    `out` has the dtype of `query`, `lse` is the natural log of the softmax's denominator, `-inf` where a query
     sees nothing (its output is zero).
     """
     if p.cu_seqlens is not None:  # packed sequences are independent rows of one-row batches
@@ -90,7 +90,7 @@ def _packed(p: AttentionProblem, n: int, a: int, b: int) -> AttentionProblem:
 
 
 def soft_embedding_reference(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
-    """Rows of ``weight`` [V, E] for ids below V, rows of ``virtual`` [N, E] for the others."""
+    """Rows of `weight` [V, E] for ids below V, rows of `virtual` [N, E] for the others."""
     vocabulary = weight.shape[0]
     frozen = _lookup(weight.detach(), input_ids.clamp(max=max(vocabulary - 1, 0)))
     trained = _lookup(virtual.to(weight.dtype), (input_ids - vocabulary).clamp(min=0))
@@ -98,5 +98,5 @@ def soft_embedding_reference(input_ids: Tensor, weight: Tensor, virtual: Tensor)
 
 
 def _lookup(table: Tensor, rows: Tensor) -> Tensor:
-    """``embedding``; an empty table, of which no row is used, gets one of zeros."""
+    """`embedding`; an empty table, of which no row is used, gets one of zeros."""
     return functional.embedding(rows, table if len(table) else functional.pad(table, (0, 0, 0, 1)))

@@ -1,6 +1,6 @@
 """Which backend an op uses: one small rule that can be asked and forced.
 
-``PREFIXCORE_BACKEND`` forces one for the whole process, `use_backend` for a block of code.
+`PREFIXCORE_BACKEND` forces one for the whole process, `use_backend` for a block of code.
 A forced backend that cannot do what it is asked raises; nothing falls back silently.
 """
 
@@ -22,7 +22,7 @@ TABLE: dict[str, dict[str, tuple[Backend, ...]]] = {
 }
 """For each op and type of device its backends: the first that does not refuse is the default, and else the reference.
 
-A new backend is a place in a row; see ``prefixcore/backends/protocol.py``.
+A new backend is a place in a row; see `prefixcore/backends/protocol.py`.
 """
 
 OPS = tuple(TABLE)
@@ -59,10 +59,10 @@ def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
-    """The backend that ``op`` uses for tensors on ``device`` with ``dtype``, and why.
+    """The backend that `op` uses for tensors on `device` with `dtype`, and why.
 
-    Raises ``TypeError`` if ``dtype`` is not one, ``ValueError`` for an unknown op and if a forced backend is unknown
-    or cannot do this, and ``RuntimeError`` if the compiled library that would be used is missing.
+    Raises `TypeError` if `dtype` is not one, `ValueError` for an unknown op and if a forced backend is unknown
+    or cannot do this, and `RuntimeError` if the compiled library that would be used is missing.
 
     Examples:
         >>> prefixcore.which_backend("prefix_attention", "cpu", torch.float64).name
@@ -91,7 +91,7 @@ def _why_not_kernels(op: str, device_type: str, dtype: torch.dtype) -> str:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces one backend (see ``BACKENDS``) inside a ``with`` block; ``None`` forces none.
+    """Forces one backend (see `BACKENDS`) inside a `with` block; `None` forces none.
 
     For the whole process while the block runs, not for its thread alone: threads that force different backends at
     the same time are in each other's way.
@@ -112,7 +112,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def explain() -> list[tuple[str, str, str, str, str]]:
-    """Rows (op, device, dtype, backend, why) for what this machine has: what ``prefixcore doctor`` prints."""
+    """Rows (op, device, dtype, backend, why) for what this machine has: what `prefixcore doctor` prints."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
     for op in OPS:

@@ -1,4 +1,4 @@
-"""``soft_embedding``: one lookup in two tables, the frozen vocabulary and the virtual tokens."""
+"""`soft_embedding`: one lookup in two tables, the frozen vocabulary and the virtual tokens."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
-    """Looks up ids in the frozen table ``weight`` and, from V upwards, in ``virtual``.
+    """Looks up ids in the frozen table `weight` and, from V upwards, in `virtual`.
 
-    An id below V reads ``weight[id]``, an id from V to V + N - 1 reads ``virtual[id - V]`` (TensorRT-LLM's
+    An id below V reads `weight[id]`, an id from V to V + N - 1 reads `virtual[id - V]` (TensorRT-LLM's
     convention for prompt tables), so where a soft prompt stands is only a matter of ids.
 
     Args:
-        input_ids: int64 or int32, any shape ``[...]``; int64 if V + N is more than 2^31.
-        weight: ``[V, E]``, float32, bfloat16, float16 or float64; must not require a gradient.
-        virtual: ``[N, E]``, the dtype of ``weight`` or float32 (a master copy); gets a gradient.
+        input_ids: int64 or int32, any shape `[...]`; int64 if V + N is more than 2^31.
+        weight: `[V, E]`, float32, bfloat16, float16 or float64; must not require a gradient.
+        virtual: `[N, E]`, the dtype of `weight` or float32 (a master copy); gets a gradient.
 
     Returns:
-        ``[..., E]``, contiguous, in the dtype of ``weight``. In the backward ``virtual`` alone gets a
+        `[..., E]`, contiguous, in the dtype of `weight`. In the backward `virtual` alone gets a
         gradient, summed in float32 in the order of the ids: the same bits on every run.
 
     Raises:
-        IndexError: an id outside ``[0, V + N)``, with its value and place.
+        IndexError: an id outside `[0, V + N)`, with its value and place.
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a table that wants a gradient.
-        NotImplementedError: under ``torch.func.grad``, ``vjp`` and ``jvp``, which the reference can.
+        NotImplementedError: under `torch.func.grad`, `vjp` and `jvp`, which the reference can.
 
     Examples:
         >>> table = torch.zeros(100, 32)  # frozen: V = 100

@@ -1,15 +1,15 @@
 """The triton backend: both ops on NVIDIA GPUs, by Triton kernels; and by PyTorch's fused attention where it is best.
 
 The compiled library declares the ops; registered here are their implementations for CUDA tensors. Triton is imported
-when the first of them runs, never by ``import prefixcore``.
+when the first of them runs, never by `import prefixcore`.
 
 A launch never waits for the GPU, so that it can be captured in a CUDA graph. Therefore nobody looks at the values of
-``prefix_index``, ``prefix_lengths`` and ``cu_seqlens``: the kernels clamp them to what is there. Values out of range,
+`prefix_index`, `prefix_lengths` and `cu_seqlens`: the kernels clamp them to what is there. Values out of range,
 which raise on the CPU, give a meaningless result here, and never an access outside of a tensor; an id out of range
 gives the soft embedding a row of NaN.
 
 Outputs and the prefix's gradients have the same bits on every run. The gradients of query, key and value have them on
-the single path; PyTorch's fused attention sums in any order unless ``torch.use_deterministic_algorithms(True)``
+the single path; PyTorch's fused attention sums in any order unless `torch.use_deterministic_algorithms(True)`
 forbids it.
 """
 
@@ -81,7 +81,7 @@ def describe() -> str:
 
 
 def prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
-    """``torch.ops.prefixcore.prefix_attention`` for CUDA tensors."""
+    """`torch.ops.prefixcore.prefix_attention` for CUDA tensors."""
     p = AttentionProblem(*fields)
     checks.check_attention(p)
     p = _readable(p)
@@ -100,7 +100,7 @@ def prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
 def prefix_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """``torch.ops.prefixcore.prefix_attention_backward`` for CUDA tensors; computes what is wanted alone."""
+    """`torch.ops.prefixcore.prefix_attention_backward` for CUDA tensors; computes what is wanted alone."""
     *fields, needs_query, needs_sequence, needs_prefix = arguments
     p = AttentionProblem(*fields)
     checks.check_attention(p)
@@ -128,7 +128,7 @@ def prefix_attention_backward(
 
 
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
-    """``torch.ops.prefixcore.soft_embedding`` for CUDA tensors, where CUDA was not compiled in."""
+    """`torch.ops.prefixcore.soft_embedding` for CUDA tensors, where CUDA was not compiled in."""
     checks.check_embedding(input_ids, weight, virtual)
     _check_device(weight)
     with torch.cuda.device_of(weight):
@@ -138,7 +138,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
 
 
 def soft_embedding_backward(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
-    """``torch.ops.prefixcore.soft_embedding_backward`` for CUDA tensors, where CUDA was not compiled in."""
+    """`torch.ops.prefixcore.soft_embedding_backward` for CUDA tensors, where CUDA was not compiled in."""
     checks.check_embedding_backward(grad, input_ids, vocabulary, num_virtual)
     with torch.cuda.device_of(grad):
         from .kernels.soft_embedding import grad_virtual

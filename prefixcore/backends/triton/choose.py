@@ -1,10 +1,10 @@
 """Which path computes a problem: the rules, small enough to read, with the reason in words.
 
-* ``merged``: PyTorch's fused attention on the sequence, ours on the prefix (``merged.py``);
-* ``single``: one launch of our own kernels, which can do everything (``single.py``);
-* ``decode``: the same for few queries, the keys split among the processors.
+* `merged`: PyTorch's fused attention on the sequence, ours on the prefix (`merged.py`);
+* `single`: one launch of our own kernels, which can do everything (`single.py`);
+* `decode`: the same for few queries, the keys split among the processors.
 
-``PREFIXCORE_GPU_PATH`` forces one for the whole process, ``use_path`` for a block of code. A path that was forced
+`PREFIXCORE_GPU_PATH` forces one for the whole process, `use_path` for a block of code. A path that was forced
 and cannot do what it is asked raises; a backward that it has no answer for is done by the single path.
 """
 
@@ -98,9 +98,9 @@ def _force(p: AttentionProblem) -> Path:
 
 @contextmanager
 def use_path(name: str | None) -> Iterator[None]:
-    """Forces one path (see ``PATHS``) inside a ``with`` block; ``None`` forces none.
+    """Forces one path (see `PATHS`) inside a `with` block; `None` forces none.
 
-    For the whole process while the block runs, as ``prefixcore.use_backend``.
+    For the whole process while the block runs, as `prefixcore.use_backend`.
     """
     global _forced
     if name is not None and name not in PATHS:

@@ -3,7 +3,7 @@
 They are called below SDPA, by the ops that also give the log-sum-exp, so that the prefix can be merged in afterwards;
 and their backwards are called with the merged output and log-sum-exp, which makes them yield exactly the sequence's
 part of the gradients. Whether cuDNN or FlashAttention is asked is PyTorch's choice (hardware, versions, dtype, head
-dim, what ``torch.nn.attention.sdpa_kernel`` allows). FlashAttention 3 and 4 override these very ops where a user has
+dim, what `torch.nn.attention.sdpa_kernel` allows). FlashAttention 3 and 4 override these very ops where a user has
 activated one.
 
 PyTorch's never gets a mask, so in what it computes every query sees a key, and no log-sum-exp is infinite.
@@ -32,8 +32,8 @@ _CUDNN_LAYOUT_IS_KNOWN = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") != "
 
 
 class FusedAttention(NamedTuple):
-    """A fused attention: ``forward(p)`` gives the sequence's own output and log-sum-exp [B, H, T], natural and float32;
-    ``backward(p, grad_out, out, lse)`` the gradients of query, key and value, from the merged output and log-sum-exp.
+    """A fused attention: `forward(p)` gives the sequence's own output and log-sum-exp [B, H, T], natural and float32;
+    `backward(p, grad_out, out, lse)` the gradients of query, key and value, from the merged output and log-sum-exp.
 
     Outputs are laid out as [B, T, H, D], gradients as their tensors are.
     """
