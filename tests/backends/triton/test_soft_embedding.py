@@ -132,9 +132,9 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_rows_of_another_length_are_refused() -> None:
     ids = torch.tensor([1, 2], device=DEVICE)
-    with pytest.raises(ValueError, match="virtual: expected rows as long as those of weight"):
+    with pytest.raises(ValueError, match=r"virtual: expected the shape \[any, 8\], got \[2, 4\]"):
         triton.soft_embedding(ids, torch.randn(2, 8, device=DEVICE), torch.randn(2, 4, device=DEVICE))
-    with pytest.raises(ValueError, match="grad: expected one row for each of input_ids"):
+    with pytest.raises(ValueError, match=r"grad: expected the shape \[2, any\], got \[1, 8\]"):
         triton.soft_embedding_backward(torch.randn(1, 8, device=DEVICE), ids, 2, 2)
 
 
