@@ -482,12 +482,14 @@ def test_nothing_from_a_file_steers_the_terminal(prefixcore, adapter, tmp_path):
 
 
 def test_answers_are_raw_in_a_file_and_escaped_on_a_terminal(prefixcore, model_folder, adapter, monkeypatch):
-    monkeypatch.setattr("prefixcore.training.predict", lambda *args, **kwargs: ["\x1b[2Jgone"])
+    monkeypatch.setattr("prefixcore.training.predict", lambda *args, **kwargs: ["\x1b[2Jgone\x9b"])
     base = ["generate", "--model", model_folder, "--adapter", adapter, "--prompt", "a"]
-    assert prefixcore(*base)[1] == "\x1b[2Jgone\n"
-    assert json.loads(prefixcore(*base, "--json")[1])["completion"] == "\x1b[2Jgone"
+    assert prefixcore(*base)[1] == "\x1b[2Jgone\x9b\n"
+    line = prefixcore(*base, "--json")[1].rstrip("\n")
+    assert line.isprintable()
+    assert json.loads(line)["completion"] == "\x1b[2Jgone\x9b"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert prefixcore(*base)[1] == "\\x1b[2Jgone\n"
+    assert prefixcore(*base)[1] == "\\x1b[2Jgone\\x9b\n"
 
 
 def test_a_manifest_that_is_nested_as_deep_as_can_be_read(prefixcore, adapter, tmp_path):
@@ -646,6 +648,58 @@ def test_ctrl_c_after_the_adapter_is_written(train, tmp_path, monkeypatch, when)
     assert err.splitlines()[-1] == f"prefixcore train: stopped; the adapter is in {tmp_path / 'adapter'}"
     assert read_adapter(tmp_path / "adapter").config.num_virtual_tokens == 2
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.fixture
+def handler(monkeypatch):
+    """The handler of the command line's own process, which says so in place of ending the process."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(_interrupt.os, "_exit", end)
+    _interrupt.take_over()
+    yield Ended
+    signal.signal(signal.SIGINT, before)
+
+
+def ctrl_c(*args: object, **kwargs: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_the_process_at_once(train, handler, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(train_command, "open_model", ctrl_c)
+    with pytest.raises(handler, match="130"):
+        train(*NEW)
+    assert capfd.readouterr().err == "\nprefixcore train: stopped; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_in_a_save_waits_and_a_second_one_takes_it_back(train, handler, adapter, tmp_path, monkeypatch):
+    original = replace._put_in_place
+
+    def once(new, target):
+        ctrl_c()
+        original(new, target)
+
+    def twice(new, target):
+        ctrl_c()
+        ctrl_c()
+        original(new, target)
+
+    out = tmp_path / "adapter"
+    shutil.copytree(adapter, out)
+    for place, tokens, said in ((twice, 9, f"{out} is as it was before, or the new"), (once, 2, "the adapter is in")):
+        monkeypatch.setattr(replace, "_put_in_place", place)
+        code, _, err = train(*NEW)
+        assert code == 130
+        assert said in err.splitlines()[-1]
+        assert read_adapter(out).config.num_virtual_tokens == tokens
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_program_of_its_own_keeps_its_handler(prefixcore, adapter):
