@@ -28,8 +28,6 @@ from tests.cli.fixtures import *  # noqa: F403
 
 ROOT = Path(__file__).parents[2]
 NEW = ("--method", "prompt", "--num-virtual-tokens", 2)
-EARLY_STOPS = int(os.environ.get("PREFIXCORE_TEST_STOPS", 6))
-"""How often a real process is stopped at a random moment of its first seconds; each takes some seconds."""
 
 
 @pytest.fixture
@@ -709,7 +707,8 @@ def test_a_program_of_its_own_keeps_its_handler(prefixcore, adapter):
     assert not _interrupt.is_command_line()
 
 
-def test_ctrl_c_at_random_early_moments(model_folder, data, adapter, tmp_path):
+@pytest.mark.parametrize("stops", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_ctrl_c_at_random_early_moments(model_folder, data, adapter, tmp_path, stops):
     """Imports, opening the model, a training of three steps, the end: never a traceback, an abort or a lie."""
     generator = random.Random(0)
     out = tmp_path / "new"
@@ -719,7 +718,7 @@ def test_ctrl_c_at_random_early_moments(model_folder, data, adapter, tmp_path):
         ["train", "--model", model_folder, "--data", data, "--out", out, *NEW, "--steps", 3],
     ]
     codes = []
-    for attempt in range(EARLY_STOPS):
+    for attempt in range(stops):
         shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "prefixcore", *map(str, commands[attempt % 3])]
         with subprocess.Popen(
