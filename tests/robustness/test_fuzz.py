@@ -161,7 +161,7 @@ def expected_attention(c: dict[str, Any]) -> tuple[Tensor, Tensor]:
                 seen, bias = seen & (bias > -1e30), bias.clamp(min=-1e30)
                 x = torch.cat([x[:, :P], x[:, P:] + bias], 1)
             x = torch.where(torch.cat([torch.ones(t1 - t0, P, dtype=torch.bool), seen], 1), x, -torch.inf)
-            sink = torch.full((t1 - t0, 1), -torch.inf if c.get("sinks") is None else float(c["sinks"][h])).double()
+            sink = query.new_full((t1 - t0, 1), -torch.inf if c.get("sinks") is None else float(c["sinks"][h]))
             m = torch.cat([x.detach(), sink], 1).amax(1).clamp(min=-1e300)
             e = torch.exp(x - m[:, None])
             total = e.sum(1) + torch.exp(sink[:, 0] - m)
@@ -242,12 +242,11 @@ HUGE = (2**31, 2**40, 2**62, -(2**62), 2**63 - 1)
 
 def spoil(r: random.Random, name: str, x: Tensor) -> Any:
     """Something in the place of the tensor `x` that no op takes for `name`."""
+    longer = [1] * x.dim()
+    if x.dim():
+        longer[{"value": -2, "grad": 0}.get(name, -1)] = 97  # longer than any length of a good call
     ways: list[Callable[[], Any]] = [
-        lambda: x[None, None],
-        lambda: x.flatten()[:, None] if x.dim() != 2 else x.flatten(),
-        lambda: torch.cat([x, x[-1:]], 0) if x.dim() == 1 else x.repeat(*[1] * (x.dim() - 1), 2),
         lambda: x.to(torch.complex64),
-        lambda: torch.empty(0, dtype=x.dtype),
         lambda: freed(x),
         lambda: freed(x, 0.5),
         lambda: x.to_sparse(),
@@ -255,23 +254,25 @@ def spoil(r: random.Random, name: str, x: Tensor) -> Any:
         lambda: x.tolist(),
         lambda: "0",
     ]
+    if name != "input_ids":  # which may have any shape
+        ways += [lambda: x[None, None, None], lambda: x.flatten() if x.dim() != 1 else x[:, None]]
+        ways += [lambda: x.repeat(longer), lambda: torch.empty(0, dtype=x.dtype)]
     if x.is_floating_point():
         ways += [lambda: x.to(torch.int8), lambda: x.float().to_mkldnn()]
         ways += [lambda: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)]
     elif x.dtype != torch.bool:
         ways += [lambda: x.float(), lambda: torch.full_like(x.long(), r.choice(HUGE))]
-    if x.dim() > 2:
-        ways += [lambda: x[:, :0], lambda: x[..., :0], lambda: x[:1].expand(2**62, *x.shape[1:])]
+    if x.dim() > 2 and name != "input_ids":
+        ways += [lambda: x[:1].expand(2**45, *x.shape[1:])]
         ways += [lambda: x[..., :1, :].expand(*x.shape[:-2], 2**40, x.shape[-1])]
-    bad = r.choice(ways)()
-    if isinstance(bad, Tensor) and name == "virtual" and not bad.numel():
-        return None
-    return bad
+        ways += [lambda: x[..., :0]] if name not in ("value", "grad") else []
+        ways += [lambda: x[:, :0]] if name != "query" else []
+    return r.choice(ways)()
 
 
 def spoil_option(r: random.Random, name: str) -> Any:
     return r.choice({
-        "is_causal": ("no", None, 3.5),
+        "is_causal": ("no", [True]),
         "scale": (math.nan, math.inf, 1e300, 1e-300, -1e-45, 3.4e38, "1", 10**400, 1j),
         "softcap": (math.nan, math.inf, -1.0, 1e300, 1e-300, 1e-45, 3.4e38, "1", 10**400),
         "sliding_window": ("1", 2.5, math.nan, [1]),
@@ -296,7 +297,7 @@ def malformed_call(seed: int) -> tuple[str, Callable[[], Any]]:
     op = r.choice(("attention", "attention", "op", "op", "backward", "embedding", "embedding op", "embedding backward"))
     attends = op in ("attention", "op", "backward")
     call = attention_call(seed, empty=False) if attends else embedding_call(seed)
-    while not attends and not call["input_ids"].numel():
+    while not attends and (not call["input_ids"].dim() or not call["input_ids"].numel()):
         seed += 10**6
         call = embedding_call(seed)
     if op in ("op", "backward", "embedding op", "embedding backward"):  # kernels have no float64
