@@ -173,7 +173,10 @@ def expected_attention(c: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if ends is None:
         return torch.stack(outs).unflatten(0, (B, H)), torch.stack(lses).unflatten(0, (B, H))
     heads = [slice(h, None, H) for h in range(H)]
-    return (torch.stack([torch.cat(outs[h]) for h in heads])[None], torch.stack([torch.cat(lses[h]) for h in heads])[None])
+    return (
+        torch.stack([torch.cat(outs[h]) for h in heads])[None],
+        torch.stack([torch.cat(lses[h]) for h in heads])[None],
+    )
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
