@@ -173,10 +173,8 @@ def expected_attention(c: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if ends is None:
         return torch.stack(outs).unflatten(0, (B, H)), torch.stack(lses).unflatten(0, (B, H))
     heads = [slice(h, None, H) for h in range(H)]
-    return (
-        torch.stack([torch.cat(outs[h]) for h in heads])[None],
-        torch.stack([torch.cat(lses[h]) for h in heads])[None],
-    )
+    out, lse = (torch.stack([torch.cat(x[h]) for h in heads])[None] for x in (outs, lses))
+    return out, lse
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
@@ -307,18 +305,21 @@ def malformed_call(seed: int) -> tuple[str, Callable[[], Any]]:
         call = {n: x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x for n, x in call.items()}
     if op in ("op", "backward"):
         call = record_of(call)
-    arguments, function = call, {"attention": prefixcore.prefix_attention, "op": OPS.prefix_attention,
-                                 "embedding": prefixcore.soft_embedding, "embedding op": OPS.soft_embedding}.get(op)  # fmt: skip
+    functions: dict[str, Callable[..., Any]] = {
+        "attention": prefixcore.prefix_attention, "op": OPS.prefix_attention,
+        "backward": OPS.prefix_attention_backward, "embedding": prefixcore.soft_embedding,
+        "embedding op": OPS.soft_embedding, "embedding backward": OPS.soft_embedding_backward,
+    }  # fmt: skip
+    arguments, function = call, functions[op]
     if op == "backward":
         out, lse = OPS.prefix_attention(**call)
         needs = {f"needs_{what}": r.random() < 0.7 for what in ("query", "sequence", "prefix")}
         arguments = {"grad_out": out.clone(), "grad_lse": lse.clone(), "out": out, "lse": lse, **call, **needs}
-        function = OPS.prefix_attention_backward
     elif op == "embedding backward":
         ids, weight, virtual = call.values()
         grad = OPS.soft_embedding(ids, weight, virtual)
         sizes = {"vocabulary": weight.shape[0], "num_virtual": virtual.shape[0]}
-        arguments, function = {"grad": grad, "input_ids": ids, **sizes}, OPS.soft_embedding_backward
+        arguments = {"grad": grad, "input_ids": ids, **sizes}
 
     named = [n for n, x in arguments.items() if isinstance(x, Tensor) and x.numel()]
     if attends and r.random() < 0.2:
@@ -354,13 +355,10 @@ ERRORS = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 
 def check_malformed(seed: int) -> None:
     what, call = malformed_call(seed)
-    print(what, flush=True)  # the last line that a process writes that dies
-    try:
+    print(what.replace("\n", " "), flush=True)  # the last line that a process writes that dies
+    with pytest.raises(ERRORS) as error:
         call()
-    except ERRORS as error:
-        assert str(error), f"{what}: an error without words"
-    else:
-        raise AssertionError(f"{what}: no error")
+    assert str(error.value), f"{what}: an error without words"
 
 
 # --- tests ------------------------------------------------------------------------------------------
