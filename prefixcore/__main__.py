@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from . import _interrupt
 from .cli import doctor, generate, inspect, output, train
-from .cli.common import INTERRUPTED, OK, USER_ERROR
+from .cli.common import INTERRUPTED, USER_ERROR
 from .cli.failures import message
 from .version import __version__
 
@@ -47,17 +47,14 @@ def _run(arguments: Sequence[str]) -> int:
     program = "prefixcore"
     _interrupt.tell(_interrupt.NOTHING, program=program)
     try:
-        code = OK
         try:
             options = parser().parse_args(arguments)
-        except SystemExit as stop:  # argparse has printed its help, or what is wrong
-            code = int(stop.code or OK)
-        else:
-            program = f"prefixcore {options.command}"
-            _interrupt.tell(_interrupt.NOTHING, program=program)
-            code = COMMANDS[options.command].run(options)
-        output.flush()
-        return code
+        except SystemExit:  # argparse has printed its help, or what is wrong
+            output.flush()
+            raise
+        program = f"prefixcore {options.command}"
+        _interrupt.tell(_interrupt.NOTHING, program=program)
+        return COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         output.say(f"\n{_interrupt.line()}")
         return INTERRUPTED
