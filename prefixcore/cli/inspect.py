@@ -122,7 +122,7 @@ def ranges(numbers: list[int]) -> str:
 
 def base_model(facts: dict[str, Any]) -> str:
     """Name, class and size of the base model, from its fingerprint."""
-    size = f"{facts.get('class')}, {number(facts.get('num_parameters', 0), ',')} parameters"
+    size = f"{facts.get('class')}, {facts.get('num_parameters', 0):,} parameters"
     name = facts.get("name_or_path")
     return f"{name} ({size})" if name else size
 
@@ -135,15 +135,6 @@ def trained(record: dict[str, Any]) -> list[tuple[str, str]]:
         how = "stopped early, " if record.get("interrupted") else ""
         found.append(("training", f"{how}{len(losses)} steps on {record.get('data')}; curve in curve.png"))
     for name, result in (record.get("held_out") or {}).items():
-        loss, share = number(result["loss"], ".3f"), number(result["exact_match"], ".1%")
-        text = f"loss {loss}, exact match {share} of {number(result['examples'], '')}"
+        text = f"loss {result['loss']:.3f}, exact match {result['exact_match']:.1%} of {result['examples']}"
         found.append((f"held out, {name}", text))
     return found
-
-
-def number(value: Any, how: str) -> str:
-    """A number that was read from a file, as the format `how` has it; what has no such format is shown as it is."""
-    try:
-        return format(value, how)
-    except (TypeError, ValueError, OverflowError):
-        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else repr(value)

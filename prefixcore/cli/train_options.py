@@ -98,7 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help=r"text that closes a completion, such as '\n' (default: the end-of-sequence token)",
     )
-    text.add_argument("--max-length", type=positive, metavar="N", help="most tokens of an example (default: no limit)")
+    text.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="most tokens of an example (default: what the model has positions for)",
+    )
     text.add_argument("--skip-too-long", action="store_true", help="leave out longer examples instead of stopping")
     held = text.add_mutually_exclusive_group()
     held.add_argument("--eval-data", type=Path, metavar="FILE.jsonl", help="held-out examples")
