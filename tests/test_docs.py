@@ -50,7 +50,8 @@ def test_commands_of_a_page_run_one_after_the_other(name: str) -> None:
 
 
 def test_options_in_the_table_of_the_command_line_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--help"]) == 0
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     rows = re.findall(r"^\| (`--.*?) \|", PAGES["docs/guides/cli.md"], re.MULTILINE)
     named = {option for row in rows for option in re.findall(r"--[a-z-]+", row)}
