@@ -98,10 +98,10 @@ def test_two_dots_are_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_target_that_cannot_be_looked_into(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def iterdir(self: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    def scandir(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(AdapterError, match=r"an adapter \[1\]: cannot be read: Permission denied"):
         check_target(target)
 
