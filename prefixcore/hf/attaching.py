@@ -9,15 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
-from .attachment import warn_of_dropout
-from .attention import LAYER_PREFIX
+from .attention import LAYER
+from .bank import Attached, Bank
 from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known_families, position_limit, text_config
 from .handle import Handle
 from .initialize import initial_prefix, initial_prompt
 from .patch import ATTACHMENT, MODULE
-from .prefix import PrefixAttachment
-from .soft_prompt import SoftPromptAttachment
+from .refusals import warn_of_dropout
 from .verify import verify_prefix, verify_soft_prompt
 
 
@@ -61,7 +60,7 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
         shapes = [calls[layer].shape for layer in layers]
         initial = initial_prefix(model, config, layers, shapes, tokenizer)
         module = Prefix(shapes, config, initial)
-        return attach_prefix(model, backbone, [calls[layer] for layer in layers], module, tokenizer)
+        return attach_prefix(model, backbone, calls, layers, module, tokenizer)
     if isinstance(config, (PromptTuningConfig, PTuningConfig)):
         hidden_size = find_hidden_size(model)
         prompt = SoftPrompt(hidden_size, config, initial_prompt(model, config, hidden_size, tokenizer))
@@ -77,7 +76,7 @@ def check_model(model: Any) -> None:
         wrapped = isinstance(model, nn.Module) and any(isinstance(m, PreTrainedModel) for m in model.modules())
         hint = "; attach to the model inside, before it is wrapped" if wrapped else ""
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}")
-    found = [name for name, m in model.named_modules() if ATTACHMENT in m.__dict__ or LAYER_PREFIX in m.__dict__]
+    found = [name for name, m in model.named_modules() if ATTACHMENT in m.__dict__ or LAYER in m.__dict__]
     if found:
         raise ValueError(
             f"something is attached to {type(model).__name__} already (seen at {found[0] or 'the model itself'!r}); "
@@ -153,16 +152,18 @@ def attach_prefix(
     model: PreTrainedModel,
     backbone: PreTrainedModel,
     calls: list[AttentionCall],
+    layers: list[int],
     module: Prefix,
     tokenizer: Any = None,
 ) -> Handle:
-    """Attaches a prefix that has been made, one (key, value) for each of `calls`."""
+    """Attaches a prefix that has been made, one (key, value) for each of `layers`, places in `calls`."""
     _check_position_limit(model, module.num_virtual_tokens)
     if any(parameter.requires_grad for parameter in module.parameters()):
         warn_of_dropout(model)
     module.to(calls[0].key.device).train(model.training)
-    attachment = PrefixAttachment(model, backbone, module, calls)
-    return Handle(attachment, [call.shape for call in calls], tokenizer)
+    bank = Bank(model)
+    bank.set_decoder(backbone, calls)
+    return Handle(bank, bank.add(Attached(module, layers)), [calls[layer].shape for layer in layers], tokenizer)
 
 
 def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: Any = None) -> Handle:
@@ -170,17 +171,24 @@ def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: An
     _check_position_limit(model, module.num_virtual_tokens)
     embed: Any = model.get_input_embeddings()
     module.to(embed.weight.device).train(model.training)
-    return Handle(SoftPromptAttachment(model, module, _packing_decoder(model)), [], tokenizer)
+    decoder, calls = _find_decoder(model)
+    bank = Bank(model)
+    bank.set_decoder(decoder, calls)
+    return Handle(bank, bank.add(Attached(module)), [], tokenizer)
 
 
-def _packing_decoder(model: PreTrainedModel) -> PreTrainedModel | str:
-    """The decoder inside `model` that takes packed batches with a soft prompt; or, as text, why there is none."""
+def _find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[AttentionCall]]:
+    """The decoder inside `model` whose attention a soft prompt may use, and its layers; or, as text, why there is none.
+
+    Without one a soft prompt works with padded batches and dynamic caches.
+    """
     if not is_known(model):
-        return f"only known families can ({known_families()})"
+        return f"only known families can ({known_families()})", []
     try:
-        return find_backbone(model, discover(model))
-    except NotImplementedError as error:  # out of reach for a prefix, but a soft prompt works with padded batches
-        return str(error)
+        calls = discover(model)
+        return find_backbone(model, calls), calls
+    except NotImplementedError as error:
+        return str(error), []
 
 
 def _check_position_limit(model: PreTrainedModel, num_virtual_tokens: int) -> None:

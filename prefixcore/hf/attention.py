@@ -14,42 +14,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..ops import prefix_attention
-from .disabled import NamedAttention, find_attention, is_disabled
+from .disabled import NamedAttention, find_attention
 from .packing import num_shared_tokens
+from .prefix import PrefixCall
 
 ATTENTION = "prefixcore"
 """The name of the function in transformers' attention and mask interfaces."""
 
-LAYER_PREFIX = "_prefixcore"
-"""The attribute of an attention module that holds its `LayerPrefix`."""
+LAYER = "_prefixcore"
+"""The attribute of an attention module that says which of the model's attention layers it is."""
 
-KeyValue = tuple[Tensor, Tensor]
-"""A prefix of one layer: key [Hkv, P, D] and value [Hkv, P, Dv]."""
-
-
-class LayerPrefix:
-    """The prefix of one attention module, as the forward that is running computed it.
-
-    Gradient checkpointing runs a layer's forward again in the backward, and must find the differentiable prefix of
-    the first run. A forward without gradients may come in between, so it has an entry of its own.
-
-    Copies and pickles start empty: the values belong to one forward of one model, and the next forward sets them.
-
-    Attributes:
-        differentiable: what forwards that record gradients read; None: not computed yet.
-        baked: what forwards without gradients read; None: not computed yet.
-        patch: the `Patch` that put it there.
-    """
-
-    __slots__ = ("differentiable", "baked", "patch")
-
-    def __init__(self) -> None:
-        self.differentiable: KeyValue | None = None
-        self.baked: KeyValue | None = None
-        self.patch: Any = None
-
-    def __reduce__(self) -> tuple[type[LayerPrefix], tuple[()], tuple[None, dict[str, Any]]]:
-        return LayerPrefix, (), (None, {"patch": self.patch})
+PREFIXES = "prefixcore_prefixes"
+"""The argument by which a decoder hands its attention layers the prefixes of the call, a `PrefixCall`."""
 
 
 def prefix_attention_forward(
@@ -58,6 +34,7 @@ def prefix_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    prefixcore_prefixes: PrefixCall | None = None,
     prefixcore_other_attention: str | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -65,39 +42,36 @@ def prefix_attention_forward(
 
     Args:
         module, query, key, value, attention_mask, kwargs: as of an attention function of transformers.
+        prefixcore_prefixes: the prefixes of the call.
         prefixcore_other_attention: the name of the attention of a disabled forward (`OTHER_ATTENTION`).
 
     Raises:
-        NotImplementedError: as of `attend_to_prefix_and_sequence`; a disabled forward whose model does not hand on its
-            arguments.
+        NotImplementedError: as of `attend_to_prefix_and_sequence`.
+        RuntimeError: a layer of an attached model gets neither of the two arguments.
     """
-    if prefixcore_other_attention is None:
-        _check_not_disabled(module)
-        return attend_to_prefix_and_sequence(module, query, key, value, attention_mask, **kwargs)
-    attend = find_attention(prefixcore_other_attention, module)
-    named: Any = module
-    if prefixcore_other_attention not in ("eager", "sdpa"):
-        named = NamedAttention(module, prefixcore_other_attention)
-    return attend(named, query, key, value, attention_mask, **kwargs)
-
-
-def _check_not_disabled(module: nn.Module) -> None:
-    """Raises NotImplementedError if a forward is disabled but its attention was not told.
-
-    Not in a backward, where gradient checkpointing repeats forwards that may have begun outside the block.
-    """
-    layer_prefix = module.__dict__.get(LAYER_PREFIX)
-    if layer_prefix is None or not is_disabled(layer_prefix.patch):
-        return
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        raise NotImplementedError(
-            f"{type(module).__name__} does not get the arguments that its model is called with, so disabled() cannot "
-            "reach it: detach instead"
+    layer = module.__dict__.get(LAYER)
+    if prefixcore_other_attention is not None:
+        attend = find_attention(prefixcore_other_attention, module)
+        named: Any = module
+        if prefixcore_other_attention not in ("eager", "sdpa"):
+            named = NamedAttention(module, prefixcore_other_attention)
+        return attend(named, query, key, value, attention_mask, **kwargs)
+    if layer is None:  # of another model that shares the configuration
+        prefixcore_prefixes = None
+    elif prefixcore_prefixes is None:
+        raise RuntimeError(
+            f"{type(module).__name__} does not get the arguments of its model's forward, which evaluates the prefix: "
+            "call the model that the prefix is attached to, or detach"
         )
+    return attend_to_prefix_and_sequence(
+        module, layer, prefixcore_prefixes, query, key, value, attention_mask, **kwargs
+    )
 
 
 def attend_to_prefix_and_sequence(
     module: nn.Module,
+    layer: int | None,
+    prefixes: PrefixCall | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -120,7 +94,9 @@ def attend_to_prefix_and_sequence(
     """Attention over the module's prefix, if it has one, and the sequence.
 
     Args:
-        module: the attention module; without a `LayerPrefix` (another model that shares the config) it has none.
+        module: the attention module.
+        layer: which of the model's attention layers it is.
+        prefixes: the prefixes of the call; None: none.
         query: [B, H, T, D], after the rotary embedding.
         key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], after the cache.
         attention_mask: what `prefixcore.hf.mask` made: None, a padding mask [B, S], or four dimensions that say
@@ -140,23 +116,20 @@ def attend_to_prefix_and_sequence(
 
     Raises:
         NotImplementedError: an argument that the op does not have, named; a packed batch without its lengths.
-        RuntimeError: the module was called outside its model's forward.
     """
     if position_bias is not None or head_mask is not None or cache is not None or output_attentions:
         _refuse(position_bias=position_bias, head_mask=head_mask, cache=cache, output_attentions=output_attentions)
 
-    prefix_key = prefix_value = None
-    layer_prefix = module.__dict__.get(LAYER_PREFIX)
-    if layer_prefix is not None:
-        key_value = layer_prefix.differentiable if torch.is_grad_enabled() else layer_prefix.baked
-        if key_value is None:
-            raise RuntimeError(
-                f"{type(module).__name__} was called outside its model's forward, which evaluates the prefix: "
-                "call the model that the prefix is attached to"
-            )
-        prefix_key, prefix_value = key_value
-        if prefix_key.device != query.device:  # a model spread over several devices
-            prefix_key, prefix_value = prefix_key.to(query.device), prefix_value.to(query.device)
+    prefix_key = prefix_value = index = lengths = None
+    if prefixes is not None and layer is not None:
+        if prefixes.recorded is not None:
+            prefixes.recorded[layer] = key[0], value[0]
+        pair = prefixes.at(layer, query.device)
+        if pair is not None:
+            prefix_key, prefix_value = pair
+            if prefixes.index is not None:
+                assert prefixes.lengths is not None
+                index, lengths = prefixes.index.to(query.device), prefixes.lengths[layer].to(query.device)
 
     num_shared = 0
     if cu_seq_lens_q is not None:
@@ -184,7 +157,10 @@ def attend_to_prefix_and_sequence(
         return _attend_after_shared(
             attend, num_shared, query, key, value, cu_seq_lens_q, max_length_q, sliding_window
         ), None
-    out = attend(query, key, value, prefix_key, prefix_value, attn_mask=attention_mask, cu_seqlens=cu_seq_lens_q)
+    out = attend(
+        query, key, value, prefix_key, prefix_value, prefix_index=index, prefix_lengths=lengths,
+        attn_mask=attention_mask, cu_seqlens=cu_seq_lens_q,
+    )  # fmt: skip
     return out.transpose(1, 2), None
 
 

@@ -1,16 +1,136 @@
-"""The key/value cache of a call and of its output: `past_key_values` up to transformers 5.23, `cache` since."""
+"""The key/value cache of a call, and what it was filled behind.
+
+A cache holds keys and values that were computed behind some virtual tokens. Going on from it behind others, or behind
+none, gives other numbers and no error, so a filled cache carries a `CacheLabel`, and a model that has nothing attached
+(any longer) refuses it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+
+from .prefix import PrefixCall
+
+if TYPE_CHECKING:
+    from .tasks import Key, Rows
+
+_LABEL = "_prefixcore_label"
+"""The attribute of a cache that holds its label."""
 
 
 def cache_argument(arguments: Mapping[str, Any]) -> Any:
-    """The cache that a call is given, under either name; None: none."""
+    """The cache that a call is given: `past_key_values` up to transformers 5.23, `cache` since; None: none."""
     return next((arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None)
 
 
 def cache_output(output: Any) -> Any:
     """The cache that a model's output holds; None: none. Where the new name is there, reading the old one warns."""
     return output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+
+
+class CacheLabel:
+    """What a cache was filled behind. It does not change.
+
+    Attributes:
+        keys: of each row what it was filled behind (`Task.key`), or None.
+        rows: the `Rows` of that time.
+        order: the keys of the prefixes that are stacked in `prefixes`.
+        prefixes: the `PrefixCall` of that time, so that every token of a sequence sees the same prefix; None: none.
+        inserted: how many virtual tokens each row holds in the cache itself: those of soft prompts.
+    """
+
+    def __init__(
+        self, keys: list[Key | None], rows: Rows, order: list[Key], prefixes: PrefixCall | None, inserted: list[int]
+    ) -> None:
+        self.keys, self.rows, self.order, self.prefixes, self.inserted = keys, rows, order, prefixes, inserted
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheLabel:
+        return self
+
+    def fits(self, keys: list[Key | None]) -> bool:
+        """Whether rows with these keys may go on from the cache; its rows may have been repeated."""
+        if len(set(self.keys)) == 1 and set(keys) == set(self.keys):
+            return True
+        return _repeated(self.keys, len(keys)) == keys
+
+    def prefixes_for(self, keys: list[Key | None]) -> PrefixCall:
+        """The prefixes that rows with these keys, which fit, go on behind."""
+        call = self.prefixes
+        assert call is not None
+        if call.index is None or len(call.index) == len(keys):
+            return call
+        index = [self.order.index(key) if key in self.order else -1 for key in keys]
+        return PrefixCall(call.pairs, call.index.new_tensor(index), call.lengths)
+
+    def inserted_of(self, num_rows: int) -> list[int]:
+        """How many virtual tokens each of `num_rows` rows, which fit, holds in the cache."""
+        if len(set(self.inserted)) == 1:
+            return [self.inserted[0]] * num_rows
+        return _repeated(self.inserted, num_rows)
+
+
+def _repeated(values: list[Any], count: int) -> list[Any]:
+    """`values` as often one after the other as makes `count` of them; fewer if that is no multiple."""
+    return [value for value in values for _ in range(count // max(len(values), 1))]
+
+
+class _Refusing:
+    """In place of `cache.update` between the calls of an attached model: a bare model may not go on from the cache."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.cache.get_seq_length() == 0:  # it was emptied
+            set_label(self.cache, None)
+            return self.cache.update(*args, **kwargs)
+        raise RuntimeError(
+            "this cache was filled by a model with virtual tokens attached, and is now given to one without (it was "
+            "detached, is disabled, or is another model), whose tokens would stand in other places: start a new cache"
+        )
+
+
+class _Forgetting:
+    """In place of `cache.reset` of a static cache: an emptied cache was filled behind nothing."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def __call__(self) -> None:
+        set_label(self.cache, None)
+        self.cache.reset()
+
+
+def get_label(cache: Any) -> CacheLabel | None:
+    """The label of a cache; None: it has none, or there is no cache."""
+    return None if cache is None else getattr(cache, _LABEL, None)
+
+
+def set_label(cache: Any, label: CacheLabel | None) -> None:
+    """Puts a label on a cache, in place of the one that it has."""
+    if label is None:
+        for name in (_LABEL, "update", "reset"):
+            cache.__dict__.pop(name, None)
+        return
+    cache.__dict__[_LABEL] = label
+    if cache.is_compileable:
+        cache.__dict__["reset"] = _Forgetting(cache)
+
+
+def open_cache(cache: Any) -> None:
+    """Lets a model write to a labelled cache, until `close_cache`."""
+    if isinstance(cache, Cache) and not torch.compiler.is_compiling():
+        cache.__dict__.pop("update", None)
+
+
+def close_cache(cache: Any) -> None:
+    """Keeps a bare model from writing to a labelled cache."""
+    # A compiled step could not see through this, so a static cache goes without.
+    if not isinstance(cache, Cache) or torch.compiler.is_compiling() or cache.is_compileable:
+        return
+    if get_label(cache) is not None:
+        cache.__dict__["update"] = _Refusing(cache)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..nn import LayerShape
-from .attention import ATTENTION, prefix_attention_forward
+from .attention import ATTENTION, PREFIXES, prefix_attention_forward
 from .families import known_families, text_config
 from .mask import prefix_mask
 from .patch import frozen_run
 from .positions import argument_names
+from .prefix import PrefixCall
 
 RECORDING = "prefixcore_recording"
 
@@ -68,6 +69,7 @@ def _record(
     calls = _calls.get()
     if calls is not None:
         calls.append((module, query, key, value, kwargs))
+    kwargs = {**kwargs, PREFIXES: PrefixCall([])}
     return prefix_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -182,9 +184,9 @@ def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrai
     )
 
 
-def check_reached(backbone: PreTrainedModel, calls: list[AttentionCall]) -> None:
+def check_reached(backbone: PreTrainedModel, layers: list[nn.Module]) -> None:
     """Raises NotImplementedError unless the attention of `backbone` was switched to prefix attention."""
-    configs: list[Any] = [backbone.config, *(c.module.config for c in calls if hasattr(c.module, "config"))]
+    configs: list[Any] = [backbone.config, *(layer.config for layer in layers if hasattr(layer, "config"))]
     for config in configs:
         if config._attn_implementation != ATTENTION:
             raise NotImplementedError(

@@ -15,11 +15,10 @@ from ..adapters import Manifest, write_adapter
 from ..nn import Config, LayerShape, Prefix, SoftPrompt
 from ..ops import which_backend
 from ..ops.select import Choice
+from .bank import Attached, Bank
 from .families import is_known
 from .patch import ATTACHMENT
 from .positions import argument_names
-from .prefix import PrefixAttachment
-from .soft_prompt import SoftPromptAttachment
 
 
 class Handle:
@@ -45,12 +44,13 @@ class Handle:
 
     def __init__(
         self,
-        attachment: PrefixAttachment | SoftPromptAttachment,
+        bank: Bank,
+        adapter: Attached,
         layer_shapes: list[LayerShape],
         tokenizer: Any = None,
     ) -> None:
-        self._attachment = attachment
-        attachment.handle = self
+        self._bank, self._adapter = bank, adapter
+        adapter.handle = self
         self._layer_shapes = layer_shapes
         self.tokenizer = tokenizer
 
@@ -60,11 +60,11 @@ class Handle:
 
     @property
     def model(self) -> PreTrainedModel:
-        return self._attachment.model
+        return self._bank.model
 
     @property
     def module(self) -> Prefix | SoftPrompt:
-        return self._attachment.module
+        return self._adapter.module
 
     @property
     def config(self) -> Config:
@@ -73,17 +73,18 @@ class Handle:
     @property
     def is_attached(self) -> bool:
         """Whether the model still carries what this handle stands for."""
-        return self.model.__dict__.get(ATTACHMENT) is self._attachment
+        here = self.model.__dict__.get(ATTACHMENT) is self._bank
+        return here and self._bank.adapters.get(self._adapter.name) is self._adapter
 
     @property
     def num_virtual_tokens(self) -> int:
         """P."""
-        return self._attachment.num_virtual_tokens
+        return self._adapter.num_virtual_tokens
 
     @property
     def can_pack(self) -> bool:
         """Whether the model takes what `PackedCollator` makes: a known family, whose head knows `logits_to_keep`."""
-        if isinstance(self._attachment, SoftPromptAttachment) and not self._attachment.can_pack:
+        if not self._adapter.is_prefix and not self._bank.can_pack:
             return False
         return is_known(self.model) and "logits_to_keep" in argument_names(self.model)
 
@@ -123,7 +124,7 @@ class Handle:
             NotImplementedError: in a call inside, for a model of an unknown family with a prefix whose attention does
                 not get the arguments that the model is called with; detach instead.
         """
-        return self._attachment.disabled()
+        return self._bank.disabled()
 
     def save(
         self,
@@ -155,7 +156,7 @@ class Handle:
 
     def detach(self) -> None:
         """Puts the model back to what it was before. The handle keeps the values: `save` and `bake` still work."""
-        self._attachment.patch.undo()
+        self._bank.remove(self._adapter)
 
     def __enter__(self) -> Handle:
         return self
@@ -174,6 +175,9 @@ class Handle:
 
 
 def attached(model: PreTrainedModel) -> Handle | None:
-    """The handle of what is attached to `model`, also if the model is a copy of an attached one; None: nothing is."""
-    attachment = model.__dict__.get(ATTACHMENT)
-    return None if attachment is None else attachment.handle
+    """The handle of what is attached to `model`, also if the model is a copy of an attached one; None: nothing is.
+
+    Of a model with a bank of several, that of the first.
+    """
+    bank = model.__dict__.get(ATTACHMENT)
+    return None if bank is None else next((adapter.handle for adapter in bank.adapters.values()), None)

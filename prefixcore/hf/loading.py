@@ -54,7 +54,7 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
     if not isinstance(module, Prefix):
         return attach_soft_prompt(model, module)
     calls, backbone = target.attention_layers
-    return attach_prefix(model, backbone, [calls[layer] for layer in adapter.layers], module)
+    return attach_prefix(model, backbone, calls, adapter.layers, module)
 
 
 class _Target:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention import LAYER_PREFIX, LayerPrefix
+from .attention import LAYER
+from .forward import Around, WrappedForward
+from .refusals import RefusedReplica
 
 MODULE = "prefixcore"
 """The name under which the trainable module is registered in the model."""
@@ -20,6 +20,7 @@ MODULE = "prefixcore"
 ATTACHMENT = "_prefixcore_attachment"
 """The attribute of an attached model that says what is attached."""
 
+_REPLICATE = "_replicate_for_data_parallel"
 
 _patches: WeakSet[Patch] = WeakSet()
 """The patches in force, of all models."""
@@ -34,16 +35,16 @@ class Patch:
         model: the model.
         frozen: every parameter whose gradient was turned off, and whether it required one before.
         attention: every configuration that was switched, and the attention implementation it named before.
-        prefixed: the attention modules that hold a `LayerPrefix`.
-        hooks: the hooks that were registered.
+        layers: the attention layers that were numbered.
+        forwards: the forwards that were wrapped, by their modules.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.frozen: list[tuple[nn.Parameter, bool]] = []
         self.attention: list[tuple[PretrainedConfig, str | None]] = []
-        self.prefixed: list[nn.Module] = []
-        self.hooks: list[RemovableHandle] = []
+        self.layers: list[nn.Module] = []
+        self.forwards: dict[nn.Module, WrappedForward] = {}
 
     def freeze(self) -> None:
         """Turns off the gradient of every parameter."""
@@ -59,33 +60,29 @@ class Patch:
         _patches.add(self)
         backbone.set_attn_implementation(name)
 
-    def add_module(self, module: nn.Module, attachment: Any) -> None:
-        """Registers the trainable module, and what it belongs to."""
+    def add_module(self, module: nn.Module) -> None:
+        """Registers the trainable module."""
         self.model.add_module(MODULE, module)
-        setattr(self.model, ATTACHMENT, attachment)
 
-    def add_layer_prefix(self, module: nn.Module) -> LayerPrefix:
-        """Gives an attention module a `LayerPrefix`, empty until the first forward."""
-        layer_prefix = LayerPrefix()
-        layer_prefix.patch = self
-        setattr(module, LAYER_PREFIX, layer_prefix)
-        self.prefixed.append(module)
-        return layer_prefix
+    def number_layers(self, layers: Sequence[nn.Module]) -> None:
+        """Tells each attention layer which one it is."""
+        for i, layer in enumerate(layers):
+            setattr(layer, LAYER, i)
+            self.layers.append(layer)
 
-    def hook_before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Calls `hook(module, args, kwargs)` before each forward of `module`, ahead of any other hook."""
-        self.hooks.append(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
-
-    def hook_after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Calls `hook(module, args, kwargs, output)` after each forward of `module`, ahead of any other hook."""
-        self.hooks.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+    def wrap_forward(self, module: nn.Module, around: Around) -> None:
+        """Calls `around(forward, args, kwargs)` in place of the forward of `module`."""
+        self.forwards[module] = WrappedForward(module, around)
+        module.__dict__[_REPLICATE] = RefusedReplica()
 
     def undo(self) -> None:
         """Puts the model back to what it was. A second call does nothing."""
-        while self.hooks:
-            self.hooks.pop().remove()
-        while self.prefixed:
-            delattr(self.prefixed.pop(), LAYER_PREFIX)
+        while self.forwards:
+            module, wrapped = self.forwards.popitem()
+            wrapped.undo()
+            module.__dict__.pop(_REPLICATE, None)
+        while self.layers:
+            delattr(self.layers.pop(), LAYER)
         if MODULE in self.model._modules:
             delattr(self.model, MODULE)
         self.model.__dict__.pop(ATTACHMENT, None)

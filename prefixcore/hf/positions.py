@@ -29,6 +29,15 @@ def as_keywords(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any])
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def batch_rows(kwargs: dict[str, Any]) -> int:
+    """B of a call, or how many sequences are packed in it."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return len(kwargs["cu_seq_lens_q"]) - 1
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    return tokens.shape[0] if isinstance(tokens, Tensor) else 0
+
+
 def query_length(kwargs: dict[str, Any]) -> int:
     """T of a call; ValueError: it has no tokens [B, T], nor embeddings of them."""
     tokens = kwargs.get("input_ids")
@@ -44,12 +53,15 @@ def past_length(kwargs: dict[str, Any]) -> int | Tensor:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def shift_positions(kwargs: dict[str, Any], shift: int, limit: int | None) -> None:
-    """Adds `shift` to the positions of a call, in place; positions that transformers would count are made explicit.
+def shift_positions(kwargs: dict[str, Any], counts: int | Tensor, limit: int | None) -> None:
+    """Moves the positions of a call behind its prefix, in place; those that transformers would count are made explicit.
+
+    They are counted from the mask where there is one, as `generate` does, so that padding on the left does not stand
+    between a prefix and its text.
 
     Args:
         kwargs: the arguments of the call.
-        shift: P.
+        counts: P; or a tensor [B, 1], packed [1, T], where rows have different prefixes.
         limit: how many positions the model has learned; None: it computes them.
 
     Raises:
@@ -58,13 +70,25 @@ def shift_positions(kwargs: dict[str, Any], shift: int, limit: int | None) -> No
     positions = kwargs.get("position_ids")
     past, length = past_length(kwargs), query_length(kwargs)
     if positions is None:
-        ids = kwargs.get("input_ids")
-        device = (ids if ids is not None else kwargs["inputs_embeds"]).device
-        positions = (torch.arange(length, device=device) + past).unsqueeze(0)
-    kwargs["position_ids"] = positions + shift
-    if limit is not None and past + length + shift > limit:
+        positions = _count_positions(kwargs, past, length)
+    kwargs["position_ids"] = positions + counts
+    most = counts if isinstance(counts, int) else int(counts.max())
+    if limit is not None and past + length + most > limit:
         # Padded batch rows are longer than their positions, so values decide. Reading them makes a GPU wait.
-        check_limit(int(kwargs["position_ids"].max()) + 1, shift, limit)
+        check_limit(int(kwargs["position_ids"].max()) + 1, most, limit)
+
+
+def _count_positions(kwargs: dict[str, Any], past: int | Tensor, length: int) -> Tensor:
+    """Positions [1, T] or [B, T] as transformers' `generate` gives them."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    device = (ids if ids is not None else kwargs["inputs_embeds"]).device
+    places = torch.arange(length, device=device) + past
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return places.unsqueeze(0)
+    positions = (mask.to(device).long().cumsum(1) - 1).clamp(min=0)
+    if isinstance(past, int) and past + length > mask.shape[1]:
+        return places.unsqueeze(0)  # a mask that is too short is refused where masks are made
+    return positions[:, places]
 
 
 def check_limit(needed: int, num_virtual_tokens: int, limit: int) -> None:

@@ -1,118 +1,80 @@
-"""A prefix attached to a model: evaluated once a forward, handed to each layer, and positions moved by P."""
+"""The prefixes of one call: evaluated, and stacked where rows have different ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from ..nn import Prefix
-from .attachment import Attachment, refuse_attention_weights, refuse_other_attention, refuse_replicas
-from .attention import ATTENTION, KeyValue
-from .discover import AttentionCall, check_reached
-from .packing import set_empty_mask
-from .positions import argument_names, as_keywords, shift_positions
+KeyValue = tuple[Tensor, Tensor]
+"""A prefix of one layer: key [Hkv, P, D] and value [Hkv, P, Dv]; or of a bank: [N, Hkv, P, D] and [N, Hkv, P, Dv]."""
+
+LayerPrefixes = list[KeyValue | None]
+"""A prefix: for each attention layer of the model its key and value; None: that layer has none."""
 
 
-class PrefixAttachment(Attachment):
-    """What connects a `Prefix` to the layers of a model that it is for.
+class PrefixCall:
+    """The prefixes that one call of a model sees, on their way to its attention layers.
 
-    Args:
-        model: the model as the user knows it.
-        backbone: the text decoder inside it that holds the attention layers and takes `position_ids`.
-        module: the prefix, one (key, value) for each of `calls`.
-        calls: the attention layers that get it.
+    It travels with the arguments of the call, so that calls of several threads do not mix, and gradient checkpointing,
+    which runs a layer again in the backward, finds the tensors of the first run. It is no tuple, so that what sends or
+    casts the tensors in a layer's arguments (accelerate, FSDP) leaves those of all other layers alone.
+
+    Attributes:
+        pairs: by layer; [Hkv, P, D] seen by every row, or a bank with `index` and `lengths`.
+        index: int64, which entry of the bank each row (packed: sequence) sees, -1: none. None: there is one, for all.
+        lengths: int64, by layer: how many virtual tokens each entry has there.
+        recorded: where given, layers put the keys and values of their own tokens here, by layer.
     """
 
+    __slots__ = ("pairs", "index", "lengths", "recorded")
+
     def __init__(
-        self, model: PreTrainedModel, backbone: PreTrainedModel, module: Prefix, calls: Sequence[AttentionCall]
+        self,
+        pairs: LayerPrefixes,
+        index: Tensor | None = None,
+        lengths: list[Tensor] | None = None,
+        recorded: dict[int, KeyValue] | None = None,
     ) -> None:
-        super().__init__(model, module)
-        self.backbone = backbone
-        self.names = argument_names(backbone)
-        self._checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._baked: list[KeyValue] | None = None
-        self._baked_from: list[Tensor] = []
-        self._baked_versions: list[tuple[int, int]] = []
-        try:
-            self.patch.freeze()
-            self.patch.set_attention(backbone, ATTENTION)
-            check_reached(backbone, list(calls))
-            self.patch.add_module(module, self)
-            self.layer_prefixes = [self.patch.add_layer_prefix(call.module) for call in calls]
-            self.patch.hook_before(backbone, self.before_forward)
-        except BaseException:
-            self.patch.undo()
-            raise
+        self.pairs, self.index, self.lengths, self.recorded = pairs, index, lengths, recorded
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy computes its own prefix in its first forward.
-        return {**self.__dict__, "_baked": None, "_baked_from": [], "_baked_versions": []}
+    def at(self, layer: int, device: torch.device) -> KeyValue | None:
+        """What a layer sees, on its device; None: nothing."""
+        pair = self.pairs[layer] if self.pairs else None
+        if pair is not None and pair[0].device != device:  # a model spread over several devices
+            pair = self.pairs[layer] = pair[0].to(device), pair[1].to(device)
+        return pair
 
-    def before_forward(
-        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The hook before each forward of the backbone."""
-        if self.is_disabled:
-            return args, self.disabled_arguments(self.backbone, kwargs)
-        self._check(backbone, kwargs)
-        self._set_layer_prefixes()
-        kwargs = as_keywords(self.names, args, kwargs)
-        if kwargs.get("cu_seq_lens_q") is not None:
-            set_empty_mask(kwargs)
-        shift_positions(kwargs, self.num_virtual_tokens, self.limit)
-        return (), kwargs
-
-    def _check(self, backbone: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Raises where the prefix would silently be left out, or trained wrongly."""
-        refuse_other_attention(self.backbone)
-        refuse_replicas(backbone)
-        refuse_attention_weights(self.backbone, kwargs)
-        if backbone.training and torch.is_grad_enabled() and _checkpoints_reentrantly(self._checkpointable):
-            raise RuntimeError(
-                "reentrant gradient checkpointing gives a prefix no gradient, or several: turn it on with "
-                "{'use_reentrant': False}, which is transformers' default"
-            )
-
-    def _set_layer_prefixes(self) -> None:
-        """Hands each layer its prefix: with its graph while something is trained, else the baked one."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
-            self._baked = None  # a training step may follow
-            for layer_prefix, key_value in zip(self.layer_prefixes, self.module(), strict=True):
-                layer_prefix.differentiable = key_value
-            return
-        for layer_prefix, key_value in zip(self.layer_prefixes, self._bake(), strict=True):
-            layer_prefix.baked = key_value
-            if torch.is_grad_enabled():
-                layer_prefix.differentiable = key_value
-
-    def _bake(self) -> list[KeyValue]:
-        """The prefix without its graph, computed again only where a tensor that it is made of has changed."""
-        if torch.compiler.is_compiling():  # compiled code has no addresses to compare, and computes it each time
-            return [(key.detach(), value.detach()) for key, value in self.module()]
-        baked = self._baked  # another thread may drop it
-        if baked is None or self._baked_versions != _versions(self._baked_from):
-            # Ordinary tensors even in inference mode: a later forward may need them in a graph.
-            with torch.inference_mode(False), torch.no_grad():
-                self._baked = baked = [(key.detach(), value.detach()) for key, value in self.module()]
-            self._baked_from = [*self.module.parameters(), *self.module.buffers()]
-            self._baked_versions = _versions(self._baked_from)
-        return baked
+    def detached(self) -> PrefixCall:
+        """The same values without their graph."""
+        pairs = [None if pair is None else (pair[0].detach(), pair[1].detach()) for pair in self.pairs]
+        return PrefixCall(pairs, self.index, self.lengths)
 
 
-def _versions(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """Address and version counter of each: a replaced or changed tensor has others."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+def stack(prefixes: Sequence[LayerPrefixes], index: Sequence[int], device: torch.device) -> PrefixCall:
+    """One call's prefixes from several.
+
+    Args:
+        prefixes: those that some row sees.
+        index: which of them each row sees; -1: none.
+        device: where the index goes; layers move what they need to their own.
+    """
+    pairs: LayerPrefixes = []
+    lengths = []
+    for layer in zip(*prefixes, strict=True):
+        present = [pair for pair in layer if pair is not None]
+        if not present:
+            pairs.append(None)
+            lengths.append(torch.zeros(len(prefixes), dtype=torch.long, device=device))
+            continue
+        longest = max(key.shape[1] for key, _ in present)
+        filled = [pair if pair is not None else tuple(x[:, :0] for x in present[0]) for pair in layer]
+        lengths.append(torch.tensor([key.shape[1] for key, _ in filled], device=device))
+        pairs.append((_stack([key for key, _ in filled], longest), _stack([value for _, value in filled], longest)))
+    return PrefixCall(pairs, torch.tensor(list(index), device=device), lengths)
 
 
-def _checkpoints_reentrantly(modules: list[nn.Module]) -> bool:
-    """Whether gradient checkpointing is on and reentrant in the first of `modules` where it is on."""
-    for module in modules:
-        if getattr(module, "gradient_checkpointing", False):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            return isinstance(function, partial) and bool(function.keywords.get("use_reentrant", True))
-    return False
+def _stack(tensors: list[Tensor], length: int) -> Tensor:
+    """`[N, Hkv, length, D]` of tensors [Hkv, P, D], filled up with zeros."""
+    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in tensors])

@@ -1,297 +1,329 @@
-"""A soft prompt attached to a model: virtual tokens put into every input, and taken out of every output."""
+"""Soft prompts in a call: virtual tokens put into the input of each row, and taken out of the output.
+
+The first call of a sequence gets the prompt, as embeddings before the text. A cache keeps it, so that later calls only
+have their mask and positions moved. The loss is that of the longer sequence, whose labels at virtual tokens are -100,
+as in PEFT: the first text token is predicted from the last virtual one.
+
+In a packed batch with one prompt it stands once, before all sequences. The model is causal, so virtual tokens do not
+depend on the text after them, and each sequence sees the prompt that it would see in a batch row of its own.
+"""
 
 from __future__ import annotations
 
-import uuid
+import itertools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..nn import SoftPrompt
-from ..ops import soft_embedding, which_backend
-from .attachment import Attachment, refuse_attention_weights, refuse_other_attention, refuse_replicas, warn_of_dropout
-from .attention import ATTENTION
-from .cache import cache_argument, cache_output
-from .discover import check_reached
-from .families import has_windows
+from ..ops import soft_embedding
+from .cache import cache_argument
 from .layout import Layout
 from .packing import set_empty_mask
-from .positions import argument_names, as_keywords, check_limit, past_length, query_length
+from .positions import check_limit, query_length
 
-_LAYOUT = "_prefixcore_layout"
-"""The attribute, a `Layout`, of input embeddings that hold the prompt."""
-
-_PROMPT = "_prefixcore_prompt"
-"""The attribute of a cache that names the soft prompt that it starts with."""
+_INSERTED = "_prefixcore_inserted"
+"""The attribute of input embeddings that hold a prompt."""
 
 _TOKEN_ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "token_type_ids"}
 """Arguments with a value a token for which the value at virtual tokens is known."""
 
 
-class SoftPromptAttachment(Attachment):
-    """What connects a `SoftPrompt` to a model.
+class Prompts:
+    """The soft prompts of the rows of a call.
 
-    The first call of a sequence gets the prompt, as embeddings before the text. A cache keeps it, so that later calls
-    only have their mask and positions moved. The loss is that of the longer sequence, whose labels at virtual tokens
-    are -100, as in PEFT: the first text token is predicted from the last virtual one.
-
-    In a packed batch the prompt stands once, before all sequences. The model is causal, so virtual tokens do not depend
-    on the text after them, and each sequence sees the prompt that it would see in a batch row of its own.
-
-    Args:
-        model: the model as the user knows it.
-        module: the soft prompt.
-        decoder: the text decoder inside that holds the attention layers, if packed batches can be given to it; or why
-            they cannot, in words.
+    Attributes:
+        values: those that some row has, [P, E] each.
+        index: for each row which of `values` it has; -1: none.
+        counts: for each row how many virtual tokens.
+        longest: the most that a row has. All rows get so many more tokens; what a row has fewer is padding on its left.
     """
 
-    def __init__(self, model: PreTrainedModel, module: SoftPrompt, decoder: PreTrainedModel | str) -> None:
-        super().__init__(model, module)
-        self.decoder = decoder
-        self.names = argument_names(model)
-        self.prompt_id = uuid.uuid4().hex
-        backbone = model.base_model
-        self.backbone_names = argument_names(backbone)
-        try:
-            self.patch.freeze()
-            self.patch.add_module(module, self)
-            if backbone is not model:
-                self.patch.hook_before(backbone, self.before_backbone)
-            self.patch.hook_before(model, self.before_forward)
-            self.patch.hook_after(model, self.after_forward)
-        except BaseException:
-            self.patch.undo()
-            raise
+    def __init__(self, values: Sequence[Tensor], index: Sequence[int]) -> None:
+        self.values, self.index = list(values), list(index)
+        self.counts = [0 if i < 0 else len(self.values[i]) for i in self.index]
+        self.longest = max(self.counts, default=0)
 
     @property
-    def can_pack(self) -> bool:
-        """Whether packed batches can be given, and attention has a kernel for them.
+    def is_one(self) -> bool:
+        """Whether all rows have the same."""
+        return len(self.values) == 1 and min(self.index, default=0) >= 0
 
-        The model keeps its own attention until the first packed batch, so its dtype and device may still change.
-        """
-        if isinstance(self.decoder, str):
-            return False
-        try:
-            choice = which_backend("prefix_attention", self.decoder.device, self.decoder.dtype)
-        except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
-            return False
-        return choice.name != "reference" or choice.why == "forced"
+    @property
+    def table(self) -> Tensor:
+        """All of `values`, [N, E]."""
+        return self.values[0] if len(self.values) == 1 else torch.cat(self.values)
 
-    def before_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The hook before each forward of the model."""
-        if self.is_disabled:
-            return args, self.disabled_arguments(self.decoder, kwargs) if self.model.base_model is model else kwargs
-        refuse_replicas(model)
-        kwargs = as_keywords(self.names, args, kwargs)
-        _check_arguments(kwargs)
-        if self.patch.attention and not isinstance(self.decoder, str):
-            refuse_attention_weights(self.decoder, kwargs)
-        past = past_length(kwargs)
-        if kwargs.get("cu_seq_lens_q") is not None:
-            self._start_packed(kwargs, int(past))
-        elif past == 0:
-            self._start_sequence(kwargs)
-        else:
-            self._continue_sequence(kwargs, int(past))
-        return (), kwargs
+    def table_starts(self) -> list[int]:
+        """Where each of `values` begins in `table`."""
+        return [0, *itertools.accumulate(len(value) for value in self.values)][:-1]
 
-    def before_backbone(
-        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The hook before each forward of the decoder inside: RuntimeError if the prompt was not put in."""
-        if self.is_disabled:
-            return args, self.disabled_arguments(self.decoder, kwargs)
-        kwargs = as_keywords(self.backbone_names, args, kwargs)
-        if past_length(kwargs) == 0 and not hasattr(kwargs.get("inputs_embeds"), _LAYOUT):
-            raise RuntimeError(
-                f"{type(backbone).__name__} was called without the soft prompt, which is put in when the model that it "
-                f"is attached to ({type(self.model).__name__}) is called as model(...), not model.forward(...)"
-            )
+    def table_rows(self, first: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Where each of the rows' virtual tokens is in `table`, counted from `first`: [B, longest], on the right."""
+        starts, rows = self.table_starts(), []
+        for i, count in zip(self.index, self.counts, strict=True):
+            here = starts[i] if i >= 0 else 0
+            rows.append([first] * (self.longest - count) + list(range(first + here, first + here + count)))
+        if self.is_one:
+            return torch.tensor(rows[:1], device=device, dtype=dtype).expand(len(rows), -1)
+        return torch.tensor(rows, device=device, dtype=dtype)
+
+
+def is_inserted(embeds: Any) -> bool:
+    """Whether input embeddings hold a prompt."""
+    return hasattr(embeds, _INSERTED)
+
+
+def missing_tokens(counts: Sequence[int], device: torch.device) -> Tensor | None:
+    """[B, 1]: how many virtual tokens fewer than the longest each row has; None: all rows have the same number."""
+    longest = max(counts, default=0)
+    if min(counts, default=0) == longest:
         return None
-
-    def after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The hook after each forward of the model: virtual tokens are taken out of the outputs."""
-        layout = getattr(kwargs.get("inputs_embeds"), _LAYOUT, None)
-        if layout is None:
-            return output
-        cache = cache_output(output)
-        if isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
-            setattr(cache, _PROMPT, self.prompt_id)
-        return _without_prompt(output, layout)
-
-    def _start_sequence(self, kwargs: dict[str, Any]) -> None:
-        """Puts the prompt into the arguments of a call that starts a sequence, in place."""
-        (batch_size, length), virtual = _tokens(kwargs).shape[:2], self.num_virtual_tokens
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        cache = cache_argument(kwargs)
-        if mask is not None and mask.shape[1] < length:
-            raise ValueError(f"attention_mask: expected a padding mask of all {length} tokens, got {list(mask.shape)}")
-        layout = Layout.from_mask(mask, batch_size, length, virtual)
-        padding = layout.left_padding
-        if cache is not None and padding is not None and bool((padding == length).any()):
-            raise ValueError(
-                "a row of the first call with a cache is all padding, so there is no text yet that its soft prompt "
-                "could precede: raise prefill_chunk_size above the longest padding, or leave it out"
-            )
-        if positions is not None and mask is None and bool((positions.diff(dim=-1) < 0).any()):
-            raise NotImplementedError(
-                "position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where: a "
-                "soft prompt needs it (PackedCollator gives it); or pad the sequences into rows of their own"
-            )
-
-        if mask is not None:
-            kwargs["attention_mask"] = layout.insert_value(mask, 1)
-        if positions is not None:
-            positions = positions.expand(batch_size, -1)
-            prompt = layout.first_of_text(positions) + torch.arange(virtual, device=positions.device)
-            kwargs["position_ids"] = layout.insert(positions + virtual, prompt)
-        elif padding is not None and "position_ids" in self.names:
-            kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
-        if self.limit is not None and virtual + length > self.limit:
-            given = kwargs.get("position_ids")
-            check_limit(virtual + length if given is None else int(given.max()) + 1, virtual, self.limit)
-        if kwargs.get("labels") is not None:
-            kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
-        self._insert_prompt(kwargs, layout)
-        if isinstance(cache, Cache):
-            setattr(cache, _PROMPT, self.prompt_id)
-
-    def _start_packed(self, kwargs: dict[str, Any], past: int) -> None:
-        """Puts the prompt before all sequences of a packed batch, in place."""
-        batch_size, length = _tokens(kwargs).shape[:2]
-        if batch_size != 1 or past:
-            got = f"{batch_size} rows" if batch_size != 1 else f"a cache of {past} tokens"
-            raise ValueError(f"expected one row and an empty cache in a packed batch (cu_seq_lens_q), got {got}")
-        decoder = self._packing_decoder(kwargs, length)
-        virtual = self.num_virtual_tokens
-        layout = Layout(1, length, virtual)
-        set_empty_mask(kwargs, virtual)
-        cu_seqlens = kwargs["cu_seq_lens_q"]
-        if has_windows(decoder) and len(cu_seqlens) > 1:  # read once here, and not in each layer: it makes a GPU wait
-            kwargs["max_length_q"] = int(cu_seqlens.diff().max())
-        positions = kwargs["position_ids"] + virtual
-        kwargs["position_ids"] = layout.insert(positions, torch.arange(virtual, device=positions.device)[None])
-        if self.limit is not None and virtual + length > self.limit:
-            check_limit(int(positions.max()) + 1, virtual, self.limit)
-        keep = kwargs.get("logits_to_keep")
-        if isinstance(keep, Tensor):  # labels are those of the logits kept, none of which is at a virtual token
-            keep = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
-            kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + virtual)  # negative ones count from the end
-        elif kwargs.get("labels") is not None:
-            kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
-        self._switch_attention(decoder)
-        self._insert_prompt(kwargs, layout)
-
-    def _packing_decoder(self, kwargs: dict[str, Any], length: int) -> PreTrainedModel:
-        """The decoder for a packed batch; NotImplementedError if one prompt for all sequences would not be right."""
-        if isinstance(self.decoder, str):
-            raise NotImplementedError(
-                f"{type(self.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt: "
-                f"{self.decoder}; pad the sequences into rows of their own"
-            )
-        refuse_attention_weights(self.decoder, kwargs)
-        if kwargs.get("output_router_logits") or getattr(self.decoder.config, "output_router_logits", False):
-            raise NotImplementedError(
-                "output_router_logits: a packed batch has its soft prompt once, so the router's loss would not be that "
-                "of padded rows; leave it out, or pad the sequences into rows of their own"
-            )
-        if (types := kwargs.get("token_type_ids")) is not None:
-            first = types[0, kwargs["cu_seq_lens_q"][:-1].long().clamp(max=length - 1)]
-            if bool((first != first[0]).any()):
-                raise NotImplementedError(
-                    "token_type_ids: packed sequences begin with different types, but have one soft prompt, of one "
-                    "type; pad them into rows of their own"
-                )
-        return self.decoder
-
-    def _switch_attention(self, decoder: PreTrainedModel) -> None:
-        """Switches to our attention with the first packed batch, for good.
-
-        Ours alone takes one: with a prompt that all sequences share, and without a mask [T, T].
-        """
-        if self.patch.attention:
-            return refuse_other_attention(decoder)
-        if any(parameter.requires_grad for parameter in self.module.parameters()):
-            warn_of_dropout(self.model)
-        self.patch.set_attention(decoder, ATTENTION)
-        check_reached(decoder, [])
-
-    def _insert_prompt(self, kwargs: dict[str, Any], layout: Layout) -> None:
-        """Gives the call embeddings with the prompt in place of its input, and what has to go with them."""
-        if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > layout.length:
-            kwargs["logits_to_keep"] = 0
-        if (types := kwargs.get("token_type_ids")) is not None:
-            kwargs["token_type_ids"] = layout.insert(
-                types, layout.first_of_text(types).expand(-1, layout.num_virtual_tokens)
-            )
-        kwargs["inputs_embeds"] = self._embed(layout, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        kwargs["input_ids"] = None
-        setattr(kwargs["inputs_embeds"], _LAYOUT, layout)
-
-    def _embed(self, layout: Layout, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """Embeddings [B, P + T, E] of an input with its prompt."""
-        virtual = self.module()
-        embed: Any = self.model.get_input_embeddings()
-        if ids is not None and ids.numel():
-            size = embed.weight.shape[0]
-            low, high = torch.stack(torch.aminmax(ids)).tolist()  # together: each read makes a GPU wait
-            if low < 0 or high >= size:
-                raise IndexError(f"input_ids must be from 0 to {size - 1}, got {low} to {high}")
-            if _is_plain_table(embed):
-                # Ids from V upwards are virtual tokens to the op.
-                virtual_ids = torch.arange(size, size + layout.num_virtual_tokens, device=ids.device, dtype=ids.dtype)
-                ids = layout.insert(ids, virtual_ids.expand(layout.batch_size, -1))
-                return soft_embedding(ids, embed.weight, virtual.to(embed.weight.device))
-        if embeds is None:
-            embeds = embed(ids)
-        virtual = virtual.to(device=embeds.device, dtype=embeds.dtype)
-        return layout.insert(embeds, virtual.expand(layout.batch_size, -1, -1))
-
-    def _continue_sequence(self, kwargs: dict[str, Any], past: int) -> None:
-        """Moves the mask and the positions of a call whose cache starts with the prompt, in place."""
-        virtual, cache = self.num_virtual_tokens, cache_argument(kwargs)
-        if getattr(cache, _PROMPT, None) != self.prompt_id:
-            raise ValueError(
-                f"the cache holds {past} tokens but does not start with this soft prompt: start it with the prompt "
-                "attached, or detach"
-            )
-        seen = past + query_length(kwargs)
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        expected = None
-        if mask is not None:
-            expected = mask.shape[1]
-            # The mask is of the whole sequence, so it shows the padding that the prompt stands after.
-            kwargs["attention_mask"] = Layout.from_mask(mask, mask.shape[0], expected, virtual).insert_value(mask, 1)
-        elif positions is not None and self._may_read(positions, cache, query_length(kwargs)):
-            expected = int(positions.max()) + 1
-        if expected is not None and expected + virtual != seen:
-            raise ValueError(
-                f"the mask or the positions speak of {expected} tokens, but cache and input hold {seen - virtual} "
-                f"besides the {virtual} virtual ones; generate cannot go on from a cache that holds a soft prompt (it "
-                "cuts the input by the length of the cache): pass the whole text without the cache, or attach a prefix"
-            )
-        if positions is not None:
-            kwargs["position_ids"] = positions + virtual
-        if self.limit is not None and seen > self.limit:
-            given = kwargs.get("position_ids")
-            check_limit(seen if given is None else int(given.max()) + 1, virtual, self.limit)
-
-    @staticmethod
-    def _may_read(positions: Tensor, cache: Cache, length: int) -> bool:
-        """Whether to read the values of positions, which makes a GPU wait: not in each step of a plain generate."""
-        return positions.device.type == "cpu" or length > 1 or getattr(cache, "_is_user_defined", False)
+    return torch.tensor([[longest - count] for count in counts], device=device)
 
 
-def _tokens(kwargs: dict[str, Any]) -> Tensor:
+def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], prompts: Prompts) -> Layout:
+    """Puts the prompts into the arguments of a call that starts a sequence, in place.
+
+    Args:
+        model: the model that is called.
+        names: its forward's arguments.
+        kwargs: the arguments of the call.
+        prompts: of each row.
+    """
+    (batch_size, length), virtual = tokens(kwargs).shape[:2], prompts.longest
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    device = tokens(kwargs).device
+    if mask is not None and mask.shape[1] < length:
+        raise ValueError(f"attention_mask: expected a padding mask of all {length} tokens, got {list(mask.shape)}")
+    missing = missing_tokens(prompts.counts, device)
+    if missing is not None and mask is None:
+        mask = torch.ones(batch_size, length, dtype=torch.long, device=device)
+    layout = Layout.from_mask(mask, batch_size, length, virtual)
+    padding = layout.left_padding
+    if cache_argument(kwargs) is not None and padding is not None and bool((padding == length).any()):
+        raise ValueError(
+            "a row of the first call with a cache is all padding, so there is no text yet that its soft prompt "
+            "could precede: raise prefill_chunk_size above the longest padding, or leave it out"
+        )
+    if positions is not None and mask is None and _restart(positions):
+        raise NotImplementedError(
+            "position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where: a "
+            "soft prompt needs it (PackedCollator gives it); or pad the sequences into rows of their own"
+        )
+
+    slots = torch.arange(virtual, device=device)
+    if mask is not None:
+        kwargs["attention_mask"] = insert_mask(mask, layout, missing)
+    if positions is not None:
+        positions = positions.expand(batch_size, -1)
+        fewer: Any = 0 if missing is None else missing
+        prompt = (layout.first_of_text(positions) + slots - fewer).clamp(min=0)
+        kwargs["position_ids"] = layout.insert(positions + virtual - fewer, prompt)
+    elif (padding is not None or missing is not None) and "position_ids" in names:
+        kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
+    if kwargs.get("labels") is not None:
+        kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
+    _insert_embeddings(model, kwargs, layout, prompts)
+    return layout
+
+
+def insert_mask(mask: Tensor, layout: Layout, missing: Tensor | None) -> Tensor:
+    """A padding mask [B, T] of a text as one [B, P + T] of the text with its prompt."""
+    if missing is None:
+        return layout.insert_value(mask, 1)
+    slots = torch.arange(layout.num_virtual_tokens, device=mask.device)
+    return layout.insert(mask, (slots >= missing.to(mask.device)).to(mask.dtype))
+
+
+def insert_shared(model: PreTrainedModel, kwargs: dict[str, Any], prompts: Prompts) -> Layout:
+    """Puts one prompt before all sequences of a packed batch, in place."""
+    virtual, length = prompts.longest, tokens(kwargs).shape[1]
+    layout = Layout(1, length, virtual)
+    set_empty_mask(kwargs, virtual)
+    positions = kwargs["position_ids"] + virtual
+    kwargs["position_ids"] = layout.insert(positions, torch.arange(virtual, device=positions.device)[None])
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, Tensor):  # labels are those of the logits kept, none of which is at a virtual token
+        keep = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + virtual)  # negative ones count from the end
+    elif kwargs.get("labels") is not None:
+        kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
+    _insert_embeddings(model, kwargs, layout, Prompts(prompts.values, [0]))
+    return layout
+
+
+class PackedLayout:
+    """A packed batch in which each sequence has a prompt of its own before it.
+
+    Args:
+        cu_seqlens: int [sequences + 1], of the text.
+        prompts: of each sequence.
+    """
+
+    batch_size = 1
+
+    def __init__(self, cu_seqlens: Tensor, prompts: Prompts) -> None:
+        device, ends = cu_seqlens.device, cu_seqlens.tolist()
+        counts = torch.tensor(prompts.counts, device=device)
+        self.length, self.num_virtual_tokens = ends[-1], sum(prompts.counts)
+        before = counts.cumsum(0)  # how many virtual tokens precede the text of each sequence
+        self.per_token = counts.repeat_interleave(cu_seqlens.diff())
+        self.own = torch.arange(self.length, device=device) + before.repeat_interleave(cu_seqlens.diff())
+        self.cu_seqlens = cu_seqlens + torch.nn.functional.pad(before, (1, 0)).to(cu_seqlens.dtype)
+
+    def insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+        """`prompt` [N, ...], those of all sequences in turn, put into `tokens` [1, T, ...]: [1, N + T, ...]."""
+        is_own = torch.zeros(self.num_virtual_tokens + self.length, dtype=torch.bool, device=tokens.device)
+        is_own[self.own] = True
+        out = tokens.new_empty(len(is_own), *tokens.shape[2:])
+        out = out.index_put((is_own.nonzero()[:, 0],), tokens[0])
+        return out.index_put(((~is_own).nonzero()[:, 0],), prompt.to(tokens.dtype))[None]
+
+    def insert_value(self, tokens: Tensor, value: int) -> Tensor:
+        """`insert` of one value for every virtual token."""
+        return self.insert(tokens, tokens.new_full((self.num_virtual_tokens, *tokens.shape[2:]), value))
+
+    def remove(self, tokens: Tensor) -> Tensor:
+        """The inverse of `insert`."""
+        return tokens[:, self.own]
+
+
+def insert_each(model: PreTrainedModel, kwargs: dict[str, Any], prompts: Prompts) -> PackedLayout:
+    """Puts its own prompt before each sequence of a packed batch, in place."""
+    if kwargs.get("token_type_ids") is not None:
+        raise NotImplementedError(
+            "token_type_ids: none are known for the virtual tokens of a packed batch with several soft prompts; pad "
+            "the sequences into rows of their own"
+        )
+    layout = PackedLayout(kwargs["cu_seq_lens_q"], prompts)
+    set_empty_mask(kwargs)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        kwargs[name] = layout.cu_seqlens.to(kwargs[name].dtype) if kwargs.get(name) is not None else None
+    longest = int(layout.cu_seqlens.diff().max())
+    kwargs.update({name: longest for name in ("max_length_q", "max_length_k") if kwargs.get(name) is not None})
+    virtual_positions = torch.cat([torch.arange(count) for count in prompts.counts])
+    positions = kwargs["position_ids"]
+    kwargs["position_ids"] = layout.insert(positions + layout.per_token, virtual_positions.to(positions.device))
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, Tensor):
+        keep = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        kwargs["logits_to_keep"] = layout.own[torch.where(keep < 0, keep + layout.length, keep)]
+    elif kwargs.get("labels") is not None:
+        kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
+    starts = prompts.table_starts()
+    places = [torch.arange(count) + starts[i] for i, count in zip(prompts.index, prompts.counts, strict=True) if count]
+    embed: Any = model.get_input_embeddings()
+    embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+    if embeds is None:
+        assert ids is not None
+        _check_range(ids, embed.weight.shape[0])
+        embeds = embed(ids)
+    table = prompts.table.to(device=embeds.device, dtype=embeds.dtype)
+    kwargs["inputs_embeds"] = layout.insert(embeds, table[torch.cat(places).to(embeds.device)])
+    kwargs["input_ids"] = None
+    if not torch.compiler.is_compiling():
+        setattr(kwargs["inputs_embeds"], _INSERTED, True)
+    return layout
+
+
+def continue_after(kwargs: dict[str, Any], counts: Sequence[int], past: Any, is_own_cache: bool) -> None:
+    """Moves the mask and the positions of a call whose cache starts with prompts, in place.
+
+    Args:
+        kwargs: the arguments of the call.
+        counts: how many virtual tokens the cache holds of each row.
+        past: how many tokens it holds.
+        is_own_cache: whether positions may be read, which makes a GPU wait: not in each step of a plain generate.
+    """
+    virtual = max(counts)
+    seen = past + query_length(kwargs)
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    missing = missing_tokens(counts, tokens(kwargs).device)
+    if mask is None and missing is not None:
+        mask = torch.ones(len(counts), seen - virtual, dtype=torch.long, device=tokens(kwargs).device)
+    expected = None
+    if mask is not None:
+        expected = mask.shape[1]
+        # The mask is of the whole sequence, so it shows the padding that the prompt stands after.
+        layout = Layout.from_mask(mask, mask.shape[0], expected, virtual)
+        kwargs["attention_mask"] = insert_mask(mask, layout, missing)
+    elif positions is not None and is_own_cache:
+        expected = int(positions.max()) + 1
+    if expected is not None and expected + virtual != seen:
+        raise ValueError(
+            f"the mask or the positions speak of {expected} tokens, but cache and input hold {seen - virtual} "
+            f"besides the {virtual} virtual ones; generate cannot go on from a cache that holds a soft prompt (it "
+            "cuts the input by the length of the cache): pass the whole text without the cache, or attach a prefix"
+        )
+    if positions is not None:
+        kwargs["position_ids"] = positions + virtual if missing is None else positions + virtual - missing
+
+
+def check_positions(kwargs: dict[str, Any], virtual: int, needed: int, limit: int | None) -> None:
+    """Raises ValueError if a call with its prompt needs more positions than the model has learned."""
+    if limit is not None and needed > limit:
+        given = kwargs.get("position_ids")
+        check_limit(needed if given is None else int(given.max()) + 1, virtual, limit)
+
+
+def tokens(kwargs: dict[str, Any]) -> Tensor:
     """What the input of a call is given as: ids [B, T] or embeddings [B, T, E]."""
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("give either input_ids or inputs_embeds")
     return cast(Tensor, embeds if ids is None else ids)
+
+
+def _restart(positions: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) < 0).any())
+
+
+def _insert_embeddings(model: PreTrainedModel, kwargs: dict[str, Any], layout: Layout, prompts: Prompts) -> None:
+    """Gives the call embeddings with the prompts in place of its input, and what has to go with them."""
+    if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > layout.length:
+        kwargs["logits_to_keep"] = 0
+    if (types := kwargs.get("token_type_ids")) is not None:
+        kwargs["token_type_ids"] = layout.insert(
+            types, layout.first_of_text(types).expand(-1, layout.num_virtual_tokens)
+        )
+    kwargs["inputs_embeds"] = _embed(model, layout, prompts, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    kwargs["input_ids"] = None
+    if not torch.compiler.is_compiling():
+        setattr(kwargs["inputs_embeds"], _INSERTED, True)
+
+
+def _embed(
+    model: PreTrainedModel, layout: Layout, prompts: Prompts, ids: Tensor | None, embeds: Tensor | None
+) -> Tensor:
+    """Embeddings [B, P + T, E] of an input with its prompts."""
+    table = prompts.table
+    embed: Any = model.get_input_embeddings()
+    if ids is not None and ids.numel():
+        size = embed.weight.shape[0]
+        _check_range(ids, size)
+        if _is_plain_table(embed):
+            # Ids from V upwards are virtual tokens to the op.
+            virtual = prompts.table_rows(size, ids.device, ids.dtype)
+            return soft_embedding(layout.insert(ids, virtual), embed.weight, table.to(embed.weight.device))
+    if embeds is None:
+        embeds = embed(ids)
+    table = table.to(device=embeds.device, dtype=embeds.dtype)
+    if prompts.is_one:
+        return layout.insert(embeds, table.expand(layout.batch_size, -1, -1))
+    return layout.insert(embeds, table[prompts.table_rows(0, table.device, torch.long)])
+
+
+def _check_range(ids: Tensor, size: int) -> None:
+    """Raises IndexError for ids beyond the table, which would name virtual tokens."""
+    if torch.compiler.is_compiling():  # compiled code cannot read values, and asserts when it runs
+        torch._assert_async(((ids >= 0) & (ids < size)).all(), f"input_ids must be from 0 to {size - 1}")
+        return
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # together: each read makes a GPU wait
+    if low < 0 or high >= size:
+        raise IndexError(f"input_ids must be from 0 to {size - 1}, got {low} to {high}")
 
 
 def _is_plain_table(embed: nn.Module) -> bool:
@@ -306,8 +338,8 @@ def _is_plain_table(embed: nn.Module) -> bool:
     )
 
 
-def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Raises for arguments that a soft prompt cannot be put into."""
+def check_arguments(kwargs: dict[str, Any]) -> None:
+    """Raises for arguments that soft prompts cannot be put into."""
     cache, mask, positions = cache_argument(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids")
     if cache is not None and cache.is_compileable:
         raise NotImplementedError(
@@ -326,18 +358,18 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
             "a soft prompt needs logits_to_keep as a number of last tokens, got a tensor of token indices, which is "
             "for packed batches"
         )
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if isinstance(tokens, Tensor) and tokens.dim() < 2:
-        raise ValueError(f"the model needs input_ids [B, T] or inputs_embeds [B, T, E], got {list(tokens.shape)}")
-    if not isinstance(tokens, Tensor) or tokens.shape[1] < 2:  # [B, 1] is also the shape of what is not per token
+    given = kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if isinstance(given, Tensor) and given.dim() < 2:
+        raise ValueError(f"the model needs input_ids [B, T] or inputs_embeds [B, T, E], got {list(given.shape)}")
+    if not isinstance(given, Tensor) or given.shape[1] < 2:  # [B, 1] is also the shape of what is not per token
         return
     for name, value in kwargs.items():
-        if isinstance(value, Tensor) and name not in _TOKEN_ARGUMENTS and value.shape[:2] == tokens.shape[:2]:
+        if isinstance(value, Tensor) and name not in _TOKEN_ARGUMENTS and value.shape[:2] == given.shape[:2]:
             raise NotImplementedError(f"{name} has a value a token, and none is known for virtual tokens")
 
 
-def _without_prompt(output: Any, layout: Layout) -> Any:
+def without_prompt(output: Any, layout: Layout) -> Any:
     """`output` with the virtual tokens taken out of every tensor [B, P + T] or [B, P + T, ...] in it.
 
     Attention weights [B, H, P + T, P + T] keep what they say about the prompt, and a cache what it holds.
@@ -349,8 +381,8 @@ def _without_prompt(output: Any, layout: Layout) -> Any:
         return output
     if isinstance(output, dict):  # transformers' ModelOutput
         for name in list(output):
-            output[name] = _without_prompt(output[name], layout)
+            output[name] = without_prompt(output[name], layout)
         return output
     if isinstance(output, (tuple, list)):
-        return type(output)(_without_prompt(each, layout) for each in output)
+        return type(output)(without_prompt(each, layout) for each in output)
     return output

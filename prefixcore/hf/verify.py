@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
+from .bank import Attached, Bank
 from .discover import AttentionCall, record
 from .families import known_families, text_config
 from .patch import frozen_run
-from .prefix import PrefixAttachment
-from .soft_prompt import SoftPromptAttachment
 
 _TEXT, _CONTINUATION = 3, 4
 """How many tokens become virtual ones, and how many follow them."""
@@ -37,11 +36,13 @@ def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list
             return backbone(input_ids=tokens, use_cache=False)[0]
 
     expected, without = run(ids)[:, _TEXT:], run(ids[:, _TEXT:])
-    attachment = PrefixAttachment(model, backbone, module, calls)
+    bank = Bank(model)
     try:
+        bank.set_decoder(backbone, calls)
+        bank.add(Attached(module, range(len(calls))))
         got = run(ids[:, _TEXT:])
     finally:
-        attachment.patch.undo()
+        bank.patch.undo()
     _compare(model, "prefix", expected, got, without)
 
 
@@ -62,11 +63,12 @@ def verify_soft_prompt(model: PreTrainedModel, hidden_size: int) -> None:
             f"{type(model).__name__} does not return one output a token ({list(expected.shape)}), which a soft prompt "
             f"needs so far; known families: {known_families()}"
         )
-    attachment = SoftPromptAttachment(model, module, "it is being verified")
+    bank = Bank(model)
     try:
+        bank.add(Attached(module))
         got = run(ids[:, _TEXT:])
     finally:
-        attachment.patch.undo()
+        bank.patch.undo()
     _compare(model, "soft prompt", expected[:, _TEXT:], got, without)
 
 

@@ -1,0 +1,115 @@
+"""Which virtual tokens each batch row, or each packed sequence, has: `task_ids`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .bank import Attached
+
+TASK_IDS = "task_ids"
+"""The argument of a model's call that names each row's adapter."""
+
+Key = tuple[str, int]
+"""What tells a task from all others, also in a copy of the model."""
+
+
+class Task(NamedTuple):
+    """What a row names: an adapter, or one of the tasks of an adapter that has several."""
+
+    adapter: Attached
+    number: int = 0
+
+    @property
+    def key(self) -> Key:
+        """What tells it from all others."""
+        return self.adapter.uid, self.number
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.adapter.num_virtual_tokens
+
+
+class Rows:
+    """The tasks of the rows of a batch, or of the sequences of a packed one.
+
+    Attributes:
+        tasks: those that are named, each once.
+        index: for each row its place in `tasks`; -1: no virtual tokens. None: every row has the one task.
+    """
+
+    def __init__(self, tasks: Sequence[Task], index: list[int] | None = None) -> None:
+        self.tasks = list(tasks)
+        self.index = index
+        if index is not None and index and min(index) == max(index):
+            self.index = None
+            if index[0] < 0:
+                self.tasks = []
+
+    @property
+    def prefixes(self) -> list[Task]:
+        """The tasks whose virtual tokens are a prefix."""
+        return [task for task in self.tasks if task.adapter.is_prefix]
+
+    @property
+    def prompts(self) -> list[Task]:
+        """The tasks whose virtual tokens are a soft prompt."""
+        return [task for task in self.tasks if not task.adapter.is_prefix]
+
+    def of(self, tasks: list[Task], num_rows: int) -> list[int]:
+        """For each row its place in `tasks`, a part of this object's; -1: none of them."""
+        if self.index is None:
+            return [0 if tasks else -1] * num_rows
+        place = {task: i for i, task in enumerate(tasks)}
+        return [-1 if i < 0 else place.get(self.tasks[i], -1) for i in self.index]
+
+    def counts(self, tasks: list[Task], num_rows: int) -> list[int]:
+        """For each row how many virtual tokens it has of `tasks`."""
+        return [0 if i < 0 else tasks[i].num_virtual_tokens for i in self.of(tasks, num_rows)]
+
+    def keys(self, num_rows: int) -> list[Key | None]:
+        """For each row the key of its task; None: no virtual tokens."""
+        if self.index is None:
+            return [self.tasks[0].key if self.tasks else None] * num_rows
+        return [None if i < 0 else self.tasks[i].key for i in self.index]
+
+
+def parse_task_ids(task_ids: Any, num_rows: int, find: Callable[[Any], Task | None], what: str = "rows") -> Rows:
+    """The rows that `task_ids` names.
+
+    Args:
+        task_ids: one name, number or None for all rows; or a list or a tensor of one a row. A batch that `generate` has
+            expanded (beams, several sequences a row) has a multiple of that.
+        num_rows: how many rows, or packed sequences, there are.
+        find: the task of a name or a number; None for None and -1; raises for what is not attached.
+        what: "rows" or "packed sequences".
+
+    Raises:
+        ValueError: another number of them than there are rows.
+    """
+    if isinstance(task_ids, Tensor):
+        task_ids = task_ids.reshape(-1).tolist() if task_ids.dim() else task_ids.item()
+    if isinstance(task_ids, (str, int)) or task_ids is None or _is_pair(task_ids):
+        task = find(task_ids)
+        return Rows([] if task is None else [task])
+    if not isinstance(task_ids, (list, tuple)):
+        raise TypeError(f"task_ids: expected names or numbers, one a row, got {type(task_ids).__name__}")
+    each = list(task_ids)
+    if len(each) != num_rows:
+        if not each or num_rows % len(each):
+            raise ValueError(f"task_ids: expected one for each of {num_rows} {what}, got {len(each)}")
+        each = [one for one in each for _ in range(num_rows // len(each))]
+    place: dict[Task, int] = {}
+    index = []
+    for one in each:
+        task = find(one)
+        index.append(-1 if task is None else place.setdefault(task, len(place)))
+    return Rows(list(place), index)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether it is one task of an adapter that has several: (name, number)."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
