@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,22 @@ ATTENTION = "prefixcore"
 """The name of the function in transformers' attention and mask interfaces."""
 
 LAYER = "_prefixcore"
-"""The attribute of an attention module that says which of the model's attention layers it is."""
+"""The attribute of an attention module of an attached model: a `Layer`."""
 
 PREFIXES = "prefixcore_prefixes"
 """The argument by which a decoder hands its attention layers the prefixes of the call, a `PrefixCall`."""
+
+
+class Layer(NamedTuple):
+    """What an attention module of an attached model knows.
+
+    Attributes:
+        number: which of the model's attention layers it is.
+        other_attention: the name of the attention that the model had before.
+    """
+
+    number: int
+    other_attention: str
 
 
 def prefix_attention_forward(
@@ -49,7 +61,10 @@ def prefix_attention_forward(
         NotImplementedError: as of `attend_to_prefix_and_sequence`.
         RuntimeError: a layer of an attached model gets neither of the two arguments.
     """
-    layer = module.__dict__.get(LAYER)
+    layer: Layer | None = module.__dict__.get(LAYER)
+    if layer is not None and prefixcore_prefixes is None and _is_in_backward():
+        # Gradient checkpointing repeats a forward that ran before ours came in.
+        prefixcore_other_attention = prefixcore_other_attention or layer.other_attention
     if prefixcore_other_attention is not None:
         attend = find_attention(prefixcore_other_attention, module)
         named: Any = module
@@ -63,9 +78,14 @@ def prefix_attention_forward(
             f"{type(module).__name__} does not get the arguments of its model's forward, which evaluates the prefix: "
             "call the model that the prefix is attached to, or detach"
         )
+    number = None if layer is None else layer.number
     return attend_to_prefix_and_sequence(
-        module, layer, prefixcore_prefixes, query, key, value, attention_mask, **kwargs
+        module, number, prefixcore_prefixes, query, key, value, attention_mask, **kwargs
     )
+
+
+def _is_in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def attend_to_prefix_and_sequence(

@@ -21,7 +21,8 @@ from .cache import CacheLabel, cache_argument, cache_output, close_cache, get_la
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
 from .families import has_windows, known_families, position_limit, text_config
-from .packing import set_empty_mask
+from .layout import Layout
+from .packing import is_empty_mask, set_empty_mask
 from .patch import ATTACHMENT, Patch
 from .positions import (
     argument_names,
@@ -112,6 +113,12 @@ class RowPrefixes:
     def tasks(self) -> list[Task]:
         """The tasks that rows see as a prefix, in the order of the stack."""
         return [task for task in self.rows.tasks if task.adapter.is_prefix or task in self.computed]
+
+    def length(self, task: Task) -> int:
+        """How many virtual tokens of a task are in its prefix."""
+        layers = self.computed.get(task)
+        first = None if layers is None else layers[0]
+        return task.num_virtual_tokens if first is None else first[0].shape[1]
 
 
 class Bank:
@@ -243,13 +250,12 @@ class Bank:
         if self.model is self.decoder:
             forward = partial(self._decode, forward)
         computed: dict[Task, LayerPrefixes | None] = {}
+        prompts: dict[Task, Tensor] = {}
         if rows.prompts:
-            computed = self._prompts_as_prefixes(kwargs, rows)
+            computed, prompts = self._place_prompts(kwargs, rows)
         if computed or explicit or len(self.adapters) > 1:
             kwargs[ROWS] = RowPrefixes(rows, computed)
-        if not rows.prompts or computed:
-            return forward(**kwargs)
-        return self._call_with_prompts(forward, kwargs, rows)
+        return self._call_with_prompts(forward, kwargs, rows, prompts) if prompts else forward(**kwargs)
 
     def call_base_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model without its head, from the model or by itself."""
@@ -257,7 +263,7 @@ class Bank:
         if self.is_disabled:
             return self._call_bare(base, forward, args, kwargs)
         kwargs = as_keywords(self._names[base], args, kwargs)
-        if base is self.decoder and self.is_reached:
+        if base is self.decoder:
             return self._decode(forward, **kwargs)
         self._check_inserted(base, kwargs)
         return forward(**kwargs)
@@ -286,14 +292,22 @@ class Bank:
             what = "rows" if kwargs.get("cu_seq_lens_q") is None else "packed sequences"
             return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, what)
         label = get_label(cache_argument(kwargs))
-        if label is not None:
-            return label.rows
+        rows = None if label is None else self._rows_here(label.rows)
+        if rows is not None:
+            return rows
         if len(self.adapters) > 1 or any(adapter.num_tasks > 1 for adapter in self.adapters.values()):
             raise ValueError(
                 f"several tasks are attached: say which one each row is for, task_ids=[...], one a row (with -1 or "
                 f"None for none), or one for all; there are {self._described()}"
             )
         return Rows([Task(adapter) for adapter in self.adapters.values()])
+
+    def _rows_here(self, rows: Rows) -> Rows | None:
+        """The rows of a cache, perhaps of a model that this one is a copy of; None: something else is attached here."""
+        here = {adapter.uid: adapter for adapter in self.adapters.values()}
+        if any(task.adapter.uid not in here for task in rows.tasks):
+            return None
+        return Rows([Task(here[task.adapter.uid], task.number) for task in rows.tasks], rows.index)
 
     def _decode(self, forward: Callable[..., Any], **kwargs: Any) -> Any:
         """A call of the decoder, whose layers get their prefixes."""
@@ -302,6 +316,8 @@ class Bank:
         if given is None:
             self._check_inserted(decoder, kwargs)
             given = RowPrefixes(self._pop_rows(kwargs), {})
+        if not self.is_reached:
+            return forward(**kwargs)
         refuse_other_attention(decoder)
         tasks = given.tasks
         if given.rows.tasks:
@@ -311,11 +327,13 @@ class Bank:
         num_rows, cache = batch_rows(kwargs), cache_argument(kwargs)
         keys = given.rows.keys(num_rows)
         label = self._label_to_continue(cache, keys)
-        call = self._prefixes_of_call(given, tasks, num_rows, label)
-        if kwargs.get("cu_seq_lens_q") is not None and not is_inserted(kwargs.get("inputs_embeds")):
+        call = self._prefixes_of_call(given, tasks, num_rows, label, tokens(kwargs).device)
+        if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
             set_empty_mask(kwargs)
         if tasks:
-            shift_positions(kwargs, self._shift(given.rows.counts(tasks, num_rows), kwargs), self.limit)
+            lengths = label.order if label is not None else {task.key: given.length(task) for task in tasks}
+            counts = [lengths.get(key, 0) if key else 0 for key in keys]
+            shift_positions(kwargs, self._shift(counts, kwargs), self.limit)
         open_cache(cache)
         try:
             output = forward(**kwargs, **{PREFIXES: call})
@@ -323,8 +341,7 @@ class Bank:
             close_cache(cache)
         cache = cache_output(output) if cache is None else cache
         if label is None and tasks and isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
-            inserted = [0] * num_rows
-            set_label(cache, CacheLabel(keys, given.rows, [task.key for task in tasks], call.detached(), inserted))
+            set_label(cache, CacheLabel(keys, given.rows, lengths, call.detached(), [0] * num_rows))
             close_cache(cache)
         return output
 
@@ -365,7 +382,7 @@ class Bank:
         return None
 
     def _prefixes_of_call(
-        self, given: RowPrefixes, tasks: list[Task], num_rows: int, label: CacheLabel | None
+        self, given: RowPrefixes, tasks: list[Task], num_rows: int, label: CacheLabel | None, device: torch.device
     ) -> PrefixCall:
         """The prefixes that the call's layers see; those of the cache, where it holds a sequence behind them.
 
@@ -380,14 +397,13 @@ class Bank:
         index = given.rows.of(tasks, num_rows)
         if len(tasks) == 1 and min(index, default=0) >= 0:
             return PrefixCall(prefixes[0])
-        assert isinstance(self.decoder, PreTrainedModel)
-        return stack(prefixes, index, self.decoder.device)
+        return stack(prefixes, index, device)
 
     def _prefix_of(self, task: Task) -> LayerPrefixes:
         """The keys and values of a task: differentiable where it trains and gradients are recorded."""
         adapter = task.adapter
-        if adapter.layers is None:
-            return self._prefix_of_prompt(task)
+        if adapter.layers is None:  # a soft prompt whose sequence goes on from a cache, now with gradients
+            return self._compute_once(self._prompt_of(task))
         by_layer: LayerPrefixes = [None] * len(self.layers)
         for layer, pair in zip(adapter.layers, _evaluate(adapter), strict=True):
             by_layer[layer] = pair
@@ -400,55 +416,94 @@ class Bank:
         values = _evaluate(task.adapter)
         return values[task.number] if values.dim() == 3 else values
 
-    def _prompts_as_prefixes(self, kwargs: dict[str, Any], rows: Rows) -> dict[Task, LayerPrefixes | None]:
-        """The keys and values of the soft prompts of a call, where these can be computed once for all rows.
+    def _place_prompts(
+        self, kwargs: dict[str, Any], rows: Rows
+    ) -> tuple[dict[Task, LayerPrefixes | None], dict[Task, Tensor]]:
+        """Which soft prompts of a call become prefixes, computed once for all rows, and what is put into each row.
 
         The model is causal, so the virtual tokens of a soft prompt do not depend on the text, and are to it what a
-        prefix is. The cache then holds the text alone. Not where a sliding window would leave the prompt behind.
+        prefix is. The cache then holds the text alone. With labels the last virtual token goes into each row, as the
+        first token of the text is predicted from it.
+
+        Returns:
+            The prefixes, None for one that the cache holds; and the embeddings [P, E] of what is put in.
         """
         cache = cache_argument(kwargs)
-        label = get_label(cache)
-        if label is not None and (cache.is_compileable or cache.get_seq_length() > 0):
-            return {} if any(label.inserted) else dict.fromkeys(rows.prompts)
+        label = None
+        if kwargs.get("cu_seq_lens_q") is None:
+            label = self._label_to_continue(cache, rows.keys(batch_rows(kwargs)))
+        if label is not None:
+            inserted = dict.fromkeys(rows.prompts, cache) if any(label.inserted) else {}
+            return {task: None for task in rows.prompts if task.key in label.order}, inserted
+        prompts = {task: self._prompt_of(task) for task in rows.prompts}
         trains = torch.is_grad_enabled() and any(task.adapter.trains for task in rows.prompts)
-        if trains or torch.compiler.is_compiling() or not self._only_full_attention or isinstance(self.decoder, str):
-            return {}
-        if kwargs.get("cu_seq_lens_q") is not None or _wants_weights(self.decoder, kwargs):
-            return {}
-        if not _uses_cache(self.model, kwargs) and batch_rows(kwargs) < 2:
-            return {}
+        if not self._may_compute_once(kwargs, max(map(len, prompts.values())), trains):
+            return {}, prompts
+        if not self.is_reached and trains:
+            warn_of_dropout(self.model)
         self.reach()
+        assert isinstance(self.decoder, PreTrainedModel)
         refuse_other_attention(self.decoder)
-        return {task: self._prefix_of_prompt(task) for task in rows.prompts}
+        last = 0 if kwargs.get("labels") is None else 1
+        shared = {task: prompt[: len(prompt) - last] for task, prompt in prompts.items() if len(prompt) > last}
+        inserted = {task: prompt[len(prompt) - last :] for task, prompt in prompts.items()} if last else {}
+        return {task: self._compute_once(prompt) for task, prompt in shared.items()}, inserted
 
-    def _prefix_of_prompt(self, task: Task) -> LayerPrefixes:
-        """The keys and values that the layers compute for a soft prompt at positions 0 to P-1."""
+    def _may_compute_once(self, kwargs: dict[str, Any], longest: int, trains: bool) -> bool:
+        """Whether soft prompts of a call that starts sequences can be computed once, and it is worth it."""
+        decoder = self.decoder
+        if isinstance(decoder, str) or not self._only_full_attention or torch.compiler.is_compiling():
+            return False
+        if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("token_type_ids") is not None:
+            return False  # a packed batch does it in one pass; types of tokens come from each row's text
+        for option in ("output_attentions", "output_router_logits"):
+            if kwargs.get(option) or getattr(decoder.config, option, False):
+                return False
+        saved = (batch_rows(kwargs) - 1) * longest
+        if trains:
+            # Repeated layers would leave their keys a second time. On a GPU a second pass costs its launches.
+            checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self._checkpointable)
+            if checkpointing or saved < (1 if tokens(kwargs).device.type == "cpu" else 1024):
+                return False
+        elif saved == 0 and not _uses_cache(self.model, kwargs):
+            return False
+        return _start_at_zero(kwargs)
+
+    def _compute_once(self, prompt: Tensor) -> LayerPrefixes:
+        """The keys and values that the layers compute for a soft prompt [P, E] at positions 0 to P-1."""
         decoder: Any = self.decoder
         embed: Any = self.model.get_input_embeddings()
-        prompt = self._prompt_of(task).to(device=embed.weight.device, dtype=embed.weight.dtype)
+        prompt = prompt.to(device=embed.weight.device, dtype=embed.weight.dtype)
         recorded: dict[int, KeyValue] = {}
         forward = self.patch.forwards[decoder].original
         forward(inputs_embeds=prompt[None], use_cache=False, **{PREFIXES: PrefixCall([], recorded=recorded)})
-        return [recorded[layer] for layer in range(len(self.layers))]
+        return [_of_one_dtype(*recorded[layer]) for layer in range(len(self.layers))]
 
-    def _call_with_prompts(self, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows) -> Any:
+    def _call_with_prompts(
+        self, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows, prompts: dict[Task, Tensor]
+    ) -> Any:
         """A call of the model with soft prompts put into its input, and taken out of its output."""
         check_arguments(kwargs)
         cache, num_rows, packed = cache_argument(kwargs), batch_rows(kwargs), kwargs.get("cu_seq_lens_q") is not None
         if self.is_reached:
-            refuse_attention_weights(self.decoder, kwargs)  # type: ignore[arg-type]
-        counts = rows.counts(rows.prompts, num_rows)
+            assert isinstance(self.decoder, PreTrainedModel)
+            refuse_attention_weights(self.decoder, kwargs)
         past, length = past_length(kwargs), tokens(kwargs).shape[1]
         label = None if packed else self._label_to_continue(cache, rows.keys(num_rows))
         layout: Any = None
-        if packed:
-            layout = self._insert_packed(kwargs, rows, num_rows, int(past))
-        elif label is not None or past:
-            counts = counts if label is None else label.inserted_of(num_rows)
+        if label is not None or (past and not packed):
+            counts = rows.counts(list(prompts), num_rows) if label is None else label.inserted_of(num_rows)
             continue_after(kwargs, counts, past, _may_read(kwargs, cache))
+            needed = int(past) + length
         else:
-            layout = insert(self.model, self._names[self.model], kwargs, self._prompts(rows, num_rows))
-        check_positions(kwargs, max(counts), int(past) + length + max(counts) * (not past), self.limit)
+            placed = Prompts(list(prompts.values()), rows.of(list(prompts), num_rows))
+            counts = placed.counts
+            if packed:
+                layout = self._insert_packed(kwargs, rows, placed, int(past))
+            else:
+                layout = insert(self.model, self._names[self.model], kwargs, placed)
+            needed = placed.longest + length
+        check_positions(kwargs, max(counts), needed, self.limit)
         open_cache(cache)
         try:
             output = forward(**kwargs)
@@ -456,18 +511,12 @@ class Bank:
                 return output
             cache = cache_output(output) if cache is None else cache
             if isinstance(cache, Cache) and not packed and not torch.compiler.is_compiling():
-                before = get_label(cache)
-                prefixes, order = (None, []) if before is None else (before.prefixes, before.order)
-                set_label(cache, CacheLabel(rows.keys(num_rows), rows, order, prefixes, counts))
+                set_label(cache, CacheLabel.inserting(get_label(cache), rows.keys(num_rows), rows, counts))
             return without_prompt(output, layout)
         finally:
             close_cache(cache)
 
-    def _prompts(self, rows: Rows, num_rows: int) -> Prompts:
-        """The soft prompts of the rows."""
-        return Prompts([self._prompt_of(task) for task in rows.prompts], rows.of(rows.prompts, num_rows))
-
-    def _insert_packed(self, kwargs: dict[str, Any], rows: Rows, num_rows: int, past: int) -> Any:
+    def _insert_packed(self, kwargs: dict[str, Any], rows: Rows, prompts: Prompts, past: int) -> Any:
         """Puts the soft prompts into a packed batch: one before all sequences, or each before its own."""
         batch_size = tokens(kwargs).shape[0]
         if batch_size != 1 or past:
@@ -480,7 +529,6 @@ class Bank:
                 f"{decoder}; pad the sequences into rows of their own"
             )
         refuse_attention_weights(decoder, kwargs)
-        prompts = self._prompts(rows, num_rows)
         if not self.is_reached and any(task.adapter.trains for task in rows.prompts):
             warn_of_dropout(self.model)
         self.reach()
@@ -488,7 +536,7 @@ class Bank:
         if not prompts.is_one:
             return insert_each(self.model, kwargs, prompts)
         refuse_unshareable(decoder, kwargs)
-        if has_windows(decoder) and num_rows > 0:  # read once here, and not in each layer: it makes a GPU wait
+        if has_windows(decoder) and prompts.index:  # read once here, and not in each layer: it makes a GPU wait
             kwargs["max_length_q"] = int(kwargs["cu_seq_lens_q"].diff().max())
         return insert_shared(self.model, kwargs, prompts)
 
@@ -529,6 +577,12 @@ def _evaluate(adapter: Attached) -> Any:
         return _detach(adapter.module())
 
 
+def _of_one_dtype(key: Tensor, value: Tensor) -> KeyValue:
+    """They differ under autocast: rotation is in float32."""
+    dtype = torch.promote_types(key.dtype, value.dtype)
+    return key.to(dtype), value.to(dtype)
+
+
 def _detach(values: Any) -> Any:
     return values.detach() if isinstance(values, Tensor) else [(key.detach(), value.detach()) for key, value in values]
 
@@ -539,8 +593,20 @@ def _only_full_attention(model: PreTrainedModel) -> bool:
     return not has_windows(model) and set(layer_types) <= {"full_attention"}
 
 
-def _wants_weights(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("output_attentions") or decoder.config.output_attentions)
+def _start_at_zero(kwargs: dict[str, Any]) -> bool:
+    """Whether each text begins at position 0; the prompt stands before it wherever that is."""
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is None:
+        return True
+    if positions.dim() != 2:
+        return False
+    length = tokens(kwargs).shape[1]
+    if mask is None:
+        return not bool(positions[:, 0].any()) and not bool((positions.diff(dim=-1) < 0).any())
+    if not isinstance(mask, Tensor) or mask.dim() != 2:  # made by generate for a static cache, as the positions were
+        return not bool(positions.amin(-1).any())
+    positions = positions.expand(mask.shape[0], -1)
+    return not bool(Layout.from_mask(mask, mask.shape[0], length, 0).first_of_text(positions).any())
 
 
 def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

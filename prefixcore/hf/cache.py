@@ -38,15 +38,29 @@ class CacheLabel:
     Attributes:
         keys: of each row what it was filled behind (`Task.key`), or None.
         rows: the `Rows` of that time.
-        order: the keys of the prefixes that are stacked in `prefixes`.
+        order: the keys of the prefixes that are stacked in `prefixes`, and how many virtual tokens each has.
         prefixes: the `PrefixCall` of that time, so that every token of a sequence sees the same prefix; None: none.
         inserted: how many virtual tokens each row holds in the cache itself: those of soft prompts.
     """
 
     def __init__(
-        self, keys: list[Key | None], rows: Rows, order: list[Key], prefixes: PrefixCall | None, inserted: list[int]
+        self,
+        keys: list[Key | None],
+        rows: Rows,
+        order: dict[Key, int],
+        prefixes: PrefixCall | None,
+        inserted: list[int],
     ) -> None:
         self.keys, self.rows, self.order, self.prefixes, self.inserted = keys, rows, order, prefixes, inserted
+
+    @classmethod
+    def inserting(
+        cls, before: CacheLabel | None, keys: list[Key | None], rows: Rows, inserted: list[int]
+    ) -> CacheLabel:
+        """The label `before`, of the prefixes of a call if it had any, with what was put into its rows."""
+        if before is None:
+            return cls(keys, rows, {}, None, inserted)
+        return cls(keys, rows, before.order, before.prefixes, inserted)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheLabel:
         return self
@@ -63,7 +77,8 @@ class CacheLabel:
         assert call is not None
         if call.index is None or len(call.index) == len(keys):
             return call
-        index = [self.order.index(key) if key in self.order else -1 for key in keys]
+        place = {key: i for i, key in enumerate(self.order)}
+        index = [place.get(key, -1) if key else -1 for key in keys]
         return PrefixCall(call.pairs, call.index.new_tensor(index), call.lengths)
 
     def inserted_of(self, num_rows: int) -> list[int]:

@@ -31,7 +31,8 @@ class Layout:
     @classmethod
     def from_mask(cls, mask: Tensor | None, batch_size: int, length: int, num_virtual_tokens: int) -> Layout:
         """The layout for a padding mask [B, T]; None: no padding. All padding counts as left padding."""
-        if mask is None or length == 0 or bool(mask[:, 0].all()):
+        # Compiled code cannot read values, and counts padding that may not be there.
+        if mask is None or length == 0 or (not torch.compiler.is_compiling() and bool(mask[:, 0].all())):
             return cls(batch_size, length, num_virtual_tokens)
         left_padding = (mask.bool().cumsum(1) == 0).sum(1, keepdim=True)
         return cls(batch_size, length, num_virtual_tokens, left_padding)

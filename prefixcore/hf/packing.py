@@ -145,6 +145,11 @@ def set_empty_mask(kwargs: dict[str, Any], num_shared: int = 0) -> None:
         kwargs["position_ids"] = packed_positions(cu_seqlens)[None]
 
 
+def is_empty_mask(mask: Any) -> bool:
+    """Whether it is what `set_empty_mask` puts in."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] == 0
+
+
 def num_shared_tokens(mask: Tensor | None) -> int:
     """How many tokens before the packed ones are seen by all of them; `mask` as attention gets it in a packed batch."""
-    return mask.shape[2] if mask is not None and mask.dim() == 4 and mask.shape[3] == 0 else 0
+    return mask.shape[2] if mask is not None and is_empty_mask(mask) else 0

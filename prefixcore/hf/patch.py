@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention import LAYER
+from .attention import LAYER, Layer
 from .forward import Around, WrappedForward
 from .refusals import RefusedReplica
 
@@ -66,8 +66,9 @@ class Patch:
 
     def number_layers(self, layers: Sequence[nn.Module]) -> None:
         """Tells each attention layer which one it is."""
+        other = {id(config): name for config, name in self.attention}
         for i, layer in enumerate(layers):
-            setattr(layer, LAYER, i)
+            setattr(layer, LAYER, Layer(i, other.get(id(getattr(layer, "config", None))) or "eager"))
             self.layers.append(layer)
 
     def wrap_forward(self, module: nn.Module, around: Around) -> None:

@@ -43,7 +43,8 @@ def query_length(kwargs: dict[str, Any]) -> int:
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-        raise ValueError("the model needs input_ids [B, T] or inputs_embeds [B, T, E]")
+        got = f", got {list(tokens.shape)}" if isinstance(tokens, Tensor) else ""
+        raise ValueError(f"the model needs input_ids [B, T] or inputs_embeds [B, T, E]{got}")
     return tokens.shape[1]
 
 
@@ -85,10 +86,11 @@ def _count_positions(kwargs: dict[str, Any], past: int | Tensor, length: int) ->
     places = torch.arange(length, device=device) + past
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return places.unsqueeze(0)
-    positions = (mask.to(device).long().cumsum(1) - 1).clamp(min=0)
     if isinstance(past, int) and past + length > mask.shape[1]:
         return places.unsqueeze(0)  # a mask that is too short is refused where masks are made
-    return positions[:, places]
+    visible = mask.to(device).bool().long()
+    after_text = (visible.flip(1).cumsum(1).flip(1) == 0).long()  # padding on the right is counted on
+    return (visible.cumsum(1) - 1 + after_text.cumsum(1)).clamp(min=0)[:, places]
 
 
 def check_limit(needed: int, num_virtual_tokens: int, limit: int) -> None:

@@ -103,7 +103,7 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
         mask = torch.ones(batch_size, length, dtype=torch.long, device=device)
     layout = Layout.from_mask(mask, batch_size, length, virtual)
     padding = layout.left_padding
-    if cache_argument(kwargs) is not None and padding is not None and bool((padding == length).any()):
+    if cache_argument(kwargs) is not None and padding is not None and _is_full(padding, length):
         raise ValueError(
             "a row of the first call with a cache is all padding, so there is no text yet that its soft prompt "
             "could precede: raise prefill_chunk_size above the longest padding, or leave it out"
@@ -275,6 +275,10 @@ def tokens(kwargs: dict[str, Any]) -> Tensor:
     if (ids is None) == (embeds is None):
         raise ValueError("give either input_ids or inputs_embeds")
     return cast(Tensor, embeds if ids is None else ids)
+
+
+def _is_full(padding: Tensor, length: int) -> bool:
+    return not torch.compiler.is_compiling() and bool((padding == length).any())
 
 
 def _restart(positions: Tensor) -> bool:

@@ -13,7 +13,7 @@ import transformers
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from prefixcore.hf import FAMILIES as KNOWN
-from prefixcore.hf import prefix as prefix_module
+from prefixcore.hf import bank as bank_module
 from prefixcore.hf.patch import Patch
 
 from .models import FAMILIES, VOCABULARY, Tokenizer, assert_same, make, padded, state, tokens
@@ -217,7 +217,7 @@ def test_an_unknown_family_that_fails_the_check_is_refused(monkeypatch: pytest.M
     model = make("llama")
     before = state(model)
     monkeypatch.setattr("prefixcore.hf.families.FAMILIES", {"gpt2": KNOWN["gpt2"]})
-    monkeypatch.setattr(prefix_module, "shift_positions", lambda *_: None)
+    monkeypatch.setattr(bank_module, "shift_positions", lambda *_: None)
     with pytest.raises(NotImplementedError, match="does not act as the text"):
         prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="zero"))
     assert_same(before, state(model))
@@ -334,7 +334,7 @@ def test_two_prefixes_on_one_configuration_are_detached_in_any_order(first: int)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3]])
-@pytest.mark.parametrize("where", ["add_module", "hook_before"])
+@pytest.mark.parametrize("where", ["add_module", "wrap_forward"])
 def test_an_error_while_patching_leaves_the_model_untouched(
     config: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import prefixcore
 from prefixcore import PrefixTuningConfig
-from prefixcore.hf.attention import ATTENTION, LAYER_PREFIX, LayerPrefix, prefix_attention_forward
+from prefixcore.hf.attention import ATTENTION, LAYER, Layer, prefix_attention_forward
 
 from .models import FAMILIES, KNOWN, make, padded, tokens, window_of
 
@@ -99,9 +99,9 @@ def test_a_layer_that_is_not_reached_is_found_when_attaching() -> None:
 
 
 def test_a_layer_without_its_model_is_an_error() -> None:
-    module: Any = SimpleNamespace(is_causal=True, **{LAYER_PREFIX: LayerPrefix()})
+    module: Any = SimpleNamespace(is_causal=True, **{LAYER: Layer(0, "sdpa")})
     query = torch.randn(2, 4, 3, 8)
-    with pytest.raises(RuntimeError, match="outside its model's forward"):
+    with pytest.raises(RuntimeError, match="does not get the arguments of its model's forward"):
         prefix_attention_forward(module, query, query, query, None)
 
 

@@ -261,7 +261,7 @@ def test_what_is_refused() -> None:
     cache = model(**batch, use_cache=True).past_key_values
     with pytest.raises(ValueError, match=f"an empty cache in a packed batch .* got a cache of {P + total} tokens"):
         model(**batch, past_key_values=cache)
-    with pytest.raises(ValueError, match="does not start with this soft prompt"):
+    with pytest.raises(ValueError, match="computed without these virtual tokens"):
         model(tokens(1, 1), past_key_values=cache)
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
 

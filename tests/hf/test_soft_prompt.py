@@ -48,7 +48,7 @@ def test_every_output_has_the_callers_length(side: str) -> None:
     out = model(**batch, output_hidden_states=True, use_cache=True)
     assert out.logits.shape == bare.logits.shape
     assert [h.shape for h in out.hidden_states] == [h.shape for h in bare.hidden_states]
-    assert out.past_key_values.get_seq_length() == 9 + P  # what it holds, it holds
+    assert out.past_key_values.get_seq_length() == 9 + 1  # the last virtual token, which predicts the first label
     as_tuple = model(**batch, return_dict=False)
     assert torch.equal(as_tuple[1], out.logits)
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
@@ -132,8 +132,21 @@ def test_a_row_of_padding_only() -> None:
     out = model(**batch)
     assert torch.isfinite(out.loss)
     assert torch.isfinite(out.logits).all()
+
+
+def test_a_first_chunk_of_padding_only() -> None:
+    """The prompt is a prefix to the text, so a row may begin later; where a window forbids that it is refused."""
+    batch = padded("left")
+    del batch["labels"]
+    model = make("llama")
+    attach(model)
+    expected = model.generate(**batch, max_new_tokens=5, eos_token_id=None, do_sample=False)
+    got = model.generate(**batch, max_new_tokens=5, eos_token_id=None, do_sample=False, prefill_chunk_size=3)
+    assert torch.equal(got, expected)
+    model = make("mistral", sliding_window=64)
+    attach(model)
     with pytest.raises(ValueError, match="prefill_chunk_size"):
-        model.generate(batch["input_ids"], attention_mask=padded("left")["attention_mask"], prefill_chunk_size=3)
+        model.generate(**batch, prefill_chunk_size=3)
 
 
 @pytest.mark.parametrize("embedding", ["scaled", "hooked", "trained outside"], ids=lambda name: name.replace(" ", "-"))
@@ -191,8 +204,7 @@ def test_an_id_out_of_the_vocabulary_is_not_taken_for_a_virtual_token(bad: int) 
 def test_calls_that_would_leave_the_prompt_out_are_errors() -> None:
     model, ids = make("llama"), tokens(1, 6)
     attach(model)
-    with pytest.raises(RuntimeError, match="without the soft prompt"):
-        model.forward(ids)
+    assert torch.equal(model.forward(ids).logits, model(ids).logits)
     with pytest.raises(RuntimeError, match="without the soft prompt"):
         model.model(ids)
 

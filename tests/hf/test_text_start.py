@@ -132,8 +132,11 @@ def test_only_the_chosen_layers_get_a_prefix() -> None:
     model, rest = make("llama", num_hidden_layers=3), tokens(2, 5)
     handle = prefixcore.attach(model, PrefixTuningConfig(init_text=TEXT, layers=[2, 0]), tokenizer=Tokenizer())
     assert handle.config.layers == [0, 2]
-    carriers = ["_prefixcore" in layer.self_attn.__dict__ for layer in model.model.layers]
-    assert carriers == [True, False, True]
+    seen = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *a, i=i: seen.update({i: a[2]["prefixcore_prefixes"]}), with_kwargs=True)
+    model(rest)
+    assert [seen[i].at(i, rest.device) is not None for i in range(3)] == [True, False, True]
     model(rest, labels=rest).loss.backward()
     assert len(list(handle.parameters())) == 4
     assert all(p.grad.abs().max() > 0 for p in handle.parameters())

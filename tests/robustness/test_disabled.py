@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -210,7 +210,7 @@ def test_a_backward_repeats_what_its_forward_did(family: str, kind: str) -> None
             gradients(model, embeds, around, lambda within=within: backward_elsewhere(within)),
         ):
             for got, reference in zip(found, expected, strict=True):
-                torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(got, reference, rtol=1e-4, atol=5e-5)
 
 
 _grad = torch.autograd.grad
@@ -239,7 +239,7 @@ def backward_elsewhere(within: Any) -> Iterator[None]:
 def test_compiled_code_is_of_its_thread(kind: str) -> None:
     torch._dynamo.reset()
     bare, model = make("llama"), make("llama")
-    expected = padded_logits(bare)
+    expected, seen = padded_logits(bare), padded("left")["attention_mask"].bool()
     handle = prefixcore.attach(model, CONFIGS[kind.removeprefix("packed ")])
     if kind == "packed prompt":
         packed_logits(model)
@@ -248,11 +248,11 @@ def test_compiled_code_is_of_its_thread(kind: str) -> None:
         warnings.simplefilter("ignore")
         compiled = torch.compile(model, backend="eager", fullgraph=kind == "prefix")
         for _ in range(2):
-            torch.testing.assert_close(padded_logits(compiled), attached, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(padded_logits(compiled)[seen], attached[seen], rtol=1e-5, atol=1e-5)
             with handle.disabled():
                 torch.testing.assert_close(padded_logits(compiled), expected, rtol=1e-5, atol=1e-5)
             with elsewhere(handle):
-                torch.testing.assert_close(padded_logits(compiled), attached, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(padded_logits(compiled)[seen], attached[seen], rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
 
 
@@ -298,13 +298,13 @@ def test_another_model_with_the_same_configuration() -> None:
 
 
 def test_attention_that_is_not_told_is_refused() -> None:
-    """A model that hands its layers other arguments than it gets would silently see its prefix."""
+    """A model that hands its layers other arguments than it gets would see no prefix, or one that is disabled."""
     model = make("llama")
     handle = prefixcore.attach(model, CONFIGS["prefix"])
     model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: (args, {k: v for k, v in kwargs.items() if not k.startswith("prefixcore")}),
         with_kwargs=True,
     )
-    padded_logits(model)
-    with handle.disabled(), pytest.raises(NotImplementedError, match="detach instead"):
-        padded_logits(model)
+    for block in (nullcontext(), handle.disabled()):
+        with block, pytest.raises(RuntimeError, match="does not get the arguments of its model's forward"):
+            padded_logits(model)
