@@ -20,7 +20,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import AdapterError
-    from .hf import Handle, PackedCollator, attach, load
+    from .hf import Handle, PackedCollator, PromptBank, attach, load
     from .nn import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
@@ -32,6 +32,7 @@ _LAZY = {
     "load": "hf",
     "Handle": "hf",
     "PackedCollator": "hf",
+    "PromptBank": "hf",
     "AdapterError": "adapters",
 }
 
@@ -41,6 +42,7 @@ __all__ = [
     "PTuningConfig",
     "PackedCollator",
     "PrefixTuningConfig",
+    "PromptBank",
     "PromptTuningConfig",
     "__version__",
     "attach",

@@ -5,5 +5,6 @@ from .families import FAMILIES
 from .handle import Handle, attached
 from .loading import load
 from .packing import PackedCollator
+from .prompt_bank import PromptBank
 
-__all__ = ["FAMILIES", "Handle", "PackedCollator", "attach", "attached", "load"]
+__all__ = ["FAMILIES", "Handle", "PackedCollator", "PromptBank", "attach", "attached", "load"]

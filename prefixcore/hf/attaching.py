@@ -54,20 +54,38 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
         >>> handle.detach()
     """
     check_model(model)
+    check_config(config)
     if isinstance(config, PrefixTuningConfig):
         calls, backbone = find_attention_layers(model)
-        layers = choose_layers(calls, config)
-        shapes = [calls[layer].shape for layer in layers]
-        initial = initial_prefix(model, config, layers, shapes, tokenizer)
-        module = Prefix(shapes, config, initial)
-        return attach_prefix(model, backbone, calls, layers, module, tokenizer)
-    if isinstance(config, (PromptTuningConfig, PTuningConfig)):
-        hidden_size = find_hidden_size(model)
-        prompt = SoftPrompt(hidden_size, config, initial_prompt(model, config, hidden_size, tokenizer))
-        return attach_soft_prompt(model, prompt, tokenizer)
-    raise TypeError(
-        f"config must be a PrefixTuningConfig, PromptTuningConfig or PTuningConfig, got {type(config).__name__}"
-    )
+        prefix, layers = make_prefix(model, config, calls, tokenizer)
+        return attach_prefix(model, backbone, calls, layers, prefix, tokenizer)
+    prompt = make_prompt(model, config, find_hidden_size(model), tokenizer)
+    return attach_soft_prompt(model, prompt, tokenizer)
+
+
+def check_config(config: Any) -> None:
+    """Raises TypeError unless `config` says what to attach."""
+    if not isinstance(config, (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)):
+        raise TypeError(
+            f"config must be a PrefixTuningConfig, PromptTuningConfig or PTuningConfig, got {type(config).__name__}"
+        )
+
+
+def make_prefix(
+    model: PreTrainedModel, config: PrefixTuningConfig, calls: list[AttentionCall], tokenizer: Any = None
+) -> tuple[Prefix, list[int]]:
+    """A prefix with its initial values, and the layers that it is for, places in `calls`."""
+    layers = choose_layers(calls, config)
+    shapes = [calls[layer].shape for layer in layers]
+    module = Prefix(shapes, config, initial_prefix(model, config, layers, shapes, tokenizer))
+    return module.to(calls[0].key.device).train(model.training), layers
+
+
+def make_prompt(
+    model: PreTrainedModel, config: PromptTuningConfig | PTuningConfig, hidden_size: int, tokenizer: Any = None
+) -> SoftPrompt:
+    """A soft prompt with its initial values."""
+    return SoftPrompt(hidden_size, config, initial_prompt(model, config, hidden_size, tokenizer))
 
 
 def check_model(model: Any) -> None:
@@ -157,7 +175,7 @@ def attach_prefix(
     tokenizer: Any = None,
 ) -> Handle:
     """Attaches a prefix that has been made, one (key, value) for each of `layers`, places in `calls`."""
-    _check_position_limit(model, module.num_virtual_tokens)
+    check_position_limit(model, module.num_virtual_tokens)
     if any(parameter.requires_grad for parameter in module.parameters()):
         warn_of_dropout(model)
     module.to(calls[0].key.device).train(model.training)
@@ -168,16 +186,16 @@ def attach_prefix(
 
 def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: Any = None) -> Handle:
     """Attaches a soft prompt that has been made."""
-    _check_position_limit(model, module.num_virtual_tokens)
+    check_position_limit(model, module.num_virtual_tokens)
     embed: Any = model.get_input_embeddings()
     module.to(embed.weight.device).train(model.training)
-    decoder, calls = _find_decoder(model)
+    decoder, calls = find_decoder(model)
     bank = Bank(model)
     bank.set_decoder(decoder, calls)
     return Handle(bank, bank.add(Attached(module)), [], tokenizer)
 
 
-def _find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[AttentionCall]]:
+def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[AttentionCall]]:
     """The decoder inside `model` whose attention a soft prompt may use, and its layers; or, as text, why there is none.
 
     Without one a soft prompt works with padded batches and dynamic caches.
@@ -191,7 +209,7 @@ def _find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[A
         return str(error), []
 
 
-def _check_position_limit(model: PreTrainedModel, num_virtual_tokens: int) -> None:
+def check_position_limit(model: PreTrainedModel, num_virtual_tokens: int) -> None:
     limit = position_limit(model)
     if limit is not None and num_virtual_tokens >= limit:
         raise ValueError(

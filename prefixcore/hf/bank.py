@@ -41,6 +41,7 @@ from .refusals import (
     refuse_unshareable,
     warn_of_dropout,
 )
+from .residency import Residency
 from .soft_prompt import (
     Prompts,
     check_arguments,
@@ -53,7 +54,7 @@ from .soft_prompt import (
     tokens,
     without_prompt,
 )
-from .tasks import TASK_IDS, Key, Rows, Task, parse_task_ids
+from .tasks import TASK_IDS, Key, Rows, Task, generated_tasks, generating, parse_task_ids
 
 ROWS = "prefixcore_rows"
 """The argument by which a model's call hands the rows' tasks, a `RowPrefixes`, to the decoder inside."""
@@ -70,6 +71,7 @@ class Attached:
         num_tasks: how many it has; one, but for multitask prompt tuning.
         uid: what tells it from all others; a copy of the model keeps it.
         handle: the `Handle` that the user holds.
+        is_kept: whether its values stay on the model's device; else `Bank.residency` brings them there.
     """
 
     def __init__(self, module: Any, layers: Sequence[int] | None = None, name: str | None = None) -> None:
@@ -79,6 +81,7 @@ class Attached:
         self.num_tasks = getattr(module, "num_tasks", None) or 1
         self.uid = uuid.uuid4().hex
         self.handle: Any = None
+        self.is_kept = True
 
     @property
     def is_prefix(self) -> bool:
@@ -135,6 +138,8 @@ class Bank:
         decoder: the text decoder inside that holds the attention layers; or why there is none that virtual tokens
             reach, in words.
         calls: its attention layers.
+        residency: the copies of frozen adapters on the model's device.
+        stays: whether the bank stays on the model when nothing is attached any longer.
         is_reached: whether the decoder's attention is ours. A soft prompt switches it when a call first needs that.
     """
 
@@ -146,6 +151,8 @@ class Bank:
         self.decoder: PreTrainedModel | str = "it is not known"
         self.layers: list[nn.Module] = []
         self.is_reached = False
+        self.residency = Residency()
+        self.stays = False
         self._next_task = 0
         self._names = {module: argument_names(module) for module in {model, model.base_model}}
         self._checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -155,6 +162,7 @@ class Bank:
             self.patch.wrap_forward(model, self.call_model)
             if model.base_model is not model:
                 self.patch.wrap_forward(model.base_model, self.call_base_model)
+            self.patch.wrap_generate(self.call_generate)
             setattr(model, ATTACHMENT, self)
         except BaseException:
             self.patch.undo()
@@ -190,19 +198,22 @@ class Bank:
         try:
             if adapter.is_prefix:
                 self.reach()
-            self.patch.add_module(adapter.module)
+            if adapter.is_kept:
+                self.patch.add_module(adapter.module, adapter.name)
         except BaseException:
-            if not self.adapters:
+            if not self.adapters and not self.stays:
                 self.patch.undo()
             raise
         self.adapters[adapter.name] = adapter
         return adapter
 
     def remove(self, adapter: Attached) -> None:
-        """Detaches an adapter; with the last one the model is put back to what it was."""
+        """Detaches an adapter; with the last one the model is put back to what it was, unless the bank stays."""
         if self.adapters.get(adapter.name) is adapter:
             del self.adapters[adapter.name]
-        if not self.adapters:
+            self.patch.remove_module(adapter.name)
+            self.residency.drop(adapter.uid)
+        if not self.adapters and not self.stays:
             self.patch.undo()
 
     @property
@@ -245,7 +256,7 @@ class Bank:
         if self.is_disabled:
             return self._call_bare(self.model, forward, args, kwargs)
         kwargs = as_keywords(self._names[self.model], args, kwargs)
-        explicit = kwargs.get(TASK_IDS) is not None
+        explicit = kwargs.get(TASK_IDS) is not None or generated_tasks(self.patch) is not None
         rows = self._pop_rows(kwargs)
         if self.model is self.decoder:
             forward = partial(self._decode, forward)
@@ -256,6 +267,15 @@ class Bank:
         if computed or explicit or len(self.adapters) > 1:
             kwargs[ROWS] = RowPrefixes(rows, computed)
         return self._call_with_prompts(forward, kwargs, rows, prompts) if prompts else forward(**kwargs)
+
+    def call_generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model's generate: its rows' tasks are those of all calls of the model inside.
+
+        They do not travel with the arguments, which generate hands on to an assistant model too.
+        """
+        task_ids = kwargs.pop(TASK_IDS, None)
+        with generating(self.patch, task_ids):
+            return generate(*args, **kwargs)
 
     def call_base_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model without its head, from the model or by itself."""
@@ -295,6 +315,9 @@ class Bank:
         rows = None if label is None else self._rows_here(label.rows)
         if rows is not None:
             return rows
+        task_ids = generated_tasks(self.patch)
+        if task_ids is not None:
+            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task)
         if len(self.adapters) > 1 or any(adapter.num_tasks > 1 for adapter in self.adapters.values()):
             raise ValueError(
                 f"several tasks are attached: say which one each row is for, task_ids=[...], one a row (with -1 or "
@@ -313,6 +336,7 @@ class Bank:
         """A call of the decoder, whose layers get their prefixes."""
         decoder: Any = self.decoder
         given: RowPrefixes | None = kwargs.pop(ROWS, None)
+        from_model = given is not None
         if given is None:
             self._check_inserted(decoder, kwargs)
             given = RowPrefixes(self._pop_rows(kwargs), {})
@@ -330,7 +354,7 @@ class Bank:
         call = self._prefixes_of_call(given, tasks, num_rows, label, tokens(kwargs).device)
         if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
             set_empty_mask(kwargs)
-        if tasks:
+        if tasks or from_model:
             lengths = label.order if label is not None else {task.key: given.length(task) for task in tasks}
             counts = [lengths.get(key, 0) if key else 0 for key in keys]
             shift_positions(kwargs, self._shift(counts, kwargs), self.limit)
@@ -405,15 +429,25 @@ class Bank:
         if adapter.layers is None:  # a soft prompt whose sequence goes on from a cache, now with gradients
             return self._compute_once(self._prompt_of(task))
         by_layer: LayerPrefixes = [None] * len(self.layers)
-        for layer, pair in zip(adapter.layers, _evaluate(adapter), strict=True):
+        for layer, pair in zip(adapter.layers, self._evaluate(adapter), strict=True):
             by_layer[layer] = pair
         return by_layer
+
+    def _evaluate(self, adapter: Attached) -> Any:
+        """What the module makes, without a graph where none is wanted."""
+        if torch.is_grad_enabled() and adapter.trains:
+            return adapter.module()
+        if torch.compiler.is_compiling():
+            return _detach(adapter.module())
+        with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
+            values = _detach(adapter.module())
+            return values if adapter.is_kept else self.residency.get(adapter.uid, values, self.model.device)
 
     # -- soft prompts
 
     def _prompt_of(self, task: Task) -> Tensor:
         """The embeddings [P, E] of a task."""
-        values = _evaluate(task.adapter)
+        values = self._evaluate(task.adapter)
         return values[task.number] if values.dim() == 3 else values
 
     def _place_prompts(
@@ -565,16 +599,6 @@ class Bank:
             f"{type(module).__name__} was called without the soft prompt, which is put in when the model that it is "
             f"attached to ({type(self.model).__name__}) is called"
         )
-
-
-def _evaluate(adapter: Attached) -> Any:
-    """What the module makes, without a graph where none is wanted."""
-    if torch.is_grad_enabled() and adapter.trains:
-        return adapter.module()
-    if torch.compiler.is_compiling():
-        return _detach(adapter.module())
-    with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
-        return _detach(adapter.module())
 
 
 def _of_one_dtype(key: Tensor, value: Tensor) -> KeyValue:

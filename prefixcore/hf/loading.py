@@ -13,7 +13,7 @@ from ..adapters.files import MANIFEST_FILE, STATE_FILE
 from ..adapters.module import build_module
 from ..adapters.reading import AdapterHeader, read
 from ..adapters.storage import naming
-from ..nn import Prefix
+from ..nn import Prefix, SoftPrompt
 from .attaching import attach_prefix, attach_soft_prompt, check_model, find_attention_layers, find_hidden_size
 from .discover import AttentionCall
 from .handle import Handle
@@ -46,22 +46,20 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
         Handle(prefix on LlamaForCausalLM, 4 virtual tokens, 0 trainable)
     """
     check_model(model)
-    folder = Path(directory)
-    target = _Target(model, folder)
-    adapter = read(folder, fits=target.check, state=trainable)
-    with naming(folder / STATE_FILE):  # the values were checked against the header
-        module = build_module(adapter, trainable=trainable)
+    target = Target(model)
+    module, layers = target.read(Path(directory), trainable)
     if not isinstance(module, Prefix):
         return attach_soft_prompt(model, module)
     calls, backbone = target.attention_layers
-    return attach_prefix(model, backbone, calls, adapter.layers, module)
+    return attach_prefix(model, backbone, calls, layers, module)
 
 
-class _Target:
-    """A model that an adapter is to be loaded for. What is found out about it is found out once."""
+class Target:
+    """A model that adapters are to be loaded for. What is found out about it is found out once."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.folder = Path()
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -74,6 +72,17 @@ class _Target:
     @cached_property
     def hidden_size(self) -> int:
         return find_hidden_size(self.model)
+
+    def read(self, folder: Path, trainable: bool) -> tuple[Prefix | SoftPrompt, list[int]]:
+        """The module of the adapter in `folder`, and the layers that it is for.
+
+        Raises:
+            AdapterError: as of `load`.
+        """
+        self.folder = folder
+        adapter = read(folder, fits=self.check, state=trainable)
+        with naming(folder / STATE_FILE):  # the values were checked against the header
+            return build_module(adapter, trainable=trainable), adapter.layers
 
     def check(self, header: AdapterHeader) -> None:
         """Raises AdapterError unless the adapter is for this model."""

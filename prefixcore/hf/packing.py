@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tasks import TASK_IDS
+
 IGNORED = -100
 """The label that transformers' losses leave out."""
 
@@ -36,7 +38,8 @@ class PackedCollator:
       index; and `labels`, int64 [1, L + 1], for these logits: `labels[:, i + 1]` belongs to the logits at i, so that
       transformers' losses, label smoothing and metrics shift and count them as they do in any batch. The first token
       of a sequence is never learnt, as nothing in the sequence comes before it (a padded batch learns it after a soft
-      prompt, if it has a label).
+      prompt, if it has a label);
+    * where some feature has `task_ids` (a name or a number, for a `PromptBank`), `task_ids`, a list of each one's.
 
     Raises:
         ValueError: no features, a sequence without a token, lengths that differ within a feature, or labels in some
@@ -72,6 +75,8 @@ class PackedCollator:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+        if any(feature.get(TASK_IDS) is not None for feature in features):
+            batch[TASK_IDS] = [feature.get(TASK_IDS) for feature in features]
         if has_labels[0]:
             labels = torch.cat([labels for _, labels in sequences])
             labels[cu_seqlens[:-1]] = IGNORED  # nothing in its sequence predicts a first token

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import LAYER, Layer
-from .forward import Around, WrappedForward
 from .refusals import RefusedReplica
+from .wrapped import Around, WrappedMethod
 
 MODULE = "prefixcore"
 """The name under which the trainable module is registered in the model."""
@@ -37,6 +37,7 @@ class Patch:
         attention: every configuration that was switched, and the attention implementation it named before.
         layers: the attention layers that were numbered.
         forwards: the forwards that were wrapped, by their modules.
+        generate: the model's generate, wrapped; None: it has none.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -44,7 +45,8 @@ class Patch:
         self.frozen: list[tuple[nn.Parameter, bool]] = []
         self.attention: list[tuple[PretrainedConfig, str | None]] = []
         self.layers: list[nn.Module] = []
-        self.forwards: dict[nn.Module, WrappedForward] = {}
+        self.generate: WrappedMethod | None = None
+        self.forwards: dict[nn.Module, WrappedMethod] = {}
 
     def freeze(self) -> None:
         """Turns off the gradient of every parameter."""
@@ -60,9 +62,22 @@ class Patch:
         _patches.add(self)
         backbone.set_attn_implementation(name)
 
-    def add_module(self, module: nn.Module) -> None:
-        """Registers the trainable module."""
-        self.model.add_module(MODULE, module)
+    def add_module(self, module: nn.Module, name: str | None = None) -> None:
+        """Registers a trainable module: as `model.prefixcore`, or in it under a name."""
+        if name is None:
+            self.model.add_module(MODULE, module)
+            return
+        if MODULE not in self.model._modules:
+            self.model.add_module(MODULE, nn.ModuleDict())
+        bank = self.model.get_submodule(MODULE)
+        assert isinstance(bank, nn.ModuleDict)
+        bank[name] = module
+
+    def remove_module(self, name: str | None) -> None:
+        """Takes a module away that was registered under `name`."""
+        modules = self.model._modules.get(MODULE)
+        if isinstance(modules, nn.ModuleDict) and name is not None and name in modules:
+            del modules[name]
 
     def number_layers(self, layers: Sequence[nn.Module]) -> None:
         """Tells each attention layer which one it is."""
@@ -73,8 +88,13 @@ class Patch:
 
     def wrap_forward(self, module: nn.Module, around: Around) -> None:
         """Calls `around(forward, args, kwargs)` in place of the forward of `module`."""
-        self.forwards[module] = WrappedForward(module, around)
+        self.forwards[module] = WrappedMethod(module, "forward", around)
         module.__dict__[_REPLICATE] = RefusedReplica()
+
+    def wrap_generate(self, around: Around) -> None:
+        """Calls `around(generate, args, kwargs)` in place of the model's generate, where it has one."""
+        if hasattr(self.model, "generate"):
+            self.generate = WrappedMethod(self.model, "generate", around)
 
     def undo(self) -> None:
         """Puts the model back to what it was. A second call does nothing."""
@@ -82,6 +102,9 @@ class Patch:
             module, wrapped = self.forwards.popitem()
             wrapped.undo()
             module.__dict__.pop(_REPLICATE, None)
+        if self.generate is not None:
+            self.generate.undo()
+            self.generate = None
         while self.layers:
             delattr(self.layers.pop(), LAYER)
         if MODULE in self.model._modules:

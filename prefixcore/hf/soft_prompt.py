@@ -125,9 +125,19 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
     elif (padding is not None or missing is not None) and "position_ids" in names:
         kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
     if kwargs.get("labels") is not None:
-        kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
+        kwargs["labels"] = layout.insert_value(_predictable(kwargs["labels"], layout, prompts), -100)
     _insert_embeddings(model, kwargs, layout, prompts)
     return layout
+
+
+def _predictable(labels: Tensor, layout: Layout, prompts: Prompts) -> Tensor:
+    """Labels [B, T] without those of first tokens in rows that have no prompt, where nothing comes before them."""
+    if min(prompts.counts) > 0:
+        return labels
+    bare = torch.tensor([[count == 0] for count in prompts.counts], device=labels.device)
+    first = 0 if layout.left_padding is None else layout.left_padding.to(labels.device)
+    is_first = torch.arange(layout.length, device=labels.device) == first
+    return labels.masked_fill(bare & is_first, -100)
 
 
 def insert_mask(mask: Tensor, layout: Layout, missing: Tensor | None) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -75,6 +77,29 @@ class Rows:
         if self.index is None:
             return [self.tasks[0].key if self.tasks else None] * num_rows
         return [None if i < 0 else self.tasks[i].key for i in self.index]
+
+
+class _Generating(threading.local):
+    tasks: tuple[tuple[Any, Any], ...] = ()
+
+
+_generating = _Generating()
+
+
+@contextmanager
+def generating(patch: Any, task_ids: Any) -> Iterator[None]:
+    """A block in which the rows of calls that do not say otherwise are for `task_ids`, in this thread."""
+    before = _generating.tasks
+    _generating.tasks = (*before, (patch, task_ids))
+    try:
+        yield
+    finally:
+        _generating.tasks = before
+
+
+def generated_tasks(patch: Any) -> Any:
+    """The `task_ids` of the generate that runs in this thread on the model of this patch; None: none."""
+    return next((task_ids for each, task_ids in reversed(_generating.tasks) if each is patch), None)
 
 
 def parse_task_ids(task_ids: Any, num_rows: int, find: Callable[[Any], Task | None], what: str = "rows") -> Rows:

@@ -1,4 +1,4 @@
-"""A module whose `forward` is wrapped, so that no way of calling it leaves the wrapping out."""
+"""A method of a model that is wrapped on the instance, so that no way of calling it leaves the wrapping out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 from .tasks import TASK_IDS
 
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""`around(forward, args, kwargs)` calls `forward` once and returns the output."""
+"""`around(method, args, kwargs)` calls `method` once and returns what it returns."""
 
 
-class WrappedForward:
+class WrappedMethod:
     """What stands in `module.forward` while something is attached: `module(...)` and `module.forward(...)` are one.
 
     Hooks would be left out by `module.forward(...)`, which libraries call. An attribute of the instance is not, and is
@@ -23,29 +23,32 @@ class WrappedForward:
 
     Args:
         module: the module.
-        around: what to do in place of its forward.
+        name: the method, "forward" or "generate".
+        around: what to do in its place.
     """
 
-    def __init__(self, module: nn.Module, around: Around) -> None:
+    def __init__(self, module: nn.Module, name: str, around: Around) -> None:
         self.module = module
         self.around: Around | None = around
-        self.inner = module.__dict__.get("forward")  # another library's; accelerate puts one here too
-        self.__name__ = "forward"
-        object.__setattr__(module, "forward", self)
+        self.inner = module.__dict__.get(name)  # another library's; accelerate puts one here too
+        self.__name__ = name
+        object.__setattr__(module, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.around is None:
             return self.original(*args, **kwargs)
         return self.around(self.original, args, kwargs)
 
+    __code__ = __call__.__code__  # torch.export names its inputs by where this is
+
     @property
     def original(self) -> Callable[..., Any]:
-        """The forward that is wrapped."""
-        return partial(type(self.module).forward, self.module) if self.inner is None else self.inner
+        """The method that is wrapped."""
+        return partial(getattr(type(self.module), self.__name__), self.module) if self.inner is None else self.inner
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the forward, and `task_ids`: generate and Trainer read there which arguments a model takes."""
+        """That of the method, and `task_ids`: Trainer reads there which columns of a dataset a model takes."""
         signature = inspect.signature(self.original)
         parameters = [p for p in signature.parameters.values() if p.name != TASK_IDS]
         task_ids = inspect.Parameter(TASK_IDS, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -55,9 +58,9 @@ class WrappedForward:
     def undo(self) -> None:
         """Takes the wrapping away; where another library has wrapped this in turn, it passes calls on from now on."""
         self.around = None
-        if self.module.__dict__.get("forward") is not self:
+        if self.module.__dict__.get(self.__name__) is not self:
             return
         if self.inner is None:
-            del self.module.__dict__["forward"]
+            del self.module.__dict__[self.__name__]
         else:
-            object.__setattr__(self.module, "forward", self.inner)
+            object.__setattr__(self.module, self.__name__, self.inner)

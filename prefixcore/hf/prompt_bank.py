@@ -1,0 +1,209 @@
+"""`PromptBank`: many adapters on one model, of which each row of a batch sees its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..nn import Config, Prefix, PrefixTuningConfig
+from .attaching import (
+    check_config,
+    check_model,
+    check_position_limit,
+    find_attention_layers,
+    find_hidden_size,
+    make_prefix,
+    make_prompt,
+)
+from .bank import Attached, Bank
+from .handle import Handle
+from .loading import Target
+from .refusals import warn_of_dropout
+
+
+class PromptBank:
+    """Several adapters on a model: prefixes and soft prompts, of any lengths.
+
+    Every call says by `task_ids` which adapter each batch row is for: `model(**batch, task_ids=["capitals", None])`,
+    `model.generate(**batch, task_ids=...)`, a `task_ids` column of a dataset for Trainer. A task is a name, or a number
+    (`bank.number("capitals")`, which stays while it is attached); None or -1 stands for no virtual tokens, and one task
+    by itself for all rows. A packed batch has one a sequence. Each row gets what it would get alone, and only the
+    adapters that are named get gradients.
+
+    Args:
+        model: a transformers model, not wrapped, with nothing attached. It is frozen.
+        memory: how many bytes the frozen adapters may take on the model's device. They are kept on the CPU, and the
+            least recently used give way on the device. None: no limit.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as of `attach`.
+
+    Examples:
+        >>> bank = prefixcore.PromptBank(model)
+        >>> capitals = bank.attach("capitals", prefixcore.PrefixTuningConfig(num_virtual_tokens=4))
+        >>> sums = bank.attach("sums", prefixcore.PromptTuningConfig(num_virtual_tokens=6))
+        >>> ids = torch.tensor([[5, 6, 7]] * 3)
+        >>> out = model(ids, task_ids=["capitals", None, "sums"])
+        >>> out.logits.shape[:2]
+        torch.Size([3, 3])
+        >>> bank.remove("sums")
+        >>> bank.names
+        ['capitals']
+        >>> bank.detach()
+    """
+
+    def __init__(self, model: PreTrainedModel, *, memory: int | None = None) -> None:
+        check_model(model)
+        self._target = Target(model)
+        self._layers = _attempt(find_attention_layers, model)
+        self._hidden_size = _attempt(find_hidden_size, model)
+        if isinstance(self._layers, Exception) and isinstance(self._hidden_size, Exception):
+            raise self._layers
+        self._bank = Bank(model)
+        self._bank.stays = True
+        self._bank.residency.budget = memory
+        if isinstance(self._layers, Exception):
+            self._bank.set_decoder(str(self._layers), [])
+        else:
+            calls, backbone = self._layers
+            self._bank.set_decoder(backbone, calls)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, changed in place."""
+        return self._bank.model
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters, in the order in which they came."""
+        return [name for name in self._bank.adapters if name is not None]
+
+    def number(self, name: str) -> int:
+        """The number of an adapter, or of the first of its tasks. It stays, and is given to no other one later."""
+        return self._find(name).first_task
+
+    def attach(self, name: str, config: Config, *, tokenizer: Any = None, replace: bool = False) -> Handle:
+        """Attaches virtual tokens that are to be trained.
+
+        Args:
+            name: of the adapter: any text without a dot.
+            config, tokenizer: as of `prefixcore.attach`.
+            replace: whether it may take the place of one that has this name.
+
+        Returns:
+            Its handle: `parameters()`, `save(directory)`, `detach()`.
+
+        Raises:
+            ValueError: the name is taken, or none.
+            TypeError, ValueError, NotImplementedError: as of `prefixcore.attach`.
+        """
+        self._check_name(name, replace)
+        check_config(config)
+        with self._bank.disabled():
+            if isinstance(config, PrefixTuningConfig):
+                calls, _ = _result(self._layers)
+                module, layers = make_prefix(self.model, config, calls, tokenizer)
+                return self._add(name, module, layers, tokenizer)
+            prompt = make_prompt(self.model, config, _result(self._hidden_size), tokenizer)
+        return self._add(name, prompt, None, tokenizer)
+
+    def load(self, name: str, directory: str | Path, *, trainable: bool = False, replace: bool = False) -> Handle:
+        """Attaches an adapter that was saved, frozen unless it is `trainable`.
+
+        Args:
+            name: of the adapter: any text without a dot.
+            directory, trainable: as of `prefixcore.load`.
+            replace: whether it may take the place of one that has this name; where reading it fails, that one stays.
+
+        Raises:
+            ValueError: the name is taken, or none.
+            AdapterError: as of `prefixcore.load`.
+        """
+        self._check_name(name, replace)
+        for what, found in (("attention_layers", self._layers), ("hidden_size", self._hidden_size)):
+            if not isinstance(found, Exception):
+                self._target.__dict__[what] = found
+        with self._bank.disabled():
+            module, layers = self._target.read(Path(directory), trainable)
+        return self._add(name, module, layers if isinstance(module, Prefix) else None)
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter away, and touches no other."""
+        self._bank.remove(self._find(name))
+
+    def detach(self) -> None:
+        """Puts the model back to what it was. Handles keep their values."""
+        self._bank.adapters.clear()
+        self._bank.patch.undo()
+
+    def __getitem__(self, name: str) -> Handle:
+        return self._find(name).handle
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bank.adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self._bank.adapters)
+
+    def __enter__(self) -> PromptBank:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.names[:5]) + (", ..." if len(self) > 5 else "")
+        return f"PromptBank({len(self)} adapters on {type(self.model).__name__}: {shown or 'none'})"
+
+    def _find(self, name: str) -> Attached:
+        if name not in self._bank.adapters:
+            raise KeyError(f"no adapter is named {name!r}; there are {', '.join(self.names) or 'none'}")
+        return self._bank.adapters[name]
+
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"name: expected a text without a dot, got {name!r}")
+        if name in self._bank.adapters and not replace:
+            raise ValueError(f"an adapter is named {name!r} already: pass replace=True, or remove it first")
+
+    def _add(self, name: str, module: Any, layers: list[int] | None, tokenizer: Any = None) -> Handle:
+        """Attaches a module under a name, in place of what has it."""
+        check_position_limit(self.model, module.num_virtual_tokens)
+        adapter = Attached(module, layers, name)
+        shapes = []
+        if layers is not None:
+            calls, _ = _result(self._layers)
+            shapes = [calls[layer].shape for layer in layers]
+        if adapter.trains:
+            module.to(self.model.device).train(self.model.training)
+            if layers is not None:
+                warn_of_dropout(self.model)
+        else:
+            module.to("cpu")
+            adapter.is_kept = False
+        if name in self._bank.adapters:
+            self._bank.remove(self._bank.adapters[name])
+        return Handle(self._bank, self._bank.add(adapter), shapes, tokenizer)
+
+
+def _attempt(function: Any, model: PreTrainedModel) -> Any:
+    """What `function` returns, or the error that says why a kind of virtual tokens cannot be attached."""
+    try:
+        return function(model)
+    except (NotImplementedError, ValueError) as error:
+        return error
+
+
+def _result(attempted: Any) -> Any:
+    if isinstance(attempted, Exception):
+        raise attempted
+    return attempted
