@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
+from .attached import Attached
 from .attention import LAYER
-from .bank import Attached, Bank
+from .bank import Bank
 from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known_families, position_limit, text_config
 from .handle import Handle

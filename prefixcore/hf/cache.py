@@ -149,3 +149,31 @@ def close_cache(cache: Any) -> None:
         return
     if get_label(cache) is not None:
         cache.__dict__["update"] = _Refusing(cache)
+
+
+def label_to_continue(cache: Any, keys: list[Key | None]) -> CacheLabel | None:
+    """The label of a cache that the call goes on from; None: the call starts a sequence.
+
+    Raises:
+        ValueError: the cache was filled behind other virtual tokens than the rows', or behind none.
+    """
+    if cache is None:
+        return None
+    label, past = get_label(cache), cache.get_seq_length()
+    if label is not None and not (isinstance(past, int) and past == 0):
+        if not label.fits(keys):
+            raise ValueError(
+                "the cache was filled behind other virtual tokens than those of the rows that go on from it: give "
+                "each row the task that it began with, or start a new cache"
+            )
+        return label
+    if torch.compiler.is_compiling():  # cannot read how much a static cache holds
+        return None
+    if label is not None:
+        set_label(cache, None)
+    elif any(key is not None for key in keys) and int(past) > 0:
+        raise ValueError(
+            f"the cache holds {int(past)} tokens that were computed without these virtual tokens (before they were "
+            "attached, while they were disabled, or by another model): start a new cache, or detach"
+        )
+    return None

@@ -15,7 +15,8 @@ from ..adapters import Manifest, write_adapter
 from ..nn import Config, LayerShape, Prefix, SoftPrompt
 from ..ops import which_backend
 from ..ops.select import Choice
-from .bank import Attached, Bank
+from .attached import Attached
+from .bank import Bank
 from .families import is_known
 from .patch import ATTACHMENT
 from .positions import argument_names

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..nn import Config, Prefix, PrefixTuningConfig
+from .attached import Attached
 from .attaching import (
     check_config,
     check_model,
@@ -19,7 +20,7 @@ from .attaching import (
     make_prefix,
     make_prompt,
 )
-from .bank import Attached, Bank
+from .bank import Bank
 from .handle import Handle
 from .loading import Target
 from .refusals import warn_of_dropout

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .bank import Attached
+    from .attached import Attached
 
 TASK_IDS = "task_ids"
 """The argument of a model's call that names each row's adapter."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
-from .bank import Attached, Bank
+from .attached import Attached
+from .bank import Bank
 from .discover import AttentionCall, record
 from .families import known_families, text_config
 from .patch import frozen_run

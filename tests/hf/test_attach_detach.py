@@ -13,7 +13,7 @@ import transformers
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from prefixcore.hf import FAMILIES as KNOWN
-from prefixcore.hf import bank as bank_module
+from prefixcore.hf import prefix_calls
 from prefixcore.hf.patch import Patch
 
 from .models import FAMILIES, VOCABULARY, Tokenizer, assert_same, make, padded, state, tokens
@@ -217,7 +217,7 @@ def test_an_unknown_family_that_fails_the_check_is_refused(monkeypatch: pytest.M
     model = make("llama")
     before = state(model)
     monkeypatch.setattr("prefixcore.hf.families.FAMILIES", {"gpt2": KNOWN["gpt2"]})
-    monkeypatch.setattr(bank_module, "shift_positions", lambda *_: None)
+    monkeypatch.setattr(prefix_calls, "shift_positions", lambda *_: None)
     with pytest.raises(NotImplementedError, match="does not act as the text"):
         prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="zero"))
     assert_same(before, state(model))

@@ -1,0 +1,187 @@
+"""A call of the model with soft prompts: computed once for all rows, or put into each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from .cache import (
+    CacheLabel,
+    cache_argument,
+    cache_output,
+    close_cache,
+    get_label,
+    label_to_continue,
+    open_cache,
+    set_label,
+)
+from .families import has_windows, text_config
+from .layout import Layout
+from .positions import batch_rows, past_length, query_length
+from .prefix import LayerPrefixes
+from .prefix_calls import compute_once, prompt_of
+from .refusals import refuse_attention_weights, refuse_other_attention, refuse_unshareable, warn_of_dropout
+from .soft_prompt import (
+    Prompts,
+    check_arguments,
+    check_positions,
+    continue_after,
+    insert,
+    insert_each,
+    insert_shared,
+    tokens,
+    without_prompt,
+)
+from .tasks import Rows, Task
+
+if TYPE_CHECKING:
+    from .bank import Bank
+
+
+def place_prompts(
+    bank: Bank, kwargs: dict[str, Any], rows: Rows
+) -> tuple[dict[Task, LayerPrefixes | None], dict[Task, Tensor]]:
+    """Which soft prompts of a call become prefixes, computed once for all rows, and what is put into each row.
+
+    The model is causal, so the virtual tokens of a soft prompt do not depend on the text, and are to it what a
+    prefix is. The cache then holds the text alone. With labels the last virtual token goes into each row, as the
+    first token of the text is predicted from it.
+
+    Returns:
+        The prefixes, None for one that the cache holds; and the embeddings [P, E] of what is put in.
+    """
+    cache = cache_argument(kwargs)
+    label = None
+    if kwargs.get("cu_seq_lens_q") is None:
+        label = label_to_continue(cache, rows.keys(batch_rows(kwargs)))
+    if label is not None:
+        inserted = dict.fromkeys(rows.prompts, cache) if any(label.inserted) else {}
+        return {task: None for task in rows.prompts if task.key in label.order}, inserted
+    prompts = {task: prompt_of(bank, task) for task in rows.prompts}
+    trains = torch.is_grad_enabled() and any(task.adapter.trains for task in rows.prompts)
+    if not _may_compute_once(bank, kwargs, max(map(len, prompts.values())), trains):
+        return {}, prompts
+    if not bank.is_reached and trains:
+        warn_of_dropout(bank.model)
+    bank.reach()
+    assert isinstance(bank.decoder, PreTrainedModel)
+    refuse_other_attention(bank.decoder)
+    last = 0 if kwargs.get("labels") is None else 1
+    shared = {task: prompt[: len(prompt) - last] for task, prompt in prompts.items() if len(prompt) > last}
+    inserted = {task: prompt[len(prompt) - last :] for task, prompt in prompts.items()} if last else {}
+    return {task: compute_once(bank, prompt) for task, prompt in shared.items()}, inserted
+
+
+def _may_compute_once(bank: Bank, kwargs: dict[str, Any], longest: int, trains: bool) -> bool:
+    """Whether soft prompts of a call that starts sequences can be computed once, and it is worth it."""
+    decoder = bank.decoder
+    if isinstance(decoder, str) or not bank.only_full_attention or torch.compiler.is_compiling():
+        return False
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("token_type_ids") is not None:
+        return False  # a packed batch does it in one pass; types of tokens come from each row's text
+    for option in ("output_attentions", "output_router_logits"):
+        if kwargs.get(option) or getattr(decoder.config, option, False):
+            return False
+    saved = (batch_rows(kwargs) - 1) * longest
+    if trains:
+        # Repeated layers would leave their keys a second time. On a GPU a second pass costs its launches.
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in bank.checkpointable)
+        if checkpointing or saved < (1 if tokens(kwargs).device.type == "cpu" else 1024):
+            return False
+    elif saved == 0 and not _uses_cache(bank.model, kwargs):
+        return False
+    return _start_at_zero(kwargs)
+
+
+def call_with_prompts(
+    bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows, prompts: dict[Task, Tensor]
+) -> Any:
+    """A call of the model with soft prompts put into its input, and taken out of its output."""
+    check_arguments(kwargs)
+    cache, num_rows, packed = cache_argument(kwargs), batch_rows(kwargs), kwargs.get("cu_seq_lens_q") is not None
+    if bank.is_reached:
+        assert isinstance(bank.decoder, PreTrainedModel)
+        refuse_attention_weights(bank.decoder, kwargs)
+    past, length = past_length(kwargs), tokens(kwargs).shape[1]
+    label = None if packed else label_to_continue(cache, rows.keys(num_rows))
+    layout: Any = None
+    if label is not None or (past and not packed):
+        counts = rows.counts(list(prompts), num_rows) if label is None else label.inserted_of(num_rows)
+        continue_after(kwargs, counts, past, _may_read(kwargs, cache))
+        needed = int(past) + length
+    else:
+        placed = Prompts(list(prompts.values()), rows.of(list(prompts), num_rows))
+        counts = placed.counts
+        if packed:
+            layout = _insert_packed(bank, kwargs, rows, placed, int(past))
+        else:
+            layout = insert(bank.model, bank.names[bank.model], kwargs, placed)
+        needed = placed.longest + length
+    check_positions(kwargs, max(counts), needed, bank.limit)
+    open_cache(cache)
+    try:
+        output = forward(**kwargs)
+        if layout is None:
+            return output
+        cache = cache_output(output) if cache is None else cache
+        if isinstance(cache, Cache) and not packed and not torch.compiler.is_compiling():
+            set_label(cache, CacheLabel.inserting(get_label(cache), rows.keys(num_rows), rows, counts))
+        return without_prompt(output, layout)
+    finally:
+        close_cache(cache)
+
+
+def _insert_packed(bank: Bank, kwargs: dict[str, Any], rows: Rows, prompts: Prompts, past: int) -> Any:
+    """Puts the soft prompts into a packed batch: one before all sequences, or each before its own."""
+    batch_size = tokens(kwargs).shape[0]
+    if batch_size != 1 or past:
+        got = f"{batch_size} rows" if batch_size != 1 else f"a cache of {past} tokens"
+        raise ValueError(f"expected one row and an empty cache in a packed batch (cu_seq_lens_q), got {got}")
+    decoder = bank.decoder
+    if isinstance(decoder, str):
+        raise NotImplementedError(
+            f"{type(bank.model).__name__} cannot be given packed batches (cu_seq_lens_q) with a soft prompt: "
+            f"{decoder}; pad the sequences into rows of their own"
+        )
+    refuse_attention_weights(decoder, kwargs)
+    if not bank.is_reached and any(task.adapter.trains for task in rows.prompts):
+        warn_of_dropout(bank.model)
+    bank.reach()
+    refuse_other_attention(decoder)
+    if not prompts.is_one:
+        return insert_each(bank.model, kwargs, prompts)
+    refuse_unshareable(decoder, kwargs)
+    if has_windows(decoder) and prompts.index:  # read once here, and not in each layer: it makes a GPU wait
+        kwargs["max_length_q"] = int(kwargs["cu_seq_lens_q"].diff().max())
+    return insert_shared(bank.model, kwargs, prompts)
+
+
+def _start_at_zero(kwargs: dict[str, Any]) -> bool:
+    """Whether each text begins at position 0; the prompt stands before it wherever that is."""
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is None:
+        return True
+    if positions.dim() != 2:
+        return False
+    length = tokens(kwargs).shape[1]
+    if mask is None:
+        return not bool(positions[:, 0].any()) and not bool((positions.diff(dim=-1) < 0).any())
+    if not isinstance(mask, Tensor) or mask.dim() != 2:  # made by generate for a static cache, as the positions were
+        return not bool(positions.amin(-1).any())
+    positions = positions.expand(mask.shape[0], -1)
+    return not bool(Layout.from_mask(mask, mask.shape[0], length, 0).first_of_text(positions).any())
+
+
+def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return cache_argument(kwargs) is not None or bool(text_config(model).use_cache if use_cache is None else use_cache)
+
+
+def _may_read(kwargs: dict[str, Any], cache: Any) -> bool:
+    """Whether to read the values of positions, which makes a GPU wait: not in each step of a plain generate."""
+    on_cpu = tokens(kwargs).device.type == "cpu"
+    return on_cpu or query_length(kwargs) > 1 or getattr(cache, "_is_user_defined", False)
