@@ -36,6 +36,11 @@ class Attached:
         return self.layers is not None
 
     @property
+    def virtual_token_ids(self) -> int | list[int] | None:
+        """The ids that stand for its virtual tokens in a text; None: they stand before it."""
+        return getattr(self.module.config, "virtual_token_ids", None)
+
+    @property
     def num_virtual_tokens(self) -> int:
         """P."""
         return self.module.num_virtual_tokens

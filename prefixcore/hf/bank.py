@@ -24,7 +24,7 @@ from .families import has_windows, known_families, position_limit, text_config
 from .patch import ATTACHMENT, Patch
 from .positions import argument_names, as_keywords, batch_rows, takes_keywords
 from .prefix_calls import ROWS, RowPrefixes, decode
-from .prompt_calls import call_with_prompts, place_prompts
+from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
 from .residency import Residency
 from .soft_prompt import is_inserted
 from .tasks import TASK_IDS, Rows, Task, generated_tasks, generating, parse_task_ids
@@ -68,7 +68,8 @@ class Bank:
             self.patch.wrap_forward(model, self.call_model)
             if model.base_model is not model:
                 self.patch.wrap_forward(model.base_model, self.call_base_model)
-            self.patch.wrap_generate(self.call_generate)
+            self.patch.wrap_method("generate", self.call_generate)
+            self.patch.wrap_method("init_continuous_batching", self.refuse_continuous_batching)
             setattr(model, ATTACHMENT, self)
         except BaseException:
             self.patch.undo()
@@ -166,6 +167,8 @@ class Bank:
         rows = self.pop_rows(kwargs)
         if self.model is self.decoder:
             forward = partial(decode, self, forward)
+        if rows.placed:
+            forward = place_prompts_in_text(self, forward, kwargs, rows)
         computed: dict[Task, Any] = {}
         prompts: dict[Task, Tensor] = {}
         if rows.prompts:
@@ -182,6 +185,16 @@ class Bank:
         task_ids = kwargs.pop(TASK_IDS, None)
         with generating(self.patch, task_ids):
             return generate(*args, **kwargs)
+
+    def refuse_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The start of continuous batching, by whichever method: NotImplementedError."""
+        if self.is_disabled:
+            return start(*args, **kwargs)
+        raise NotImplementedError(
+            "continuous batching (generate_batch) keeps pages of keys and values that only transformers' own attention "
+            "reads, so virtual tokens would not be seen: call generate on padded batches (with task_ids for different "
+            "adapters), or detach first"
+        )
 
     def call_base_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model without its head, from the model or by itself."""

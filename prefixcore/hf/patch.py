@@ -37,7 +37,7 @@ class Patch:
         attention: every configuration that was switched, and the attention implementation it named before.
         layers: the attention layers that were numbered.
         forwards: the forwards that were wrapped, by their modules.
-        generate: the model's generate, wrapped; None: it has none.
+        methods: other methods of the model that were wrapped.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -45,7 +45,7 @@ class Patch:
         self.frozen: list[tuple[nn.Parameter, bool]] = []
         self.attention: list[tuple[PretrainedConfig, str | None]] = []
         self.layers: list[nn.Module] = []
-        self.generate: WrappedMethod | None = None
+        self.methods: list[WrappedMethod] = []
         self.forwards: dict[nn.Module, WrappedMethod] = {}
 
     def freeze(self) -> None:
@@ -91,10 +91,10 @@ class Patch:
         self.forwards[module] = WrappedMethod(module, "forward", around)
         module.__dict__[_REPLICATE] = RefusedReplica()
 
-    def wrap_generate(self, around: Around) -> None:
-        """Calls `around(generate, args, kwargs)` in place of the model's generate, where it has one."""
-        if hasattr(self.model, "generate"):
-            self.generate = WrappedMethod(self.model, "generate", around)
+    def wrap_method(self, name: str, around: Around) -> None:
+        """Calls `around(method, args, kwargs)` in place of a method of the model, where it has one of this name."""
+        if hasattr(self.model, name):
+            self.methods.append(WrappedMethod(self.model, name, around))
 
     def undo(self) -> None:
         """Puts the model back to what it was. A second call does nothing."""
@@ -102,9 +102,8 @@ class Patch:
             module, wrapped = self.forwards.popitem()
             wrapped.undo()
             module.__dict__.pop(_REPLICATE, None)
-        if self.generate is not None:
-            self.generate.undo()
-            self.generate = None
+        while self.methods:
+            self.methods.pop().undo()
         while self.layers:
             delattr(self.layers.pop(), LAYER)
         if MODULE in self.model._modules:

@@ -21,6 +21,7 @@ from .cache import (
 )
 from .families import has_windows, text_config
 from .layout import Layout
+from .placed_prompt import place
 from .positions import batch_rows, past_length, query_length
 from .prefix import LayerPrefixes
 from .prefix_calls import compute_once, prompt_of
@@ -76,6 +77,29 @@ def place_prompts(
     return {task: compute_once(bank, prompt) for task, prompt in shared.items()}, inserted
 
 
+def place_prompts_in_text(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows) -> Any:
+    """Puts soft prompts where special ids stand for them, in place; `forward` for a call that then labels its cache."""
+    num_rows, cu_seqlens = batch_rows(kwargs), kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None and len(rows.tasks) + (rows.index is not None) > 1:
+        raise NotImplementedError(
+            "virtual_token_ids: packed sequences with several soft prompts that stand in the text; pad them into rows"
+        )
+    past = past_length(kwargs)
+    label = None if cu_seqlens is not None else label_to_continue(cache_argument(kwargs), rows.keys(num_rows))
+    index = rows.of(rows.placed, num_rows) if cu_seqlens is None else [0]
+    prompts = Prompts([prompt_of(bank, task) for task in rows.placed], index)
+    ids_of: list[Any] = [task.adapter.virtual_token_ids for task in rows.placed]
+    if cu_seqlens is not None and isinstance(ids_of[0], int):
+        raise NotImplementedError(
+            "virtual_token_ids: in packed sequences one id cannot stand for all virtual tokens; give one for each"
+        )
+    starts = label is None and not past
+    place(bank.model, kwargs, prompts, ids_of, starts)
+    if cu_seqlens is not None:
+        return forward
+    return lambda **kwargs: call_labelled(forward, kwargs, rows, [0] * num_rows, starts=starts)
+
+
 def _may_compute_once(bank: Bank, kwargs: dict[str, Any], longest: int, trains: bool) -> bool:
     """Whether soft prompts of a call that starts sequences can be computed once, and it is worth it."""
     decoder = bank.decoder
@@ -122,15 +146,22 @@ def call_with_prompts(
             layout = insert(bank.model, bank.names[bank.model], kwargs, placed)
         needed = placed.longest + length
     check_positions(kwargs, max(counts), needed, bank.limit)
+    output = call_labelled(forward, kwargs, rows, counts, starts=layout is not None and not packed)
+    return output if layout is None else without_prompt(output, layout)
+
+
+def call_labelled(
+    forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows, inserted: list[int], *, starts: bool
+) -> Any:
+    """A call whose cache holds virtual tokens of soft prompts: it may be written to, and is labelled if it `starts`."""
+    cache = cache_argument(kwargs)
     open_cache(cache)
     try:
         output = forward(**kwargs)
-        if layout is None:
-            return output
         cache = cache_output(output) if cache is None else cache
-        if isinstance(cache, Cache) and not packed and not torch.compiler.is_compiling():
-            set_label(cache, CacheLabel.inserting(get_label(cache), rows.keys(num_rows), rows, counts))
-        return without_prompt(output, layout)
+        if starts and isinstance(cache, Cache) and not torch.compiler.is_compiling():
+            set_label(cache, CacheLabel.inserting(get_label(cache), rows.keys(len(inserted)), rows, inserted))
+        return output
     finally:
         close_cache(cache)
 
@@ -148,6 +179,7 @@ def _insert_packed(bank: Bank, kwargs: dict[str, Any], rows: Rows, prompts: Prom
             f"{decoder}; pad the sequences into rows of their own"
         )
     refuse_attention_weights(decoder, kwargs)
+    kwargs.pop("seq_idx", None)  # cu_seq_lens_q says the same, and known families read it alone
     if not bank.is_reached and any(task.adapter.trains for task in rows.prompts):
         warn_of_dropout(bank.model)
     bank.reach()

@@ -76,6 +76,12 @@ def is_inserted(embeds: Any) -> bool:
     return hasattr(embeds, _INSERTED)
 
 
+def mark_inserted(embeds: Tensor) -> None:
+    """Marks input embeddings as holding a prompt."""
+    if not torch.compiler.is_compiling():
+        setattr(embeds, _INSERTED, True)
+
+
 def missing_tokens(counts: Sequence[int], device: torch.device) -> Tensor | None:
     """[B, 1]: how many virtual tokens fewer than the longest each row has; None: all rows have the same number."""
     longest = max(counts, default=0)
@@ -234,8 +240,7 @@ def insert_each(model: PreTrainedModel, kwargs: dict[str, Any], prompts: Prompts
     table = prompts.table.to(device=embeds.device, dtype=embeds.dtype)
     kwargs["inputs_embeds"] = layout.insert(embeds, table[torch.cat(places).to(embeds.device)])
     kwargs["input_ids"] = None
-    if not torch.compiler.is_compiling():
-        setattr(kwargs["inputs_embeds"], _INSERTED, True)
+    mark_inserted(kwargs["inputs_embeds"])
     return layout
 
 
@@ -305,8 +310,7 @@ def _insert_embeddings(model: PreTrainedModel, kwargs: dict[str, Any], layout: L
         )
     kwargs["inputs_embeds"] = _embed(model, layout, prompts, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     kwargs["input_ids"] = None
-    if not torch.compiler.is_compiling():
-        setattr(kwargs["inputs_embeds"], _INSERTED, True)
+    mark_inserted(kwargs["inputs_embeds"])
 
 
 def _embed(
@@ -328,6 +332,28 @@ def _embed(
     if prompts.is_one:
         return layout.insert(embeds, table.expand(layout.batch_size, -1, -1))
     return layout.insert(embeds, table[prompts.table_rows(0, table.device, torch.long)])
+
+
+def embed_rows(model: PreTrainedModel, ids: Tensor, new_ids: Tensor, virtual: Tensor, prompts: Prompts) -> Tensor:
+    """Embeddings [B, T, E] of `new_ids`, in which ids from V upwards name rows of the prompts' table.
+
+    Args:
+        model: the model that is called.
+        ids: [B, T] as they were; those that stand for virtual tokens may be ids beyond the table.
+        new_ids: [B, T].
+        virtual: bool [B, T], where virtual tokens stand.
+        prompts: of each row.
+    """
+    table = prompts.table
+    embed: Any = model.get_input_embeddings()
+    size = embed.weight.shape[0]
+    text = ids.masked_fill(virtual, 0)
+    _check_range(text, size)
+    if _is_plain_table(embed):
+        return soft_embedding(new_ids, embed.weight, table.to(embed.weight.device))
+    embeds = embed(text)
+    rows = (new_ids - size).clamp(min=0)
+    return torch.where(virtual[..., None], table.to(device=embeds.device, dtype=embeds.dtype)[rows], embeds)
 
 
 def _check_range(ids: Tensor, size: int) -> None:
@@ -372,6 +398,7 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
             "a soft prompt needs logits_to_keep as a number of last tokens, got a tensor of token indices, which is "
             "for packed batches"
         )
+    packed = kwargs.get("cu_seq_lens_q") is not None
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
     if isinstance(given, Tensor) and given.dim() < 2:
@@ -379,7 +406,9 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
     if not isinstance(given, Tensor) or given.shape[1] < 2:  # [B, 1] is also the shape of what is not per token
         return
     for name, value in kwargs.items():
-        if isinstance(value, Tensor) and name not in _TOKEN_ARGUMENTS and value.shape[:2] == given.shape[:2]:
+        if name in _TOKEN_ARGUMENTS or (packed and name == "seq_idx"):
+            continue
+        if isinstance(value, Tensor) and value.shape[:2] == given.shape[:2]:
             raise NotImplementedError(f"{name} has a value a token, and none is known for virtual tokens")
 
 

@@ -58,8 +58,13 @@ class Rows:
 
     @property
     def prompts(self) -> list[Task]:
-        """The tasks whose virtual tokens are a soft prompt."""
-        return [task for task in self.tasks if not task.adapter.is_prefix]
+        """The tasks whose virtual tokens are a soft prompt that stands before the text."""
+        return [t for t in self.tasks if not t.adapter.is_prefix and t.adapter.virtual_token_ids is None]
+
+    @property
+    def placed(self) -> list[Task]:
+        """The tasks whose virtual tokens are a soft prompt that stands where special ids are in the text."""
+        return [t for t in self.tasks if t.adapter.virtual_token_ids is not None]
 
     def of(self, tasks: list[Task], num_rows: int) -> list[int]:
         """For each row its place in `tasks`, a part of this object's; -1: none of them."""

@@ -238,6 +238,9 @@ class PromptTuningConfig(_Config):
         init_text: the text of `init="text"`.
         reparameterization: what is trained in place of the prompt: "none", "low_rank" or "random_basis" (an
             MLP or LSTM is `PTuningConfig`).
+        virtual_token_ids: where the virtual tokens stand in the text, in place of before it: P ids of the tokenizer,
+            each of which stands for one of them wherever it is; or one id, whose k-th occurrence stands for the k-th
+            and which each text holds P times. They may be ids beyond the model's table.
         rank, num_basis, seed, task_type, tokenizer_name_or_path: as in `PrefixTuningConfig`.
         prompt_tuning_init, prompt_tuning_init_text: PEFT's names of `init` ("TEXT", "SAMPLE_VOCAB", "RANDOM")
             and `init_text`.
@@ -255,6 +258,7 @@ class PromptTuningConfig(_Config):
     reparameterization: str = "none"
     rank: int = 8
     num_basis: int = 256
+    virtual_token_ids: int | list[int] | None = None
     prompt_tuning_init: InitVar[str | None] = None
     prompt_tuning_init_text: InitVar[str | None] = None
 
@@ -272,6 +276,7 @@ class PromptTuningConfig(_Config):
         self._check_common()
         _check_prompt_tensor(self.init)
         _check_choice("reparameterization", self.reparameterization, ("none", "low_rank", "random_basis"))
+        _check_virtual_token_ids(self.virtual_token_ids, self.num_virtual_tokens)
         _check_positive("rank", self.rank)
         _check_positive("num_basis", self.num_basis)
 
@@ -281,7 +286,7 @@ class PTuningConfig(_Config):
     """P-tuning: train a soft prompt through a small encoder (Liu et al., arXiv:2103.10385).
 
     Args:
-        num_virtual_tokens, init, init_text, seed, task_type, tokenizer_name_or_path: as in
+        num_virtual_tokens, init, init_text, virtual_token_ids, seed, task_type, tokenizer_name_or_path: as in
             `PromptTuningConfig`. With `init="random"` the encoder alone makes the prompt, as in PEFT; with
             any other initial values the encoder is added to them, and begins at zero.
         encoder_reparameterization_type: "MLP" (three linear layers) or "LSTM" (bidirectional, then two).
@@ -304,10 +309,12 @@ class PTuningConfig(_Config):
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
+    virtual_token_ids: int | list[int] | None = None
 
     def __post_init__(self) -> None:
         self._check_common()
         _check_prompt_tensor(self.init)
+        _check_virtual_token_ids(self.virtual_token_ids, self.num_virtual_tokens)
         _check_choice("encoder_reparameterization_type", self.encoder_reparameterization_type, ENCODERS)
         if self.encoder_hidden_size is not None:
             _check_positive("encoder_hidden_size", self.encoder_hidden_size)
@@ -315,6 +322,20 @@ class PTuningConfig(_Config):
         dropout = self.encoder_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"encoder_dropout must be a number from 0 to below 1, got {dropout!r}")
+
+
+def _check_virtual_token_ids(ids: Any, num_virtual_tokens: int | None) -> None:
+    if ids is None:
+        return
+    each = [ids] if isinstance(ids, int) else ids
+    are_ids = isinstance(each, (list, tuple)) and all(type(i) is int and i >= 0 for i in each)
+    if not are_ids or not each or len(set(each)) != len(each):
+        raise ValueError(f"virtual_token_ids must be a token id, or a list of different ones, got {ids!r}")
+    if not isinstance(ids, int) and num_virtual_tokens is not None and len(each) != num_virtual_tokens:
+        raise ValueError(
+            f"virtual_token_ids holds {len(each)} ids for {num_virtual_tokens} virtual tokens: give one for each, or "
+            "one for all"
+        )
 
 
 def _check_prompt_tensor(init: Any) -> None:

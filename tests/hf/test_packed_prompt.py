@@ -345,3 +345,15 @@ def test_compiled(prepared: bool) -> None:
     torch._dynamo.reset()
     handle.detach()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_batches_of_a_collator_that_tells_sequences_by_index() -> None:
+    """As TRL's packing does, which takes transformers' collator."""
+    from transformers import DataCollatorWithFlattening
+
+    features = [{"input_ids": row["input_ids"]} for row in rows()]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(features)
+    assert "seq_idx" in batch
+    model, _ = attach()
+    expected = model(**{name: value for name, value in batch.items() if name != "seq_idx"})
+    torch.testing.assert_close(model(**batch).loss, expected.loss, rtol=0, atol=0)
