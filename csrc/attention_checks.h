@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 
 #include "checks.h"
 
@@ -12,20 +13,30 @@ namespace prefixcore {
 constexpr int64_t kMost = INT32_MAX;
 
 // Scale and softcap become float32 numbers, and so does their quotient: within these sizes nothing is lost, and
-// products of a hundred million overflow nothing. `prefixcore/ops/attention_checks.py` says the same.
-inline void check_factor(const char* name, double x, bool may_be_zero) {
-  constexpr double kSmallest = 1e-30, kLargest = 1e30;
-  if (may_be_zero && x == 0) return;
-  if (!(std::abs(x) >= kSmallest && std::abs(x) <= kLargest))
-    refuse(name, "0, or a size of 1e-30 to 1e30", std::to_string(x));
+// products of a hundred million overflow nothing. `prefixcore/backends/checks.py` says the same in the same words.
+constexpr double kSmallest = 1e-30, kLargest = 1e30;
+
+[[noreturn]] inline void refuse_number(const char* name, const char* expected, double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  refuse(name, expected, text);
 }
 
-inline void check_numbers(double scale, double softcap) {
-  check_factor("scale", scale, true);
+inline void check_factor(const char* name, double x) {
+  if (x != 0 && !(std::abs(x) >= kSmallest && std::abs(x) <= kLargest))
+    refuse_number(name, "0, or a size from 1e-30 to 1e+30", x);
+}
+
+inline void check_factors(double scale, double softcap) {
+  check_factor("scale", scale);
   if (softcap == 0) return;
-  if (!(softcap > 0)) refuse("softcap", "more than 0, or 0 for none", std::to_string(softcap));
-  check_factor("softcap", softcap, false);
-  check_factor("scale / softcap", scale / softcap, true);
+  if (!(softcap >= kSmallest && softcap <= kLargest))
+    refuse_number("softcap", "none, or a number from 1e-30 to 1e+30", softcap);
+  check_factor("scale / softcap", scale / softcap);
+}
+
+inline void check_window(int64_t sliding_window) {
+  if (sliding_window < 0) refuse("sliding_window", "none, or at least 1", std::to_string(sliding_window));
 }
 
 // The sizes of a call, named as in `docs/`: those of the bank are 1 and P where there is a prefix and no bank.
@@ -69,7 +80,7 @@ inline AttentionSizes check_attention(const Tensor& query, const Tensor& key, co
                                       const OptionalTensor& prefix_index, const OptionalTensor& prefix_lengths,
                                       const OptionalTensor& padding, const OptionalTensor& mask,
                                       const OptionalTensor& sinks, const OptionalTensor& cu_seqlens, double scale,
-                                      double softcap) {
+                                      int64_t sliding_window, double softcap) {
   AttentionSizes n;
   const int64_t* q = check_shape(query, "query", {{"B"}, {"H"}, {"T"}, {"D"}});
   n.batch = q[0], n.heads = q[1], n.queries = q[2], n.dim = q[3];
@@ -111,7 +122,8 @@ inline AttentionSizes check_attention(const Tensor& query, const Tensor& key, co
     check_shape(*sinks, "sinks", {{"H", n.heads}});
     check_floating(*sinks, "sinks");
   }
-  check_numbers(scale, softcap);
+  check_factors(scale, softcap);
+  check_window(sliding_window);
   return n;
 }
 

@@ -91,8 +91,8 @@ struct Inputs {
 
   Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk, const Tensor& pv,
          const OptionalTensor& index, const OptionalTensor& lengths, const OptionalTensor& pad, const OptionalTensor& m,
-         const OptionalTensor& s, const OptionalTensor& cu, double scale, double softcap)
-      : sizes(check_attention(q, k, v, pk, pv, index, lengths, pad, m, s, cu, scale, softcap)),
+         const OptionalTensor& s, const OptionalTensor& cu, double scale, int64_t window, double softcap)
+      : sizes(check_attention(q, k, v, pk, pv, index, lengths, pad, m, s, cu, scale, window, softcap)),
         query(q),
         key(k),
         value(v),
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& query, const Tensor& k
                                             const OptionalTensor& sinks, const OptionalTensor& cu_seqlens,
                                             bool is_causal, double scale, int64_t sliding_window, double softcap) {
   const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
-                      cu_seqlens, scale, softcap);
+                      cu_seqlens, scale, sliding_window, softcap);
   const AttentionSizes& n = inputs.sizes;
   Tensor out = empty_heads_last(query, n.batch, n.heads, n.queries, n.value_dim);
   Tensor lse = empty_float(query, {n.batch, n.heads, n.queries});
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     const OptionalTensor& sinks, const OptionalTensor& cu_seqlens, bool is_causal, double scale, int64_t sliding_window,
     double softcap, bool needs_query, bool needs_sequence, bool needs_prefix) {
   const Inputs inputs(query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths, padding, mask, sinks,
-                      cu_seqlens, scale, softcap);
+                      cu_seqlens, scale, sliding_window, softcap);
   check_outputs(grad_out, grad_lse, out, lse, query, inputs.sizes);
   grad_out = rows(grad_out);
   out = rows(out);

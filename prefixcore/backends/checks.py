@@ -16,6 +16,9 @@ from .problem import TENSORS, AttentionProblem
 from .protocol import DTYPES
 
 _INTEGERS = (torch.int64, torch.int32)
+_SMALLEST, _LARGEST = 1e-30, 1e30
+"""Between these sizes scale, softcap and their quotient are float32 numbers of full precision, which the kernels take,
+and overflow with no product of less than a hundred million. `csrc/attention_checks.h` says the same."""
 
 
 def check_storage(name: str, x: Tensor) -> None:
@@ -38,6 +41,25 @@ def check_storage(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name}: expected memory for the shape {list(shape)}, {need} bytes, got {have} bytes: its storage was "
             "freed or shrunk; if FSDP shards it, unshard() it first"
+        )
+
+
+def _fits(x: float) -> bool:
+    """Whether float32 arithmetic holds `x`. Comparisons that NaN fails, and that compiled code can make."""
+    return x == 0 or _SMALLEST <= x <= _LARGEST or -_LARGEST <= x <= -_SMALLEST
+
+
+def check_factors(scale: float, softcap: float) -> None:
+    """ValueError unless float32 arithmetic holds these and their quotient; a softcap of 0 is none."""
+    if not _fits(scale):
+        raise ValueError(f"scale: expected 0, or a size from {_SMALLEST} to {_LARGEST}, got {scale}")
+    if softcap == 0:
+        return
+    if not _SMALLEST <= softcap <= _LARGEST:
+        raise ValueError(f"softcap: expected none, or a number from {_SMALLEST} to {_LARGEST}, got {softcap}")
+    if not _fits(scale / softcap):
+        raise ValueError(
+            f"scale / softcap: expected 0, or a size from {_SMALLEST} to {_LARGEST}, got {scale / softcap}"
         )
 
 
@@ -98,6 +120,8 @@ def check_attention(p: AttentionProblem) -> None:
         if x is not None:
             _check(x.device == device, name, f"device {device} as query", x.device)
             check_storage(name, x)
+    check_factors(p.scale, p.softcap)
+    _check(p.sliding_window >= 0, "sliding_window", "none, or at least 1", p.sliding_window)
 
 
 def check_outputs(p: AttentionProblem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:

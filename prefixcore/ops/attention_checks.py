@@ -8,15 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..backends.checks import check_storage
+from ..backends.checks import check_factors, check_storage
 from ..backends.problem import TENSORS, AttentionProblem
 from .checks import check_dense, check_tensor, wrong
 
 _INTEGERS = (torch.int64, torch.int32)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
-_SMALLEST, _LARGEST = 1e-30, 1e30
-"""Between these sizes scale, softcap and their quotient are float32 numbers of full precision, which the kernels take,
-and overflow with no product of less than a hundred million. `csrc/attention_checks.h` says the same."""
 
 
 def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -170,16 +167,6 @@ def cast_for_autocast(dtype: torch.dtype, **tensors: Tensor) -> Iterator[Tensor]
         yield x.to(dtype)
 
 
-def _check_number(name: str, x: float) -> None:
-    if not isinstance(x, _NUMBERS):
-        raise wrong(TypeError, name, "a number, or None", type(x).__name__)
-
-
-def _fits(x: float) -> bool:
-    """Whether float32 arithmetic holds `x`. Comparisons that NaN fails, and that compiled code can make."""
-    return _SMALLEST <= x <= _LARGEST or -_LARGEST <= x <= -_SMALLEST
-
-
 def check_options(
     query: Tensor,
     is_causal: bool,
@@ -191,22 +178,18 @@ def check_options(
     """The options that change the scores."""
     if not isinstance(is_causal, bool):
         raise wrong(TypeError, "is_causal", "True or False", repr(is_causal))
-    if scale is not None:
-        _check_number("scale", scale)
-        if not (scale == 0 or _fits(scale)):
-            raise wrong(ValueError, "scale", f"0, or a size from {_SMALLEST} to {_LARGEST}", scale)
-    if softcap is not None:
-        _check_number("softcap", softcap)
-        if not _SMALLEST <= softcap <= _LARGEST:
-            raise wrong(ValueError, "softcap", f"a number from {_SMALLEST} to {_LARGEST}, or None", softcap)
-        quotient = (1 / math.sqrt(query.shape[3]) if scale is None else scale) / softcap
-        if not (quotient == 0 or _fits(quotient)):
-            raise wrong(ValueError, "scale / softcap", f"0, or a size from {_SMALLEST} to {_LARGEST}", quotient)
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if x is not None and not isinstance(x, _NUMBERS):
+            raise wrong(TypeError, name, "a number, or None", type(x).__name__)
+    if softcap == 0:
+        raise wrong(ValueError, "softcap", "none, or a number above 0", softcap)
+    if scale is not None or softcap is not None:
+        check_factors(1 / math.sqrt(query.shape[3]) if scale is None else scale, softcap or 0)
     if sliding_window is not None:
         if isinstance(sliding_window, bool) or not isinstance(sliding_window, (int, torch.SymInt)):
             raise wrong(TypeError, "sliding_window", "an integer, or None", repr(sliding_window))
         if sliding_window <= 0:
-            raise wrong(ValueError, "sliding_window", "at least 1, or None", sliding_window)
+            raise wrong(ValueError, "sliding_window", "none, or at least 1", sliding_window)
     if sinks is None:
         return
     check_tensor("sinks", sinks)
