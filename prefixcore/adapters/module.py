@@ -14,6 +14,9 @@ from .errors import AdapterError
 from .manifest import Manifest
 from .peft import Values
 
+NUMBERS_AT_ONCE = 2**18
+"""How many numbers of an adapter are computed again at a time to be compared."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -91,22 +94,26 @@ def build_module(adapter: Adapter, *, trainable: bool, share: bool = True) -> Pr
     # A module with initial values has them in its state; an encoder that makes everything itself has none (as in PEFT).
     needs_initial = adapter.config.init_name not in ("random", "zero")
     has_initial = needs_initial or any(name.split(".", 1)[0] == "initial" for name in state)
-    _check_encoder(adapter, state, has_initial)
+    config = adapter.config
+    is_lstm = isinstance(config, PTuningConfig) and config.encoder_reparameterization_type == "LSTM"
+    if is_lstm and config.encoder_num_layers > len(state):  # so many would take time and memory, even empty ones
+        raise AdapterError(f"config.encoder_num_layers: {config.encoder_num_layers}, but the file has fewer")
     try:
-        module = _make(adapter.config, adapter.tensors, has_initial=has_initial)
-    except ValueError as error:
-        raise AdapterError(f"config: {error}") from error
-    _check_state(module.state_dict(), state)
-    module.load_state_dict(state, assign=share)
-    _check_baked(module.bake(), adapter.tensors)
+        module = _make_empty(config, adapter.tensors, has_initial=has_initial)
+    except (TypeError, ValueError, RuntimeError) as error:  # TypeError: torch, of a size beyond an int64
+        raise AdapterError(f"config: {str(error).partition(chr(10))[0]}") from error  # a stack of C++ frames follows
+    expected = module.state_dict()
+    _check_state(expected, state)
+    module.load_state_dict(
+        {name: state[name].to(empty.dtype, copy=not share) for name, empty in expected.items()}, assign=True
+    )
+    _check_baked(module, adapter.tensors)
     return module
 
 
 def _make_sharing(config: PrefixTuningConfig | PromptTuningConfig, values: Values) -> Prefix | SoftPrompt:
     """A module whose parameters are `values` themselves; those of a prefix with frozen tokens are cut, so copied."""
-    with torch.device("meta"):  # a module of the right shape, without memory
-        empty = dataclasses.replace(config, init="zero", init_text=None)
-        module = _make(empty, values, has_initial=False)
+    module = _make_empty(dataclasses.replace(config, init="zero", init_text=None), values, has_initial=False)
     if isinstance(values, Tensor):
         state = {"embedding": values.contiguous()}
     else:
@@ -119,6 +126,15 @@ def _make_sharing(config: PrefixTuningConfig | PromptTuningConfig, values: Value
     module.load_state_dict(state, assign=True)
     module.config = config.resolved(module.num_virtual_tokens)
     return module
+
+
+def _make_empty(config: Config, values: Values, *, has_initial: bool) -> Prefix | SoftPrompt:
+    """A module of the shape of `values` that takes no memory until it is given a state."""
+    with torch.device("meta"):
+        if isinstance(values, Tensor):
+            return _make(config, torch.empty_like(values, device="meta"), has_initial=has_initial)
+        pairs = [(torch.empty_like(k, device="meta"), torch.empty_like(v, device="meta")) for k, v in values]
+        return _make(config, pairs, has_initial=has_initial)
 
 
 def _make(config: Config, values: Values, *, has_initial: bool = True) -> Prefix | SoftPrompt:
@@ -145,25 +161,6 @@ def _without_reparameterization(config: Config) -> PrefixTuningConfig | PromptTu
     return dataclasses.replace(config, reparameterization="none")
 
 
-def _check_encoder(adapter: Adapter, state: dict[str, Tensor], has_initial: bool) -> None:
-    """Checks an encoder's sizes against the tensors of its state before memory is taken for it.
-
-    The manifest's sizes are as untrusted as the rest: a large one would fill the memory.
-    """
-    config = adapter.config
-    if isinstance(config, PTuningConfig):
-        if config.encoder_reparameterization_type == "LSTM" and config.encoder_num_layers > len(state):
-            raise AdapterError(f"config.encoder_num_layers: {config.encoder_num_layers}, but the file has fewer")
-    elif not (isinstance(config, PrefixTuningConfig) and config.reparameterization == "mlp"):
-        return
-    try:
-        with torch.device("meta"):
-            expected = _make(config, adapter.tensors, has_initial=has_initial).state_dict()
-    except (TypeError, ValueError, RuntimeError) as error:  # TypeError: torch, of a size beyond an int64
-        raise AdapterError(f"config: {str(error).partition(chr(10))[0]}") from error  # a stack of C++ frames follows
-    _check_state(expected, state)
-
-
 def _check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Raises AdapterError unless `state` has the names and shapes of `expected`."""
     for name in sorted(expected.keys() ^ state.keys()):
@@ -175,10 +172,24 @@ def _check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
             raise AdapterError(f"{name}: expected shape {list(wanted.shape)}, got {list(tensor.shape)}")
 
 
-def _check_baked(made: Values, values: Values) -> None:
-    """What the training state makes must be what the adapter holds, up to another machine's rounding."""
-    from_state = [made] if isinstance(made, Tensor) else [t for pair in made for t in pair]
-    baked = [values] if isinstance(values, Tensor) else [t for pair in values for t in pair]
-    for got, expected in zip(from_state, baked, strict=True):
-        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * max(1e-6, expected.abs().max().item())):
-            raise AdapterError("the training state does not make the virtual tokens that the adapter holds")
+def _check_baked(module: Prefix | SoftPrompt, values: Values) -> None:
+    """What the training state makes must be what the adapter holds, up to another machine's rounding.
+
+    Some virtual tokens at a time: all of them at once would take the memory of the adapter again.
+    """
+    baked = _flatten(values)
+    largest = [max(abs(float(x)) for x in tensor.aminmax()) for tensor in baked]
+    tokens = module.num_virtual_tokens
+    step = max(1, NUMBERS_AT_ONCE * tokens // max(1, sum(tensor.numel() for tensor in baked)))
+    if isinstance(module.config, PTuningConfig):
+        step = tokens
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        for got, tensor, scale in zip(_flatten(module.bake_some(start, stop)), baked, largest, strict=True):
+            expected = tensor[..., start:stop, :]
+            if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * max(1e-6, scale)):
+                raise AdapterError("the training state does not make the virtual tokens that the adapter holds")
+
+
+def _flatten(values: Values) -> list[Tensor]:
+    return [values] if isinstance(values, Tensor) else [tensor for pair in values for tensor in pair]

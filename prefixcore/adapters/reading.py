@@ -14,7 +14,7 @@ from ..nn import Config, LayerShape
 from .errors import AdapterError, shown
 from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, tensor_names, tensor_shapes
 from .manifest import Manifest
-from .module import Adapter, make_module
+from .module import Adapter, build_module
 from .peft import PROMPT_EMBEDDINGS, from_peft, peft_tensor_shape, read_peft
 from .record import load_record
 from .replace import identity, is_being_replaced, recover
@@ -98,7 +98,7 @@ def read_folder(folder: Path) -> Adapter:
     adapter = _read_folder(folder, None, True)
     if adapter.training_state is not None:
         with naming(folder / STATE_FILE):
-            make_module(adapter, trainable=True)
+            build_module(adapter, trainable=True)
     return adapter
 
 

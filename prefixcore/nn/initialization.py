@@ -128,12 +128,12 @@ def tensor_init(
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless `tensor` has this shape, a floating dtype, and finite numbers only."""
+    """Raises ValueError unless `tensor` has this shape, a floating dtype, and finite numbers only, if it has any."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
-    if not torch.isfinite(tensor).all():
+    if not tensor.is_meta and not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: holds a number that is NaN or infinite")
 
 

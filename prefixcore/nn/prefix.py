@@ -139,6 +139,24 @@ class Prefix(nn.Module):
         """The final prefix, as `forward` returns it, detached and in memory of its own."""
         return [(key.clone(), value.clone()) for key, value in self()]
 
+    @torch.no_grad()
+    def bake_some(self, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """What `bake` returns of the virtual tokens from `start` to before `stop`, in the memory of as many."""
+        if self.reparameterization is None:
+            return [(key[:, start:stop].clone(), value[:, start:stop].clone()) for key, value in self()]
+        trained = [max(0, place - self.num_frozen_tokens) for place in (start, stop)]
+        pairs = split_layers(without_autocast(self.reparameterization, *trained), self.shapes)
+        some = slice(*trained)
+        if self.initial is not None:
+            initial = _pairs(self.initial)
+            pairs = [(k[:, some] + dk, v[:, some] + dv) for (k, v), (dk, dv) in zip(initial, pairs, strict=True)]
+        if self.frozen is not None:
+            frozen = [(key[:, start:stop], value[:, start:stop]) for key, value in _pairs(self.frozen)]
+            pairs = [
+                (torch.cat((fk, k), 1), torch.cat((fv, v), 1)) for (fk, fv), (k, v) in zip(frozen, pairs, strict=True)
+            ]
+        return pairs
+
 
 def _split_contiguous(flat: Tensor, shapes: Sequence[LayerShape]) -> list[tuple[Tensor, Tensor]]:
     """What `split_layers` returns, contiguous where all layers have one shape with D = Dv: by a single copy."""

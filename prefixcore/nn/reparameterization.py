@@ -2,7 +2,8 @@
 
 Every module here makes `num_tokens` virtual tokens: `forward()` returns `[num_tokens, width]`, where the width is a
 soft prompt's hidden size, or that of a prefix in PEFT's layout (`split_layers`). Where the virtual tokens have
-initial values, this is added to them and begins at exactly zero.
+initial values, this is added to them and begins at exactly zero. Those that make each virtual token by itself take
+`forward(start, stop)`, for some of them at a time.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Mlp(nn.Module):
         if begin_at_zero:
             _zero(last)
 
-    def forward(self) -> Tensor:
-        return self.transform(self.embedding.weight)
+    def forward(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.transform(self.embedding.weight[start:stop])
 
 
 class LowRank(nn.Module):
@@ -58,8 +59,8 @@ class LowRank(nn.Module):
         self.left = nn.ParameterList(torch.randn(num_tokens, rank) / math.sqrt(rank) for _ in widths)
         self.right = nn.ParameterList(torch.zeros(rank, width) for width in widths)
 
-    def forward(self) -> Tensor:
-        return torch.cat([left @ right for left, right in zip(self.left, self.right, strict=True)], dim=1)
+    def forward(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return torch.cat([left[start:stop] @ right for left, right in zip(self.left, self.right, strict=True)], dim=1)
 
 
 class RandomBasis(nn.Module):
@@ -96,10 +97,13 @@ class RandomBasis(nn.Module):
         self.register_buffer("sign", _signs(seed, b"sign", blocks, num_basis), persistent=False)
         self.register_buffer("flip", _signs(seed, b"flip", blocks, self.block), persistent=False)
 
-    def forward(self) -> Tensor:
-        signed = self.sign * (self.coefficients / math.sqrt(self.num_basis))
+    def forward(self, start: int = 0, stop: int | None = None) -> Tensor:
+        begin, end = start * self.width, (self.num_tokens if stop is None else stop) * self.width
+        blocks = slice(begin // self.block, -(-end // self.block))
+        signed = self.sign[blocks] * (self.coefficients / math.sqrt(self.num_basis))
         mixed = hadamard(nn.functional.pad(signed, (0, self.block - self.num_basis)))
-        return (self.flip * mixed).flatten()[: self.num_tokens * self.width].view(self.num_tokens, self.width)
+        first = blocks.start * self.block
+        return (self.flip[blocks] * mixed).flatten()[begin - first : end - first].view(-1, self.width)
 
 
 class PromptEncoder(nn.Module):
@@ -144,11 +148,11 @@ class PromptEncoder(nn.Module):
         return self.mlp_head(tokens)[0]
 
 
-def without_autocast(module: nn.Module) -> Tensor:
-    """What `module` makes, under autocast too in the dtype of its parameters: rounded, small steps would be lost."""
+def without_autocast(module: nn.Module, *some: int) -> Tensor:
+    """What `module` makes (of `some` virtual tokens: start and stop), under autocast too in the dtype of its parameters: rounded, small steps would be lost."""
     device = next(module.parameters()).device
     with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
-        return module()
+        return module(*some)
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -162,11 +166,14 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _signs(seed: int, purpose: bytes, rows: int, columns: int) -> Tensor:
-    """`[rows, columns]` of +-1 as int8: the bits of SHAKE-128(purpose, seed), lowest bit of a byte first."""
+    """`[rows, columns]` of +-1 as int8: the bits of SHAKE-128(purpose, seed), lowest bit of a byte first.
+
+    On the CPU whatever device is the default: they are in no state that a module without memory could be given.
+    """
     count = rows * columns
     stream = hashlib.shake_128(b"prefixcore random basis " + purpose + seed.to_bytes(8, "little"))
     octets = torch.frombuffer(bytearray(stream.digest(-(-count // 8))), dtype=torch.uint8)
-    bits = (octets.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (octets.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     return (1 - 2 * bits.flatten()[:count].to(torch.int8)).view(rows, columns)
 
 

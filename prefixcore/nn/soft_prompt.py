@@ -107,3 +107,14 @@ class SoftPrompt(nn.Module):
                 return self().detach().clone()
         finally:
             self.train(training)
+
+    @torch.no_grad()
+    def bake_some(self, start: int, stop: int) -> Tensor:
+        """What `bake` returns of the virtual tokens from `start` to before `stop`, in the memory of as many.
+
+        P-tuning's encoder may make each from all of them, so there it makes all.
+        """
+        if self.reparameterization is None or isinstance(self.reparameterization, PromptEncoder):
+            return self.bake()[start:stop]
+        prompt = without_autocast(self.reparameterization, start, stop)
+        return prompt if self.initial is None else self.initial[start:stop] + prompt

@@ -118,6 +118,19 @@ def test_bake_is_forward_in_memory_of_its_own(name):
     assert _same(prefix(), _initial())
 
 
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("name", ALL)
+def test_some_virtual_tokens_are_those_of_all(name, frozen):
+    prefix = Prefix(SHAPES, _config(name, num_frozen_tokens=frozen), _initial())
+    with torch.no_grad():
+        for parameter in prefix.parameters():
+            parameter += torch.randn_like(parameter)
+    for start, stop in ((0, 1), (0, 2), (1, 4), (3, 5), (0, P)):
+        for some, whole in zip(prefix.bake_some(start, stop), prefix.bake(), strict=True):
+            for got, all_of_them in zip(some, whole, strict=True):
+                torch.testing.assert_close(got, all_of_them[:, start:stop], rtol=1e-6, atol=1e-6)
+
+
 def test_the_start_is_not_shared_with_the_caller():
     initial = _initial()
     prefix = Prefix(SHAPES, _config("none"), initial)

@@ -47,6 +47,16 @@ def test_state_dict_carries_everything(config):
     assert torch.equal(prompt(), other())
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_some_virtual_tokens_are_those_of_all(config):
+    prompt = SoftPrompt(HIDDEN, config, _initial())
+    with torch.no_grad():
+        for parameter in prompt.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    for start, stop in ((0, 1), (1, 4), (5, P), (0, P)):
+        torch.testing.assert_close(prompt.bake_some(start, stop), prompt.bake()[start:stop], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("init", ["random", "zero"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_starts_that_need_no_model(name, init):

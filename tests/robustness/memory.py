@@ -6,7 +6,9 @@ files and by how many bytes the process's resident memory rose above what it was
 - ours: a prefix in one of two layers, in tensors of our own names;
 - peft: a prefix in every layer, one tensor in PEFT's layout;
 - prompt: a soft prompt;
-- state: a low-rank prefix, whose training state lies beside its values.
+- state: a low-rank prefix, whose training state lies beside its values;
+- basis, mlp: the same of a random basis, of an MLP;
+- prompt state: the same of a low-rank soft prompt.
 """
 
 from __future__ import annotations
@@ -31,17 +33,23 @@ from prefixcore.nn import LayerShape, Prefix, SoftPrompt
 from ..adapters.models import make_model
 
 HKV, D, E = 2, 16, 32
+KINDS = ("ours", "peft", "prompt", "state", "basis", "mlp", "prompt state")
 
 
 def write(folder: Path, kind: str, size: int) -> None:
     """An adapter for the tiny Llama whose values take `size` bytes."""
-    if kind == "prompt":
-        prompt = PromptTuningConfig(size // (4 * E), init="zero")
+    low_rank: dict[str, Any] = {"reparameterization": "low_rank", "rank": 4}
+    if kind.startswith("prompt"):
+        prompt = PromptTuningConfig(size // (4 * E), init="zero", **(low_rank if kind == "prompt state" else {}))
         manifest = Manifest.create(make_model("llama"), prompt)
         write_adapter(folder, module=SoftPrompt(E, prompt), config=prompt, manifest=manifest)
         return
     layers = [1] if kind == "ours" else [0, 1]
-    options: dict[str, Any] = {"reparameterization": "low_rank", "rank": 4} if kind == "state" else {}
+    options: dict[str, Any] = {
+        "state": low_rank,
+        "basis": {"reparameterization": "random_basis", "num_basis": 100},
+        "mlp": {"reparameterization": "mlp", "encoder_hidden_size": 4},
+    }.get(kind, {})
     tokens = size // (4 * 2 * HKV * D * len(layers))
     config = PrefixTuningConfig(tokens, init="zero", layers=layers if kind == "ours" else None, **options)
     shapes = [LayerShape(HKV, D, D)] * len(layers)
@@ -86,7 +94,7 @@ def measure(folder: Path, how: str) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=("ours", "peft", "prompt", "state"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("megabytes", type=int)
     parser.add_argument("how", nargs="?", default="load", choices=("read", "load", "train"))
     parser.add_argument("--folder", type=Path, help="measure the adapter in it, in this process")

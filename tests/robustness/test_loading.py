@@ -433,13 +433,24 @@ def test_a_claimed_size_takes_no_memory(kind: str, field: str, size: int, model:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak of memory that can be reset")
 @pytest.mark.parametrize(
-    ("kind", "how"), [("ours", "load"), ("peft", "load"), ("peft", "train"), ("prompt", "load"), ("state", "load")]
-)
+    ("kind", "how"),
+    [
+        ("ours", "load"), ("peft", "load"), ("peft", "train"), ("prompt", "load"), ("state", "load"),
+        ("state", "train"), *(
+            pytest.param(kind, how, marks=pytest.mark.slow)
+            for kind, how in (("state", "read"), ("basis", "train"), ("prompt state", "train"), ("mlp", "train"))
+        ),
+    ],
+)  # fmt: skip
 def test_a_load_takes_the_memory_of_its_numbers(kind: str, how: str) -> None:
-    """Not that of two or three copies: 64 MB of values, and what a process needs besides."""
+    """Not that of two or three copies: 64 MB of values, and what a process needs besides.
+
+    A training state has them again, as initial values or as what makes them; a random basis makes its signs besides.
+    """
     command = [sys.executable, "-m", "tests.robustness.memory", kind, "64", how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
+    needed = 64 * 2**20 if how == "load" else measured["files"]
     assert measured["rise"] > 0.9 * 64 * 2**20  # it was there at all
-    assert measured["rise"] < 1.3 * 64 * 2**20
+    assert measured["rise"] < (1.9 if kind == "basis" else 1.3) * needed
