@@ -94,12 +94,9 @@ def build_module(adapter: Adapter, *, trainable: bool, share: bool = True) -> Pr
     # A module with initial values has them in its state; an encoder that makes everything itself has none (as in PEFT).
     needs_initial = adapter.config.init_name not in ("random", "zero")
     has_initial = needs_initial or any(name.split(".", 1)[0] == "initial" for name in state)
-    config = adapter.config
-    is_lstm = isinstance(config, PTuningConfig) and config.encoder_reparameterization_type == "LSTM"
-    if is_lstm and config.encoder_num_layers > len(state):  # so many would take time and memory, even empty ones
-        raise AdapterError(f"config.encoder_num_layers: {config.encoder_num_layers}, but the file has fewer")
+    _check_encoder(adapter.config, state)
     try:
-        module = _make_empty(config, adapter.tensors, has_initial=has_initial)
+        module = _make_empty(adapter.config, adapter.tensors, has_initial=has_initial)
     except (TypeError, ValueError, RuntimeError) as error:  # TypeError: torch, of a size beyond an int64
         raise AdapterError(f"config: {str(error).partition(chr(10))[0]}") from error  # a stack of C++ frames follows
     expected = module.state_dict()
@@ -159,6 +156,14 @@ def _without_reparameterization(config: Config) -> PrefixTuningConfig | PromptTu
     if isinstance(config, PrefixTuningConfig):
         return dataclasses.replace(config, reparameterization="none", prefix_projection=False)
     return dataclasses.replace(config, reparameterization="none")
+
+
+def _check_encoder(config: Config, state: dict[str, Tensor]) -> None:
+    """Raises AdapterError if there are more layers than tensors: without numbers too, they would take memory."""
+    is_lstm = isinstance(config, PTuningConfig) and config.encoder_reparameterization_type == "LSTM"
+    layers = getattr(config, "encoder_num_layers", 0)
+    if is_lstm and layers > len(state):
+        raise AdapterError(f"config.encoder_num_layers: {layers}, but the file has fewer")
 
 
 def _check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:

@@ -149,7 +149,10 @@ class PromptEncoder(nn.Module):
 
 
 def without_autocast(module: nn.Module, *some: int) -> Tensor:
-    """What `module` makes (of `some` virtual tokens: start and stop), under autocast too in the dtype of its parameters: rounded, small steps would be lost."""
+    """What `module` makes, under autocast too in the dtype of its parameters: rounded, small steps would be lost.
+
+    `some`: start and stop of the virtual tokens to make, instead of all.
+    """
     device = next(module.parameters()).device
     with nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         return module(*some)
