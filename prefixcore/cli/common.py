@@ -8,6 +8,7 @@ from typing import Any
 
 from .._interrupt import INTERRUPTED
 from .failures import UserError, user_errors
+from .model_size import check_size
 from .output import say
 
 __all__ = ["INTERRUPTED", "OK", "USER_ERROR"]
@@ -76,6 +77,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     device = _device(arguments.device)
     name = arguments.model
     check_model_folder(name)
+    check_size(name)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
