@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from . import _interrupt
 from .cli import doctor, generate, inspect, output, train
@@ -15,11 +16,22 @@ from .version import __version__
 COMMANDS = {"train": train, "generate": generate, "inspect": inspect, "doctor": doctor}
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose error is one line, and whose help is printed or an error."""
+
+    def error(self, message: str) -> NoReturn:
+        """As every error of ours, without the usage before it, which is a page of options."""
+        output.say(f"{self.prog}: error: {output.one_line(message)} (options: {self.prog} --help)")
+        self.exit(USER_ERROR)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message and file is not sys.stderr:
+            output.results(message.rstrip("\n"))
+
+
 def parser() -> argparse.ArgumentParser:
     """All subcommands and their options."""
-    result = argparse.ArgumentParser(
-        prog="prefixcore", description="Soft prompts and prefixes for frozen transformers models."
-    )
+    result = Parser(prog="prefixcore", description="Soft prompts and prefixes for frozen transformers models.")
     result.add_argument("--version", action="version", version=f"prefixcore {__version__}")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
@@ -47,11 +59,7 @@ def _run(arguments: Sequence[str]) -> int:
     program = "prefixcore"
     _interrupt.tell(_interrupt.NOTHING, program=program)
     try:
-        try:
-            options = parser().parse_args(arguments)
-        except SystemExit:  # argparse has printed its help, or what is wrong
-            output.flush()
-            raise
+        options = parser().parse_args(arguments)  # SystemExit: it has printed its help, or what is wrong
         program = f"prefixcore {options.command}"
         _interrupt.tell(_interrupt.NOTHING, program=program)
         return COMMANDS[options.command].run(options)

@@ -73,17 +73,6 @@ def results(text: str) -> None:
         sys.stdout.flush()
 
 
-def flush() -> None:
-    """Prints what others have left in standard output's buffer (argparse's help).
-
-    Raises:
-        UserError: as of `results`.
-    """
-    if sys.stdout is not None:
-        with _writing():
-            sys.stdout.flush()
-
-
 @contextlib.contextmanager
 def _writing() -> Any:
     try:

@@ -83,7 +83,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
     examples = []
     try:
         if not path.is_file():
-            raise DataError(f"{path}: no such file; expected JSON lines with the fields prompt and completion")
+            what = "is not a regular file" if path.exists() else "no such file"
+            raise DataError(f"{path}: {what}; expected JSON lines with the fields prompt and completion")
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():

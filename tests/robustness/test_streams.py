@@ -83,3 +83,13 @@ def test_output_in_another_encoding(monkeypatch):
         written = output.to_json({"a": text})
         assert written.isascii()
         assert json.loads(written) == {"a": text}
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help"])
+@pytest.mark.parametrize(("place", "expected"), [("/dev/full", "No space left"), ("&-", "standard output is closed")])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_help_that_cannot_be_printed(arguments, place, expected, buffered):
+    done = shell(f'PYTHONUNBUFFERED={buffered} "$1" -m prefixcore {arguments} >{place}')
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert expected in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,13 @@ from .commands import NEW, copy
 def test_data_that_is_no_text(refused_training, tmp_path, text, expected):
     (tmp_path / "data.jsonl").write_bytes(text)
     assert expected in refused_training("--data", tmp_path / "data.jsonl")
+
+
+def test_data_that_is_something_else_than_a_file(refused_training, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        assert f"{path}: is not a regular file" in refused_training("--data", path)
+    assert "no such file" in refused_training("--data", tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("path", ["/proc/self/mem", "/dev/zero", "/", "x" * 5000, "\udcff"])

@@ -61,3 +61,25 @@ def test_values_that_cannot_be_trained_with(refused, model_folder, data, tmp_pat
     base = ["train", "--model", model_folder, "--data", data, "--out", tmp_path / "out", "--method", "prompt", *steps]
     refused(*base, *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        ([], "prefixcore"),
+        (["nonsense\x1b[2J"], "prefixcore"),
+        (["train"], "prefixcore train"),
+        (["train", "--seed", "1" * 5000, "--model", "x", "--data", "y", "--out", "z"], "prefixcore train"),
+        (["generate", "--model", "x", "--adapter", "y", "--bogus"], "prefixcore"),
+        (["generate", "--model", "x", "--adapter", "y", "--max-new-tokens", "many\nmore"], "prefixcore generate"),
+        (["inspect"], "prefixcore inspect"),
+    ],
+)
+def test_options_that_are_none_are_one_line(prefixcore, arguments, program):
+    """Without the page of options that argparse puts before it."""
+    code, out, err = prefixcore(*arguments)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.isprintable()
+    assert line.startswith(f"{program}: error: ")
+    assert line.endswith("--help)")
