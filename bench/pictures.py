@@ -189,5 +189,7 @@ def draw(machine: Machine, folder: Path = FOLDER) -> list[Path]:
         if not path.exists() or digest_in(path) != digest(content):
             _, drawn = KINDS[kind_of(name)]
             figure = drawn(content)
-            figure.savefig(path, dpi=110, bbox_inches="tight", metadata={DIGEST: digest(content)})
+            unfinished = path.with_name(f".{path.name}")
+            figure.savefig(unfinished, dpi=110, bbox_inches="tight", metadata={DIGEST: digest(content)})
+            unfinished.replace(path)
     return paths

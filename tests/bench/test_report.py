@@ -8,6 +8,7 @@ import shutil
 import xml.etree.ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,6 +197,22 @@ def test_a_profile_is_tabled_and_drawn(tmp_path: Path) -> None:
     assert "| model | B,T,P | dtype | training | attention, ms | matrix products, ms | all, ms |" in text
     assert "| Llama 30M | 1,1024,64 | fp32 | prefixcore prefix | 10 | 60.5 | 70.5 |" in text
     assert "a-cpu-avx512-2-threads-profile.png" in [path.name for path in pictures.draw(machine, tmp_path)]
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (machine,) = runs.machines([runs.trimmed(raw(also=[PROFILE]))])
+    paths = pictures.draw(machine, tmp_path)
+    before = [path.read_bytes() for path in paths]
+
+    def save(self: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    monkeypatch.setattr(pictures, "digest_in", lambda path: "of another content")
+    with pytest.raises(KeyboardInterrupt):
+        pictures.draw(machine, tmp_path)
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_the_front_page_has_the_ratios() -> None:
