@@ -150,6 +150,7 @@ def _without_reparameterization(config: Config) -> PrefixTuningConfig | PromptTu
         return PromptTuningConfig(
             num_virtual_tokens=config.num_virtual_tokens,
             init="tensor",
+            virtual_token_ids=config.virtual_token_ids,
             task_type=config.task_type,
             tokenizer_name_or_path=config.tokenizer_name_or_path,
         )
