@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from .bank import Bank
 
 
+WORTH = {"cpu": 2**15, "gpu": 2**22}
+"""From how many saved tokens times the hidden size on a second pass over the layers is quicker than longer rows."""
+
+
 def place_prompts(
     bank: Bank, kwargs: dict[str, Any], rows: Rows
 ) -> tuple[dict[Task, LayerPrefixes | None], dict[Task, Tensor]]:
@@ -110,14 +114,13 @@ def _may_compute_once(bank: Bank, kwargs: dict[str, Any], longest: int, trains: 
     for option in ("output_attentions", "output_router_logits"):
         if kwargs.get(option) or getattr(decoder.config, option, False):
             return False
-    saved = (batch_rows(kwargs) - 1) * longest
-    if trains:
-        # Repeated layers would leave their keys a second time. On a GPU a second pass costs its launches.
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in bank.checkpointable)
-        if checkpointing or saved < (1 if tokens(kwargs).device.type == "cpu" else 1024):
+    if trains and any(getattr(module, "gradient_checkpointing", False) for module in bank.checkpointable):
+        return False  # layers that are repeated would leave their keys a second time
+    if trains or not _uses_cache(bank.model, kwargs):
+        # A second pass costs its launches: what it saves has to be more. A cache without virtual tokens is worth it.
+        saved = (batch_rows(kwargs) - 1) * longest * text_config(bank.model).hidden_size
+        if saved < WORTH.get(tokens(kwargs).device.type, WORTH["gpu"]):
             return False
-    elif saved == 0 and not _uses_cache(bank.model, kwargs):
-        return False
     return _start_at_zero(kwargs)
 
 

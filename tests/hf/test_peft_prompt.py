@@ -15,6 +15,8 @@ from .models import PEFT_PROMPT, make, padded, tokens
 
 P = 5
 
+pytestmark = pytest.mark.usefixtures("prompts_computed")
+
 
 def with_peft(model: Any, config: Any = None) -> Any:
     torch.manual_seed(3)

@@ -49,6 +49,7 @@ def close(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("names", MIXTURES, ids=str)
 @pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.usefixtures("prompts_computed")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_is_that_of_its_adapter_alone(family: str, side: str, names: Any) -> None:
     """Logits, loss and gradients, without labels and with them, with gradients and without."""
