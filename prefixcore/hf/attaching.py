@@ -13,12 +13,14 @@ from .attached import Attached
 from .attention import LAYER
 from .bank import Bank
 from .discover import AttentionCall, discover, find_backbone
-from .families import is_known, known_families, position_limit, text_config
+from .families import is_known, known_families, text_config
 from .handle import Handle
 from .initialize import initial_prefix, initial_prompt
+from .model_inputs import OTHER, SEQUENCE, head_of
 from .patch import ATTACHMENT, MODULE
+from .position_table import position_limit
 from .refusals import warn_of_dropout
-from .verify import verify_prefix, verify_soft_prompt
+from .verify import check_reads_last, own_words, verify_prefix, verify_soft_prompt
 
 
 def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> Handle:
@@ -121,10 +123,12 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
     """
     if model.config.output_attentions or text_config(model).output_attentions:
         raise ValueError("config.output_attentions is on, but prefix attention never forms weights: set it to False")
-    calls = discover(model)
+    with own_words(model, "a prefix"):
+        calls = discover(model)
     backbone = find_backbone(model, calls)
-    if not is_known(model):
+    if not _is_tested(model):
         verify_prefix(model, backbone, calls)
+    if not is_known(model):
         _warn_of_unknown_family(model)
     return calls, backbone
 
@@ -140,17 +144,21 @@ def find_hidden_size(model: PreTrainedModel) -> int:
         raise NotImplementedError(
             f"{model_class} is an encoder-decoder; soft prompts are for decoders so far ({known_families()})"
         )
-    if not model.can_generate() and model.base_model is not model:
+    if head_of(model) == OTHER:
         raise NotImplementedError(
             f"{model_class} has a head that may count on where the text stands; soft prompts are for causal language "
-            "models and models without a head so far, a prefix (PrefixTuningConfig) for any head"
+            "models, for classification heads (...ForSequenceClassification, ...ForTokenClassification) and models "
+            "without a head so far, a prefix (PrefixTuningConfig) for any head"
         )
     embed: Any = model.get_input_embeddings()
     if getattr(embed, "weight", None) is None or embed.weight.dim() != 2:
         raise NotImplementedError(f"{model_class} has no table of input embeddings [V, E]")
     hidden_size: int = embed.weight.shape[1]
-    if not is_known(model):
+    if head_of(model) == SEQUENCE:
+        check_reads_last(model)
+    if not _is_tested(model):
         verify_soft_prompt(model, hidden_size)
+    if not is_known(model):
         _warn_of_unknown_family(model)
     return hidden_size
 
@@ -203,6 +211,8 @@ def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[At
     """
     if not is_known(model):
         return f"only known families can ({known_families()})", []
+    if head_of(model) == SEQUENCE:
+        return "its head gives one output a row", []
     try:
         calls = discover(model)
         return find_backbone(model, calls), calls
@@ -217,6 +227,11 @@ def check_position_limit(model: PreTrainedModel, num_virtual_tokens: int) -> Non
             f"{num_virtual_tokens} virtual tokens leave no room for an input: {type(model).__name__} has learned "
             f"{limit} positions"
         )
+
+
+def _is_tested(model: PreTrainedModel) -> bool:
+    """Whether the model is a text model of a known family: not one inside of another, which has ways of its own."""
+    return is_known(model) and text_config(model) is model.config
 
 
 def _warn_of_unknown_family(model: PreTrainedModel) -> None:

@@ -20,8 +20,10 @@ from .attention import ATTENTION
 from .cache import cache_argument, get_label
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
-from .families import has_windows, known_families, position_limit, text_config
+from .families import has_windows, known_families, text_config
+from .model_inputs import has_stand_ins
 from .patch import ATTACHMENT, Patch
+from .position_table import position_limit
 from .positions import argument_names, as_keywords, batch_rows, takes_keywords
 from .prefix_calls import ROWS, RowPrefixes, decode
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
@@ -280,6 +282,8 @@ class Bank:
     def check_inserted(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
         if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
+            return
+        if has_stand_ins(self.model.get_input_embeddings()):
             return
         cache = cache_argument(kwargs)
         if all(a.is_prefix for a in self.adapters.values()) or get_label(cache) is not None:

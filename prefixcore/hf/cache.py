@@ -22,14 +22,38 @@ _LABEL = "_prefixcore_label"
 """The attribute of a cache that holds its label."""
 
 
+_NAMES = ("cache", "past_key_values", "cache_params")
+"""What the cache is called: `past_key_values` up to transformers 5.23, `cache` since; `cache_params` in Mamba."""
+
+
 def cache_argument(arguments: Mapping[str, Any]) -> Any:
-    """The cache that a call is given: `past_key_values` up to transformers 5.23, `cache` since; None: none."""
-    return next((arguments[name] for name in ("cache", "past_key_values") if arguments.get(name) is not None), None)
+    """The cache that a call is given, under any of its names; None: none."""
+    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
 
 
 def cache_output(output: Any) -> Any:
     """The cache that a model's output holds; None: none. Where the new name is there, reading the old one warns."""
-    return output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+    return next((getattr(output, name) for name in _NAMES if hasattr(output, name)), None)
+
+
+def cache_length(cache: Any) -> Any:
+    """How many tokens a cache holds: an int, or a tensor [] if it is static.
+
+    States of recurrent layers do not count tokens: 1 where they hold any, in a cache of no other layers.
+    """
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return int(cache.has_previous_state())
+
+
+def counts_tokens(cache: Any) -> bool:
+    """Whether `cache_length` is a number of tokens."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 class CacheLabel:
@@ -41,7 +65,10 @@ class CacheLabel:
         order: the keys of the prefixes that are stacked in `prefixes`, and how many virtual tokens each has.
         prefixes: the `PrefixCall` of that time, so that every token of a sequence sees the same prefix; None: none.
         inserted: how many virtual tokens each row holds in the cache itself: those of soft prompts.
+        first_position: where the first token of the caller stands: at 1 in PaliGemma.
     """
+
+    first_position = 0
 
     def __init__(
         self,
@@ -100,7 +127,7 @@ class _Refusing:
         self.cache = cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.cache.get_seq_length() == 0:  # it was emptied
+        if cache_length(self.cache) == 0:  # it was emptied
             set_label(self.cache, None)
             return self.cache.update(*args, **kwargs)
         raise RuntimeError(
@@ -159,7 +186,7 @@ def label_to_continue(cache: Any, keys: list[Key | None]) -> CacheLabel | None:
     """
     if cache is None:
         return None
-    label, past = get_label(cache), cache.get_seq_length()
+    label, past = get_label(cache), cache_length(cache)
     if label is not None and not (isinstance(past, int) and past == 0):
         if not label.fits(keys):
             raise ValueError(

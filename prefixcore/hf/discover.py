@@ -29,7 +29,7 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cu_seq_lens_q",
     "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "past_key_values", "cache_position",
-    "output_hidden_states", "return_dict",
+    "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch",
 }  # fmt: skip
 """Arguments of an attention call that the op honours, or that do not concern it."""
 

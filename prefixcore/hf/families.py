@@ -82,7 +82,10 @@ def known_families() -> str:
 
 
 def position_limit(model: Any) -> int | None:
-    """How many positions the model has learned; None: it computes them, without a limit."""
+    """How many positions a model of a known family has learned; None: it computes them, or its family is not known.
+
+    `prefixcore.hf.position_table` finds out those of any model.
+    """
     family = family_of(model)
     return text_config(model).max_position_embeddings if family and family.positions == LEARNED else None
 

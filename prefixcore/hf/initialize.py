@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from ..nn import LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, fit_ids, tensor_init, vocab_ids
 from ..nn.initialization import check_tensor
 from .discover import record
-from .families import position_limit, text_config
+from .families import text_config
 from .patch import frozen_run
+from .position_table import position_limit
 
 
 def initial_prefix(

@@ -146,11 +146,13 @@ def restore_attention(implementations: list[tuple[PretrainedConfig, str | None]]
 def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
     """A block in which `model` runs without gradients, dropout or autocast; afterwards it is as it was.
 
+    Also what modules remember of a call: where images stood (Qwen2-VL), say.
+
     Args:
         model: the model.
         attention: the attention implementation to use inside; None: the model's own.
     """
-    training = [(module, module.training) for module in model.modules()]
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     implementations = attention_implementations(model)
     try:
         model.eval()
@@ -160,5 +162,7 @@ def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator
             yield
     finally:
         restore_attention(implementations)
-        for module, flag in training:
-            module.training = flag
+        for module, before in attributes:
+            module.__dict__.update(before)
+            for name in [name for name in module.__dict__ if name not in before]:
+                del module.__dict__[name]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import cache_argument
+from .cache import cache_argument, cache_length
 
 
 def argument_names(module: nn.Module) -> list[str]:
@@ -51,7 +51,7 @@ def query_length(kwargs: dict[str, Any]) -> int:
 def past_length(kwargs: dict[str, Any]) -> int | Tensor:
     """How many tokens the cache of a call holds: an int, or a tensor [] if the cache is static."""
     cache = cache_argument(kwargs)
-    return 0 if cache is None else cache.get_seq_length()
+    return 0 if cache is None else cache_length(cache)
 
 
 def shift_positions(kwargs: dict[str, Any], counts: int | Tensor, limit: int | None) -> None:

@@ -21,6 +21,7 @@ from .cache import (
 )
 from .families import has_windows, text_config
 from .layout import Layout
+from .model_inputs import SEQUENCE, has_axes, head_of, text_positions
 from .placed_prompt import place
 from .positions import batch_rows, past_length, query_length
 from .prefix import LayerPrefixes
@@ -31,6 +32,7 @@ from .soft_prompt import (
     check_arguments,
     check_positions,
     continue_after,
+    in_place_of_stand_ins,
     insert,
     insert_each,
     insert_shared,
@@ -75,7 +77,7 @@ def place_prompts(
     bank.reach()
     assert isinstance(bank.decoder, PreTrainedModel)
     refuse_other_attention(bank.decoder)
-    last = 0 if kwargs.get("labels") is None else 1
+    last = 0 if kwargs.get("labels") is None or head_of(bank.model) == SEQUENCE else 1
     shared = {task: prompt[: len(prompt) - last] for task, prompt in prompts.items() if len(prompt) > last}
     inserted = {task: prompt[len(prompt) - last :] for task, prompt in prompts.items()} if last else {}
     return {task: compute_once(bank, prompt) for task, prompt in shared.items()}, inserted
@@ -128,7 +130,7 @@ def call_with_prompts(
     bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows, prompts: dict[Task, Tensor]
 ) -> Any:
     """A call of the model with soft prompts put into its input, and taken out of its output."""
-    check_arguments(kwargs)
+    check_arguments(kwargs, has_axes(bank.model))
     cache, num_rows, packed = cache_argument(kwargs), batch_rows(kwargs), kwargs.get("cu_seq_lens_q") is not None
     if bank.is_reached:
         assert isinstance(bank.decoder, PreTrainedModel)
@@ -136,25 +138,38 @@ def call_with_prompts(
     past, length = past_length(kwargs), tokens(kwargs).shape[1]
     label = None if packed else label_to_continue(cache, rows.keys(num_rows))
     layout: Any = None
+    placed = Prompts([], [])
     if label is not None or (past and not packed):
         counts = rows.counts(list(prompts), num_rows) if label is None else label.inserted_of(num_rows)
-        continue_after(kwargs, counts, past, _may_read(kwargs, cache))
+        first = 0 if label is None else label.first_position
+        names = bank.names[bank.model]
+        continue_after(bank.model, names, kwargs, counts, past, _may_read(kwargs, cache), first)
         needed = int(past) + length
     else:
         placed = Prompts(list(prompts.values()), rows.of(list(prompts), num_rows))
         counts = placed.counts
+        first = _first_position(bank.model, kwargs)
         if packed:
             layout = _insert_packed(bank, kwargs, rows, placed, int(past))
         else:
             layout = insert(bank.model, bank.names[bank.model], kwargs, placed)
         needed = placed.longest + length
     check_positions(kwargs, max(counts), needed, bank.limit)
-    output = call_labelled(forward, kwargs, rows, counts, starts=layout is not None and not packed)
-    return output if layout is None else without_prompt(output, layout)
+    with in_place_of_stand_ins(bank.model, layout, placed):
+        output = call_labelled(forward, kwargs, rows, counts, starts=layout is not None and not packed, first=first)
+    # The logits [B, labels] of a head for sequences are no tokens, whatever their number.
+    keep = ("logits",) if head_of(bank.model) == SEQUENCE else ()
+    return output if layout is None else without_prompt(output, layout, keep)
 
 
 def call_labelled(
-    forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows, inserted: list[int], *, starts: bool
+    forward: Callable[..., Any],
+    kwargs: dict[str, Any],
+    rows: Rows,
+    inserted: list[int],
+    *,
+    starts: bool,
+    first: int = 0,
 ) -> Any:
     """A call whose cache holds virtual tokens of soft prompts: it may be written to, and is labelled if it `starts`."""
     cache = cache_argument(kwargs)
@@ -163,7 +178,9 @@ def call_labelled(
         output = forward(**kwargs)
         cache = cache_output(output) if cache is None else cache
         if starts and isinstance(cache, Cache) and not torch.compiler.is_compiling():
-            set_label(cache, CacheLabel.inserting(get_label(cache), rows.keys(len(inserted)), rows, inserted))
+            label = CacheLabel.inserting(get_label(cache), rows.keys(len(inserted)), rows, inserted)
+            label.first_position = first
+            set_label(cache, label)
         return output
     finally:
         close_cache(cache)
@@ -193,6 +210,19 @@ def _insert_packed(bank: Bank, kwargs: dict[str, Any], rows: Rows, prompts: Prom
     if has_windows(decoder) and prompts.index:  # read once here, and not in each layer: it makes a GPU wait
         kwargs["max_length_q"] = int(kwargs["cu_seq_lens_q"].diff().max())
     return insert_shared(bank.model, kwargs, prompts)
+
+
+def _first_position(model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
+    """Where the first token of a call with a cache stands, as far as it is told; 0 otherwise."""
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is None or cache_argument(kwargs) is None or kwargs.get("cu_seq_lens_q") is not None:
+        return 0
+    counted = text_positions(model, positions)
+    if counted is None or torch.compiler.is_compiling():
+        return 0
+    (batch_size, length) = tokens(kwargs).shape[:2]
+    layout = Layout.from_mask(mask, batch_size, length, 0)
+    return int(layout.first_of_text(counted.expand(batch_size, -1)).min())
 
 
 def _start_at_zero(kwargs: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,15 +20,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..ops import soft_embedding
-from .cache import cache_argument
+from .cache import cache_argument, counts_tokens
 from .layout import Layout
+from .model_inputs import (
+    SEQUENCE,
+    TOKEN_TYPES,
+    has_axes,
+    head_of,
+    insert_positions,
+    insert_token_types,
+    positions_from_mask,
+    reads_ids,
+    restarts,
+    stand_in,
+    stand_ins,
+    text_positions,
+)
 from .packing import set_empty_mask
 from .positions import check_limit, query_length
 
 _INSERTED = "_prefixcore_inserted"
 """The attribute of input embeddings that hold a prompt."""
 
-_TOKEN_ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "token_type_ids"}
+_TOKEN_ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", *TOKEN_TYPES}
 """Arguments with a value a token for which the value at virtual tokens is known."""
 
 
@@ -114,23 +129,19 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
             "a row of the first call with a cache is all padding, so there is no text yet that its soft prompt "
             "could precede: raise prefill_chunk_size above the longest padding, or leave it out"
         )
-    if positions is not None and mask is None and _restart(positions):
+    if positions is not None and mask is None and not torch.compiler.is_compiling() and restarts(positions):
         raise NotImplementedError(
             "position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where: a "
             "soft prompt needs it (PackedCollator gives it); or pad the sequences into rows of their own"
         )
 
-    slots = torch.arange(virtual, device=device)
     if mask is not None:
         kwargs["attention_mask"] = insert_mask(mask, layout, missing)
     if positions is not None:
-        positions = positions.expand(batch_size, -1)
-        fewer: Any = 0 if missing is None else missing
-        prompt = (layout.first_of_text(positions) + slots - fewer).clamp(min=0)
-        kwargs["position_ids"] = layout.insert(positions + virtual - fewer, prompt)
-    elif (padding is not None or missing is not None) and "position_ids" in names:
-        kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
-    if kwargs.get("labels") is not None:
+        kwargs["position_ids"] = insert_positions(positions, layout, missing)
+    elif (padding is not None or missing is not None) and "position_ids" in names and not has_axes(model):
+        kwargs["position_ids"] = positions_from_mask(kwargs["attention_mask"])
+    if kwargs.get("labels") is not None and head_of(model) != SEQUENCE:
         kwargs["labels"] = layout.insert_value(_predictable(kwargs["labels"], layout, prompts), -100)
     _insert_embeddings(model, kwargs, layout, prompts)
     return layout
@@ -244,14 +255,25 @@ def insert_each(model: PreTrainedModel, kwargs: dict[str, Any], prompts: Prompts
     return layout
 
 
-def continue_after(kwargs: dict[str, Any], counts: Sequence[int], past: Any, is_own_cache: bool) -> None:
+def continue_after(
+    model: PreTrainedModel,
+    names: list[str],
+    kwargs: dict[str, Any],
+    counts: Sequence[int],
+    past: Any,
+    is_own_cache: bool,
+    first_position: int,
+) -> None:
     """Moves the mask and the positions of a call whose cache starts with prompts, in place.
 
     Args:
+        model: the model that is called.
+        names: its forward's arguments.
         kwargs: the arguments of the call.
         counts: how many virtual tokens the cache holds of each row.
         past: how many tokens it holds.
         is_own_cache: whether positions may be read, which makes a GPU wait: not in each step of a plain generate.
+        first_position: where the first token of the caller stands.
     """
     virtual = max(counts)
     seen = past + query_length(kwargs)
@@ -266,8 +288,9 @@ def continue_after(kwargs: dict[str, Any], counts: Sequence[int], past: Any, is_
         layout = Layout.from_mask(mask, mask.shape[0], expected, virtual)
         kwargs["attention_mask"] = insert_mask(mask, layout, missing)
     elif positions is not None and is_own_cache:
-        expected = int(positions.max()) + 1
-    if expected is not None and expected + virtual != seen:
+        counted = text_positions(model, positions)
+        expected = None if counted is None else int(counted.max()) + 1 - first_position
+    if expected is not None and expected + virtual != seen and counts_tokens(cache_argument(kwargs)):
         raise ValueError(
             f"the mask or the positions speak of {expected} tokens, but cache and input hold {seen - virtual} "
             f"besides the {virtual} virtual ones; generate cannot go on from a cache that holds a soft prompt (it "
@@ -275,6 +298,8 @@ def continue_after(kwargs: dict[str, Any], counts: Sequence[int], past: Any, is_
         )
     if positions is not None:
         kwargs["position_ids"] = positions + virtual if missing is None else positions + virtual - missing
+    elif mask is not None and "position_ids" in names and not has_axes(model):
+        kwargs["position_ids"] = positions_from_mask(kwargs["attention_mask"])[:, -query_length(kwargs) :]
 
 
 def check_positions(kwargs: dict[str, Any], virtual: int, needed: int, limit: int | None) -> None:
@@ -296,21 +321,35 @@ def _is_full(padding: Tensor, length: int) -> bool:
     return not torch.compiler.is_compiling() and bool((padding == length).any())
 
 
-def _restart(positions: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) < 0).any())
-
-
 def _insert_embeddings(model: PreTrainedModel, kwargs: dict[str, Any], layout: Layout, prompts: Prompts) -> None:
     """Gives the call embeddings with the prompts in place of its input, and what has to go with them."""
     if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > layout.length:
         kwargs["logits_to_keep"] = 0
-    if (types := kwargs.get("token_type_ids")) is not None:
-        kwargs["token_type_ids"] = layout.insert(
-            types, layout.first_of_text(types).expand(-1, layout.num_virtual_tokens)
-        )
+    insert_token_types(model, kwargs, layout)
+    if reads_ids(model) and isinstance(layout, Layout):
+        return _insert_stand_ins(model, kwargs, layout)
     kwargs["inputs_embeds"] = _embed(model, layout, prompts, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     kwargs["input_ids"] = None
     mark_inserted(kwargs["inputs_embeds"])
+
+
+def _insert_stand_ins(model: PreTrainedModel, kwargs: dict[str, Any], layout: Layout) -> None:
+    """Gives the call ids in which stand-ins are virtual tokens, whose embeddings `stand_ins` puts in."""
+    if kwargs.get("input_ids") is None:
+        raise NotImplementedError(
+            f"{type(model).__name__} looks at the ids of its tokens besides their embeddings, so a soft prompt on it "
+            "needs input_ids, but was given inputs_embeds alone"
+        )
+    kwargs["input_ids"] = layout.insert_value(kwargs["input_ids"], stand_in(model))
+
+
+def in_place_of_stand_ins(model: PreTrainedModel, layout: Any, prompts: Prompts) -> AbstractContextManager[None]:
+    """A block for the call of a model that was given ids with stand-ins; for one that was not, nothing."""
+    if not reads_ids(model) or not isinstance(layout, Layout):
+        return nullcontext()
+    table = prompts.table
+    rows = table[prompts.table_rows(0, table.device, torch.long)]
+    return stand_ins(model.get_input_embeddings(), layout, rows)
 
 
 def _embed(
@@ -378,10 +417,10 @@ def _is_plain_table(embed: nn.Module) -> bool:
     )
 
 
-def check_arguments(kwargs: dict[str, Any]) -> None:
+def check_arguments(kwargs: dict[str, Any], axes: bool) -> None:
     """Raises for arguments that soft prompts cannot be put into."""
     cache, mask, positions = cache_argument(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if cache is not None and cache.is_compileable:
+    if cache is not None and cache.is_compileable and counts_tokens(cache):
         raise NotImplementedError(
             "a static cache has no room for the virtual tokens of a soft prompt: generate with a dynamic cache "
             "(leave cache_implementation out), or attach a prefix, which needs no room"
@@ -391,8 +430,9 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
             "a soft prompt needs attention_mask as a padding mask [B, T]: a mask made for the input alone says nothing "
             "about the virtual tokens"
         )
-    if positions is not None and positions.dim() != 2:
-        raise NotImplementedError(f"a soft prompt needs position_ids [B, T], got {list(positions.shape)}")
+    if positions is not None and positions.dim() not in ((2, 3) if axes else (2,)):
+        expected = "[B, T] or [axes, B, T]" if axes else "[B, T]"
+        raise NotImplementedError(f"a soft prompt needs position_ids {expected}, got {list(positions.shape)}")
     if isinstance(kwargs.get("logits_to_keep"), Tensor) and kwargs.get("cu_seq_lens_q") is None:
         raise NotImplementedError(
             "a soft prompt needs logits_to_keep as a number of last tokens, got a tensor of token indices, which is "
@@ -412,10 +452,11 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
             raise NotImplementedError(f"{name} has a value a token, and none is known for virtual tokens")
 
 
-def without_prompt(output: Any, layout: Layout) -> Any:
+def without_prompt(output: Any, layout: Layout, keep: tuple[str, ...] = ()) -> Any:
     """`output` with the virtual tokens taken out of every tensor [B, P + T] or [B, P + T, ...] in it.
 
     Attention weights [B, H, P + T, P + T] keep what they say about the prompt, and a cache what it holds.
+    Fields of the names in `keep` stay.
     """
     if isinstance(output, Tensor):
         length = layout.num_virtual_tokens + layout.length
@@ -423,7 +464,7 @@ def without_prompt(output: Any, layout: Layout) -> Any:
             return layout.remove(output)
         return output
     if isinstance(output, dict):  # transformers' ModelOutput
-        for name in list(output):
+        for name in [name for name in output if name not in keep]:
             output[name] = without_prompt(output[name], layout)
         return output
     if isinstance(output, (tuple, list)):

@@ -1,33 +1,42 @@
-"""The check that a model of an unknown family has to pass before anything is attached to it.
+"""The check that a model has to pass before anything is attached to it, unless its family is known.
 
-A prefix made of the keys and values of a text, or a prompt made of its embeddings, must have the effect of the text.
+A prefix made of the keys and values of a text, or a prompt made of its embeddings, must have the effect of the text: in
+a forward, and in a short `generate` of a batch with padding. Then both are moved away from the text, as training does,
+and a forward and a backward must pass. So what a model cannot do is found here, and not at the first real call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from .attached import Attached
 from .bank import Bank
 from .discover import AttentionCall, record
-from .families import known_families, text_config
+from .families import known_families
+from .model_inputs import SEQUENCE, found_to_read_ids, head_of, plain_ids, reads_ids, stand_in
 from .patch import frozen_run
 
-_TEXT, _CONTINUATION = 3, 4
-"""How many tokens become virtual ones, and how many follow them."""
+_TEXT, _CONTINUATION, _NEW = 3, 4, 2
+"""How many tokens become virtual ones, how many follow them, and how many are generated."""
 
-_TOLERANCE = 0.05
-"""The share of the text's effect that may be missing. Rounding in bfloat16 takes about a hundredth."""
+_PADDING = 2
+"""How many of the continuation are padding in one row of the batch that is generated from."""
+
+_TOLERANCE, _TOLERANCE_HALF = 0.01, 0.05
+"""The share of the text's effect that may be missing. Rounding in bfloat16 takes a hundredth, in TF32 a thousandth."""
 
 
 def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list[AttentionCall]) -> None:
     """Raises NotImplementedError unless a prefix on these layers acts as the text it was made of."""
-    ids = _probe_ids(model)
+    ids = plain_ids(model, _TEXT + _CONTINUATION)
     found = record(model, ids[:, :_TEXT])
     initial = [(call.key[0], call.value[0]) for call in found]
     module = Prefix([call.shape for call in calls], PrefixTuningConfig(init=initial), initial).to(model.device)
@@ -36,56 +45,204 @@ def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list
         with frozen_run(model):
             return backbone(input_ids=tokens, use_cache=False)[0]
 
-    expected, without = run(ids)[:, _TEXT:], run(ids[:, _TEXT:])
-    bank = Bank(model)
-    try:
-        bank.set_decoder(backbone, calls)
-        bank.add(Attached(module, range(len(calls))))
-        got = run(ids[:, _TEXT:])
-    finally:
-        bank.patch.undo()
-    _compare(model, "prefix", expected, got, without)
+    with own_words(model, "a prefix"):
+        expected, without = run(ids)[:, _TEXT:], run(ids[:, _TEXT:])
+        generated = _generate_after_text(model, ids)
+        bank = Bank(model)
+        try:
+            bank.set_decoder(backbone, calls)
+            bank.add(Attached(module, range(len(calls))))
+            _compare(model, "prefix", expected, run(ids[:, _TEXT:]), without)
+            _check_generate(model, "prefix", ids, generated)
+            _check_training(model, "prefix", module, ids[:, _TEXT:])
+        finally:
+            bank.patch.undo()
 
 
 def verify_soft_prompt(model: PreTrainedModel, hidden_size: int) -> None:
-    """Raises NotImplementedError unless a soft prompt acts as the text whose embeddings it has."""
-    ids = _probe_ids(model)
+    """Raises NotImplementedError unless a soft prompt acts as the text whose embeddings it has.
+
+    A model that fails when it is given embeddings alone is tried with ids, in which virtual tokens have a stand-in.
+    """
+    if reads_ids(model):
+        return _verify_soft_prompt(model, hidden_size)
+    try:
+        return _verify_soft_prompt(model, hidden_size)
+    except NotImplementedError as error:
+        found_to_read_ids(model, True)
+        try:
+            return _verify_soft_prompt(model, hidden_size)
+        except NotImplementedError as second:
+            found_to_read_ids(model, False)
+            raise (second if isinstance(error.__cause__, RuntimeError) else error) from None
+
+
+def _verify_soft_prompt(model: PreTrainedModel, hidden_size: int) -> None:
+    ids = plain_ids(model, _TEXT + _CONTINUATION)
+    if reads_ids(model):  # the text to compare with is that of the ids which the model sees
+        ids[:, :_TEXT] = stand_in(model)
 
     def run(tokens: Tensor) -> Tensor:
         with frozen_run(model):
-            return model(input_ids=tokens, use_cache=False)[0]
+            return _first(model(input_ids=tokens, use_cache=False))
 
-    with frozen_run(model):
-        initial = model.get_input_embeddings()(ids[0, :_TEXT]).float()
-    module = SoftPrompt(hidden_size, PromptTuningConfig(init=initial), initial).to(model.device)
-    expected, without = run(ids), run(ids[:, _TEXT:])
-    if expected.shape[:2] != ids.shape:
+    with own_words(model, "a soft prompt"):
+        with frozen_run(model):
+            initial = model.get_input_embeddings()(ids[0, :_TEXT]).float()
+        module = SoftPrompt(hidden_size, PromptTuningConfig(init=initial), initial).to(model.device)
+        expected, without = run(ids), run(ids[:, _TEXT:])
+        if head_of(model) != SEQUENCE:
+            if expected.shape[:2] != ids.shape:
+                raise NotImplementedError(
+                    f"{type(model).__name__} does not return one output a token ({list(expected.shape)}), which a soft "
+                    f"prompt needs so far; known families: {known_families()}"
+                )
+            expected = expected[:, _TEXT:]
+        generated = _generate_after_text(model, ids)
+        bank = Bank(model)
+        try:
+            bank.add(Attached(module))
+            _compare(model, "soft prompt", expected, run(ids[:, _TEXT:]), without)
+            _check_generate(model, "soft prompt", ids, generated)
+            _check_training(model, "soft prompt", module, ids[:, _TEXT:])
+        finally:
+            bank.patch.undo()
+
+
+def check_reads_last(model: PreTrainedModel) -> None:
+    """Raises NotImplementedError for a head that reads the first token of a sequence, which would be a virtual one.
+
+    That is so where tokens see those after them: such models learn what the first token says of all.
+    """
+    ids = plain_ids(model, _CONTINUATION)
+    other = ids.clone()
+    other[:, -1] = stand_in(model)
+    with own_words(model, "a soft prompt"), frozen_run(model):
+        first, second = (_first(model.base_model(input_ids=each, use_cache=False))[:, 0] for each in (ids, other))
+    if not torch.equal(first, second):
         raise NotImplementedError(
-            f"{type(model).__name__} does not return one output a token ({list(expected.shape)}), which a soft prompt "
-            f"needs so far; known families: {known_families()}"
+            f"{type(model).__name__} is not a causal decoder: its head reads the first token, which would be a virtual "
+            "one. Soft prompts on classification heads are for decoders, whose head reads the last token"
         )
-    bank = Bank(model)
+
+
+@contextmanager
+def own_words(model: PreTrainedModel, what: str) -> Iterator[None]:
+    """A block that runs the model: an error of its own code becomes NotImplementedError that says so."""
     try:
-        bank.add(Attached(module))
-        got = run(ids[:, _TEXT:])
-    finally:
-        bank.patch.undo()
-    _compare(model, "soft prompt", expected[:, _TEXT:], got, without)
+        yield
+    except (NotImplementedError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        raise NotImplementedError(
+            f"{type(model).__name__} cannot be given {what}: on a few tokens of text, its own code raises "
+            f"{type(error).__name__}: {lines[0]}"
+        ) from error
 
 
-def _probe_ids(model: PreTrainedModel) -> Tensor:
-    """[1, 7] ids spread evenly over the vocabulary."""
-    count = _TEXT + _CONTINUATION
-    vocabulary = text_config(model).vocab_size
-    ids = torch.arange(1, count + 1, device=model.device) * vocabulary // (count + 1)
-    return ids.clamp(max=vocabulary - 1).unsqueeze(0)
+def _first(output: Any) -> Tensor:
+    """The logits of a head, or the last hidden states of a model without one."""
+    logits = getattr(output, "logits", None)
+    return output[0] if logits is None else logits
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """What the bare model generates after the text.
+
+    Attributes:
+        logits: [new, 2, V] of two rows, each generated by itself.
+        without: [2, V], the first logits where the text is left out.
+        pads: whether it generates the second row in a batch, padded on the left, as by itself.
+    """
+
+    logits: Tensor
+    without: Tensor
+    pads: bool
+
+
+def _generate_after_text(model: PreTrainedModel, ids: Tensor) -> _Generated | None:
+    """What the bare model generates; None: it cannot, so nothing is promised of generate."""
+    if not model.can_generate():
+        return None
+    rows, mask = _batch(ids, True)
+    try:
+        batch = _generate(model, rows, mask)
+        alone = _generate(model, rows[1:, _PADDING:], mask[1:, _PADDING:])
+        without = _generate(model, *_batch(ids, False), new=1)[0]
+    except Exception:
+        return None
+    logits = torch.stack((batch[:, 0], alone[:, 0]), 1)
+    effect = (alone[0, 0] - without[1]).float().norm()
+    pads = bool((batch[0, 1] - alone[0, 0]).float().norm() <= _tolerance(model) * effect)
+    return _Generated(logits, without, pads)
+
+
+def _check_generate(model: PreTrainedModel, what: str, ids: Tensor, expected: _Generated | None) -> None:
+    """Raises NotImplementedError unless a short generate is that of the model which reads the text."""
+    if expected is None:
+        return
+    got = _generate(model, *_batch(ids, False))
+    for row, where in ((0, "generate"), (1, "generate with padding on the left"))[: 2 if expected.pads else 1]:
+        wanted = expected.logits[:, row]
+        # After another first token, of a near tie, the second may be any.
+        count = _NEW if int(wanted[0].argmax()) == int(got[0, row].argmax()) else 1
+        _compare(model, f"{what} in {where}", wanted[:count], got[:count, row], expected.without[row].expand(count, -1))
+
+
+def _batch(ids: Tensor, with_text: bool) -> tuple[Tensor, Tensor]:
+    """Two rows of `ids` [1, T], the second shorter and padded on the left, with the text or without; and their mask."""
+    text, rest = ids[0, : _TEXT if with_text else 0], ids[0, _TEXT:]
+    rows = torch.stack((torch.cat((text, rest)), torch.cat((ids.new_zeros(_PADDING), text, rest[_PADDING:]))))
+    mask = torch.ones_like(rows)
+    mask[1, :_PADDING] = 0
+    return rows, mask
+
+
+def _generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, new: int = _NEW) -> Tensor:
+    """The logits [new, B, V] of a greedy generate."""
+    config = GenerationConfig(
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    generate: Any = model.generate
+    with frozen_run(model):
+        output = generate(ids, attention_mask=mask, generation_config=config)
+    return torch.stack(output.logits)
+
+
+def _check_training(model: PreTrainedModel, what: str, module: nn.Module, ids: Tensor) -> None:
+    """Raises NotImplementedError unless values that belong to no text pass a forward and get a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(module.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.1 * (float(parameter.std(correction=0)) or 1.0) * noise.to(parameter.device))
+    with frozen_run(model), torch.enable_grad():
+        _first(model(input_ids=ids, use_cache=False)).float().square().mean().backward()
+    if not all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in parameters):
+        raise NotImplementedError(
+            f"a {what} on {type(model).__name__} gets no gradient, so it cannot be trained; known families: "
+            f"{known_families()}"
+        )
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    return _TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_HALF
 
 
 def _compare(model: PreTrainedModel, what: str, expected: Tensor, got: Any, without: Tensor) -> None:
     """Raises NotImplementedError if `got` is not `expected`, measured by how far `without` the text is from it."""
     effect = (expected - without).float().norm()
     missing = (expected - got).float().norm()
-    if not missing <= _TOLERANCE * effect:
+    if not missing <= _tolerance(model) * effect:
         raise NotImplementedError(
             f"a {what} on {type(model).__name__} does not act as the text it was made of (off by {float(missing):.3g}, "
             f"where the text changes the output by {float(effect):.3g}), so this family is not supported; known "

@@ -1,0 +1,71 @@
+"""`docs/models.md` says what `attach` says, and nothing that it accepts fails at the first real call."""
+
+from __future__ import annotations
+
+import pytest
+
+from .every_model import cells, page_rows, row
+from .tiny_models import every_class
+
+CLASSES = every_class()
+
+SAMPLE = [
+    "BambaForCausalLM",
+    "BertLMHeadModel",
+    "BloomForCausalLM",
+    "CohereForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "FalconForCausalLM",
+    "Gemma3ForConditionalGeneration",
+    "Gemma4ForCausalLM",
+    "GPTNeoXForCausalLM",
+    "IdeficsForVisionText2Text",
+    "JambaForCausalLM",
+    "LlavaForConditionalGeneration",
+    "MambaForCausalLM",
+    "OPTForCausalLM",
+    "PaliGemmaForConditionalGeneration",
+    "Phi3ForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3MoeForCausalLM",
+    "T5Gemma2ForConditionalGeneration",
+    "XLNetLMHeadModel",
+]
+"""One or two of each kind; `make test-slow` tries all."""
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]
+
+
+@pytest.fixture
+def quiet() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+def check(name: str) -> None:
+    assert page_rows()[name] == row(name, CLASSES[name], cells(name, CLASSES[name])), (
+        "run python -m tests.hf.every_model"
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in SAMPLE])
+def test_every_other_class(name: str) -> None:
+    """Also of another transformers than the page was written with, as far as both have the class."""
+    if name not in page_rows():
+        pytest.skip("a class that came later than the page")
+    check(name)
+
+
+def test_the_page_has_every_class() -> None:
+    import transformers
+
+    written_with = "5.23"
+    if transformers.__version__.startswith(written_with):
+        assert set(page_rows()) == set(CLASSES)
