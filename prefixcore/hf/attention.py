@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..ops import prefix_attention
-from .disabled import NamedAttention, find_attention
+from .disabled import NamedAttention, find_attention, other_attention
 from .packing import num_shared_tokens
-from .prefix import PrefixCall
+from .prefix import PrefixCall, running_call
 
 ATTENTION = "prefixcore"
 """The name of the function in transformers' attention and mask interfaces."""
@@ -34,10 +34,12 @@ class Layer(NamedTuple):
     Attributes:
         number: which of the model's attention layers it is.
         other_attention: the name of the attention that the model had before.
+        is_handed_arguments: whether it gets the arguments that the decoder is called with.
     """
 
     number: int
     other_attention: str
+    is_handed_arguments: bool = True
 
 
 def prefix_attention_forward(
@@ -62,6 +64,8 @@ def prefix_attention_forward(
         RuntimeError: a layer of an attached model gets neither of the two arguments.
     """
     layer: Layer | None = module.__dict__.get(LAYER)
+    if layer is not None and not layer.is_handed_arguments and prefixcore_other_attention is None:
+        prefixcore_prefixes, prefixcore_other_attention = running_call(), other_attention(module.config)
     if layer is not None and prefixcore_prefixes is None and _is_in_backward():
         # Gradient checkpointing repeats a forward that ran before ours came in.
         prefixcore_other_attention = prefixcore_other_attention or layer.other_attention

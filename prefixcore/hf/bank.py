@@ -6,7 +6,7 @@ Also where there is one adapter, which then is every row's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,16 @@ from transformers import PreTrainedModel
 
 from ..ops import which_backend
 from .attached import Attached
-from .attention import ATTENTION
+from .attention import ATTENTION, PREFIXES
 from .cache import cache_argument, get_label
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
-from .families import has_windows, known_families, text_config
-from .model_inputs import has_stand_ins
-from .patch import ATTACHMENT, Patch
+from .families import has_windows, is_known, text_config
+from .model_inputs import has_stand_ins, plain_ids
+from .patch import ATTACHMENT, Patch, frozen_run
 from .position_table import position_limit
 from .positions import argument_names, as_keywords, batch_rows, takes_keywords
+from .prefix import KeyValue, PrefixCall
 from .prefix_calls import ROWS, RowPrefixes, decode
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
 from .residency import Residency
@@ -46,6 +47,7 @@ class Bank:
         decoder: the text decoder inside that holds the attention layers; or why there is none that virtual tokens
             reach, in words.
         calls: its attention layers.
+        hands_on_arguments: whether its layers get the arguments of its call.
         residency: the copies of frozen adapters on the model's device.
         stays: whether the bank stays on the model when nothing is attached any longer.
         is_reached: whether the decoder's attention is ours. A soft prompt switches it when a call first needs that.
@@ -59,6 +61,7 @@ class Bank:
         self.decoder: PreTrainedModel | str = "it is not known"
         self.layers: list[nn.Module] = []
         self.is_reached = False
+        self.hands_on_arguments = True
         self.residency = Residency()
         self.stays = False
         self._next_task = 0
@@ -88,18 +91,25 @@ class Bank:
         if self.is_reached or isinstance(self.decoder, str):
             return
         decoder = self.decoder
-        if not takes_keywords(decoder):
-            raise NotImplementedError(
-                f"{type(decoder).__name__} hands no arguments of its call on to its attention layers, which prefixes "
-                f"need; known families: {known_families()}"
-            )
         self.patch.set_attention(decoder, ATTENTION)
         check_reached(decoder, self.layers)
-        self.patch.number_layers(self.layers)
+        self.patch.number_layers(self.layers, True)
+        self.hands_on_arguments = is_known(self.model) or self._find_handed_on(decoder)
+        self.patch.number_layers(self.layers, self.hands_on_arguments)
         if decoder not in self.patch.forwards:
             self.names[decoder] = argument_names(decoder)
             self.patch.wrap_forward(decoder, self.call_decoder)
         self.is_reached = True
+
+    def _find_handed_on(self, decoder: PreTrainedModel) -> bool:
+        """Whether each attention layer gets the arguments that the decoder is called with."""
+        if not takes_keywords(decoder):
+            return False
+        recorded: dict[int, KeyValue] = {}
+        ids = plain_ids(self.model, 1)
+        with frozen_run(self.model), suppress(RuntimeError):  # of a layer that does not
+            decoder(input_ids=ids, use_cache=False, **{PREFIXES: PrefixCall([], recorded=recorded)})
+        return len(recorded) == len(self.layers)
 
     def add(self, adapter: Attached) -> Attached:
         """Attaches an adapter."""
@@ -124,6 +134,11 @@ class Bank:
             self.residency.drop(adapter.uid)
         if not self.adapters and not self.stays:
             self.patch.undo()
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether gradient checkpointing is on somewhere in the model."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.checkpointable)
 
     @property
     def is_disabled(self) -> bool:
@@ -222,7 +237,7 @@ class Bank:
         """A disabled call of `module`: the decoder gets the attention to use, where ours was put in."""
         kwargs.pop(TASK_IDS, None)
         name = other_attention(module.config) if module is self.decoder and self.is_reached else None
-        if name is not None and module.config._attn_implementation == ATTENTION:
+        if name is not None and module.config._attn_implementation == ATTENTION and self.hands_on_arguments:
             kwargs[OTHER_ATTENTION] = name
         return forward(*args, **kwargs)
 

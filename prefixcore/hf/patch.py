@@ -79,12 +79,19 @@ class Patch:
         if isinstance(modules, nn.ModuleDict) and name is not None and name in modules:
             del modules[name]
 
-    def number_layers(self, layers: Sequence[nn.Module]) -> None:
-        """Tells each attention layer which one it is."""
+    def number_layers(self, layers: Sequence[nn.Module], are_handed_arguments: bool) -> None:
+        """Tells each attention layer which one it is, and whether it gets the arguments of its decoder's call."""
+        self.forget_layers()
         other = {id(config): name for config, name in self.attention}
         for i, layer in enumerate(layers):
-            setattr(layer, LAYER, Layer(i, other.get(id(getattr(layer, "config", None))) or "eager"))
+            before = other.get(id(getattr(layer, "config", None))) or "eager"
+            setattr(layer, LAYER, Layer(i, before, are_handed_arguments))
             self.layers.append(layer)
+
+    def forget_layers(self) -> None:
+        """Takes the numbers back."""
+        while self.layers:
+            delattr(self.layers.pop(), LAYER)
 
     def wrap_forward(self, module: nn.Module, around: Around) -> None:
         """Calls `around(forward, args, kwargs)` in place of the forward of `module`."""
@@ -104,8 +111,7 @@ class Patch:
             module.__dict__.pop(_REPLICATE, None)
         while self.methods:
             self.methods.pop().undo()
-        while self.layers:
-            delattr(self.layers.pop(), LAYER)
+        self.forget_layers()
         if MODULE in self.model._modules:
             delattr(self.model, MODULE)
         self.model.__dict__.pop(ATTACHMENT, None)

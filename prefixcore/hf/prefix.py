@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -50,6 +52,28 @@ class PrefixCall:
         """The same values without their graph."""
         pairs = [None if pair is None else (pair[0].detach(), pair[1].detach()) for pair in self.pairs]
         return PrefixCall(pairs, self.index, self.lengths)
+
+
+class _Running(threading.local):
+    call: PrefixCall | None = None
+
+
+_running = _Running()
+
+
+@contextmanager
+def running(call: PrefixCall) -> Iterator[None]:
+    """A block in which this thread runs a decoder that hands no arguments on to its layers (StableLM, Nemotron)."""
+    before, _running.call = _running.call, call
+    try:
+        yield
+    finally:
+        _running.call = before
+
+
+def running_call() -> PrefixCall | None:
+    """The call that runs in this thread, for a layer that is not handed it; None: none."""
+    return _running.call
 
 
 def stack(prefixes: Sequence[LayerPrefixes], index: Sequence[int], device: torch.device) -> PrefixCall:

@@ -13,7 +13,7 @@ from .attention import PREFIXES
 from .cache import CacheLabel, cache_argument, cache_output, close_cache, label_to_continue, open_cache, set_label
 from .packing import is_empty_mask, set_empty_mask
 from .positions import batch_rows, shift_positions
-from .prefix import KeyValue, LayerPrefixes, PrefixCall, stack
+from .prefix import KeyValue, LayerPrefixes, PrefixCall, running, stack
 from .refusals import refuse_attention_weights, refuse_other_attention, refuse_reentrant_checkpointing
 from .soft_prompt import tokens
 from .tasks import Rows, Task
@@ -78,7 +78,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit)
     open_cache(cache)
     try:
-        output = forward(**kwargs, **{PREFIXES: call})
+        output = _forward(bank, forward, kwargs, call)
     finally:
         close_cache(cache)
     cache = cache_output(output) if cache is None else cache
@@ -86,6 +86,25 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         set_label(cache, CacheLabel(keys, given.rows, lengths, call.detached(), [0] * num_rows))
         close_cache(cache)
     return output
+
+
+def _forward(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], call: PrefixCall) -> Any:
+    """A forward of the decoder, whose layers find the prefixes of `call`."""
+    if bank.hands_on_arguments:
+        return forward(**kwargs, **{PREFIXES: call})
+    decoder: Any = bank.decoder
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            f"{type(decoder).__name__} hands no arguments on to its layers, so sequences cannot be packed: pad them "
+            "into rows of their own"
+        )
+    if decoder.training and torch.is_grad_enabled() and bank.checkpoints:
+        raise NotImplementedError(
+            f"{type(decoder).__name__} hands no arguments on to its layers, so gradient checkpointing, which repeats "
+            "them in the backward, would leave the prefix out: turn it off"
+        )
+    with running(call):
+        return forward(**kwargs)
 
 
 def _shift(bank: Bank, counts: list[int], kwargs: dict[str, Any]) -> int | Tensor:
@@ -141,7 +160,8 @@ def compute_once(bank: Bank, prompt: Tensor) -> LayerPrefixes:
     prompt = prompt.to(device=embed.weight.device, dtype=embed.weight.dtype)
     recorded: dict[int, KeyValue] = {}
     forward = bank.patch.forwards[decoder].original
-    forward(inputs_embeds=prompt[None], use_cache=False, **{PREFIXES: PrefixCall([], recorded=recorded)})
+    inputs = {"inputs_embeds": prompt[None], "use_cache": False}
+    _forward(bank, forward, inputs, PrefixCall([], recorded=recorded))
     return [_of_one_dtype(*recorded[layer]) for layer in range(len(bank.layers))]
 
 

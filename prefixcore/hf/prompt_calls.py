@@ -116,7 +116,7 @@ def _may_compute_once(bank: Bank, kwargs: dict[str, Any], longest: int, trains: 
     for option in ("output_attentions", "output_router_logits"):
         if kwargs.get(option) or getattr(decoder.config, option, False):
             return False
-    if trains and any(getattr(module, "gradient_checkpointing", False) for module in bank.checkpointable):
+    if trains and bank.checkpoints:
         return False  # layers that are repeated would leave their keys a second time
     if trains or not _uses_cache(bank.model, kwargs):
         # A second pass costs its launches: what it saves has to be more. A cache without virtual tokens is worth it.

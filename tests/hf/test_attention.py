@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -112,3 +114,33 @@ def test_modules_without_a_layer_prefix_see_none() -> None:
     prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=2, init="random"))
     other.set_attn_implementation(ATTENTION)
     torch.testing.assert_close(other(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["StableLm", "Nemotron"])
+def test_a_decoder_that_hands_no_arguments_on(name: str) -> None:
+    """Its layers find the prefix by the thread that runs them; what a thread does not tell is refused."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    config.initializer_range = 0.2
+    model, batch = getattr(transformers, f"{name}ForCausalLM")(config).eval(), padded("left")
+    with torch.no_grad():
+        bare = model(**batch).logits
+    with pytest.warns(UserWarning, match="not among the families"):
+        handle = prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="random", seed=0))
+    ids = batch["input_ids"][:1]
+    expected = model(ids).logits
+    assert (expected - bare[:1]).abs().max() > 1e-3
+    torch.testing.assert_close(model(**batch).logits[:1], expected, rtol=1e-5, atol=1e-5)
+    with handle.disabled(), torch.no_grad():
+        assert torch.equal(model(**batch).logits, bare)
+        with ThreadPoolExecutor(1) as pool:
+            got = pool.submit(lambda: model(ids).logits).result()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(NotImplementedError, match="which repeats them in the backward"):
+        model(**batch)
+    model.eval()
+    packed = prefixcore.PackedCollator()([{"input_ids": [5, 6]}, {"input_ids": [7]}])
+    with pytest.raises(NotImplementedError, match="cannot be packed"):
+        model(**packed)
