@@ -21,10 +21,11 @@ from .version import __version__
 if TYPE_CHECKING:
     from .adapters import AdapterError
     from .hf import Handle, PackedCollator, PromptBank, attach, load
-    from .nn import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+    from .nn import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
 _LAZY = {
+    "MultitaskPromptTuningConfig": "nn",
     "PrefixTuningConfig": "nn",
     "PromptTuningConfig": "nn",
     "PTuningConfig": "nn",
@@ -39,6 +40,7 @@ _LAZY = {
 __all__ = [
     "AdapterError",
     "Handle",
+    "MultitaskPromptTuningConfig",
     "PTuningConfig",
     "PackedCollator",
     "PrefixTuningConfig",

@@ -10,12 +10,25 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from .manifest import Manifest
 
 MODEL_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
 MANIFEST_FILE = "prefixcore_manifest.json"
 STATE_FILE = "training_state.safetensors"
+CHECKPOINT = "prefixcore"
+"""The folder in a checkpoint of Trainer's, or in what `save_pretrained` wrote, that holds the adapter."""
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter's folder: the one given, or the one in it where that is a checkpoint."""
+    if any(os.path.lexists(folder / name) for name in (MANIFEST_FILE, PEFT_FILE)):
+        return folder
+    inside = folder / CHECKPOINT
+    return inside if os.path.lexists(inside / MANIFEST_FILE) else folder
 
 
 def tensor_names(manifest: Manifest) -> list[tuple[str, str]]:

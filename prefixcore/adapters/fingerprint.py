@@ -1,18 +1,26 @@
-"""Which base model an adapter belongs to: facts of its architecture and a digest of sampled weights."""
+"""Which base model an adapter belongs to: facts of its architecture, and sampled weights.
+
+A fingerprint never stands in the way of saving: what cannot be read is left out, and listed in it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError, shown
+from .samples import Sample, compare_samples, take_samples
+from .weights import Unreadable, Weight, base_weights, is_quantized, is_sharded, materialized
 
 SAMPLES = 32
-"""How many numbers of each weight are sampled, evenly from the first to the last."""
+"""How many numbers of each weight go into a digest, evenly from the first to the last."""
 
 _CONFIG_FACTS = (
     "model_type",
@@ -26,27 +34,35 @@ _CONFIG_FACTS = (
 FACTS = ("class", *_CONFIG_FACTS, "num_parameters")
 """The fields that decide whether a model has the right architecture."""
 
+_COUNTS = ("vocab_size", "num_parameters")
+"""Facts that tokens added to the vocabulary, or a head that is tied or not, change, and nothing else with them."""
+
 # A digest in this dtype exists for weights in any of these. float16 and bfloat16 cannot be rounded to each other and
 # still agree, so each has a digest of its own.
 _DIGESTS = {
     "bfloat16": (torch.float64, torch.float32, torch.bfloat16),
     "float16": (torch.float64, torch.float32, torch.float16),
 }
+_ROUNDED = ("float64", "float32", "bfloat16", "float16")
+_PACKED = ("qweight", "weight_packed", "weight")
+_MOST_NAMED = 3
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, Any]:
     """What identifies a base model: JSON-able, well under a second for a few hundred million parameters.
+
+    Nothing of PEFT's that is in the model counts (a LoRA, for example), nor what `attach` has put there. No other
+    process is waited for: of a sharded model, this process reads its own part.
 
     Args:
         model: a transformers model, or any module. A submodule `prefixcore` is left out.
+        leave_out: names of modules that an adapter brings along, as in PEFT's `modules_to_save`.
 
     Returns:
         `name_or_path` (for people, never compared), `class`, the dimensions its config knows, `num_parameters`,
-        and `weights`: SHA-256 digests of evenly sampled weights rounded to "bfloat16" and to "float16", as far
-        as the model's dtypes allow. The same weights loaded in float32 or in bfloat16 share a digest.
-
-    Raises:
-        AdapterError: a weight has no data (it is on the meta device).
+        `body_parameters` (without the `tables` that have a row for each token), `samples` of the weights, `left_out`
+        (what could not be read, and why), and `weights`: SHA-256 digests of evenly sampled weights rounded to
+        "bfloat16" and to "float16", as far as the model's dtypes allow.
 
     Examples:
         >>> from prefixcore.adapters import fingerprint
@@ -54,41 +70,85 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         2
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    weights = list(_base_weights(model))
+    weights = list(base_weights(model, leave_out))
+    left_out: list[str] = []
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
+    facts = {name: _fact(config, name, left_out) for name in _CONFIG_FACTS}
+    tables = _tables(model)
+    samples, unreadable = take_samples(weights)
+    if packed := _packed(model):
+        left_out.append(f"num_parameters: {_listed(packed)} packed in a form of a quantiser's own")
+    for reason, names in unreadable.items():
+        left_out.append(f"{_listed(names)}: {reason}")
+    sizes = [(math.prod(weight.shape), id(weight.tensor) in tables) for weight in weights]
     return {
         "name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
-        "class": type(model).__name__,
-        **{name: getattr(config, name, None) for name in _CONFIG_FACTS},
-        "num_parameters": sum(weight.numel() for _, weight in weights),
-        "weights": _digests(weights),
+        "class": _class_name(model),
+        **facts,
+        "num_parameters": sum(size for size, _ in sizes),
+        "body_parameters": sum(size for size, is_table in sizes if not is_table),
+        "tables": [weight.name for weight, (_, is_table) in zip(weights, sizes, strict=True) if is_table],
+        "weights": _digests(weights, left_out),
+        "samples": {name: str(sample) for name, sample in samples.items()},
+        "left_out": left_out,
     }
 
 
 def check_fingerprint(value: Mapping[str, Any]) -> None:
     """Raises AdapterError, naming the field, unless `value` is one that `fingerprint` could have returned.
 
-    Without this, an adapter whose fingerprint was cut short would fit every model.
+    Without this, an adapter whose fingerprint was cut short would fit every model. `body_parameters`,
+    `tables`, `samples` and `left_out` may be missing, as in what version 0.1.0 wrote.
     """
-    for field in (*FACTS, "weights"):
-        if field not in value:
-            raise AdapterError(f"base_model.{field}: missing")
+    for name in (*FACTS, "weights"):
+        if name not in value:
+            raise AdapterError(f"base_model.{name}: missing")
     weights = value["weights"]
     if not isinstance(weights, dict) or not all(isinstance(digest, str) for digest in weights.values()):
         raise AdapterError("base_model.weights: expected digests by dtype")
-    if type(value["num_parameters"]) is not int:
-        raise AdapterError(f"base_model.num_parameters: expected an integer, got {shown(value['num_parameters'])}")
+    for name in ("num_parameters", "body_parameters"):
+        if type(value.get(name, 0)) is not int:
+            raise AdapterError(f"base_model.{name}: expected an integer, got {shown(value[name])}")
     if not isinstance(value.get("name_or_path"), (str, type(None))):
         raise AdapterError(f"base_model.name_or_path: expected a text, got {shown(value['name_or_path'])}")
+    samples = value.get("samples", {})
+    if not isinstance(samples, dict):
+        raise AdapterError(f"base_model.samples: expected an object, got {type(samples).__name__}")
+    for name, text in samples.items():
+        if Sample.parse(text) is None:
+            raise AdapterError(f"base_model.samples.{name}: expected a form, a shape and numbers, got {shown(text)}")
+    for name in ("left_out", "forced", "tables"):
+        lines = value.get(name, [])
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise AdapterError(f"base_model.{name}: expected a list of texts, got {shown(lines)}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing the fingerprints of two models has found.
+
+    Attributes:
+        differences: each in words, the field's name first; none: the two are one model, or no difference was seen.
+        unchecked: in words, that no weights could be compared, and why; or empty.
+    """
+
+    differences: list[str] = field(default_factory=list)
+    unchecked: str = ""
 
 
 def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
     """Checks that an adapter trained for `expected` may be used with `actual`.
 
+    The same model in another form passes: another dtype, quantised or not, its files cut in another way, tokens added
+    to its vocabulary, its head tied or not. What only one of the two could read is not compared.
+
+    Warns:
+        UserWarning: the architecture is right, and no weights could be compared.
+
     Raises:
-        AdapterError: naming the first field that differs.
+        AdapterError: naming what differs.
 
     Examples:
         >>> from prefixcore.adapters import AdapterError, compare_fingerprints, fingerprint
@@ -99,51 +159,187 @@ def compare_fingerprints(expected: Mapping[str, Any], actual: Mapping[str, Any])
         ...     print(str(error).partition(";")[0])
         base_model.num_hidden_layers: the adapter was trained for 12, this model has 2
     """
-    for field in FACTS:
-        if expected[field] != actual.get(field):
-            raise AdapterError(
-                f"base_model.{field}: the adapter was trained for {shown(expected[field])}, this model has "
-                f"{shown(actual.get(field))}; load the model it was trained for ({_name(expected)})"
-            )
+    found = find_differences(expected, actual)
+    if found.differences:
+        raise AdapterError("; ".join([*found.differences, _advice(expected, actual)]))
+    if found.unchecked:
+        warnings.warn(found.unchecked, stacklevel=2)
+
+
+def find_differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> Comparison:
+    """Everything in which the model of `actual` is not the one of `expected`."""
+    unread = [*expected.get("left_out", ()), *actual.get("left_out", ())]
+
+    def differs(name: str) -> bool:
+        return expected[name] != actual.get(name) and not any(line.startswith(f"{name}:") for line in unread)
+
+    facts = [_difference(name, expected, actual) for name in FACTS if name not in _COUNTS and differs(name)]
+    counts = [_difference(name, expected, actual) for name in _COUNTS if differs(name)]
     trained_for, found = expected.get("weights") or {}, actual.get("weights") or {}
     common = [dtype for dtype in trained_for if dtype in found]
-    if trained_for and not common:
-        raise AdapterError(
-            f"base_model.weights: the adapter knows its model by weights rounded to {' or '.join(trained_for)}, but "
-            f"this model was loaded in another dtype; load it in float32 or in {next(iter(trained_for))}"
+    same_digests = bool(common) and all(trained_for[dtype] == found[dtype] for dtype in common)
+    if same_digests and not counts:
+        return Comparison(facts)
+    one, other = _samples(expected), _samples(actual)
+    if not one or not other:
+        return _compare_digests(facts, counts, trained_for, common, same_digests, unread)
+
+    tables = {*expected.get("tables", ()), *actual.get("tables", ())}
+    conflicts = [n for n in sorted(one.keys() & other.keys()) if not _fits(one[n], other[n], n in tables)]
+    agreement = compare_samples(one, other)
+    if conflicts:
+        shapes = f"{conflicts[0]} is {list(one[conflicts[0]].shape)} there and {list(other[conflicts[0]].shape)} here"
+        differences = counts[-1:] or ["base_model.samples: weights have other shapes"]
+        return Comparison([*facts, f"{differences[0]} ({shapes})"])
+    if agreement.reason:
+        return Comparison([*facts, *counts, _other_weights(agreement.reason, agreement.different)])
+    if not agreement.compared:
+        why = f"; left out: {'; '.join(unread)}" if unread else ""
+        nothing = f"base_model.weights: the architecture is compared, but no weights could be{why}"
+        return Comparison([*facts, *counts], "" if facts or counts else nothing)
+    bodies = expected.get("body_parameters"), actual.get("body_parameters")
+    counted = not any(line.startswith("num_parameters:") for line in unread)
+    if counts and bodies[0] != bodies[1] and counted:
+        return Comparison([*facts, *counts])
+    if common and not same_digests and not counts and _same_forms(one, other):
+        return Comparison([*facts, _other_weights("their digests differ", [])])
+    return Comparison(facts)
+
+
+def _compare_digests(
+    facts: list[str],
+    counts: list[str],
+    trained_for: Mapping[str, str],
+    common: list[str],
+    same: bool,
+    unread: list[str],
+) -> Comparison:
+    """The comparison where one of the two has no samples, as what version 0.1.0 wrote."""
+    if same:  # digests of every name, shape and sampled number: packed weights were counted in another way
+        return Comparison(facts)
+    if facts or counts:
+        return Comparison([*facts, *counts])
+    if common:
+        return Comparison([_other_weights("their digests differ", [])])
+    if trained_for:
+        return Comparison(
+            [
+                "base_model.weights: the adapter knows its model by digests of weights rounded to "
+                f"{' or '.join(trained_for)} alone, and this model's cannot be rounded so; load it in float32 or in "
+                f"{next(iter(trained_for))}"
+            ]
         )
-    for dtype in common:
-        if trained_for[dtype] != found[dtype]:
-            raise AdapterError(
-                "base_model.weights: the model has the right architecture but other weights than the one the "
-                f"adapter was trained for ({_name(expected)})"
-            )
+    why = f"; left out: {'; '.join(unread)}" if unread else ""
+    return Comparison([], f"base_model.weights: the architecture is compared, but no weights could be{why}")
 
 
-def _name(fingerprint: Mapping[str, Any]) -> str:
-    name = fingerprint.get("name_or_path")
-    return shown(name) if isinstance(name, str) and name else "its name is not known"
+def _difference(name: str, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> str:
+    trained_for, here = shown(expected[name]), shown(actual.get(name))
+    return f"base_model.{name}: the adapter was trained for {trained_for}, this model has {here}"
 
 
-def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in model.named_parameters():
-        if name.split(".", 1)[0] == "prefixcore":
+def _other_weights(reason: str, names: list[str]) -> str:
+    where = f": {_listed(names)}" if names else ""
+    return (
+        "base_model.weights: the model has the right architecture but other weights than the one the adapter was "
+        f"trained for ({reason}{where})"
+    )
+
+
+def _advice(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> str:
+    """How to mend it; a model is not recommended to someone who has loaded one of this name."""
+    name = expected.get("name_or_path")
+    which = f"it was trained for {shown(name)}, " if name and name != actual.get("name_or_path") else ""
+    return f"{which}strict=False (--force) loads it all the same"
+
+
+def _samples(fingerprint: Mapping[str, Any]) -> dict[str, Sample]:
+    parsed = {name: Sample.parse(text) for name, text in (fingerprint.get("samples") or {}).items()}
+    return {name: sample for name, sample in parsed.items() if sample is not None}
+
+
+def _fits(one: Sample, other: Sample, is_table: bool) -> bool:
+    """Whether two shapes are one; a table of tokens may have fewer rows or more."""
+    if one.shape == other.shape or {one.form, other.form} - {"quantized", *_ROUNDED}:
+        return True
+    return is_table and len(one.shape) == len(other.shape) and one.shape[1:] == other.shape[1:]
+
+
+def _same_forms(one: Mapping[str, Sample], other: Mapping[str, Sample]) -> bool:
+    """Whether the digests of the two are of the same weights, none of them quantised in one alone."""
+    if one.keys() != other.keys():
+        return False
+    return all((one[name].form in _ROUNDED) == (other[name].form in _ROUNDED) for name in one)
+
+
+def _class_name(model: nn.Module) -> str:
+    """The name of the model's class, also after `fully_shard` has made it a class of its own."""
+    classes = type(model).__mro__
+    return next(each for each in classes if not any(base.__name__ == "FSDPModule" for base in each.__mro__)).__name__
+
+
+def _fact(config: Any, name: str, left_out: list[str]) -> Any:
+    """A number or name of the configuration; None where it has none, or cannot say it in one."""
+    try:
+        value = getattr(config, name, None)
+    except Exception as error:  # a configuration raises errors of its own, for example where layers differ
+        left_out.append(f"{name}: the configuration has not one ({type(error).__name__})")
+        return None
+    if isinstance(value, (str, int, type(None))):
+        return value
+    left_out.append(f"{name}: a {type(value).__name__}")
+    return None
+
+
+def _packed(model: nn.Module) -> list[str]:
+    """Modules whose weight a quantiser (GPTQ, AWQ, compressed-tensors) keeps in buffers, not in a parameter."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._parameters.get("weight") is None and any(buffer in module._buffers for buffer in _PACKED)
+    ]
+
+
+def _tables(model: nn.Module) -> set[int]:
+    """The ids of the parameters that have one row a token."""
+    found = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        method: Callable[[], Any] | None = getattr(model, name, None)
+        try:
+            module = method() if method is not None else None
+        except (AttributeError, NotImplementedError):  # models without a table
             continue
-        if weight.is_meta:
-            raise AdapterError(f"{name} is on the meta device: load the model's weights before taking a fingerprint")
-        yield name, weight.detach()
+        if isinstance(module, nn.Module):
+            found |= {id(parameter) for parameter in module.parameters()}
+    return found
 
 
-def _digests(weights: list[tuple[str, Tensor]]) -> dict[str, str]:
-    dtypes = {weight.dtype for _, weight in weights if weight.is_floating_point()}
+def _listed(names: list[str]) -> str:
+    """A few of these names, and how many there are."""
+    few = ", ".join(names[:_MOST_NAMED])
+    return few if len(names) <= _MOST_NAMED else f"{few} and {len(names) - _MOST_NAMED} more"
+
+
+def _digests(weights: list[Weight], left_out: list[str]) -> dict[str, str]:
+    """A digest by dtype; none where a weight is in pieces, away, or of a kind that is not a plain tensor's."""
+    if any(is_sharded(weight.tensor) for weight in weights):
+        left_out.append("weights: sharded over processes, so no digest")
+        return {}
+    dtypes = {weight.tensor.dtype for weight in weights if weight.tensor.is_floating_point()}
     names = [name for name, allowed in _DIGESTS.items() if dtypes <= set(allowed)]
     hashes = {name: hashlib.sha256() for name in names}
-    for name, weight in weights:
-        sample = _sample(weight)
-        for dtype, digest in hashes.items():
-            digest.update(f"{name} {list(weight.shape)}".encode())
-            rounded = sample.to(getattr(torch, dtype)) if sample.is_floating_point() else sample
-            digest.update(rounded.contiguous().view(torch.uint8).numpy().tobytes())
+    try:
+        for weight in weights:
+            if is_quantized(weight) and weight.tensor.is_floating_point():
+                raise Unreadable(f"{weight.name} is quantised")
+            sample = _sample(materialized(weight))
+            for dtype, digest in hashes.items():
+                digest.update(f"{weight.name} {list(weight.tensor.shape)}".encode())
+                rounded = sample.to(getattr(torch, dtype)) if sample.is_floating_point() else sample
+                digest.update(rounded.contiguous().view(torch.uint8).numpy().tobytes())
+    except Exception as error:  # what a tensor subclass does not support is for its author to say
+        left_out.append(f"weights: no digest ({error if isinstance(error, Unreadable) else type(error).__name__})")
+        return {}
     return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 

@@ -12,13 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import Config, LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+from ..nn import (
+    Config,
+    CPTConfig,
+    LayerShape,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+)
 from ..version import __version__
 from .errors import AdapterError, shown
 from .fingerprint import check_fingerprint, fingerprint
 
 FORMAT_VERSION = 1
-_CONFIGS = {config.method: config for config in (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)}
+_CONFIGS: dict[str, type[Config]] = {
+    config.method: config
+    for config in (PrefixTuningConfig, PromptTuningConfig, PTuningConfig, MultitaskPromptTuningConfig, CPTConfig)
+}
 _TYPES: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
     "method": (str,),
@@ -39,7 +50,7 @@ class Manifest:
     """What is known about an adapter.
 
     Attributes:
-        method: "prefix", "prompt" or "p-tuning".
+        method: "prefix", "prompt", "p-tuning", "multitask-prompt" or "cpt".
         config: the fields of the configuration it was trained with; tensors given as `init` are not in it.
         base_model: the `fingerprint` of the model it was trained for.
         libraries: versions of what wrote it.
@@ -80,6 +91,7 @@ class Manifest:
         *,
         task: str | None = None,
         tokenizer: Any = None,
+        forced: Sequence[str] = (),
     ) -> Manifest:
         """The manifest of an adapter for `model`.
 
@@ -89,6 +101,7 @@ class Manifest:
             layer_shapes: of each layer with a prefix, in the model's order; None for a soft prompt.
             task: in a person's words, what the adapter does.
             tokenizer: a transformers tokenizer.
+            forced: in what the model is not the one that the adapter came from, where someone has insisted on it.
 
         Raises:
             TypeError, ValueError: a task that is no text; layer shapes that do not fit `config`.
@@ -106,7 +119,7 @@ class Manifest:
         return cls(
             method=config.method,
             config=config.to_dict(),
-            base_model=fingerprint(model),
+            base_model={**fingerprint(model, config.head_names), **({"forced": list(forced)} if forced else {})},
             libraries=_libraries(),
             task=task,
             tokenizer=None if tokenizer is None else _describe(tokenizer),

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..nn import Config, LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
+from ..nn import (
+    Config,
+    CPTConfig,
+    CPTPrompt,
+    LayerShape,
+    MultitaskPrompt,
+    MultitaskPromptTuningConfig,
+    Prefix,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    SoftPrompt,
+)
 from .errors import AdapterError
 from .manifest import Manifest
 from .peft import Values
@@ -26,10 +38,12 @@ class Adapter:
         config: what it was trained with, its `num_virtual_tokens` set. A module made from the adapter has a `config`
             of its own, which says what that module trains.
         tensors: the baked virtual tokens, fp32 on the CPU: of a prefix, one `(key [Hkv, P, D],
-            value [Hkv, P, Dv])` for each layer that has one; of a soft prompt, `[P, hidden]`.
+            value [Hkv, P, Dv])` for each layer that has one; of a soft prompt, `[P, hidden]`; of several tasks'
+            prompts, what they share, `[P, hidden]` (the factors are in `training_state`).
         manifest: None for an adapter that PEFT wrote.
         training_state: the `state_dict` of a reparameterised module, by which its training goes on exactly.
         peft_config: what `adapter_config.json` says; None where PEFT can't express the adapter.
+        heads: tensors of the modules that were trained along (`modules_to_save`), fp32, by their names in the model.
 
     Examples:
         >>> from prefixcore.adapters import read_adapter
@@ -45,6 +59,7 @@ class Adapter:
     manifest: Manifest | None = None
     training_state: dict[str, Tensor] | None = None
     peft_config: dict[str, Any] | None = None
+    heads: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def layer_shapes(self) -> list[LayerShape]:
@@ -61,7 +76,10 @@ class Adapter:
         return list(range(len(self.layer_shapes)))
 
 
-def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPrompt:
+Module: TypeAlias = Prefix | SoftPrompt | MultitaskPrompt | CPTPrompt
+
+
+def make_module(adapter: Adapter, *, trainable: bool = False) -> Module:
     """The module of an adapter, on the CPU.
 
     Args:
@@ -84,9 +102,13 @@ def make_module(adapter: Adapter, *, trainable: bool = False) -> Prefix | SoftPr
     return build_module(adapter, trainable=trainable, share=False)
 
 
-def build_module(adapter: Adapter, *, trainable: bool, share: bool = True) -> Prefix | SoftPrompt:
+def build_module(adapter: Adapter, *, trainable: bool, share: bool = True) -> Module:
     """`make_module`; with `share` its tensors are the adapter's own, for one that is used for nothing else."""
     state = adapter.training_state
+    if isinstance(adapter.config, MultitaskPromptTuningConfig):
+        return _make_multitask(adapter.config, state or {}, share=share).requires_grad_(trainable)
+    if isinstance(adapter.config, CPTConfig):
+        return _make_cpt(adapter.config, adapter.tensors, state if trainable else None).requires_grad_(trainable)
     if state is None or not trainable:
         config = _without_reparameterization(adapter.config)
         module = _make_sharing(config, adapter.tensors) if share else _make(config, adapter.tensors)
@@ -105,6 +127,29 @@ def build_module(adapter: Adapter, *, trainable: bool, share: bool = True) -> Pr
         {name: state[name].to(empty.dtype, copy=not share) for name, empty in expected.items()}, assign=True
     )
     _check_baked(module, adapter.tensors)
+    return module
+
+
+def _make_multitask(config: MultitaskPromptTuningConfig, state: dict[str, Tensor], *, share: bool) -> MultitaskPrompt:
+    """The prompts of several tasks, with the numbers of the adapter's file."""
+    plain = dataclasses.replace(config, init="zero", init_text=None, source_init=None)
+    with torch.device("meta"):  # a module of the right shape, without memory
+        module = MultitaskPrompt(state["embedding"].shape[1], plain)
+    _check_state(module.state_dict(), state)
+    module.load_state_dict({k: v.contiguous() if share else v.clone() for k, v in state.items()}, assign=True)
+    module.config = config
+    return module
+
+
+def _make_cpt(config: CPTConfig, values: Values, state: dict[str, Tensor] | None) -> CPTPrompt:
+    """The prompt of some examples; without its state, what was learned is part of the embeddings."""
+    assert isinstance(values, Tensor)
+    module = CPTPrompt(values.shape[1], config, values)
+    if state is not None:
+        _check_state(module.state_dict(), state)
+        module.load_state_dict(state)
+        if not torch.allclose(module.bake(), values, rtol=1e-3, atol=1e-4 * max(1e-6, float(values.abs().max()))):
+            raise AdapterError("the training state does not make the virtual tokens that the adapter holds")
     return module
 
 
@@ -141,11 +186,13 @@ def _make(config: Config, values: Values, *, has_initial: bool = True) -> Prefix
         shapes = [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in values]
         return Prefix(shapes, config, values if has_initial else None)
     assert isinstance(values, Tensor)
+    assert isinstance(config, (PromptTuningConfig, PTuningConfig))
     return SoftPrompt(values.shape[1], config, values if has_initial else None)
 
 
 def _without_reparameterization(config: Config) -> PrefixTuningConfig | PromptTuningConfig:
     """The configuration that trains the same virtual tokens themselves."""
+    assert not isinstance(config, (MultitaskPromptTuningConfig, CPTConfig))
     if isinstance(config, PTuningConfig):
         return PromptTuningConfig(
             num_virtual_tokens=config.num_virtual_tokens,
@@ -153,6 +200,7 @@ def _without_reparameterization(config: Config) -> PrefixTuningConfig | PromptTu
             virtual_token_ids=config.virtual_token_ids,
             task_type=config.task_type,
             tokenizer_name_or_path=config.tokenizer_name_or_path,
+            modules_to_save=config.modules_to_save,
         )
     if isinstance(config, PrefixTuningConfig):
         return dataclasses.replace(config, reparameterization="none", prefix_projection=False)

@@ -15,22 +15,45 @@ from torch import Tensor
 
 from ..nn import (
     Config,
+    CPTConfig,
     LayerShape,
+    MultitaskPromptTuningConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     PTuningConfig,
     join_layers,
     split_layers,
 )
+from ..nn.config import HEADS
 from .errors import AdapterError, shown
 from .tensors import TensorFile
+from .weights import is_named
 
 PROMPT_EMBEDDINGS = "prompt_embeddings"
+HEAD = "base_model."
+"""What PEFT puts before the name of a tensor of `modules_to_save`."""
+
 PREFIX_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
-PEFT_TYPES = (*PREFIX_TYPES, "PROMPT_TUNING", "P_TUNING")
+MULTITASK, CPT = "MULTITASK_PROMPT_TUNING", "CPT"
+PEFT_TYPES = (*PREFIX_TYPES, "PROMPT_TUNING", "P_TUNING", MULTITASK, CPT)
+
+COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
+"""The factors of multitask prompt tuning, beside the shared prompt."""
+
+_CPT_KEYS = (
+    "cpt_token_ids",
+    "cpt_mask",
+    "cpt_tokens_type_mask",
+    "opt_weighted_loss_type",
+    "opt_loss_decay_factor",
+    "opt_projection_epsilon",
+    "opt_projection_format_epsilon",
+    "tokenizer_name_or_path",
+)
 
 Values = list[tuple[Tensor, Tensor]] | Tensor
-"""What an adapter holds: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or a soft prompt [P, hidden]."""
+"""What an adapter holds: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or a soft prompt [P, hidden]; of several
+tasks, the one that they share."""
 
 
 def is_expressible(config: Config, shapes: Sequence[LayerShape], base_model: Mapping[str, Any]) -> bool:
@@ -53,7 +76,7 @@ def to_peft(config: Config, values: Values, base_model: Mapping[str, Any]) -> tu
         "auto_mapping": None,
         "base_model_name_or_path": base_model.get("name_or_path"),
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": config.head_names or None,
         "num_transformer_submodules": 1,
         "revision": None,
         "task_type": config.task_type,
@@ -82,6 +105,20 @@ def to_peft(config: Config, values: Values, base_model: Mapping[str, Any]) -> tu
 
 
 def _prompt_keys(config: Config) -> dict[str, Any]:
+    if isinstance(config, CPTConfig):
+        return {"peft_type": CPT, **{name: getattr(config, name) for name in _CPT_KEYS}}
+    if isinstance(config, MultitaskPromptTuningConfig):
+        return {
+            "peft_type": MULTITASK,
+            "num_tasks": config.num_tasks,
+            "num_ranks": config.num_ranks,
+            "prompt_tuning_init": "RANDOM",  # any other word would make PEFT look for a text or a source adapter
+            "prompt_tuning_init_text": None,
+            "prompt_tuning_init_state_dict_path": None,
+            "prompt_tuning_init_task": config.prompt_tuning_init_task,
+            "tokenizer_name_or_path": None,
+            "tokenizer_kwargs": None,
+        }
     if isinstance(config, PTuningConfig):
         return {
             "peft_type": "P_TUNING",
@@ -115,11 +152,6 @@ def peft_tensor_shape(peft_config: Mapping[str, Any]) -> list[int]:
             "num_transformer_submodules: expected 1 (a decoder or an encoder alone), got "
             f"{shown(peft_config['num_transformer_submodules'])}"
         )
-    if peft_config.get("modules_to_save"):
-        raise AdapterError(
-            f"modules_to_save: whole modules saved beside the virtual tokens ({shown(peft_config['modules_to_save'])}) "
-            "are not read here"
-        )
     width = _positive(peft_config, "token_dim")
     if peft_type in PREFIX_TYPES:
         if width % _positive(peft_config, "num_attention_heads"):
@@ -128,6 +160,24 @@ def peft_tensor_shape(peft_config: Mapping[str, Any]) -> list[int]:
             )
         width *= 2 * _positive(peft_config, "num_layers")
     return [_positive(peft_config, "num_virtual_tokens"), width]
+
+
+def task_shapes(peft_config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shapes of the tensors that stand beside `prompt_embeddings`: those of multitask prompt tuning's tasks.
+
+    Args:
+        peft_config: one that `peft_tensor_shape` has accepted.
+
+    Raises:
+        AdapterError: a field that is missing or of a wrong type, named.
+    """
+    if peft_config["peft_type"] != MULTITASK:
+        return {}
+    tasks, rank = _positive(peft_config, "num_tasks"), _positive(peft_config, "num_ranks")
+    return {
+        COLS: [tasks, peft_config["num_virtual_tokens"], rank],
+        ROWS: [tasks, rank, peft_config["token_dim"]],
+    }
 
 
 def from_peft(peft_config: Mapping[str, Any]) -> tuple[Config, list[LayerShape]]:
@@ -146,22 +196,49 @@ def from_peft(peft_config: Mapping[str, Any]) -> tuple[Config, list[LayerShape]]
         "num_virtual_tokens": peft_config["num_virtual_tokens"],
         "init": "tensor",
         "task_type": peft_config.get("task_type"),
+        "modules_to_save": peft_config.get("modules_to_save"),
     }
     try:
+        if peft_config["peft_type"] == MULTITASK:
+            tasks = {name: peft_config[name] for name in ("num_tasks", "num_ranks")}
+            return MultitaskPromptTuningConfig(**common, **tasks), []
+        if peft_config["peft_type"] == CPT:
+            return CPTConfig(**common, **{name: peft_config[name] for name in _CPT_KEYS if name in peft_config}), []
         if peft_config["peft_type"] not in PREFIX_TYPES:
             tokenizer = peft_config.get("tokenizer_name_or_path")
             return PromptTuningConfig(**common, tokenizer_name_or_path=tokenizer), []
         frozen = peft_config.get("num_frozen_tokens", 1) if peft_config["peft_type"] == "CARTRIDGE" else 0
         config = PrefixTuningConfig(**common, num_frozen_tokens=frozen)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise AdapterError(str(error)) from error
     heads = peft_config["num_attention_heads"]
     dim = peft_config["token_dim"] // heads
     return config, [LayerShape(heads, dim, dim)] * peft_config["num_layers"]
 
 
-def read_peft(file: TensorFile, shapes: Sequence[LayerShape]) -> Values:
-    """The values in a file of PEFT's layout, whose header `peft_tensor_shape` has been checked against.
+def head_shapes(file: TensorFile, config: Config) -> dict[str, list[int]]:
+    """The shapes of the tensors that modules of `modules_to_save` have in a file, by their names in the model.
+
+    Raises:
+        AdapterError: the file has none of a module that is named and does not merely go with the task type.
+    """
+    found = {
+        name.removeprefix(HEAD): shape
+        for name, shape in file.shapes.items()
+        if name.startswith(HEAD) and any(is_named(name.removeprefix(HEAD), each) for each in config.head_names)
+    }
+    for wanted in config.modules_to_save or ():
+        if wanted not in HEADS.get(config.task_type or "", ()) and not any(is_named(name, wanted) for name in found):
+            raise AdapterError(
+                f"{file.path}: modules_to_save: {shown(wanted)} is named, but the file has no tensor of it"
+            )
+    return found
+
+
+def read_peft(
+    file: TensorFile, shapes: Sequence[LayerShape], heads: Mapping[str, list[int]]
+) -> tuple[Values, dict[str, Tensor], dict[str, Tensor]]:
+    """What is in a file of PEFT's layout, whose header has been checked: the values, the heads, the factors of tasks.
 
     A prefix goes from the file into its layers some virtual tokens at a time, so that it is never in memory twice.
 
@@ -169,14 +246,22 @@ def read_peft(file: TensorFile, shapes: Sequence[LayerShape]) -> Values:
         AdapterError: a number is not finite, or the file is damaged.
     """
     if not shapes:
-        return file.read()[PROMPT_EMBEDDINGS]
+        tensors = file.read()
+        modules = {name: tensors[HEAD + name] for name in heads}
+        tasks = {name: tensors[name] for name in (COLS, ROWS) if name in tensors}
+        return tensors[PROMPT_EMBEDDINGS], modules, tasks
     tokens, width = file.shapes[PROMPT_EMBEDDINGS]
     values = [
         (torch.empty(s.num_kv_heads, tokens, s.key_dim), torch.empty(s.num_kv_heads, tokens, s.value_dim))
         for s in shapes
     ]
 
+    modules = {name: torch.empty(shape) for name, shape in heads.items()}
+
     def place(name: str, start: int, numbers: Tensor) -> None:
+        if name != PROMPT_EMBEDDINGS:
+            modules[name.removeprefix(HEAD)].view(-1)[start : start + len(numbers)] = numbers
+            return
         first = start // width
         piece = split_layers(numbers.view(-1, width), shapes)
         for (key, value), (some_keys, some_values) in zip(values, piece, strict=True):
@@ -184,7 +269,7 @@ def read_peft(file: TensorFile, shapes: Sequence[LayerShape]) -> Values:
             value[:, first : first + some_values.shape[1]] = some_values
 
     file.read_pieces(place, multiple=width)
-    return values
+    return values, modules, {}
 
 
 def _positive(peft_config: Mapping[str, Any], field: str) -> int:

@@ -6,16 +6,18 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..nn import Config, LayerShape
+from torch import Tensor
+
+from ..nn import Config, CPTConfig, LayerShape, MultitaskPromptTuningConfig
 from .errors import AdapterError, shown
-from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, tensor_names, tensor_shapes
+from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, find_adapter, tensor_names, tensor_shapes
 from .manifest import Manifest
 from .module import Adapter, build_module
-from .peft import PROMPT_EMBEDDINGS, from_peft, peft_tensor_shape, read_peft
+from .peft import HEAD, PROMPT_EMBEDDINGS, from_peft, head_shapes, peft_tensor_shape, read_peft, task_shapes
 from .record import load_record
 from .replace import identity, is_being_replaced, recover
 from .storage import load_json, naming
@@ -33,6 +35,7 @@ class AdapterHeader:
         layers: of a prefix, the indices of the layers that have one; none for a soft prompt.
         layer_shapes: the shape of each of them.
         hidden_size: E of a soft prompt; None for a prefix.
+        heads: the shapes of the tensors of `modules_to_save`, by their names in the model.
     """
 
     config: Config
@@ -41,6 +44,7 @@ class AdapterHeader:
     hidden_size: int | None
     manifest: Manifest | None
     peft_config: dict[str, Any] | None
+    heads: dict[str, list[int]] = field(default_factory=dict)
 
 
 Fits = Callable[[AdapterHeader], object]
@@ -107,6 +111,7 @@ T = TypeVar("T")
 
 def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
     """What `what` makes of the folder, begun again where the folder was replaced meanwhile."""
+    folder = find_adapter(folder)
     failure: AdapterError | None = None
     for _ in range(_READS):
         recover(folder.absolute(), check=read_folder)
@@ -155,8 +160,10 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         described = {} if manifest is None else manifest.files
         model_file = stack.enter_context(_open(folder / MODEL_FILE, described.get(MODEL_FILE)))
         # Before anything is made of the sizes that the JSON files claim: a file is as large as its tensors.
-        model_file.check_shapes(shapes)
-        header = _header(folder, manifest, peft_config)
+        claimed = _config(folder, manifest, peft_config)
+        heads = head_shapes(model_file, claimed)
+        model_file.check_shapes(shapes | {HEAD + name: shape for name, shape in heads.items()})
+        header = replace(_header(folder, manifest, peft_config), heads=heads)
         state_file = None
         if STATE_FILE in described:
             state_file = stack.enter_context(_open(folder / STATE_FILE, described[STATE_FILE]))
@@ -165,15 +172,18 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         if state_file is not None and not state:
             state_file.check_digest()
         if peft_config is not None:
-            values = read_peft(model_file, header.layer_shapes)
+            values, modules, tasks = read_peft(model_file, header.layer_shapes, heads)
         else:
             assert manifest is not None
             tensors = model_file.read()
             values = [(tensors[key], tensors[value]) for key, value in tensor_names(manifest)]
+            modules = {name: tensors[HEAD + name] for name in heads}
         training_state = None
         if state_file is not None and state:
             training_state = state_file.read(dtype=None)
-    return Adapter(header.config, values, manifest, training_state, peft_config)
+        elif isinstance(header.config, MultitaskPromptTuningConfig) and isinstance(values, Tensor):
+            training_state = {"embedding": values, **tasks}
+    return Adapter(header.config, values, manifest, training_state, peft_config, modules)
 
 
 def _open(path: Path, described: dict[str, Any] | None) -> TensorFile:
@@ -189,11 +199,22 @@ def _tensor_shapes(folder: Path, manifest: Manifest | None, peft_config: dict[st
     """The names and shapes of the virtual tokens' tensors."""
     if peft_config is not None:
         with naming(folder / PEFT_FILE):
-            return {PROMPT_EMBEDDINGS: peft_tensor_shape(peft_config)}
+            shape = peft_tensor_shape(peft_config)
+            return {PROMPT_EMBEDDINGS: shape, **task_shapes(peft_config)}
     assert manifest is not None
     tokens = manifest.make_config().num_virtual_tokens
     assert tokens is not None
     return tensor_shapes(manifest, tokens)
+
+
+def _config(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> Config:
+    """The configuration that the JSON files state, of which nothing large has been made."""
+    if manifest is not None:
+        with naming(folder / MANIFEST_FILE):
+            return manifest.make_config()
+    assert peft_config is not None
+    with naming(folder / PEFT_FILE):
+        return from_peft({**peft_config, "num_layers": 1})[0]
 
 
 def _header(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> AdapterHeader:
@@ -207,6 +228,7 @@ def _header(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any]
         with naming(folder / MANIFEST_FILE):
             if peft_config is not None:
                 _check_agreement(manifest, config, layer_shapes)
+                _check_method(manifest.make_config(), config)
             config, layer_shapes = manifest.make_config(), manifest.make_layer_shapes()
     layers = list(range(len(layer_shapes))) if manifest is None or manifest.layers is None else manifest.layers
     return AdapterHeader(config, layers, layer_shapes, hidden_size, manifest, peft_config)
@@ -234,6 +256,19 @@ def _is_description(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {"bytes", "sha256"}:
         return False
     return type(value["bytes"]) is int and isinstance(value["sha256"], str)
+
+
+def _check_method(ours: Config, peft: Config) -> None:
+    """Raises AdapterError unless both are, or neither is, of the same tasks or of the same examples."""
+    for kind, names in (
+        (MultitaskPromptTuningConfig, ("num_tasks", "num_ranks")),
+        (CPTConfig, ("cpt_token_ids", "cpt_tokens_type_mask")),
+    ):
+        if isinstance(ours, kind) != isinstance(peft, kind):
+            raise AdapterError(f"method: {ours.method!r} does not agree with {PEFT_FILE}, {peft.method!r}")
+        for name in names if isinstance(ours, kind) else ():
+            if getattr(ours, name) != getattr(peft, name):
+                raise AdapterError(f"config.{name}: does not agree with {PEFT_FILE}")
 
 
 def _check_agreement(manifest: Manifest, peft: Config, peft_shapes: list[LayerShape]) -> None:

@@ -12,25 +12,36 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..nn import Config, Prefix, PrefixTuningConfig, SoftPrompt
+from ..nn import (
+    Config,
+    CPTConfig,
+    CPTPrompt,
+    MultitaskPrompt,
+    MultitaskPromptTuningConfig,
+    Prefix,
+    PrefixTuningConfig,
+)
 from .errors import AdapterError
 from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, tensor_names
 from .manifest import Manifest
-from .peft import PEFT_TYPES, PROMPT_EMBEDDINGS, Values, is_expressible, to_peft
+from .module import Module
+from .peft import COLS, HEAD, PEFT_TYPES, PROMPT_EMBEDDINGS, ROWS, Values, is_expressible, to_peft
 from .reading import read_folder
 from .record import CURVE, RECORD, belongs, record_bytes
 from .replace import replace_folder
 from .storage import describe, load_json, to_json
+from .whole import whole_module
 
 
 def write_adapter(
     directory: str | Path,
     *,
-    module: Prefix | SoftPrompt,
+    module: Module,
     config: Config,
     manifest: Manifest,
+    heads: Mapping[str, nn.Module] | None = None,
     record: Mapping[str, Any] | None = None,
     curve: bytes | None = None,
 ) -> Path:
@@ -45,6 +56,7 @@ def write_adapter(
         module: what was trained.
         config: its configuration.
         manifest: from `Manifest.create`; the number of virtual tokens and the files' digests are filled in here.
+        heads: modules that were trained along (`modules_to_save`), by their names in the model.
         record: how it was trained, for `training.json`.
         curve: a picture of the training, PNG, for `curve.png`.
 
@@ -69,10 +81,11 @@ def write_adapter(
         target = target.resolve()
     check_target(target)
     _check_parts(module, config, manifest)
+    module = whole_module(module)
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.state_dict().values()):
         # The module was cast along with its model. What is saved is computed in fp32, so that it can be checked.
         module = copy.deepcopy(module).float()
-    baked = module.bake()
+    baked = module.embedding.detach() if isinstance(module, MultitaskPrompt) else module.bake()
     values: Values = _to_cpu(baked) if isinstance(baked, Tensor) else [(_to_cpu(k), _to_cpu(v)) for k, v in baked]
     files: dict[str, bytes | None] = {STATE_FILE: None, PEFT_FILE: None}
     peft_config: dict[str, Any] = {}
@@ -80,11 +93,15 @@ def write_adapter(
         peft_config, flat = to_peft(config, values, manifest.base_model)
         files[PEFT_FILE] = to_json(peft_config)
         tensors = {PROMPT_EMBEDDINGS: flat}
+        if isinstance(module, MultitaskPrompt):
+            tensors |= {COLS: module.prefix_task_cols, ROWS: module.prefix_task_rows}
     else:
         assert not isinstance(values, Tensor)
         tensors = {}
         for names, pair in zip(tensor_names(manifest), values, strict=True):
             tensors.update(zip(names, pair, strict=True))
+    for name, head in (heads or {}).items():
+        tensors.update({f"{HEAD}{name}.{key}": tensor for key, tensor in whole_module(head).state_dict().items()})
     blobs = {MODEL_FILE: _to_bytes(tensors)}
     if module.is_reparameterized:
         blobs[STATE_FILE] = _to_bytes(module.state_dict())
@@ -165,7 +182,7 @@ def _is_peft_folder(folder: Path) -> bool:
     return peft_config is not None and peft_config.get("peft_type") in PEFT_TYPES
 
 
-def _check_parts(module: Prefix | SoftPrompt, config: Config, manifest: Manifest) -> None:
+def _check_parts(module: Module, config: Config, manifest: Manifest) -> None:
     """Raises AdapterError unless module, configuration and manifest belong to the same adapter."""
     if manifest.method != config.method or isinstance(module, Prefix) != isinstance(config, PrefixTuningConfig):
         raise AdapterError(
@@ -178,6 +195,9 @@ def _check_parts(module: Prefix | SoftPrompt, config: Config, manifest: Manifest
         raise AdapterError(
             f"config.num_virtual_tokens: {config.num_virtual_tokens}, but the module has {module.num_virtual_tokens}"
         )
+    for cls, kind in ((MultitaskPrompt, MultitaskPromptTuningConfig), (CPTPrompt, CPTConfig)):
+        if isinstance(module, cls) != isinstance(config, kind):
+            raise AdapterError(f"config: a {type(module).__name__} is not what a {type(config).__name__} describes")
     if isinstance(module, Prefix) and list(module.shapes) != manifest.make_layer_shapes():
         raise AdapterError(f"layer_shapes: {manifest.layer_shapes}, but the module has {list(module.shapes)}")
 

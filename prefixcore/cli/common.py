@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, a GPU if there is one)"
     )
+
+
+def add_force_argument(parser: argparse.ArgumentParser) -> None:
+    """`--force`."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="take a model that does not look like the one the adapter was trained for, as long as the shapes fit",
+    )
+
+
+def load_adapter(model: Any, folder: Path, *, trainable: bool = False, force: bool = False) -> Any:
+    """`prefixcore.load`, whose warnings are lines on standard error."""
+    from ..hf import load
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        handle = load(model, folder, trainable=trainable, strict=not force)
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            say(f"warning: {warning.message}")
+    return handle
 
 
 def positive(text: str) -> int:

@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import OK, add_model_arguments, open_model, option, plain_escapes, positive, seed
+from .common import (
+    OK,
+    add_force_argument,
+    add_model_arguments,
+    load_adapter,
+    open_model,
+    option,
+    plain_escapes,
+    positive,
+    seed,
+)
 from .failures import UserError, user_errors
 from .limits import check_ids, is_too_long, learned_positions, stated_positions
 from .output import check_open, printable, results, say, to_json
@@ -23,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore generate`."""
     add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, required=True, help="folder that `prefixcore train` or PEFT wrote")
+    add_force_argument(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -62,11 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from ..hf import load
     from ..training import predict
 
     torch.manual_seed(arguments.seed)
-    with user_errors(AdapterError, ValueError, TypeError, NotImplementedError), load(model, arguments.adapter):
+    failures = user_errors(AdapterError, ValueError, TypeError, NotImplementedError)
+    with failures, load_adapter(model, arguments.adapter, force=arguments.force):
         answers = predict(
             model,
             tokenizer,

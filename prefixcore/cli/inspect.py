@@ -87,6 +87,8 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["base_model"]:
         found.append(("base model", base_model(facts["base_model"])))
+        found += [("forced", text) for text in facts["base_model"].get("forced", [])]
+        found += [("not known of it", text) for text in facts["base_model"].get("left_out", [])]
     elif facts["peft_config"]:
         found.append(("base model", str(facts["peft_config"].get("base_model_name_or_path"))))
     if facts["libraries"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _interrupt
-from .common import INTERRUPTED, OK, open_model, option
+from .common import INTERRUPTED, OK, load_adapter, open_model, option
 from .failures import UserError, user_errors
 from .limits import (
     MOST_VIRTUAL_TOKENS,
@@ -251,7 +251,7 @@ def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: An
 
     with user_errors(AdapterError, ValueError, TypeError, NotImplementedError):
         if config is None:
-            return hf.load(model, arguments.resume, trainable=True)
+            return load_adapter(model, arguments.resume, trainable=True, force=arguments.force)
         return hf.attach(model, config, tokenizer=tokenizer)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_model_arguments, option, plain_escapes, positive, seed
+from .common import add_force_argument, add_model_arguments, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
 
 METHODS = ("prefix", "prompt", "p-tuning")
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="ADAPTER", help="folder to write the adapter to")
     parser.add_argument("--method", choices=METHODS, help="what to train (not with --resume)")
     parser.add_argument("--resume", type=Path, metavar="ADAPTER", help="go on training this adapter")
+    add_force_argument(parser)
 
     start = parser.add_argument_group("virtual tokens and how they start")
     start.add_argument(
@@ -140,6 +141,8 @@ def build_config(arguments: argparse.Namespace) -> Any:
             named = "--method" if arguments.method is not None else option(next(iter(given)))
             raise UserError(f"{named} cannot be given with --resume: the adapter says what it is; leave it out")
         return None
+    if arguments.force:
+        raise UserError("--force is for --resume: a new adapter is trained for the model that is given; leave it out")
     if arguments.method is None:
         raise UserError(f"--method is missing: one of {', '.join(METHODS)} (or --resume ADAPTER)")
     for name in given:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
+
+from ..nn import CPTPrompt, MultitaskPrompt, SoftPrompt
+
+AnyPrompt: TypeAlias = SoftPrompt | MultitaskPrompt | CPTPrompt
+"""A module that makes the embeddings of virtual tokens, [P, E], or of several tasks [tasks, P, E]."""
 
 
 class Attached:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn import Config, Prefix, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, SoftPrompt
-from .attached import Attached
+from ..adapters.tensors import TensorFile
+from ..nn import (
+    Config,
+    CPTConfig,
+    MultitaskPrompt,
+    MultitaskPromptTuningConfig,
+    Prefix,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    SoftPrompt,
+)
+from .attached import AnyPrompt, Attached
 from .attention import LAYER
 from .bank import Bank
+from .checkpoint import install
 from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known_families, text_config
 from .handle import Handle
+from .heads import find_heads
 from .initialize import initial_prefix, initial_prompt
 from .model_inputs import OTHER, SEQUENCE, head_of
 from .patch import ATTACHMENT, MODULE
@@ -33,14 +47,15 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
 
     Args:
         model: a transformers model, not wrapped (attach before DDP, `torch.compile` or PEFT).
-        config: `PrefixTuningConfig`, `PromptTuningConfig` or `PTuningConfig`.
+        config: `PrefixTuningConfig`, `PromptTuningConfig`, `PTuningConfig` or `MultitaskPromptTuningConfig`, with which
+            each batch row names its task: `model(**batch, task_ids=[0, 2])`.
         tokenizer: reads `init_text`, where `init="text"`; named in the manifest of a saved adapter.
 
     Returns:
         The handle: `parameters()` for the optimizer, `save(directory)`, `detach()`.
 
     Raises:
-        TypeError: `model` is not a transformers model, or `config` not one of the three.
+        TypeError: `model` is not a transformers model, or `config` not one of these.
         ValueError: something is attached already, or the config does not fit the model.
         NotImplementedError: a model that a prefix or a soft prompt cannot reach. Known families are Llama, Mistral,
             Qwen2, Qwen3, Gemma 2, gpt-oss and GPT-2; others are checked on the spot and named in a warning.
@@ -67,10 +82,16 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
 
 
 def check_config(config: Any) -> None:
-    """Raises TypeError unless `config` says what to attach."""
-    if not isinstance(config, (PrefixTuningConfig, PromptTuningConfig, PTuningConfig)):
+    """Raises unless `config` says what to attach."""
+    if isinstance(config, CPTConfig):
+        raise NotImplementedError(
+            "context-aware prompt tuning has a loss of its own, which PEFT computes: make the model with "
+            "peft.get_peft_model and call prefixcore.accelerate on it; prefixcore.load attaches what was trained"
+        )
+    if not isinstance(config, (PrefixTuningConfig, PromptTuningConfig, PTuningConfig, MultitaskPromptTuningConfig)):
         raise TypeError(
-            f"config must be a PrefixTuningConfig, PromptTuningConfig or PTuningConfig, got {type(config).__name__}"
+            "config must be a PrefixTuningConfig, PromptTuningConfig, PTuningConfig or MultitaskPromptTuningConfig, "
+            f"got {type(config).__name__}"
         )
 
 
@@ -84,10 +105,14 @@ def make_prefix(
     return module.to(calls[0].key.device).train(model.training), layers
 
 
-def make_prompt(
-    model: PreTrainedModel, config: PromptTuningConfig | PTuningConfig, hidden_size: int, tokenizer: Any = None
-) -> SoftPrompt:
-    """A soft prompt with its initial values."""
+def make_prompt(model: PreTrainedModel, config: Any, hidden_size: int, tokenizer: Any = None) -> AnyPrompt:
+    """A soft prompt, or those of several tasks, with initial values."""
+    if isinstance(config, MultitaskPromptTuningConfig):
+        if config.source_init is None:
+            return MultitaskPrompt(hidden_size, config, initial_prompt(model, config, hidden_size, tokenizer))
+        file = Path(str(config.prompt_tuning_init_state_dict_path))
+        with TensorFile(file, None) as source:
+            return MultitaskPrompt(hidden_size, config, source=source.read())
     return SoftPrompt(hidden_size, config, initial_prompt(model, config, hidden_size, tokenizer))
 
 
@@ -182,26 +207,42 @@ def attach_prefix(
     layers: list[int],
     module: Prefix,
     tokenizer: Any = None,
+    heads: list[str] | None = None,
 ) -> Handle:
-    """Attaches a prefix that has been made, one (key, value) for each of `layers`, places in `calls`."""
+    """Attaches a prefix that has been made, one (key, value) for each of `layers`, places in `calls`.
+
+    `heads`: None: by its config.
+    """
+    heads = find_heads(model, module) if heads is None else heads
     check_position_limit(model, module.num_virtual_tokens)
     if any(parameter.requires_grad for parameter in module.parameters()):
         warn_of_dropout(model)
     module.to(calls[0].key.device).train(model.training)
     bank = Bank(model)
     bank.set_decoder(backbone, calls)
-    return Handle(bank, bank.add(Attached(module, layers)), [calls[layer].shape for layer in layers], tokenizer)
+    shapes = [calls[layer].shape for layer in layers]
+    return _finish(bank, Handle(bank, bank.add(Attached(module, layers)), shapes, tokenizer), heads)
 
 
-def attach_soft_prompt(model: PreTrainedModel, module: SoftPrompt, tokenizer: Any = None) -> Handle:
-    """Attaches a soft prompt that has been made."""
+def attach_soft_prompt(
+    model: PreTrainedModel, module: AnyPrompt, tokenizer: Any = None, heads: list[str] | None = None
+) -> Handle:
+    """Attaches a soft prompt that has been made; `heads`: None: by its config."""
+    heads = find_heads(model, module) if heads is None else heads
     check_position_limit(model, module.num_virtual_tokens)
     embed: Any = model.get_input_embeddings()
     module.to(embed.weight.device).train(model.training)
     decoder, calls = find_decoder(model)
     bank = Bank(model)
     bank.set_decoder(decoder, calls)
-    return Handle(bank, bank.add(Attached(module)), [], tokenizer)
+    return _finish(bank, Handle(bank, bank.add(Attached(module)), [], tokenizer), heads)
+
+
+def _finish(bank: Bank, handle: Handle, heads: list[str]) -> Handle:
+    """Attaches what goes along with virtual tokens: heads, and the way in which the model is saved."""
+    handle.heads.attach(heads, bank.patch, trainable=handle.num_trainable > 0)
+    install(bank)
+    return handle
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[AttentionCall]]:

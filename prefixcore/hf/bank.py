@@ -136,6 +136,11 @@ class Bank:
             self.patch.undo()
 
     @property
+    def is_attached(self) -> bool:
+        """Whether the model still carries this bank."""
+        return self.model.__dict__.get(ATTACHMENT) is self
+
+    @property
     def checkpoints(self) -> bool:
         """Whether gradient checkpointing is on somewhere in the model."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.checkpointable)
@@ -254,7 +259,8 @@ class Bank:
         task_ids = generated_tasks(self.patch)
         if task_ids is not None:
             return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task)
-        if len(self.adapters) > 1 or any(adapter.num_tasks > 1 for adapter in self.adapters.values()):
+        # A bank of many may have one just now; a wrapper that loses task_ids must not be taken for a call without.
+        if len(self.adapters) > 1 or self.stays or any(a.num_tasks > 1 for a in self.adapters.values()):
             raise ValueError(
                 f"several tasks are attached: say which one each row is for, task_ids=[...], one a row (with -1 or "
                 f"None for none), or one for all; there are {self._described()}"

@@ -17,7 +17,9 @@ from ..ops import which_backend
 from ..ops.select import Choice
 from .attached import Attached
 from .bank import Bank
+from .checkpoint import uninstall
 from .families import is_known
+from .heads import Heads
 from .patch import ATTACHMENT
 from .positions import argument_names
 
@@ -30,6 +32,8 @@ class Handle:
         module: the trainable module, also `model.prefixcore` while attached.
         config: what `module` trains: P is set, and a start given as tensors is the word "tensor".
         tokenizer: the tokenizer that `attach` was given, for the manifest; or None, also in a copy.
+        heads: what is trained along in the model itself (`modules_to_save`).
+        forced: in what the model is not the one that the adapter was trained for, where `strict=False` has loaded it.
 
     Examples:
         >>> handle = prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4))
@@ -54,6 +58,8 @@ class Handle:
         adapter.handle = self
         self._layer_shapes = layer_shapes
         self.tokenizer = tokenizer
+        self.forced: tuple[str, ...] = ()
+        self.heads = Heads(bank.model)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled model takes its handle along, but no tokenizer, which may be large or not picklable.
@@ -92,15 +98,16 @@ class Handle:
     @property
     def num_trainable(self) -> int:
         """How many numbers are trained."""
-        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the prefix, the soft prompt, or what reparameterizes it: give them to the optimizer."""
-        return self.module.parameters()
+        """The parameters of the prefix, the soft prompt, or what reparameterizes it, and of `modules_to_save`."""
+        return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The same with their names in `module`."""
-        return self.module.named_parameters()
+        """The same with their names in `module`; those of `modules_to_save` with their names in the model."""
+        yield from self.module.named_parameters()
+        yield from self.heads.named_parameters()
 
     def bake(self) -> list[tuple[Tensor, Tensor]] | Tensor:
         """The final values: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, or the prompt [P, E].
@@ -151,13 +158,25 @@ class Handle:
             OSError: the file system refused. In both cases nothing has been written.
         """
         shapes = self._layer_shapes or None
-        manifest = Manifest.create(self.model, self.config, shapes, task=task, tokenizer=self.tokenizer)
-        write_adapter(directory, module=self.module, config=self.config, manifest=manifest, record=record, curve=curve)
+        manifest = Manifest.create(
+            self.model, self.config, shapes, task=task, tokenizer=self.tokenizer, forced=self.forced
+        )
+        write_adapter(
+            directory,
+            module=self.module,
+            config=self.config,
+            manifest=manifest,
+            heads=self.heads.trained,
+            record=record,
+            curve=curve,
+        )
         return Path(directory)
 
     def detach(self) -> None:
         """Puts the model back to what it was before. The handle keeps the values: `save` and `bake` still work."""
         self._bank.remove(self._adapter)
+        self.heads.detach()
+        uninstall(self._bank)
 
     def __enter__(self) -> Handle:
         return self

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..nn import LayerShape, PrefixTuningConfig, PromptTuningConfig, PTuningConfig, fit_ids, tensor_init, vocab_ids
+from ..nn import (
+    Config,
+    LayerShape,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    fit_ids,
+    tensor_init,
+    vocab_ids,
+)
 from ..nn.initialization import check_tensor
 from .discover import record
 from .families import text_config
@@ -53,7 +63,10 @@ def initial_prefix(
 
 
 def initial_prompt(
-    model: PreTrainedModel, config: PromptTuningConfig | PTuningConfig, hidden_size: int, tokenizer: Any = None
+    model: PreTrainedModel,
+    config: PromptTuningConfig | PTuningConfig | MultitaskPromptTuningConfig,
+    hidden_size: int,
+    tokenizer: Any = None,
 ) -> Tensor | None:
     """Embeddings [P, E], fp32, or None where `SoftPrompt` draws them itself."""
     if isinstance(config.init, Tensor):
@@ -68,9 +81,7 @@ def initial_prompt(
         return embed(torch.tensor(ids, device=next(embed.parameters()).device)).float()
 
 
-def initial_ids(
-    model: PreTrainedModel, config: PrefixTuningConfig | PromptTuningConfig | PTuningConfig, tokenizer: Any = None
-) -> list[int] | None:
+def initial_ids(model: PreTrainedModel, config: Config, tokenizer: Any = None) -> list[int] | None:
     """The P token ids that `config` starts from, or None if it starts from none."""
     vocabulary = text_config(model).vocab_size
     if config.init == "vocab":
@@ -93,7 +104,7 @@ def initial_ids(
     return None
 
 
-def _tokenizer(config: PrefixTuningConfig | PromptTuningConfig | PTuningConfig) -> Any:
+def _tokenizer(config: Config) -> Any:
     if config.tokenizer_name_or_path is None:
         raise ValueError(
             "init='text' needs a tokenizer: attach(model, config, tokenizer=tokenizer), or set "

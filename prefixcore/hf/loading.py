@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import AdapterError, compare_fingerprints, fingerprint
-from ..adapters.files import MANIFEST_FILE, STATE_FILE
+from ..adapters.errors import printable
+from ..adapters.files import MANIFEST_FILE, STATE_FILE, find_adapter
+from ..adapters.fingerprint import find_differences
 from ..adapters.module import build_module
 from ..adapters.reading import AdapterHeader, read
 from ..adapters.storage import naming
-from ..nn import Prefix, SoftPrompt
+from ..nn import CPTPrompt, Prefix
+from .attached import AnyPrompt
 from .attaching import attach_prefix, attach_soft_prompt, check_model, find_attention_layers, find_hidden_size
 from .discover import AttentionCall
 from .handle import Handle
+from .heads import check_heads
 
 
-def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False) -> Handle:
+def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False, *, strict: bool = True) -> Handle:
     """Attaches the adapter in `directory`, ours or one that PEFT wrote, to the model that it was trained for.
+
+    That model in another form is known again: another dtype, quantised or not, with tokens added to its vocabulary, its
+    files cut in another way, with PEFT's LoRA inside or without.
 
     Args:
         model: as for `attach`.
-        directory: the adapter's folder.
+        directory: the adapter's folder, or a checkpoint that Trainer wrote.
         trainable: True: the module as it was saved, reparameterization included, so that training goes on where it
             stopped (the optimizer's state aside); an adapter that PEFT wrote goes on from its values. False: the final
             values, frozen.
+        strict: False: a model that does not look like the one it was trained for is taken too, with a warning, as long
+            as the shapes fit; what differs stands in the manifest of whatever is saved from then on.
 
     Returns:
         The handle, as of `attach`.
@@ -47,11 +59,33 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False)
     """
     check_model(model)
     target = Target(model)
-    module, layers = target.read(Path(directory), trainable)
-    if not isinstance(module, Prefix):
-        return attach_soft_prompt(model, module)
-    calls, backbone = target.attention_layers
-    return attach_prefix(model, backbone, calls, layers, module)
+    found = target.read(Path(directory), trainable, strict)
+    if isinstance(found.module, Prefix):
+        calls, backbone = target.attention_layers
+        handle = attach_prefix(model, backbone, calls, found.layers, found.module, heads=found.heads)
+    else:
+        handle = attach_soft_prompt(model, found.module, heads=found.heads)
+    handle.heads.load(found.head_tensors)
+    handle.forced = found.forced
+    return handle
+
+
+class Found(NamedTuple):
+    """What an adapter's folder holds.
+
+    Attributes:
+        module: makes its virtual tokens.
+        layers: of a prefix, the attention layers that it is for.
+        heads: the names of the modules that it brings along.
+        head_tensors: their tensors, by their names in the model.
+        forced: in what the model is not the one that it was trained for.
+    """
+
+    module: Prefix | AnyPrompt
+    layers: list[int]
+    heads: list[str]
+    head_tensors: Mapping[str, Tensor]
+    forced: tuple[str, ...]
 
 
 class Target:
@@ -60,10 +94,14 @@ class Target:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.folder = Path()
+        self.strict = True
+        self.forced: list[str] = []
+        self.heads: list[str] = []
+        self.leave_out: list[str] = []
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.model)
+        return fingerprint(self.model, self.leave_out)
 
     @cached_property
     def attention_layers(self) -> tuple[list[AttentionCall], PreTrainedModel]:
@@ -73,22 +111,34 @@ class Target:
     def hidden_size(self) -> int:
         return find_hidden_size(self.model)
 
-    def read(self, folder: Path, trainable: bool) -> tuple[Prefix | SoftPrompt, list[int]]:
-        """The module of the adapter in `folder`, and the layers that it is for.
+    def read(self, folder: Path, trainable: bool, strict: bool = True) -> Found:
+        """What the adapter in `folder` holds, which is for this model.
 
         Raises:
             AdapterError: as of `load`.
         """
-        self.folder = folder
-        adapter = read(folder, fits=self.check, state=trainable)
-        with naming(folder / STATE_FILE):  # the values were checked against the header
-            return build_module(adapter, trainable=trainable), adapter.layers
+        self.folder, self.strict, self.forced = find_adapter(folder), strict, []
+        adapter = read(self.folder, fits=self.check, state=trainable)
+        with naming(self.folder / STATE_FILE):  # the values were checked against the header
+            module = build_module(adapter, trainable=trainable)
+        if trainable and isinstance(module, CPTPrompt):
+            raise NotImplementedError(
+                f"{folder}: context-aware prompt tuning has a loss of its own, which PEFT computes: load it with "
+                "peft.PeftModel.from_pretrained and prefixcore.accelerate to go on with its training"
+            )
+        earlier = [] if adapter.manifest is None else adapter.manifest.base_model.get("forced", [])
+        forced = tuple(dict.fromkeys([*earlier, *self.forced]))
+        return Found(module, adapter.layers, self.heads, adapter.heads, forced)
 
     def check(self, header: AdapterHeader) -> None:
         """Raises AdapterError unless the adapter is for this model."""
         if header.manifest is not None:
+            if "modules_to_save" in header.manifest.config:  # version 0.1.0 had none, and counted every module
+                self.leave_out = header.config.head_names
             with naming(self.folder / MANIFEST_FILE):
-                compare_fingerprints(header.manifest.base_model, self.fingerprint)
+                self._compare(header.manifest.base_model)
+        with naming(self.folder):
+            self.heads = check_heads(self.model, header.heads)
         if header.hidden_size is None:
             with naming(self.folder):
                 _check_layers(header, self.attention_layers[0])
@@ -97,6 +147,17 @@ class Target:
                 f"{self.folder}: its virtual tokens have {header.hidden_size} numbers, but the model's embeddings have "
                 f"{self.hidden_size}; it was trained for another model"
             )
+
+    def _compare(self, trained_for: dict[str, Any]) -> None:
+        """Compares the model with the one the adapter was trained for; with `strict` off, differences are noted."""
+        if self.strict:
+            compare_fingerprints(trained_for, self.fingerprint)
+            return
+        found = find_differences(trained_for, self.fingerprint)
+        self.forced = found.differences
+        if found.differences or found.unchecked:
+            text = "; ".join(found.differences) or found.unchecked
+            warnings.warn(f"{self.folder} is loaded all the same: {printable(text)}", stacklevel=6)
 
 
 def _check_layers(header: AdapterHeader, calls: list[AttentionCall]) -> None:

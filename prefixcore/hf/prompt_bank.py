@@ -21,6 +21,7 @@ from .attaching import (
     make_prompt,
 )
 from .bank import Bank
+from .checkpoint import install, uninstall
 from .handle import Handle
 from .loading import Target
 from .refusals import warn_of_dropout
@@ -67,6 +68,7 @@ class PromptBank:
         self._bank = Bank(model)
         self._bank.stays = True
         self._bank.residency.budget = memory
+        install(self._bank)
         if isinstance(self._layers, Exception):
             self._bank.set_decoder(str(self._layers), [])
         else:
@@ -112,12 +114,14 @@ class PromptBank:
             prompt = make_prompt(self.model, config, _result(self._hidden_size), tokenizer)
         return self._add(name, prompt, None, tokenizer)
 
-    def load(self, name: str, directory: str | Path, *, trainable: bool = False, replace: bool = False) -> Handle:
+    def load(
+        self, name: str, directory: str | Path, *, trainable: bool = False, replace: bool = False, strict: bool = True
+    ) -> Handle:
         """Attaches an adapter that was saved, frozen unless it is `trainable`.
 
         Args:
             name: of the adapter: any text without a dot.
-            directory, trainable: as of `prefixcore.load`.
+            directory, trainable, strict: as of `prefixcore.load`.
             replace: whether it may take the place of one that has this name; where reading it fails, that one stays.
 
         Raises:
@@ -129,8 +133,15 @@ class PromptBank:
             if not isinstance(found, Exception):
                 self._target.__dict__[what] = found
         with self._bank.disabled():
-            module, layers = self._target.read(Path(directory), trainable)
-        return self._add(name, module, layers if isinstance(module, Prefix) else None)
+            found = self._target.read(Path(directory), trainable, strict)
+        if found.heads:
+            raise NotImplementedError(
+                f"{directory}: the adapter brings {found.heads[0]} along, which the rows of a bank cannot differ in; "
+                "load it by itself"
+            )
+        handle = self._add(name, found.module, found.layers if isinstance(found.module, Prefix) else None)
+        handle.forced = found.forced
+        return handle
 
     def remove(self, name: str) -> None:
         """Takes an adapter away, and touches no other."""
@@ -140,6 +151,7 @@ class PromptBank:
         """Puts the model back to what it was. Handles keep their values."""
         self._bank.adapters.clear()
         self._bank.patch.undo()
+        uninstall(self._bank)
 
     def __getitem__(self, name: str) -> Handle:
         return self._find(name).handle
@@ -178,6 +190,10 @@ class PromptBank:
 
     def _add(self, name: str, module: Any, layers: list[int] | None, tokenizer: Any = None) -> Handle:
         """Attaches a module under a name, in place of what has it."""
+        if module.config.modules_to_save:
+            raise NotImplementedError(
+                "modules_to_save: rows of a bank cannot differ in whole modules: leave it out, or attach it by itself"
+            )
         check_position_limit(self.model, module.num_virtual_tokens)
         adapter = Attached(module, layers, name)
         shapes = []

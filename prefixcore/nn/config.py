@@ -24,10 +24,20 @@ TASK_TYPES = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that are trained along for a task type, as in PEFT."""
+
 INITS = ("text", "vocab", "random", "zero", "tensor")
 REPARAMETERIZATIONS = ("none", "mlp", "low_rank", "random_basis")
 ENCODERS = ("MLP", "LSTM")
 _PEFT_INITS = {"TEXT": "text", "SAMPLE_VOCAB": "vocab", "RANDOM": "random"}
+
+SOURCE_INITS = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+"""What multitask prompt tuning can take of an earlier adapter, by PEFT's names."""
 
 KeyValues: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 """One (key [Hkv, P, D], value [Hkv, P, Dv]) a layer."""
@@ -36,6 +46,14 @@ KeyValues: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -72,6 +90,7 @@ class _Config:
     seed: int | None = field(default=None, kw_only=True)
     task_type: str | None = field(default="CAUSAL_LM", kw_only=True)
     tokenizer_name_or_path: str | None = field(default=None, kw_only=True)
+    modules_to_save: list[str] | None = field(default=None, kw_only=True)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -113,11 +132,21 @@ class _Config:
                 raise ValueError(f"{name} must be a string or None, got {getattr(self, name)!r}")
         if self.task_type is not None:
             _check_choice("task_type", self.task_type, TASK_TYPES)
+        names = self.modules_to_save
+        if names is not None:
+            if isinstance(names, str) or not isinstance(names, Sequence) or not all(map(_is_name, names)):
+                raise ValueError(f"modules_to_save must be a list of names of modules or None, got {names!r}")
+            self._set(modules_to_save=list(dict.fromkeys(names)))
 
     @property
     def is_reparameterized(self) -> bool:
         """Whether something else than the virtual tokens themselves is trained."""
         return getattr(self, "reparameterization", "encoder") != "none"
+
+    @property
+    def head_names(self) -> list[str]:
+        """What `modules_to_save` names; where it is None, the heads that PEFT trains along for `task_type`."""
+        return list(HEADS.get(self.task_type or "", ())) if self.modules_to_save is None else self.modules_to_save
 
     @property
     def init_name(self) -> str:
@@ -162,6 +191,9 @@ class PrefixTuningConfig(_Config):
         seed: of random initial values (None: torch's global generator) and of the frozen basis (None: 0).
         task_type: PEFT's task type, kept in the adapter.
         tokenizer_name_or_path: the tokenizer that reads `init_text` where `attach` is given none; kept in the adapter.
+        modules_to_save: modules of the model that are trained and saved too, by the ends of their names, such as
+            `["score"]`. None: as PEFT does, the head ("classifier", "score" or "qa_outputs") where `task_type` is
+            "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS", else none; `[]`: none.
         init_weights: PEFT's name: "zero" is `init="zero"`; None leaves `init` as it is.
 
     Raises:
@@ -241,7 +273,7 @@ class PromptTuningConfig(_Config):
         virtual_token_ids: where the virtual tokens stand in the text, in place of before it: P ids of the tokenizer,
             each of which stands for one of them wherever it is; or one id, whose k-th occurrence stands for the k-th
             and which each text holds P times. They may be ids beyond the model's table.
-        rank, num_basis, seed, task_type, tokenizer_name_or_path: as in `PrefixTuningConfig`.
+        rank, num_basis, seed, task_type, tokenizer_name_or_path, modules_to_save: as in `PrefixTuningConfig`.
         prompt_tuning_init, prompt_tuning_init_text: PEFT's names of `init` ("TEXT", "SAMPLE_VOCAB", "RANDOM")
             and `init_text`.
 
@@ -286,7 +318,8 @@ class PTuningConfig(_Config):
     """P-tuning: train a soft prompt through a small encoder (Liu et al., arXiv:2103.10385).
 
     Args:
-        num_virtual_tokens, init, init_text, virtual_token_ids, seed, task_type, tokenizer_name_or_path: as in
+        num_virtual_tokens, init, init_text, virtual_token_ids, seed, task_type, tokenizer_name_or_path,
+            modules_to_save: as in
             `PromptTuningConfig`. With `init="random"` the encoder alone makes the prompt, as in PEFT; with
             any other initial values the encoder is added to them, and begins at zero.
         encoder_reparameterization_type: "MLP" (three linear layers) or "LSTM" (bidirectional, then two).
@@ -343,4 +376,120 @@ def _check_prompt_tensor(init: Any) -> None:
         raise ValueError("init of a soft prompt must be a single tensor [P, hidden], got a sequence")
 
 
-Config: TypeAlias = PrefixTuningConfig | PromptTuningConfig | PTuningConfig
+@dataclass(frozen=True, eq=False)
+class MultitaskPromptTuningConfig(_Config):
+    """Multitask prompt tuning: one soft prompt, and a low-rank factor a task (Wang et al., arXiv:2303.02861).
+
+    Args:
+        num_virtual_tokens, init, init_text, seed, task_type, tokenizer_name_or_path, modules_to_save: as in
+            `PromptTuningConfig`; `init` is that of the shared prompt.
+        num_ranks: of the factors.
+        num_tasks: how many tasks there are.
+        prompt_tuning_init: PEFT's name of `init` ("TEXT", "SAMPLE_VOCAB", "RANDOM"); or what to begin from of an
+            adapter of this kind: "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED".
+        prompt_tuning_init_text: PEFT's name of `init_text`.
+        prompt_tuning_init_state_dict_path: that adapter's safetensors file.
+        prompt_tuning_init_task: of "EXACT_SOURCE_TASK", which task.
+
+    Raises:
+        ValueError: a value is out of range or two contradict each other.
+
+    Examples:
+        >>> from prefixcore.nn import MultitaskPromptTuningConfig
+        >>> MultitaskPromptTuningConfig(num_virtual_tokens=20, num_tasks=3, prompt_tuning_init="RANDOM").init
+        'random'
+    """
+
+    method: ClassVar[str] = "multitask-prompt"
+    reparameterization: ClassVar[str] = "none"
+
+    num_ranks: int = 1
+    num_tasks: int = 1
+    prompt_tuning_init_state_dict_path: str | None = None
+    prompt_tuning_init_task: int = 0
+    source_init: str | None = None
+    prompt_tuning_init: InitVar[str | None] = None
+    prompt_tuning_init_text: InitVar[str | None] = None
+
+    def __post_init__(self, prompt_tuning_init: str | None, prompt_tuning_init_text: str | None) -> None:
+        if prompt_tuning_init in SOURCE_INITS:
+            self._set(source_init=prompt_tuning_init)
+        elif prompt_tuning_init is not None:
+            _check_choice("prompt_tuning_init", prompt_tuning_init, (*_PEFT_INITS, *SOURCE_INITS))
+            self._set(init=_PEFT_INITS[prompt_tuning_init])
+        if self.source_init is not None:
+            _check_choice("source_init", self.source_init, SOURCE_INITS)
+            if not isinstance(self.prompt_tuning_init_state_dict_path, str):
+                raise ValueError(f"prompt_tuning_init={self.source_init!r} needs prompt_tuning_init_state_dict_path")
+            self._set(init="tensor")
+        if prompt_tuning_init_text is not None:
+            self._set(init_text=prompt_tuning_init_text)
+        self._check_common()
+        _check_prompt_tensor(self.init)
+        _check_positive("num_ranks", self.num_ranks)
+        _check_positive("num_tasks", self.num_tasks)
+        task = self.prompt_tuning_init_task
+        if isinstance(task, bool) or not isinstance(task, int) or task < 0:
+            raise ValueError(f"prompt_tuning_init_task must be an integer of at least 0, got {task!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class CPTConfig(_Config):
+    """Context-aware prompt tuning: examples as a soft prompt, moved a little (Blau et al., arXiv:2410.17222).
+
+    Args:
+        cpt_token_ids: the tokens of the examples; as many virtual tokens.
+        cpt_mask: their attention mask; None: ones.
+        cpt_tokens_type_mask: their types: modulo four, 1 is an input's template, 2 an input, 3 an answer's template, 0
+            (that is 4, 8, ...) an answer; one quarter for each example. None: ones.
+        opt_weighted_loss_type: "none" or "decay": earlier examples count less.
+        opt_loss_decay_factor: how much less, for each example.
+        opt_projection_epsilon: how far the embedding of an input's token may move.
+        opt_projection_format_epsilon: how far that of a template's token may.
+        seed, task_type, tokenizer_name_or_path, modules_to_save: as in `PromptTuningConfig`.
+        num_virtual_tokens, init, init_text: said by the tokens; leave them out.
+
+    Raises:
+        ValueError: a value is out of range or two contradict each other.
+
+    Examples:
+        >>> from prefixcore.nn import CPTConfig
+        >>> CPTConfig(cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4]).num_virtual_tokens
+        4
+    """
+
+    method: ClassVar[str] = "cpt"
+
+    cpt_token_ids: list[int] = field(default_factory=lambda: [0])
+    cpt_mask: list[int] | None = None
+    cpt_tokens_type_mask: list[int] = field(default=None)  # type: ignore[arg-type]
+    opt_weighted_loss_type: str = "none"
+    opt_loss_decay_factor: float = 1.0
+    opt_projection_epsilon: float = 0.1
+    opt_projection_format_epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.init not in (None, "tensor") or self.init_text is not None:
+            raise ValueError("init of CPTConfig is the embeddings of cpt_token_ids; leave init and init_text out")
+        ids = self.cpt_token_ids
+        for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"):
+            values = getattr(self, name)
+            if values is None:
+                values = [1] * len(ids)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not all(map(_is_count, values)):
+                raise ValueError(f"{name} must be a list of integers from 0, got {values!r}")
+            if len(values) != len(ids) or not ids:
+                raise ValueError(f"{name} has {len(values)} numbers for {len(ids)} tokens: expected as many, and one")
+            self._set(**{name: list(values)})
+        if self.num_virtual_tokens not in (None, len(ids)):
+            raise ValueError(f"num_virtual_tokens is {self.num_virtual_tokens}, but cpt_token_ids has {len(ids)}")
+        self._set(num_virtual_tokens=len(ids), init="tensor")
+        self._check_common()
+        _check_choice("opt_weighted_loss_type", self.opt_weighted_loss_type, ("none", "decay"))
+        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**63:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+
+
+Config: TypeAlias = PrefixTuningConfig | PromptTuningConfig | PTuningConfig | MultitaskPromptTuningConfig | CPTConfig

@@ -105,19 +105,32 @@ torch.testing.assert_close(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_save_pretrained_writes_the_base_model_and_the_virtual_tokens(config: Any, tmp_path: Path) -> None:
-    """Nothing is lost (Trainer resumes from it) and the folder loads without prefixcore, as the base model."""
+def test_save_pretrained_writes_what_is_trained_and_no_model(config: Any, tmp_path: Path) -> None:
+    """Nothing is lost (Trainer resumes from it), and nobody loads the folder as the bare model in silence."""
     model, batch = make("llama"), padded("left")
-    expected = model(**batch).logits
-    prefixcore.attach(model, config)
+    handle = prefixcore.attach(model, config)
     with_tokens = model(**batch).logits
     model.save_pretrained(tmp_path)
-    assert "prefixcore" not in (tmp_path / "config.json").read_text()
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert again.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises((OSError, ValueError), match="config.json"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = make("llama")
+    with prefixcore.load(again, tmp_path):
+        assert same(again(**batch).logits, with_tokens)
 
-    other = make("llama", seed=8)
+    copied = copy.deepcopy(model)  # with a method of its own
+    with torch.no_grad():
+        next(copied.prefixcore.parameters()).add_(1.0)
+    changed = copied(**batch).logits
+    copied.save_pretrained(tmp_path / "copied")
+    with prefixcore.load(again, tmp_path / "copied"):
+        assert same(again(**batch).logits, changed)
+    handle.detach()
+    model.save_pretrained(tmp_path / "bare")
+    assert (tmp_path / "bare" / "config.json").exists()
+    with pytest.raises(NotImplementedError, match="push_to_hub"):
+        copied.save_pretrained(tmp_path, push_to_hub=True)
+
+    other = make("llama")
     prefixcore.attach(other, config)
     from safetensors.torch import load_file
 

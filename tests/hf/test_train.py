@@ -209,14 +209,42 @@ def test_trainer_resumes_from_its_checkpoint(config: Any, tmp_path: Path) -> Non
         torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-6)
 
 
-def test_a_trainer_checkpoint_is_still_the_base_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_trainer_checkpoint_is_an_adapter_and_no_model(config: Any, tmp_path: Path) -> None:
     model, ids = make("llama"), tokens(2, 6)
-    expected = model(ids).logits
-    prefixcore.attach(model, CONFIGS[0], tokenizer=Tokenizer())
-    Trainer(model, _arguments(tmp_path), train_dataset=_dataset(4)).save_model(str(tmp_path / "saved"))
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    assert again.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-6, atol=1e-6)
+    handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    trainer = Trainer(
+        model, _arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1), train_dataset=_dataset(4)
+    )
+    trainer.train()
+    trainer.save_model()  # into the folder that holds the checkpoints
+    expected = model.eval()(ids).logits
+    for folder in (tmp_path / "checkpoint-2", tmp_path):
+        assert not (folder / "config.json").exists()
+        size = (folder / "model.safetensors").stat().st_size
+        assert size < 5 * sum(tensor.nbytes for tensor in handle.module.state_dict().values()) + 4096
+        with pytest.raises((OSError, ValueError)):
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+        again = make("llama")
+        with prefixcore.load(again, folder):
+            torch.testing.assert_close(again(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    model, data = make("llama"), _dataset(4)
+    handle = prefixcore.attach(model, CONFIGS[0], tokenizer=Tokenizer())
+    options = {
+        "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+    }  # fmt: skip
+    trainer = Trainer(model, _arguments(tmp_path, **options), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    best = prefixcore.adapters.read_adapter(trainer.state.best_model_checkpoint)  # the first: the loss is to be large
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    for (key, value), (best_key, best_value) in zip(handle.bake(), best.tensors, strict=True):
+        assert torch.equal(key, best_key)
+        assert torch.equal(value, best_value)
 
 
 def test_data_parallel_is_refused() -> None:

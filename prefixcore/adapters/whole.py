@@ -1,0 +1,90 @@
+"""What is trained, whole: where its numbers are sharded over processes, or kept elsewhere by accelerate's hooks."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError
+from .weights import is_sharded, offloaded
+
+PATIENCE = 60.0
+"""Seconds that a process waits for the others, whose shards it needs."""
+
+_calls = 0
+"""How often this process has met the others."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def whole_module(module: M) -> M:
+    """`module` itself if each of its tensors is whole here, else a copy on the CPU whose tensors are.
+
+    Raises:
+        AdapterError: a tensor is sharded and another process does not call too, or has no data.
+    """
+    tensors = list(_tensors(module))
+    if not any(tensor.is_meta or is_sharded(tensor) for _, _, tensor in tensors):
+        return module
+    if any(_needs_others(tensor) for _, _, tensor in tensors):
+        _meet()
+    memo: dict[int, Any] = {}  # what a copy puts in place of each tensor
+    for owner, name, tensor in tensors:
+        whole = _whole(owner, name, tensor.detach()).cpu()
+        memo[id(tensor)] = nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
+    return copy.deepcopy(module, memo)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for owner in module.modules():
+        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is not None:
+                yield owner, name, tensor
+
+
+def _whole(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    if is_sharded(tensor):
+        full: Any = tensor
+        return full.full_tensor()
+    if tensor.is_meta:
+        kept = offloaded(owner, name)
+        if kept is None:
+            raise AdapterError(f"{name} of the virtual tokens has no values (it is on the meta device)")
+        return kept
+    return tensor
+
+
+def _needs_others(tensor: Any) -> bool:
+    return is_sharded(tensor) and any(not placement.is_replicate() for placement in tensor.placements)
+
+
+def _meet() -> None:
+    """Waits until every process has come here, so that none begins to gather alone, which would never end.
+
+    Through the store that all of them share, since a collective operation that is given up leaves the next one broken.
+    """
+    global _calls
+    from torch.distributed import distributed_c10d as c10d
+
+    rank, size = c10d.get_rank(), c10d.get_world_size()
+    store, call = c10d._get_default_store(), _calls
+    _calls += 1
+    store.set(f"prefixcore/save/{call}/{rank}", "here")
+    end = time.monotonic() + PATIENCE
+    for other in range(size):
+        try:
+            left = max(0.001, end - time.monotonic())
+            store.wait([f"prefixcore/save/{call}/{other}"], timedelta(seconds=left))
+        except (RuntimeError, torch.distributed.DistError):
+            _calls -= 1
+            store.delete_key(f"prefixcore/save/{call}/{rank}")
+            raise AdapterError(
+                f"the virtual tokens are sharded over {size} processes, and process {other} has not called save within "
+                f"{PATIENCE:g} seconds: call it in every process, not in one alone"
+            ) from None

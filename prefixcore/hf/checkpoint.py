@@ -1,0 +1,128 @@
+"""`model.save_pretrained` of a model with virtual tokens attached, which is also what Trainer writes a checkpoint by.
+
+The base model is not written: a folder that looks like it would be loaded as the bare model by anyone who knows nothing
+of the virtual tokens. What is written is
+
+- `prefixcore/`: the adapter, as of `Handle.save`; `prefixcore.load` finds it there;
+- `model.safetensors`: every tensor that is trained, by its name in the model: what Trainer resumes from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..adapters import Manifest, write_adapter
+from ..adapters.files import CHECKPOINT
+from ..adapters.whole import whole_module
+from .patch import MODULE
+
+if TYPE_CHECKING:
+    from .bank import Bank
+
+_METHOD = "save_pretrained"
+_WEIGHTS = "model.safetensors"
+
+
+class SavePretrained:
+    """The method in place of the model's own. Plain data, so that a copy of the model has one of its own."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes what was trained, and no base model.
+
+        Args:
+            save_directory: the folder; what else is in it stays.
+            is_main_process: whether this process writes.
+            state_dict: the model's, where another has gathered it.
+            push_to_hub: not supported.
+            kwargs: the other arguments of transformers' method, which are about the base model's files.
+
+        Raises:
+            NotImplementedError: `push_to_hub`.
+            AdapterError, OSError: as of `Handle.save`.
+        """
+        if push_to_hub:
+            raise NotImplementedError(
+                "push_to_hub of virtual tokens: write them with handle.save and upload the folder"
+            )
+        bank, folder = self.bank, Path(save_directory)
+        if not is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, adapter in bank.adapters.items():
+            handle, module, heads = adapter.handle, adapter.module, adapter.handle.heads.trained
+            if state_dict is not None:
+                module = _with(module, state_dict, _place(name))
+                heads = {head: _with(each, state_dict, f"{head}.") for head, each in heads.items()}
+            manifest = Manifest.create(
+                bank.model,
+                handle.config,
+                handle._layer_shapes or None,
+                tokenizer=handle.tokenizer,
+                forced=handle.forced,
+            )
+            target = folder / CHECKPOINT if name is None else folder / CHECKPOINT / name
+            target.parent.mkdir(exist_ok=True)
+            write_adapter(target, module=module, config=handle.config, manifest=manifest, heads=heads)
+        save_file(_trained(bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
+
+
+def _place(name: str | None) -> str:
+    """What names of the tensors of an adapter begin with in its model."""
+    return f"{MODULE}." if name is None else f"{MODULE}.{name}."
+
+
+def install(bank: Bank) -> None:
+    """Puts the method in place of the model's own."""
+    bank.model.__dict__[_METHOD] = SavePretrained(bank)
+
+
+def uninstall(bank: Bank) -> None:
+    """Lets the model have its own method again, where nothing is attached any longer."""
+    found = bank.model.__dict__.get(_METHOD)
+    if isinstance(found, SavePretrained) and found.bank is bank and not bank.is_attached:
+        del bank.model.__dict__[_METHOD]
+
+
+def _with(module: Any, state_dict: Mapping[str, Tensor], prefix: str) -> Any:
+    """A copy of a module whose tensors are those of a state dict, where it has them."""
+    memo: dict[int, Any] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if (given := state_dict.get(prefix + name)) is not None:
+            given = given.detach().cpu().clone()
+            memo[id(tensor)] = nn.Parameter(given, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else given
+    return copy.deepcopy(module, memo)
+
+
+def _trained(bank: Bank, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What is attached and whatever else of the model requires a gradient, whole, by its name in the model."""
+    model = bank.model
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    heads = [f"{name}." for adapter in bank.adapters.values() for name in adapter.handle.heads.trained]
+    if state_dict is None:
+        state_dict = {}
+        for name, adapter in bank.adapters.items():
+            if adapter.is_kept:
+                whole = whole_module(adapter.module).state_dict()
+                state_dict |= {_place(name) + key: tensor for key, tensor in whole.items()}
+        for name, tensor in model.state_dict().items():
+            if not name.startswith(f"{MODULE}."):
+                state_dict[name] = tensor
+    starts = (f"{MODULE}.", *heads)
+    kept = {name: tensor for name, tensor in state_dict.items() if name in names or name.startswith(starts)}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in kept.items()}

@@ -1,0 +1,197 @@
+"""`modules_to_save`: a head beside virtual tokens is trained, saved, loaded and resumed, and PEFT reads the folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
+
+import prefixcore
+from prefixcore import AdapterError, PrefixTuningConfig, PromptTuningConfig
+
+from .models import assert_same, make, padded, state
+
+IDS, LABELS = torch.randint(3, 97, (4, 6), generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0])
+PREFIX = {"num_virtual_tokens": 4, "init": "random", "seed": 0}
+
+
+def classifier(seed: int, cls: Any = LlamaForSequenceClassification, **changes: Any) -> Any:
+    """One body, and a head that is new each time, as `from_pretrained` makes it from a model without one."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_labels": 2, "pad_token_id": 0, "initializer_range": 0.2,
+        "problem_type": "single_label_classification", **changes,
+    }  # fmt: skip
+    model = cls(LlamaConfig(**options)).eval()
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+def train(model: Any, handle: prefixcore.Handle, steps: int = 2) -> None:
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS, labels=LABELS).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["score"]}])
+def test_trained_saved_loaded_and_resumed(how: dict[str, Any], tmp_path: Path) -> None:
+    model = classifier(1)
+    own, before = model.score, state(model)
+    handle = prefixcore.attach(model, PrefixTuningConfig(**PREFIX, **how))
+    assert handle.num_trainable == sum(p.numel() for p in handle.parameters()) == 2 * 2 * 4 * 32 + 64
+    assert dict(handle.named_parameters())["score.weight"] is model.score.weight
+    start = model.score.weight.detach().clone()
+    train(model, handle)
+    assert not torch.equal(model.score.weight, start)
+    expected = model(IDS).logits
+    handle.save(tmp_path / "a")
+    train(model, handle)
+    after = [p.detach().clone() for p in handle.parameters()]
+    handle.detach()
+    assert model.score is own
+    torch.set_rng_state(before["rng"])
+    assert_same(before, state(model))
+
+    other = classifier(2)
+    loaded = prefixcore.load(other, tmp_path / "a")
+    assert loaded.num_trainable == 0
+    assert torch.equal(other(IDS).logits, expected)
+    loaded.detach()
+    resumed = prefixcore.load(other, tmp_path / "a", trainable=True)
+    assert resumed.num_trainable == handle.num_trainable
+    train(other, resumed)
+    for got, want in zip(resumed.parameters(), after, strict=True):
+        assert torch.equal(got, want)
+    resumed.save(tmp_path / "b")
+
+
+def test_peft_loads_ours_and_we_load_pefts(tmp_path: Path) -> None:
+    model = classifier(1)
+    handle = prefixcore.attach(model, PrefixTuningConfig(**PREFIX, task_type="SEQ_CLS"))
+    train(model, handle)
+    handle.save(tmp_path / "ours")
+    mask = torch.ones_like(IDS)
+    theirs = PeftModel.from_pretrained(classifier(2), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(IDS, attention_mask=mask).logits, model(IDS, attention_mask=mask).logits)
+
+    wrapped: Any = get_peft_model(classifier(3), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    wrapped.eval().save_pretrained(tmp_path / "theirs")
+    again = classifier(4)
+    with prefixcore.load(again, tmp_path / "theirs", trainable=True) as loaded:
+        torch.testing.assert_close(again(IDS).logits, wrapped(IDS, attention_mask=mask).logits)
+        assert loaded.num_trainable == 2 * 2 * 4 * 32 + 64
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig(**PREFIX, layers=[1], modules_to_save=["lm_head", "norm"])])
+def test_any_module_and_a_folder_of_our_own(config: Any, tmp_path: Path) -> None:
+    model = make("llama")
+    handle = prefixcore.attach(model, config)
+    names = [name for name, _ in handle.named_parameters() if not name.startswith("layers.0.")]
+    assert names == [name for name, p in model.named_parameters() if p.requires_grad and "prefixcore" not in name]
+    assert {"lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"} <= set(names)
+    model(**padded("none")).loss.backward()
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter -= parameter.grad if parameter.grad is not None else 0
+    expected = model(**padded("none")).logits
+    handle.save(tmp_path / "a")
+    assert not (tmp_path / "a" / "adapter_config.json").exists()
+    again = make("llama")
+    with prefixcore.load(again, tmp_path / "a"):
+        torch.testing.assert_close(again(**padded("none")).logits, expected)
+
+
+def test_a_head_that_stays_random_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"score of LlamaForSequenceClassification stays as it is.*\['score'\]"):
+        prefixcore.attach(classifier(1), PrefixTuningConfig(**PREFIX)).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prefixcore.attach(classifier(1), PrefixTuningConfig(**PREFIX, modules_to_save=[])).detach()
+        prefixcore.attach(classifier(1), PrefixTuningConfig(**PREFIX, task_type="SEQ_CLS")).detach()
+        prefixcore.attach(make("llama"), PrefixTuningConfig(**PREFIX)).detach()
+
+
+def test_disabled_and_copies_have_the_head_they_should() -> None:
+    model = classifier(1)
+    bare = model(IDS).logits
+    handle = prefixcore.attach(model, PrefixTuningConfig(**PREFIX, task_type="SEQ_CLS"))
+    train(model, handle)
+    expected = model(IDS).logits
+    with handle.disabled():
+        assert torch.equal(model(IDS).logits, bare)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(IDS).logits, expected)
+        with torch.no_grad():
+            other.score.weight.zero_()
+        assert torch.equal(model(IDS).logits, expected)
+        from prefixcore.hf.handle import attached
+
+        mine = attached(other)
+        assert mine is not None
+        assert dict(mine.named_parameters())["score.weight"] is other.score.weight
+        mine.detach()
+        assert torch.equal(other(IDS).logits, bare)
+    model.to(torch.bfloat16)
+    with handle.disabled():
+        model(IDS)
+    handle.detach()
+    assert model.score.weight.dtype == torch.bfloat16
+
+
+def test_wrong_names_are_said(tmp_path: Path) -> None:
+    before = state(model := classifier(1))
+    with pytest.raises(ValueError, match="no module whose name ends with 'scores'; its own are model, score"):
+        prefixcore.attach(model, PrefixTuningConfig(**PREFIX, modules_to_save=["scores"]))
+    assert_same(before, state(model))
+    with pytest.raises(ValueError, match="get no gradient"):
+        prefixcore.attach(make("llama"), PromptTuningConfig(3, modules_to_save=["embed_tokens"]))
+    for wrong in ("score", [3], [""]):
+        with pytest.raises(ValueError, match="modules_to_save must be a list of names"):
+            PrefixTuningConfig(3, modules_to_save=wrong)  # type: ignore[arg-type]
+
+
+def test_another_head_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    model = classifier(1)
+    prefixcore.attach(model, PrefixTuningConfig(**PREFIX, task_type="SEQ_CLS")).save(tmp_path / "a")
+    other = classifier(1, num_labels=3)
+    before = state(other)
+    with pytest.raises(AdapterError, match=r"score.weight: expected shape \[3, 32\], as the model has it, got \[2"):
+        prefixcore.load(other, tmp_path / "a")
+    assert_same(before, state(other))
+    (tmp_path / "a" / "prefixcore_manifest.json").unlink()
+    with pytest.raises(AdapterError, match="score.weight: the adapter brings it along, but LlamaForCausalLM has none"):
+        prefixcore.load(make("llama", num_key_value_heads=4, head_dim=8), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    for names, message in ((["norm"], "'norm' is named, but the file has no tensor"), ("score", "must be a list")):
+        changed = {**config, "modules_to_save": names}
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(changed))
+        with pytest.raises(AdapterError, match=message):
+            prefixcore.load(classifier(1), tmp_path / "a")
+
+
+def test_a_token_classifier_with_a_bias(tmp_path: Path) -> None:
+    model = classifier(1, LlamaForTokenClassification)
+    handle = prefixcore.attach(model, PrefixTuningConfig(**PREFIX, task_type="TOKEN_CLS"))
+    with torch.no_grad():
+        model.score.bias.fill_(2.0)
+    handle.save(tmp_path / "a")
+    other = classifier(2, LlamaForTokenClassification)
+    with prefixcore.load(other, tmp_path / "a"):
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
