@@ -21,7 +21,7 @@ class Attached:
         layers: of a prefix, the attention layers that have it, by their place in the model.
         first_task: the number of its first task.
         num_tasks: how many it has; one, but for multitask prompt tuning.
-        uid: what tells it from all others; a copy of the model keeps it.
+        trained: its parameters that were to be trained when it was attached.
         handle: the `Handle` that the user holds.
         is_kept: whether its values stay on the model's device; else `Bank.residency` brings them there.
     """
@@ -31,9 +31,15 @@ class Attached:
         self.layers = None if layers is None else list(layers)
         self.name, self.first_task = name, 0
         self.num_tasks = getattr(module, "num_tasks", None) or 1
-        self.uid = uuid.uuid4().hex
+        self._uid = uuid.uuid4().hex
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.handle: Any = None
         self.is_kept = True
+
+    @property
+    def uid(self) -> str:
+        """What tells it from all others; a copy of the model keeps it."""
+        return self._uid
 
     @property
     def is_prefix(self) -> bool:

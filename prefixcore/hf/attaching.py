@@ -24,6 +24,7 @@ from ..nn import (
 from .attached import AnyPrompt, Attached
 from .attention import LAYER
 from .bank import Bank
+from .beside_peft import warn_of_frozen_peft
 from .checkpoint import install
 from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known_families, text_config
@@ -217,6 +218,7 @@ def attach_prefix(
     check_position_limit(model, module.num_virtual_tokens)
     if any(parameter.requires_grad for parameter in module.parameters()):
         warn_of_dropout(model)
+    warn_of_frozen_peft(model)
     module.to(calls[0].key.device).train(model.training)
     bank = Bank(model)
     bank.set_decoder(backbone, calls)
@@ -230,6 +232,7 @@ def attach_soft_prompt(
     """Attaches a soft prompt that has been made; `heads`: None: by its config."""
     heads = find_heads(model, module) if heads is None else heads
     check_position_limit(model, module.num_virtual_tokens)
+    warn_of_frozen_peft(model)
     embed: Any = model.get_input_embeddings()
     module.to(embed.weight.device).train(model.training)
     decoder, calls = find_decoder(model)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..ops import which_backend
 from .attached import Attached
 from .attention import ATTENTION, PREFIXES
+from .beside_peft import check_not_frozen
 from .cache import cache_argument, get_label
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
@@ -276,6 +277,8 @@ class Bank:
 
     def evaluate(self, adapter: Attached) -> Any:
         """What the module makes, without a graph where none is wanted."""
+        if torch.is_grad_enabled() and self.model.training:
+            check_not_frozen(self, adapter)
         if torch.is_grad_enabled() and adapter.trains:
             return adapter.module()
         if torch.compiler.is_compiling():

@@ -17,6 +17,7 @@ from ..ops import which_backend
 from ..ops.select import Choice
 from .attached import Attached
 from .bank import Bank
+from .beside_peft import train_together
 from .checkpoint import uninstall
 from .families import is_known
 from .heads import Heads
@@ -171,6 +172,22 @@ class Handle:
             curve=curve,
         )
         return Path(directory)
+
+    def train_with_peft(self, *, virtual_tokens: bool = True, peft: bool = True) -> None:
+        """Says what is trained in a model that also holds an adapter of PEFT's, a LoRA say, whichever came first.
+
+        `attach` freezes PEFT's adapters with the rest of the model, and PEFT's `get_peft_model` freezes the virtual
+        tokens; both say so. Call this when both are in the model, and before the optimizer is made. In a `PromptBank`
+        it is said for each adapter by its own handle.
+
+        Args:
+            virtual_tokens: whether they are trained.
+            peft: whether PEFT's adapters are trained, those that were before `attach`, or are now.
+
+        Raises:
+            ValueError: a `PromptBank` loaded the virtual tokens to be used, without `trainable=True`.
+        """
+        train_together(self._bank, self._adapter, virtual_tokens=virtual_tokens, peft=peft)
 
     def detach(self) -> None:
         """Puts the model back to what it was before. The handle keeps the values: `save` and `bake` still work."""

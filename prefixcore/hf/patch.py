@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import LAYER, Layer
+from .beside_peft import flags_to_restore
 from .refusals import RefusedReplica
 from .wrapped import Around, WrappedMethod
 
@@ -119,7 +120,7 @@ class Patch:
         in_use = {id(config) for patch in _patches for config, _ in patch.attention}
         restore_attention([(config, before) for config, before in self.attention if id(config) not in in_use])
         self.attention = []
-        for parameter, flag in self.frozen:
+        for parameter, flag in flags_to_restore(self.model, self.frozen):
             parameter.requires_grad_(flag)
         self.frozen = []
 

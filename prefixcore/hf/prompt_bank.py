@@ -21,6 +21,7 @@ from .attaching import (
     make_prompt,
 )
 from .bank import Bank
+from .beside_peft import warn_of_frozen_peft
 from .checkpoint import install, uninstall
 from .handle import Handle
 from .loading import Target
@@ -65,6 +66,7 @@ class PromptBank:
         self._hidden_size = _attempt(find_hidden_size, model)
         if isinstance(self._layers, Exception) and isinstance(self._hidden_size, Exception):
             raise self._layers
+        warn_of_frozen_peft(model)
         self._bank = Bank(model)
         self._bank.stays = True
         self._bank.residency.budget = memory

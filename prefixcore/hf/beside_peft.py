@@ -1,0 +1,102 @@
+"""Virtual tokens and adapters of PEFT's (a LoRA, say) in one model: neither freezes the other without a word.
+
+`attach` freezes all that it finds in a model, and PEFT freezes all that is not its own, whichever comes second.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .attached import Attached
+    from .bank import Bank
+
+
+def peft_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of PEFT's adapters inside `model`, also of whole modules that they bring (`modules_to_save`)."""
+    if "peft" not in sys.modules:  # nothing of PEFT's can be in the model
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        children = module.named_children()
+        if isinstance(module, BaseTunerLayer):
+            names = set(module.adapter_layer_names)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            names = {name for name, _ in children} - {"original_module"}
+        else:
+            continue
+        for name in names:
+            part = getattr(module, name, None)
+            own = part.parameters() if isinstance(part, nn.Module) else [part]
+            found.update((id(parameter), parameter) for parameter in own if isinstance(parameter, nn.Parameter))
+    return list(found.values())
+
+
+def warn_of_frozen_peft(model: nn.Module) -> None:
+    """Warns if adapters of PEFT's in `model` are trained, which `attach` is about to freeze."""
+    if any(parameter.requires_grad for parameter in peft_parameters(model)):
+        warnings.warn(
+            "the model holds adapters of PEFT's that are trained; attach freezes them with the rest of the model. Call "
+            "handle.train_with_peft() to train both, before the optimizer is made",
+            stacklevel=4,
+        )
+
+
+def check_not_frozen(bank: Bank, adapter: Attached) -> None:
+    """Warns once, in a training forward, if PEFT has frozen virtual tokens that were to be trained.
+
+    Raises:
+        RuntimeError: PEFT has put an adapter into the module that is trained here.
+    """
+    trained = adapter.trained
+    if not trained or any(parameter.requires_grad for parameter in trained):
+        return
+    adapter.trained = []  # said once is enough
+    if any("base_layer" in module._modules for module in adapter.module.modules()):
+        raise RuntimeError(
+            "PEFT has put its adapter into the reparameterization of the virtual tokens too: give its configuration "
+            "exclude_modules='.*prefixcore.*'"
+        )
+    if any(parameter.requires_grad for parameter in peft_parameters(bank.model)):
+        of = "" if adapter.name is None else f" of {adapter.name!r}"
+        warnings.warn(
+            f"PEFT has frozen the virtual tokens{of}, which were to be trained when they were attached, and trains its "
+            "own adapter alone. Call handle.train_with_peft() to train both, or handle.train_with_peft(virtual_tokens="
+            "False) to leave it so, before the optimizer is made",
+            stacklevel=2,
+        )
+
+
+def train_together(bank: Bank, adapter: Attached, *, virtual_tokens: bool, peft: bool) -> None:
+    """Says which of the two are trained.
+
+    Raises:
+        ValueError: the virtual tokens are kept apart from the model, to be used and not trained.
+    """
+    if virtual_tokens and not adapter.is_kept:
+        raise ValueError(
+            f"the virtual tokens of {adapter.name!r} were loaded to be used: load them with trainable=True"
+        )
+    own = list(adapter.module.parameters())
+    for parameter in own:
+        parameter.requires_grad_(virtual_tokens)
+    adapter.trained = own if virtual_tokens else []
+    frozen = {id(parameter): flag for parameter, flag in bank.patch.frozen}
+    for parameter in peft_parameters(bank.model):
+        if not peft:
+            parameter.requires_grad_(False)
+        elif frozen.get(id(parameter), False):  # as it was before attach
+            parameter.requires_grad_(True)
+
+
+def flags_to_restore(model: nn.Module, frozen: list[tuple[nn.Parameter, bool]]) -> list[tuple[nn.Parameter, bool]]:
+    """Which of the gradients that `attach` turned off come back: none, once PEFT has an adapter in the model since."""
+    known = {id(parameter) for parameter, _ in frozen}
+    return frozen if all(id(parameter) in known for parameter in peft_parameters(model)) else []
