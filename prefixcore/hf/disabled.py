@@ -30,7 +30,8 @@ backward, perhaps in another thread and after the block has ended, computes what
 
 
 class _Disabled(threading.local):
-    patches: tuple[Patch, ...] = ()
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.patches: tuple[Patch, ...] = ()
 
 
 _disabled = _Disabled()

@@ -85,7 +85,8 @@ class Rows:
 
 
 class _Generating(threading.local):
-    tasks: tuple[tuple[Any, Any], ...] = ()
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.tasks: tuple[tuple[Any, Any], ...] = ()
 
 
 _generating = _Generating()
