@@ -20,7 +20,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import AdapterError
-    from .hf import Handle, PackedCollator, PromptBank, attach, load
+    from .hf import Accelerated, Handle, PackedCollator, PromptBank, accelerate, attach, load
     from .nn import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
@@ -29,6 +29,8 @@ _LAZY = {
     "PrefixTuningConfig": "nn",
     "PromptTuningConfig": "nn",
     "PTuningConfig": "nn",
+    "accelerate": "hf",
+    "Accelerated": "hf",
     "attach": "hf",
     "load": "hf",
     "Handle": "hf",
@@ -38,6 +40,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Accelerated",
     "AdapterError",
     "Handle",
     "MultitaskPromptTuningConfig",
@@ -47,6 +50,7 @@ __all__ = [
     "PromptBank",
     "PromptTuningConfig",
     "__version__",
+    "accelerate",
     "attach",
     "load",
     "prefix_attention",

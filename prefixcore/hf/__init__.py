@@ -5,6 +5,17 @@ from .families import FAMILIES
 from .handle import Handle, attached
 from .loading import load
 from .packing import PackedCollator
+from .peft import Accelerated, accelerate
 from .prompt_bank import PromptBank
 
-__all__ = ["FAMILIES", "Handle", "PackedCollator", "PromptBank", "attach", "attached", "load"]
+__all__ = [
+    "FAMILIES",
+    "Accelerated",
+    "Handle",
+    "PackedCollator",
+    "PromptBank",
+    "accelerate",
+    "attach",
+    "attached",
+    "load",
+]

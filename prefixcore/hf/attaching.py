@@ -152,7 +152,7 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
     with own_words(model, "a prefix"):
         calls = discover(model)
     backbone = find_backbone(model, calls)
-    if not _is_tested(model):
+    if not is_tested(model):
         verify_prefix(model, backbone, calls)
     if not is_known(model):
         _warn_of_unknown_family(model)
@@ -182,7 +182,7 @@ def find_hidden_size(model: PreTrainedModel) -> int:
     hidden_size: int = embed.weight.shape[1]
     if head_of(model) == SEQUENCE:
         check_reads_last(model)
-    if not _is_tested(model):
+    if not is_tested(model):
         verify_soft_prompt(model, hidden_size)
     if not is_known(model):
         _warn_of_unknown_family(model)
@@ -273,7 +273,7 @@ def check_position_limit(model: PreTrainedModel, num_virtual_tokens: int) -> Non
         )
 
 
-def _is_tested(model: PreTrainedModel) -> bool:
+def is_tested(model: PreTrainedModel) -> bool:
     """Whether the model is a text model of a known family: not one inside of another, which has ways of its own."""
     return is_known(model) and text_config(model) is model.config
 

@@ -70,7 +70,7 @@ class Bank:
         self.checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.only_full_attention = _only_full_attention(model)
         try:
-            self.patch.freeze()
+            self.freeze()
             self.patch.wrap_forward(model, self.call_model)
             if model.base_model is not model:
                 self.patch.wrap_forward(model.base_model, self.call_base_model)
@@ -82,6 +82,15 @@ class Bank:
             raise
 
     # -- what is attached
+
+    def freeze(self) -> None:
+        """Turns off the gradients of the model."""
+        self.patch.freeze()
+
+    def register(self, adapter: Attached) -> None:
+        """Makes the module of an adapter one of the model's, so that `state_dict` and `.to(...)` include it."""
+        if adapter.is_kept:
+            self.patch.add_module(adapter.module, adapter.name)
 
     def set_decoder(self, decoder: PreTrainedModel | str, calls: Sequence[AttentionCall]) -> None:
         """Says where the attention layers are, or why they cannot be reached."""
@@ -118,8 +127,7 @@ class Bank:
         try:
             if adapter.is_prefix:
                 self.reach()
-            if adapter.is_kept:
-                self.patch.add_module(adapter.module, adapter.name)
+            self.register(adapter)
         except BaseException:
             if not self.adapters and not self.stays:
                 self.patch.undo()

@@ -1,0 +1,163 @@
+"""`accelerate`: one line that lets an existing PEFT model run on prefixcore's ops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..attaching import check_model, is_tested
+from ..discover import discover, find_backbone
+from ..families import text_config
+from ..patch import frozen_run
+from ..refusals import warn_of_dropout
+from .accelerated import ACCELERATED, Accelerated
+from .active import activate
+from .checkpointing import checkpointing_hidden
+from .methods import check_peft_model, is_prefix, method
+from .prefix import PeftBank, PeftPrefix, prefix_shapes
+from .resume import resume
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+_TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
+"""The share of the prefix's effect by which the outputs may differ from PEFT's."""
+
+_HALF_TOLERANCE = 0.1
+"""The same in bfloat16 and float16, whose rounding takes some hundredths."""
+
+
+def accelerate(
+    model: PeftModel | PreTrainedModel,
+    adapter: PeftConfig | str | Path | None = None,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> Accelerated:
+    """Lets a PEFT model with virtual tokens run on prefixcore's ops, in place.
+
+    For PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING and CPT on decoders. The model goes
+    on with the same parameters (an optimizer that was made before keeps them), `state_dict`, `save_pretrained`,
+    `generate`, `set_adapter`, `disable_adapter`, `add_adapter` and `delete_adapter`, and computes the same loss, logits
+    (P + T of them for soft prompts) and gradients.
+
+    A prefix is no longer expanded to the batch nor put into the cache: a cache that is returned holds the text alone,
+    and may be given to the next call. Layers with a sliding window see it at any distance, where PEFT's lose it once
+    the window has passed it. With padding on the left and no `position_ids`, PEFT's positions count the
+    padding in `forward`; a model of a family outside `FAMILIES` may count them otherwise, so give them there. Calls
+    with `output_attentions=True` are refused. A soft prompt stands where PEFT puts it, before the padding.
+
+    More than with PEFT alone: gradient checkpointing with a prefix (`use_reentrant=False`; also what
+    `prepare_model_for_kbit_training` turns on), and training that goes on from an adapter that was loaded.
+
+    Args:
+        model: a `peft.PeftModel`; or the transformers model under one that is yet to be made.
+        adapter: for a transformers model, PEFT's configuration of a new adapter, or the folder of a saved one. PEFT
+            itself makes no prefix on a model whose gradient checkpointing is on.
+        adapter_name: the name of that adapter.
+        is_trainable: a loaded adapter's training goes on. PEFT's files hold virtual tokens and nothing that
+            reparameterizes them (MLP, LSTM), so that the virtual tokens themselves are trained from then on.
+
+    Returns:
+        What undoes it: `undo()`, or the end of a `with` block. Its `model` is the PeftModel.
+
+    Raises:
+        TypeError: neither a PeftModel, nor a transformers model with an adapter.
+        ValueError: the model is accelerated, or something is attached to its base model, already.
+        NotImplementedError: no method of virtual tokens, no decoder, or a base model that a prefix cannot reach (of
+            which bloom and gpt_neo are two).
+
+    After an error the model is as it was.
+
+    Examples:
+        >>> import peft
+        >>> config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
+        >>> peft_model = peft.get_peft_model(model, config)
+        >>> optimizer = torch.optim.AdamW(peft_model.parameters(), lr=5e-3)
+        >>> accelerated = prefixcore.accelerate(peft_model)
+        >>> ids = torch.tensor([[5, 6, 7, 8]])
+        >>> peft_model(input_ids=ids, labels=ids).loss.backward()
+        >>> optimizer.step()
+        >>> peft_model.save_pretrained("adapter")
+        >>> accelerated.undo()
+    """
+    peft_model: Any = model
+    if adapter is not None:
+        peft_model = _make(model, adapter, adapter_name)
+    check_peft_model(peft_model)
+    if ACCELERATED in peft_model.__dict__:
+        raise ValueError("the PeftModel is accelerated already; call undo() on what accelerate returned first")
+    accelerated = Accelerated(peft_model, _attach(peft_model) if is_prefix(peft_model) else None)
+    if is_trainable:
+        resume(peft_model, peft_model.active_adapter)
+    return accelerated
+
+
+def _make(model: Any, adapter: Any, adapter_name: str) -> Any:
+    """A new PeftModel: of a configuration, or of a folder."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"an adapter is for a transformers model, got {type(model).__name__}")
+    with checkpointing_hidden(model):
+        if isinstance(adapter, PeftConfig):
+            return get_peft_model(model, adapter, adapter_name=adapter_name)
+        return PeftModel.from_pretrained(model, adapter, adapter_name=adapter_name)
+
+
+def _attach(peft_model: Any) -> PeftBank:
+    base: Any = peft_model.base_model
+    check_model(base)
+    if base.config.output_attentions or text_config(base).output_attentions:
+        raise ValueError("config.output_attentions is on, but prefix attention never forms weights: set it to False")
+    calls = discover(base)
+    backbone = find_backbone(base, calls)
+    module = PeftPrefix(peft_model, prefix_shapes(peft_model, calls))
+    expected = None if is_tested(base) else _outputs(peft_model)
+    if any(parameter.requires_grad for parameter in peft_model.prompt_encoder.parameters()):
+        warn_of_dropout(base)
+    bank = PeftBank(base, backbone, module, calls)
+    if expected is not None:
+        try:
+            _compare(peft_model, bank, *expected)
+        except BaseException:
+            bank.undo()
+            raise
+    return bank
+
+
+def _outputs(peft_model: Any) -> tuple[Tensor, Tensor]:
+    """What PEFT computes for a few tokens, with its prefix and without."""
+    ids = _probe_ids(peft_model)
+    with frozen_run(peft_model.base_model):
+        try:
+            expected = type(peft_model).forward(peft_model, input_ids=ids)[0]
+        except Exception as error:
+            raise NotImplementedError(
+                f"PEFT's own {method(peft_model)} fails on {type(peft_model.base_model).__name__}, so there is nothing "
+                f"to compare with: {type(error).__name__}: {error}"
+            ) from error
+        return expected, peft_model.base_model(input_ids=ids)[0]
+
+
+def _compare(peft_model: Any, bank: PeftBank, expected: Tensor, without: Tensor) -> None:
+    """Raises NotImplementedError unless the model computes what PEFT does, measured by the effect of the prefix."""
+    with frozen_run(peft_model.base_model), activate(bank):
+        got = peft_model.base_model(input_ids=_probe_ids(peft_model))[0]
+    effect, missing = (expected - without).float().norm(), (expected - got).float().norm()
+    if not missing <= _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * effect + 1e-6 * expected.float().norm():
+        raise NotImplementedError(
+            f"{method(peft_model)} on {type(peft_model.base_model).__name__} does not compute what PEFT does (off by "
+            f"{float(missing):.3g}, where the prefix changes the output by {float(effect):.3g}), so this family "
+            f"({text_config(peft_model.base_model).model_type}) is not supported"
+        )
+
+
+def _probe_ids(peft_model: Any) -> Tensor:
+    """[1, 5] ids spread evenly over the vocabulary."""
+    vocabulary = text_config(peft_model.base_model).vocab_size
+    return (torch.arange(1, 6, device=peft_model.base_model.device) * vocabulary // 7).unsqueeze(0)

@@ -1,0 +1,147 @@
+"""A prefix that PEFT owns, attached to the base model and seen while the PeftModel is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...nn import LayerShape, split_layers
+from ..attached import Attached
+from ..bank import Bank
+from ..disabled import is_disabled
+from ..discover import AttentionCall
+from ..prefix import KeyValue
+from .active import is_active
+from .checkpointing import checkpoint_without_reentrance
+from .encoder import flat_prefix
+from .methods import active_config
+
+
+class PeftPrefix(nn.Module):
+    """The prefix of the active adapter, layer by layer.
+
+    It has no parameters of its own: the base model's stay as they are, and PEFT, which freezes all that it finds in the
+    base model when an adapter is added, does not freeze those of the other adapters.
+
+    Args:
+        peft_model: the model with the prompt encoders.
+        shapes: the shape of each attention layer.
+    """
+
+    def __init__(self, peft_model: Any, shapes: Sequence[LayerShape]) -> None:
+        super().__init__()
+        self.__dict__["_peft_model"] = peft_model  # not a submodule: it is the parent
+        self.shapes = tuple(shapes)
+
+    @property
+    def peft_model(self) -> Any:
+        """The model with the prompt encoders."""
+        return self.__dict__["_peft_model"]
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P of the active adapter."""
+        return active_config(self.peft_model).num_virtual_tokens
+
+    def forward(self) -> list[KeyValue]:
+        """One (key [Hkv, P, D], value [Hkv, P, D]) a layer: views of what the prompt encoder yields."""
+        return split_layers(flat_prefix(self.peft_model, self.peft_model.active_adapter), self.shapes)
+
+
+class PeftAttached(Attached):
+    """The prefix of the active adapter. What trains, and what a cache was filled behind, is the active adapter's."""
+
+    module: PeftPrefix
+
+    @property
+    def uid(self) -> str:
+        """What tells the active adapter from all others."""
+        return f"{self._uid} {self._peft_model.active_adapter}"
+
+    @property
+    def virtual_token_ids(self) -> None:
+        """None: a prefix stands in no text."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether something of the active adapter gets a gradient in a forward that records them."""
+        encoder = self._peft_model.prompt_encoder[self._peft_model.active_adapter]
+        return any(parameter.requires_grad for parameter in encoder.parameters())
+
+    @property
+    def _peft_model(self) -> Any:
+        return self.module.peft_model
+
+
+class PeftBank(Bank):
+    """Lets the layers of the base model see the active adapter's prefix, while the PeftModel is what is called.
+
+    Args:
+        model: the base model.
+        decoder: the decoder inside it that holds the attention layers.
+        module: the prefix.
+        calls: the attention layers.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, decoder: PreTrainedModel, module: PeftPrefix, calls: Sequence[AttentionCall]
+    ) -> None:
+        super().__init__(model)
+        self.set_decoder(decoder, calls)
+        self.adapter = self.add(PeftAttached(module, range(len(calls))))
+
+    def freeze(self) -> None:
+        """Nothing: PEFT says what is trained. Heads in modules_to_save are, and switching adapters changes it."""
+
+    def register(self, adapter: Attached) -> None:
+        """Nothing: the parameters are PEFT's."""
+
+    def undo(self) -> None:
+        """Puts the base model back to what it was."""
+        self.remove(self.adapter)
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the running thread computes as if nothing were attached: outside of the PeftModel's calls it does."""
+        # Not super().is_disabled: compiled code takes a property of super() for true.
+        return not is_active(self) or is_disabled(self.patch)
+
+    def call_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the base model."""
+        if not self.is_disabled:
+            checkpoint_without_reentrance(self.checkpointable)
+        return super().call_model(forward, args, kwargs)
+
+    def refuse_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The start of continuous batching, also of the base model by itself, whose attention is ours."""
+        raise NotImplementedError(
+            "continuous batching (generate_batch) keeps pages of keys and values that only transformers' own attention "
+            "reads: call generate on padded batches, or undo() on what accelerate returned first"
+        )
+
+    def _call_bare(
+        self, module: PreTrainedModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with self.disabled():  # masks too are those of the attention that the model had
+            return super()._call_bare(module, forward, args, kwargs)
+
+
+def prefix_shapes(peft_model: Any, calls: Sequence[AttentionCall]) -> list[LayerShape]:
+    """The shape of each layer.
+
+    Raises:
+        NotImplementedError: the layers are not those that PEFT's prefix has been made for.
+    """
+    shapes = [call.shape for call in calls]
+    for name, config in peft_model.peft_config.items():
+        made = (config.num_layers, config.num_attention_heads, config.token_dim // config.num_attention_heads)
+        if any(shape != LayerShape(made[1], made[2], made[2]) for shape in shapes) or len(shapes) != made[0]:
+            raise NotImplementedError(
+                f"adapter {name!r} is a prefix for {made[0]} layers of {made[1]} heads of dimension {made[2]}, but "
+                f"{type(peft_model.base_model).__name__} has the attention layers {sorted(set(map(str, shapes)))}, "
+                f"{len(shapes)} in all"
+            )
+    return shapes
