@@ -20,12 +20,14 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo weights test test-slow test-all bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
+.PHONY: help demo weights test test-slow test-all test-peft bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
 	@echo "make test    run the tests (under six minutes on two cores); make test-all: also those marked slow, which compile"
 	@echo "             for GPUs, watch memory with sanitizers and try more random cases; make test-slow: these alone"
+	@echo "make test-peft   run PEFT's own tests of its prompt-learning methods, from PyPI, on accelerated models (two minutes;"
+	@echo "             ARGS=--plain: on PEFT alone, for comparison)"
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
 	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
@@ -54,6 +56,10 @@ test-slow: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+# Nothing of PEFT's tests is kept here: they and what they import are downloaded into build/peft, once.
+test-peft: $(VENV)/.installed
+	$(BIN)/python -m tests.peft $(ARGS)
 
 bench: SCALE := full
 bench-quick bench-avx2: SCALE := quick
