@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import peft
 import pytest
 import torch
 import transformers
 
+import prefixcore
 from prefixcore.__main__ import parser
 from prefixcore.hf.families import FAMILIES
 from tests import examples, tiny
@@ -24,7 +26,7 @@ def execute(index, **names):
 
 
 def test_there_is_one_for_each_kind_of_user():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 5
     assert all(len(example.strip().splitlines()) <= 14 for example in EXAMPLES)
 
 
@@ -37,14 +39,28 @@ def test_someone_with_a_transformers_model(tmp_path, monkeypatch, capsys):
     assert "Portugal ->" in capsys.readouterr().out
     assert names["handle"].num_trainable > 0
 
+    names["handle"].detach()
+    tokenizer = names["tokenizer"]
+    tokenizer.padding_side = "left"
+    names = execute(2, prefixcore=prefixcore, model=names["model"], tokenizer=tokenizer)
+    assert names["bank"].names == ["capitals", "sums"]
+    assert names["sums"].num_trainable > 0
+
+
+def test_someone_with_a_peft_model():
+    names = execute(1, prefixcore=prefixcore, peft=peft, model=tiny.model())
+    ids = torch.tensor([[5, 6, 7]])
+    names["peft_model"](input_ids=ids, labels=ids).loss.backward()
+    assert names["peft_model"].prompt_encoder["default"].embedding.weight.grad.abs().max() > 0
+
 
 def test_someone_who_measures(capsys):
-    execute(2)
+    execute(4)
     assert capsys.readouterr().out.count("Measurement") == 2
 
 
 def test_someone_who_writes_a_framework():
-    names = execute(1)
+    names = execute(3)
     assert names["out"].shape == (4, 8, 128, 64)
     for virtual in ("prefix_key", "prefix_value"):
         gradient = names[virtual].grad
