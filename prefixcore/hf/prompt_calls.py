@@ -22,6 +22,7 @@ from .cache import (
 from .families import has_windows, text_config
 from .layout import Layout
 from .model_inputs import SEQUENCE, has_axes, head_of, text_positions
+from .packed_prompt import insert_each, insert_shared
 from .placed_prompt import place
 from .positions import batch_rows, past_length, query_length
 from .prefix import LayerPrefixes
@@ -34,8 +35,6 @@ from .soft_prompt import (
     continue_after,
     in_place_of_stand_ins,
     insert,
-    insert_each,
-    insert_shared,
     tokens,
     without_prompt,
 )

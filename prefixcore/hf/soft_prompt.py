@@ -3,9 +3,6 @@
 The first call of a sequence gets the prompt, as embeddings before the text. A cache keeps it, so that later calls only
 have their mask and positions moved. The loss is that of the longer sequence, whose labels at virtual tokens are -100,
 as in PEFT: the first text token is predicted from the last virtual one.
-
-In a packed batch with one prompt it stands once, before all sequences. The model is causal, so virtual tokens do not
-depend on the text after them, and each sequence sees the prompt that it would see in a batch row of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ from .model_inputs import (
     stand_ins,
     text_positions,
 )
-from .packing import set_empty_mask
 from .positions import check_limit, query_length
 
 _INSERTED = "_prefixcore_inserted"
@@ -143,7 +139,7 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
         kwargs["position_ids"] = positions_from_mask(kwargs["attention_mask"])
     if kwargs.get("labels") is not None and head_of(model) != SEQUENCE:
         kwargs["labels"] = layout.insert_value(_predictable(kwargs["labels"], layout, prompts), -100)
-    _insert_embeddings(model, kwargs, layout, prompts)
+    insert_embeddings(model, kwargs, layout, prompts)
     return layout
 
 
@@ -163,96 +159,6 @@ def insert_mask(mask: Tensor, layout: Layout, missing: Tensor | None) -> Tensor:
         return layout.insert_value(mask, 1)
     slots = torch.arange(layout.num_virtual_tokens, device=mask.device)
     return layout.insert(mask, (slots >= missing.to(mask.device)).to(mask.dtype))
-
-
-def insert_shared(model: PreTrainedModel, kwargs: dict[str, Any], prompts: Prompts) -> Layout:
-    """Puts one prompt before all sequences of a packed batch, in place."""
-    virtual, length = prompts.longest, tokens(kwargs).shape[1]
-    layout = Layout(1, length, virtual)
-    set_empty_mask(kwargs, virtual)
-    positions = kwargs["position_ids"] + virtual
-    kwargs["position_ids"] = layout.insert(positions, torch.arange(virtual, device=positions.device)[None])
-    keep = kwargs.get("logits_to_keep")
-    if isinstance(keep, Tensor):  # labels are those of the logits kept, none of which is at a virtual token
-        keep = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
-        kwargs["logits_to_keep"] = torch.where(keep < 0, keep, keep + virtual)  # negative ones count from the end
-    elif kwargs.get("labels") is not None:
-        kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
-    _insert_embeddings(model, kwargs, layout, Prompts(prompts.values, [0]))
-    return layout
-
-
-class PackedLayout:
-    """A packed batch in which each sequence has a prompt of its own before it.
-
-    Args:
-        cu_seqlens: int [sequences + 1], of the text.
-        prompts: of each sequence.
-    """
-
-    batch_size = 1
-
-    def __init__(self, cu_seqlens: Tensor, prompts: Prompts) -> None:
-        device, ends = cu_seqlens.device, cu_seqlens.tolist()
-        counts = torch.tensor(prompts.counts, device=device)
-        self.length, self.num_virtual_tokens = ends[-1], sum(prompts.counts)
-        before = counts.cumsum(0)  # how many virtual tokens precede the text of each sequence
-        self.per_token = counts.repeat_interleave(cu_seqlens.diff())
-        self.own = torch.arange(self.length, device=device) + before.repeat_interleave(cu_seqlens.diff())
-        self.cu_seqlens = cu_seqlens + torch.nn.functional.pad(before, (1, 0)).to(cu_seqlens.dtype)
-
-    def insert(self, tokens: Tensor, prompt: Tensor) -> Tensor:
-        """`prompt` [N, ...], those of all sequences in turn, put into `tokens` [1, T, ...]: [1, N + T, ...]."""
-        is_own = torch.zeros(self.num_virtual_tokens + self.length, dtype=torch.bool, device=tokens.device)
-        is_own[self.own] = True
-        out = tokens.new_empty(len(is_own), *tokens.shape[2:])
-        out = out.index_put((is_own.nonzero()[:, 0],), tokens[0])
-        return out.index_put(((~is_own).nonzero()[:, 0],), prompt.to(tokens.dtype))[None]
-
-    def insert_value(self, tokens: Tensor, value: int) -> Tensor:
-        """`insert` of one value for every virtual token."""
-        return self.insert(tokens, tokens.new_full((self.num_virtual_tokens, *tokens.shape[2:]), value))
-
-    def remove(self, tokens: Tensor) -> Tensor:
-        """The inverse of `insert`."""
-        return tokens[:, self.own]
-
-
-def insert_each(model: PreTrainedModel, kwargs: dict[str, Any], prompts: Prompts) -> PackedLayout:
-    """Puts its own prompt before each sequence of a packed batch, in place."""
-    if kwargs.get("token_type_ids") is not None:
-        raise NotImplementedError(
-            "token_type_ids: none are known for the virtual tokens of a packed batch with several soft prompts; pad "
-            "the sequences into rows of their own"
-        )
-    layout = PackedLayout(kwargs["cu_seq_lens_q"], prompts)
-    set_empty_mask(kwargs)
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        kwargs[name] = layout.cu_seqlens.to(kwargs[name].dtype) if kwargs.get(name) is not None else None
-    longest = int(layout.cu_seqlens.diff().max())
-    kwargs.update({name: longest for name in ("max_length_q", "max_length_k") if kwargs.get(name) is not None})
-    virtual_positions = torch.cat([torch.arange(count) for count in prompts.counts])
-    positions = kwargs["position_ids"]
-    kwargs["position_ids"] = layout.insert(positions + layout.per_token, virtual_positions.to(positions.device))
-    keep = kwargs.get("logits_to_keep")
-    if isinstance(keep, Tensor):
-        keep = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
-        kwargs["logits_to_keep"] = layout.own[torch.where(keep < 0, keep + layout.length, keep)]
-    elif kwargs.get("labels") is not None:
-        kwargs["labels"] = layout.insert_value(kwargs["labels"], -100)
-    starts = prompts.table_starts()
-    places = [torch.arange(count) + starts[i] for i, count in zip(prompts.index, prompts.counts, strict=True) if count]
-    embed: Any = model.get_input_embeddings()
-    embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
-    if embeds is None:
-        assert ids is not None
-        _check_range(ids, embed.weight.shape[0])
-        embeds = embed(ids)
-    table = prompts.table.to(device=embeds.device, dtype=embeds.dtype)
-    kwargs["inputs_embeds"] = layout.insert(embeds, table[torch.cat(places).to(embeds.device)])
-    kwargs["input_ids"] = None
-    mark_inserted(kwargs["inputs_embeds"])
-    return layout
 
 
 def continue_after(
@@ -321,7 +227,7 @@ def _is_full(padding: Tensor, length: int) -> bool:
     return not torch.compiler.is_compiling() and bool((padding == length).any())
 
 
-def _insert_embeddings(model: PreTrainedModel, kwargs: dict[str, Any], layout: Layout, prompts: Prompts) -> None:
+def insert_embeddings(model: PreTrainedModel, kwargs: dict[str, Any], layout: Layout, prompts: Prompts) -> None:
     """Gives the call embeddings with the prompts in place of its input, and what has to go with them."""
     if isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > layout.length:
         kwargs["logits_to_keep"] = 0
@@ -360,7 +266,7 @@ def _embed(
     embed: Any = model.get_input_embeddings()
     if ids is not None and ids.numel():
         size = embed.weight.shape[0]
-        _check_range(ids, size)
+        check_range(ids, size)
         if _is_plain_table(embed):
             # Ids from V upwards are virtual tokens to the op.
             virtual = prompts.table_rows(size, ids.device, ids.dtype)
@@ -387,7 +293,7 @@ def embed_rows(model: PreTrainedModel, ids: Tensor, new_ids: Tensor, virtual: Te
     embed: Any = model.get_input_embeddings()
     size = embed.weight.shape[0]
     text = ids.masked_fill(virtual, 0)
-    _check_range(text, size)
+    check_range(text, size)
     if _is_plain_table(embed):
         return soft_embedding(new_ids, embed.weight, table.to(embed.weight.device))
     embeds = embed(text)
@@ -395,7 +301,7 @@ def embed_rows(model: PreTrainedModel, ids: Tensor, new_ids: Tensor, virtual: Te
     return torch.where(virtual[..., None], table.to(device=embeds.device, dtype=embeds.dtype)[rows], embeds)
 
 
-def _check_range(ids: Tensor, size: int) -> None:
+def check_range(ids: Tensor, size: int) -> None:
     """Raises IndexError for ids beyond the table, which would name virtual tokens."""
     if torch.compiler.is_compiling():  # compiled code cannot read values, and asserts when it runs
         torch._assert_async(((ids >= 0) & (ids < size)).all(), f"input_ids must be from 0 to {size - 1}")
