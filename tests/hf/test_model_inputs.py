@@ -126,7 +126,7 @@ def test_embeddings_of_each_layer() -> None:
     values = torch.randn(P, 32, generator=torch.Generator().manual_seed(5))
     whole = torch.cat((torch.zeros(2, P, dtype=torch.long), ids), 1)
     embeds = torch.cat((values.expand(2, -1, -1), prompt_of(model, ids)), 1)
-    layers = model.model.get_per_layer_inputs(whole)
+    layers = model.model.get_per_layer_inputs(whole, None)
     expected = model(inputs_embeds=embeds, per_layer_inputs=layers).logits[:, P:]
 
     def look_up(ids: Tensor | None, embeds: Tensor | None = None) -> Tensor:
