@@ -1,7 +1,8 @@
 """The files in an adapter's folder, and the tensors in them.
 
 - `adapter_model.safetensors`: the baked virtual tokens, as PEFT stores them where PEFT can express them, else
-  `layers.N.key` [Hkv, P, D] and `layers.N.value` [Hkv, P, Dv] for each layer N that has a prefix;
+  `layers.N.key` [Hkv, P, D] and `layers.N.value` [Hkv, P, Dv] for each layer N that has a prefix, or
+  `prompt_embeddings` [P, E] of a soft prompt that stands in the text;
 - `adapter_config.json`: PEFT's configuration; absent where PEFT can't express the adapter;
 - `prefixcore_manifest.json`: our manifest; absent in an adapter that PEFT wrote;
 - `training_state.safetensors`: what a reparameterised prefix or soft prompt is trained by; absent otherwise;
@@ -14,6 +15,7 @@ import os
 from pathlib import Path
 
 from .manifest import Manifest
+from .peft import PROMPT_EMBEDDINGS
 
 MODEL_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
@@ -38,6 +40,8 @@ def tensor_names(manifest: Manifest) -> list[tuple[str, str]]:
 
 def tensor_shapes(manifest: Manifest, tokens: int) -> dict[str, list[int]]:
     """The shape of each tensor by its name; `tokens` is P."""
+    if manifest.hidden_size is not None:
+        return {PROMPT_EMBEDDINGS: [tokens, manifest.hidden_size]}
     shapes = {}
     for (key, value), shape in zip(tensor_names(manifest), manifest.make_layer_shapes(), strict=True):
         shapes[key] = [shape.num_kv_heads, tokens, shape.key_dim]

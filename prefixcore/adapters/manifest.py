@@ -60,8 +60,10 @@ class Manifest:
         layer_shapes: of a prefix, `[Hkv, D, Dv]` of each of these layers.
         peft_type: PEFT's name of the method, if PEFT's files can express the adapter.
         files: size and SHA-256 of each tensor file.
+        hidden_size: E of a soft prompt that PEFT's files cannot express, because it stands in the text; None of any
+            other adapter, whose file does not hold the field.
 
-    `peft_type` and `files` are filled in when the adapter is written.
+    `peft_type`, `files` and `hidden_size` are filled in when the adapter is written.
 
     Examples:
         >>> from prefixcore.adapters import Manifest
@@ -81,6 +83,7 @@ class Manifest:
     layer_shapes: list[list[int]] | None = None
     peft_type: str | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hidden_size: int | None = None
 
     @classmethod
     def create(
@@ -129,7 +132,10 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the file."""
-        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if self.hidden_size is None:
+            del values["hidden_size"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
@@ -149,9 +155,11 @@ class Manifest:
                 raise AdapterError(f"{name}: missing")
             if not isinstance(values[name], types):
                 raise AdapterError(f"{name}: expected {types[0].__name__}, got {type(values[name]).__name__}")
-        unknown = sorted(set(values) - set(_TYPES))
+        unknown = sorted(set(values) - {*_TYPES, "hidden_size"})
         if unknown:
             raise AdapterError(f"{unknown[0]}: unknown field")
+        if "hidden_size" in values and not _positive(values["hidden_size"]):
+            raise AdapterError(f"hidden_size: expected an integer of at least 1, got {shown(values['hidden_size'])}")
         check_fingerprint(values["base_model"])
         _check_facts("libraries", values["libraries"])
         _check_facts("tokenizer", values["tokenizer"] or {})

@@ -57,9 +57,13 @@ tasks, the one that they share."""
 
 
 def is_expressible(config: Config, shapes: Sequence[LayerShape], base_model: Mapping[str, Any]) -> bool:
-    """Whether PEFT's files can hold it: a prefix must be in every layer, with one shape and D = Dv."""
+    """Whether PEFT's files can hold it: a prefix must be in every layer, with one shape and D = Dv.
+
+    PEFT puts every soft prompt before the text, so one that stands in the text (`virtual_token_ids`) would be loaded
+    without a word and be wrong.
+    """
     if not isinstance(config, PrefixTuningConfig):
-        return True
+        return getattr(config, "virtual_token_ids", None) is None
     every = config.layers is None and base_model.get("num_hidden_layers") in (None, len(shapes))
     return every and len(set(shapes)) == 1 and shapes[0].key_dim == shapes[0].value_dim
 

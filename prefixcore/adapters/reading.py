@@ -17,7 +17,16 @@ from .errors import AdapterError, shown
 from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, find_adapter, tensor_names, tensor_shapes
 from .manifest import Manifest
 from .module import Adapter, build_module
-from .peft import HEAD, PROMPT_EMBEDDINGS, from_peft, head_shapes, peft_tensor_shape, read_peft, task_shapes
+from .peft import (
+    HEAD,
+    PROMPT_EMBEDDINGS,
+    from_peft,
+    head_shapes,
+    is_expressible,
+    peft_tensor_shape,
+    read_peft,
+    task_shapes,
+)
 from .record import load_record
 from .replace import identity, is_being_replaced, recover
 from .storage import load_json, naming
@@ -176,7 +185,10 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         else:
             assert manifest is not None
             tensors = model_file.read()
-            values = [(tensors[key], tensors[value]) for key, value in tensor_names(manifest)]
+            if manifest.hidden_size is None:
+                values = [(tensors[key], tensors[value]) for key, value in tensor_names(manifest)]
+            else:
+                values = tensors[PROMPT_EMBEDDINGS]
             modules = {name: tensors[HEAD + name] for name in heads}
         training_state = None
         if state_file is not None and state:
@@ -230,6 +242,8 @@ def _header(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any]
                 _check_agreement(manifest, config, layer_shapes)
                 _check_method(manifest.make_config(), config)
             config, layer_shapes = manifest.make_config(), manifest.make_layer_shapes()
+        if peft_config is None:
+            hidden_size = manifest.hidden_size
     layers = list(range(len(layer_shapes))) if manifest is None or manifest.layers is None else manifest.layers
     return AdapterHeader(config, layers, layer_shapes, hidden_size, manifest, peft_config)
 
@@ -247,8 +261,17 @@ def _check_listing(manifest: Manifest, config: Config, peft_config: dict[str, An
     peft_type = None if peft_config is None else peft_config.get("peft_type")
     if peft_type != manifest.peft_type:
         raise AdapterError(f"peft_type: {shown(manifest.peft_type)}, but that of {PEFT_FILE} is {shown(peft_type)}")
-    if manifest.layers is None and peft_type is None:
-        raise AdapterError("peft_type: expected one, a soft prompt is always in PEFT's files")
+    in_text = manifest.layers is None and not is_expressible(config, [], {})
+    if in_text and peft_type is not None:
+        raise AdapterError(
+            f"peft_type: expected none, got {shown(peft_type)}: PEFT would put the soft prompt before the text, but it "
+            "stands in the text (config.virtual_token_ids)"
+        )
+    if manifest.layers is None and not in_text and peft_type is None:
+        raise AdapterError("peft_type: expected one, a soft prompt before the text is always in PEFT's files")
+    if in_text != (manifest.hidden_size is not None):
+        expected_size = "E, an integer of at least 1" if in_text else "none: only a soft prompt in the text has one"
+        raise AdapterError(f"hidden_size: expected {expected_size}, got {shown(manifest.hidden_size)}")
 
 
 def _is_description(value: Any) -> bool:

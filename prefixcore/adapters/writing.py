@@ -95,8 +95,9 @@ def write_adapter(
         tensors = {PROMPT_EMBEDDINGS: flat}
         if isinstance(module, MultitaskPrompt):
             tensors |= {COLS: module.prefix_task_cols, ROWS: module.prefix_task_rows}
+    elif isinstance(values, Tensor):
+        tensors = {PROMPT_EMBEDDINGS: values}
     else:
-        assert not isinstance(values, Tensor)
         tensors = {}
         for names, pair in zip(tensor_names(manifest), values, strict=True):
             tensors.update(zip(names, pair, strict=True))
@@ -109,6 +110,7 @@ def write_adapter(
         manifest,
         config={**config.to_dict(), "num_virtual_tokens": module.num_virtual_tokens},
         peft_type=peft_config.get("peft_type"),
+        hidden_size=values.shape[1] if isinstance(values, Tensor) and not peft_config else None,
         files={name: describe(blob) for name, blob in blobs.items()},
     )
     digest = manifest.files[MODEL_FILE]["sha256"]

@@ -101,7 +101,10 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def placement(facts: dict[str, Any]) -> str:
     """Which layers or embeddings the virtual tokens stand in."""
     if facts["layers"] is None:
-        return f"embeddings before the input, hidden size {facts['hidden_size']}"
+        where = "before the input"
+        if facts["config"].get("virtual_token_ids") is not None:
+            where = "in the text, in place of virtual_token_ids"
+        return f"embeddings {where}, hidden size {facts['hidden_size']}"
     shapes = {tuple(shape) for shape in facts["layer_shapes"]}
     if len(shapes) == 1:
         heads, key, value = next(iter(shapes))

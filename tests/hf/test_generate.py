@@ -168,7 +168,7 @@ def test_a_cache_from_elsewhere_is_refused(family: str, config: Any) -> None:
         with pytest.raises(ValueError, match="behind other virtual tokens"):
             model(tokens(1, 1), past_key_values=cache)
         cache.crop(-cache.get_seq_length())
-        if cache.get_seq_length() == 0:  # older transformers keep as many as that, and so none are kept by minus so many
+        if cache.get_seq_length() == 0:  # older transformers crop otherwise
             model(ids, past_key_values=cache)
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 import prefixcore
 from prefixcore import PromptBank, PromptTuningConfig, PTuningConfig
+from prefixcore.__main__ import main
+from prefixcore.adapters import AdapterError, read_adapter
+from prefixcore.adapters.files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE
+from tests import tiny
 
 from .models import FAMILIES, VOCABULARY, make, padded, tokens
 
@@ -81,6 +88,91 @@ def test_padding_a_bank_and_a_cache() -> None:
             assert torch.equal(got[row, 9:], alone[0, text.shape[1] :])
         with pytest.raises(ValueError, match="behind other virtual tokens"):
             model(tokens(3, 1), past_key_values=copy.deepcopy(out.past_key_values), task_ids="placed")
+
+
+def test_no_files_are_written_that_peft_would_read_as_a_prompt_before_the_text(tmp_path: Any, capsys: Any) -> None:
+    model, ids = make("llama"), tokens(2, 8).clamp(min=5)
+    config = PromptTuningConfig(init=prompt(model), virtual_token_ids=[97, 98, 99])
+    with prefixcore.attach(model, config) as handle:
+        expected = model(template([97, 98, 99], ids)).logits
+        folder = handle.save(tmp_path / "adapter")
+    assert {path.name for path in folder.iterdir()} == {MODEL_FILE, MANIFEST_FILE}
+    assert load_file(folder / MODEL_FILE)["prompt_embeddings"].shape == (3, 32)
+    with pytest.raises(ValueError, match=PEFT_FILE):
+        PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    adapter = read_adapter(folder)
+    assert adapter.peft_config is None
+    assert isinstance(adapter.tensors, torch.Tensor)
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "in the text, in place of virtual_token_ids, hidden size 32" in shown
+    assert "PEFT cannot hold it" in shown
+    with prefixcore.load(model, folder, trainable=True) as handle:
+        assert torch.equal(model(template([97, 98, 99], ids)).logits, expected)
+        again = handle.save(tmp_path / "again")
+    assert not (again / PEFT_FILE).exists()
+    with prefixcore.attach(model, PromptTuningConfig(init=prompt(model))) as handle:
+        assert "hidden_size" not in json.loads((handle.save(tmp_path / "before") / MANIFEST_FILE).read_text())
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "32", None, 2**63, 31, "missing"], ids=str)
+def test_the_width_that_a_manifest_states_is_checked(tmp_path: Any, size: Any) -> None:
+    model = make("llama")
+    with prefixcore.attach(model, PromptTuningConfig(init=prompt(model), virtual_token_ids=4)) as handle:
+        folder = handle.save(tmp_path / "adapter")
+    fields = json.loads((folder / MANIFEST_FILE).read_text())
+    fields["hidden_size"] = size
+    if size == "missing":
+        del fields["hidden_size"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(fields))
+    with pytest.raises(AdapterError, match="prompt_embeddings: .*31" if size == 31 else "hidden_size: expected"):
+        prefixcore.load(model, folder)
+
+
+def test_a_manifest_that_lets_peft_read_it_is_refused(tmp_path: Any) -> None:
+    model = make("llama")
+    with prefixcore.attach(model, PromptTuningConfig(init=prompt(model))) as handle:
+        folder = handle.save(tmp_path / "adapter")
+    plain = json.loads((folder / MANIFEST_FILE).read_text())
+    placed = {**plain, "config": {**plain["config"], "virtual_token_ids": [97, 98, 99]}}
+    for fields, message in (
+        (placed, "peft_type: expected none, got 'PROMPT_TUNING'.*virtual_token_ids"),
+        ({**plain, "hidden_size": 32}, "hidden_size: expected none"),
+    ):
+        (folder / MANIFEST_FILE).write_text(json.dumps(fields))
+        with pytest.raises(AdapterError, match=message):
+            prefixcore.load(model, folder)
+
+
+def test_one_of_another_width_is_another_models(tmp_path: Any) -> None:
+    model = make("llama")
+    with prefixcore.attach(model, PromptTuningConfig(init=prompt(model), virtual_token_ids=4)) as handle:
+        folder = handle.save(tmp_path / "adapter")
+    other = make("llama", hidden_size=64)
+    with (
+        pytest.warns(UserWarning, match="all the same"),
+        pytest.raises(AdapterError, match="have 32 numbers, but .* have 64"),
+    ):
+        prefixcore.load(other, folder, strict=False)
+
+
+@pytest.mark.parametrize("cls", [PromptTuningConfig, PTuningConfig])
+def test_a_tokenizers_own_special_tokens(tmp_path: Any, cls: Any) -> None:
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    names = [f"<v{i}>" for i in range(3)]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    special = tokenizer.convert_tokens_to_ids(names)
+    assert min(special) >= model.config.vocab_size  # they need no row in the model's table
+    ids = torch.tensor([tokenizer("The <v0><v1> of France is <v2> ")["input_ids"]])
+    assert all(int((ids == each).sum()) == 1 for each in special)
+    with prefixcore.attach(
+        model, cls(3, init="vocab", seed=0, virtual_token_ids=special), tokenizer=tokenizer
+    ) as handle:
+        expected = model(ids).logits
+        assert expected.shape[1] == ids.shape[1]
+        folder = handle.save(tmp_path / "adapter")
+    with prefixcore.load(tiny.model(), folder) as handle:
+        torch.testing.assert_close(handle.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_save_and_load(tmp_path: Any) -> None:
