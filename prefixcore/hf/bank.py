@@ -18,7 +18,7 @@ from ..ops import which_backend
 from .attached import Attached
 from .attention import ATTENTION, PREFIXES
 from .beside_peft import check_not_frozen
-from .cache import cache_argument, get_label
+from .cache import cache_argument, get_label, label_to_continue
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
 from .families import has_windows, is_known, text_config
@@ -175,14 +175,14 @@ class Bank:
         if isinstance(name, str) and name in self.adapters and 0 <= index < self.adapters[name].num_tasks:
             return Task(self.adapters[name], index)
         if isinstance(name, int) and not isinstance(name, bool):
-            for adapter in self.adapters.values():
+            for adapter in list(self.adapters.values()):  # another thread may add and remove
                 if adapter.first_task <= name < adapter.first_task + adapter.num_tasks:
                     return Task(adapter, name - adapter.first_task)
         raise ValueError(f"task_ids: {task_id!r} is not attached; there are {self._described()}, and -1 or None")
 
     def _described(self) -> str:
         found = []
-        for name, a in self.adapters.items():
+        for name, a in list(self.adapters.items()):
             numbers = str(a.first_task) if a.num_tasks == 1 else f"{a.first_task} to {a.first_task + a.num_tasks - 1}"
             found.append(numbers if name is None else f"{name!r} ({numbers})")
         return ", ".join(found) or "none"
@@ -206,7 +206,15 @@ class Bank:
             computed, prompts = place_prompts(self, kwargs, rows)
         if computed or explicit or len(self.adapters) > 1:
             kwargs[ROWS] = RowPrefixes(rows, computed)
-        return call_with_prompts(self, forward, kwargs, rows, prompts) if prompts else forward(**kwargs)
+        if prompts or self._continues_after_prompts(kwargs, rows):
+            return call_with_prompts(self, forward, kwargs, rows, prompts)
+        return forward(**kwargs)
+
+    def _continues_after_prompts(self, kwargs: dict[str, Any], rows: Rows) -> bool:
+        """Whether the cache of a call holds soft prompts, be it only as padding of the rows that were selected."""
+        if rows.prompts or not getattr(get_label(cache_argument(kwargs)), "slots", 0):
+            return False
+        return label_to_continue(cache_argument(kwargs), rows.keys(batch_rows(kwargs))) is not None
 
     def call_generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model's generate: its rows' tasks are those of all calls of the model inside.
@@ -261,15 +269,15 @@ class Bank:
         if task_ids is not None:
             what = "rows" if kwargs.get("cu_seq_lens_q") is None else "packed sequences"
             return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, what)
+        task_ids = generated_tasks(self.patch)  # before the cache's, which have to be the same
+        if task_ids is not None:
+            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, is_expanded=True)
         label = get_label(cache_argument(kwargs))
         rows = None if label is None else self._rows_here(label.rows)
         if rows is not None:
             return rows
-        task_ids = generated_tasks(self.patch)
-        if task_ids is not None:
-            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task)
         # A bank of many may have one just now; a wrapper that loses task_ids must not be taken for a call without.
-        if len(self.adapters) > 1 or self.stays or any(a.num_tasks > 1 for a in self.adapters.values()):
+        if len(self.adapters) > 1 or self.stays or any(a.num_tasks > 1 for a in list(self.adapters.values())):
             raise ValueError(
                 f"several tasks are attached: say which one each row is for, task_ids=[...], one a row (with -1 or "
                 f"None for none), or one for all; there are {self._described()}"
@@ -278,7 +286,7 @@ class Bank:
 
     def _rows_here(self, rows: Rows) -> Rows | None:
         """The rows of a cache, perhaps of a model that this one is a copy of; None: something else is attached here."""
-        here = {adapter.uid: adapter for adapter in self.adapters.values()}
+        here = {adapter.uid: adapter for adapter in list(self.adapters.values())}
         if any(task.adapter.uid not in here for task in rows.tasks):
             return None
         return Rows([Task(here[task.adapter.uid], task.number) for task in rows.tasks], rows.index)

@@ -33,6 +33,8 @@ def cache_argument(arguments: Mapping[str, Any]) -> Any:
 
 def cache_output(output: Any) -> Any:
     """The cache that a model's output holds; None: none. Where the new name is there, reading the old one warns."""
+    if isinstance(output, tuple):  # return_dict=False
+        return next((each for each in output if isinstance(each, Cache)), None)
     return next((getattr(output, name) for name in _NAMES if hasattr(output, name)), None)
 
 
@@ -65,10 +67,12 @@ class CacheLabel:
         order: the keys of the prefixes that are stacked in `prefixes`, and how many virtual tokens each has.
         prefixes: the `PrefixCall` of that time, so that every token of a sequence sees the same prefix; None: none.
         inserted: how many virtual tokens each row holds in the cache itself: those of soft prompts.
+        slots: how many tokens of each row of the cache are there for them, padding on the left of shorter ones included.
         first_position: where the first token of the caller stands: at 1 in PaliGemma.
     """
 
     first_position = 0
+    slots = 0
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class CacheLabel:
         inserted: list[int],
     ) -> None:
         self.keys, self.rows, self.order, self.prefixes, self.inserted = keys, rows, order, prefixes, inserted
+        self.slots = max(inserted, default=0)
 
     @classmethod
     def inserting(
@@ -88,6 +93,16 @@ class CacheLabel:
         if before is None:
             return cls(keys, rows, {}, None, inserted)
         return cls(keys, rows, before.order, before.prefixes, inserted)
+
+    def selecting(self, places: list[int]) -> CacheLabel:
+        """The label of the rows at `places` of the cache, in this order."""
+        call = self.prefixes
+        if call is not None and call.index is not None:
+            call = PrefixCall(call.pairs, call.index[call.index.new_tensor(places)], call.lengths)
+        keys, inserted = [self.keys[i] for i in places], [self.inserted[i] for i in places]
+        label = CacheLabel(keys, self.rows.selecting(places), self.order, call, inserted)
+        label.slots, label.first_position = self.slots, self.first_position
+        return label
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheLabel:
         return self
@@ -147,6 +162,28 @@ class _Forgetting:
         self.cache.reset()
 
 
+class _Selecting:
+    """In place of a method of a cache that selects, orders or repeats its rows: the label's rows go along."""
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        self.cache, self.name = cache, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
+        label = get_label(self.cache)
+        if label is None or len(set(label.keys)) <= 1:  # whichever rows they are; reading them makes a GPU wait
+            return
+        (what,) = (*args, *kwargs.values())
+        if isinstance(what, int):
+            places = [i for i in range(len(label.keys)) for _ in range(what)]
+        else:
+            places = torch.arange(len(label.keys))[what.cpu()].tolist()
+        self.cache.__dict__[_LABEL] = label.selecting(places)
+
+
+_SELECTING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+
+
 def get_label(cache: Any) -> CacheLabel | None:
     """The label of a cache; None: it has none, or there is no cache."""
     return None if cache is None else getattr(cache, _LABEL, None)
@@ -155,12 +192,15 @@ def get_label(cache: Any) -> CacheLabel | None:
 def set_label(cache: Any, label: CacheLabel | None) -> None:
     """Puts a label on a cache, in place of the one that it has."""
     if label is None:
-        for name in (_LABEL, "update", "reset"):
+        for name in (_LABEL, "update", "reset", *_SELECTING):
             cache.__dict__.pop(name, None)
         return
     cache.__dict__[_LABEL] = label
     if cache.is_compileable:
         cache.__dict__["reset"] = _Forgetting(cache)
+    for name in _SELECTING:
+        if hasattr(cache, name):
+            cache.__dict__[name] = _Selecting(cache, name)
 
 
 def open_cache(cache: Any) -> None:
@@ -192,6 +232,11 @@ def label_to_continue(cache: Any, keys: list[Key | None]) -> CacheLabel | None:
             raise ValueError(
                 "the cache was filled behind other virtual tokens than those of the rows that go on from it: give "
                 "each row the task that it began with, or start a new cache"
+            )
+        if isinstance(past, int) and past < label.slots and counts_tokens(cache):
+            raise ValueError(
+                f"the cache was cropped to {past} tokens, but it begins with {label.slots} virtual tokens of soft "
+                "prompts, which its length counts: crop it to no fewer, or start a new cache"
             )
         return label
     if torch.compiler.is_compiling():  # cannot read how much a static cache holds

@@ -72,13 +72,13 @@ class Patch:
             self.model.add_module(MODULE, nn.ModuleDict())
         bank = self.model.get_submodule(MODULE)
         assert isinstance(bank, nn.ModuleDict)
-        bank[name] = module
+        bank._modules[name] = module  # not by add_module, which refuses names of methods ("type", "keys")
 
     def remove_module(self, name: str | None) -> None:
         """Takes a module away that was registered under `name`."""
         modules = self.model._modules.get(MODULE)
-        if isinstance(modules, nn.ModuleDict) and name is not None and name in modules:
-            del modules[name]
+        if isinstance(modules, nn.ModuleDict) and name is not None:
+            modules._modules.pop(name, None)
 
     def number_layers(self, layers: Sequence[nn.Module], are_handed_arguments: bool) -> None:
         """Tells each attention layer which one it is, and whether it gets the arguments of its decoder's call."""

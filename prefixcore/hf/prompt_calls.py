@@ -142,7 +142,8 @@ def call_with_prompts(
         counts = rows.counts(list(prompts), num_rows) if label is None else label.inserted_of(num_rows)
         first = 0 if label is None else label.first_position
         names = bank.names[bank.model]
-        continue_after(bank.model, names, kwargs, counts, past, _may_read(kwargs, cache), first)
+        virtual = max(counts) if label is None else label.slots
+        continue_after(bank.model, names, kwargs, counts, past, _may_read(kwargs, cache), first, virtual)
         needed = int(past) + length
     else:
         placed = Prompts(list(prompts.values()), rows.of(list(prompts), num_rows))

@@ -93,9 +93,9 @@ def mark_inserted(embeds: Tensor) -> None:
         setattr(embeds, _INSERTED, True)
 
 
-def missing_tokens(counts: Sequence[int], device: torch.device) -> Tensor | None:
-    """[B, 1]: how many virtual tokens fewer than the longest each row has; None: all rows have the same number."""
-    longest = max(counts, default=0)
+def missing_tokens(counts: Sequence[int], device: torch.device, longest: int | None = None) -> Tensor | None:
+    """[B, 1]: how many virtual tokens fewer than the longest each row has; None: all rows have as many."""
+    longest = max(counts, default=0) if longest is None else longest
     if min(counts, default=0) == longest:
         return None
     return torch.tensor([[longest - count] for count in counts], device=device)
@@ -125,6 +125,7 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
             "a row of the first call with a cache is all padding, so there is no text yet that its soft prompt "
             "could precede: raise prefill_chunk_size above the longest padding, or leave it out"
         )
+    takes_positions = "position_ids" in names and not has_axes(model)
     if positions is not None and mask is None and not torch.compiler.is_compiling() and restarts(positions):
         raise NotImplementedError(
             "position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where: a "
@@ -135,7 +136,7 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
         kwargs["attention_mask"] = insert_mask(mask, layout, missing)
     if positions is not None:
         kwargs["position_ids"] = insert_positions(positions, layout, missing)
-    elif (padding is not None or missing is not None) and "position_ids" in names and not has_axes(model):
+    elif (padding is not None or missing is not None or _has_gaps(mask)) and takes_positions:
         kwargs["position_ids"] = positions_from_mask(kwargs["attention_mask"])
     if kwargs.get("labels") is not None and head_of(model) != SEQUENCE:
         kwargs["labels"] = layout.insert_value(_predictable(kwargs["labels"], layout, prompts), -100)
@@ -151,6 +152,11 @@ def _predictable(labels: Tensor, layout: Layout, prompts: Prompts) -> Tensor:
     first = 0 if layout.left_padding is None else layout.left_padding.to(labels.device)
     is_first = torch.arange(layout.length, device=labels.device) == first
     return labels.masked_fill(bare & is_first, -100)
+
+
+def _has_gaps(mask: Tensor | None) -> bool:
+    """Whether padding stands between tokens of a text, in a mask [B, T] whose rows have none on the left."""
+    return mask is not None and bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
 
 
 def insert_mask(mask: Tensor, layout: Layout, missing: Tensor | None) -> Tensor:
@@ -169,6 +175,7 @@ def continue_after(
     past: Any,
     is_own_cache: bool,
     first_position: int,
+    virtual: int,
 ) -> None:
     """Moves the mask and the positions of a call whose cache starts with prompts, in place.
 
@@ -180,11 +187,11 @@ def continue_after(
         past: how many tokens it holds.
         is_own_cache: whether positions may be read, which makes a GPU wait: not in each step of a plain generate.
         first_position: where the first token of the caller stands.
+        virtual: how many tokens of the cache are there for virtual tokens in each row.
     """
-    virtual = max(counts)
     seen = past + query_length(kwargs)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    missing = missing_tokens(counts, tokens(kwargs).device)
+    missing = missing_tokens(counts, tokens(kwargs).device, virtual)
     if mask is None and missing is not None:
         mask = torch.ones(len(counts), seen - virtual, dtype=torch.long, device=tokens(kwargs).device)
     expected = None

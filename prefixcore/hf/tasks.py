@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ class Rows:
             self.index = None
             if index[0] < 0:
                 self.tasks = []
+
+    def selecting(self, places: list[int]) -> Rows:
+        """The rows at `places`, in this order."""
+        if self.index is None:
+            return self
+        index = [self.index[i] for i in places]
+        used = sorted({i for i in index if i >= 0})
+        return Rows([self.tasks[i] for i in used], [used.index(i) if i >= 0 else -1 for i in index])
 
     @property
     def prefixes(self) -> list[Task]:
@@ -108,29 +117,36 @@ def generated_tasks(patch: Any) -> Any:
     return next((task_ids for each, task_ids in reversed(_generating.tasks) if each is patch), None)
 
 
-def parse_task_ids(task_ids: Any, num_rows: int, find: Callable[[Any], Task | None], what: str = "rows") -> Rows:
+def parse_task_ids(
+    task_ids: Any,
+    num_rows: int,
+    find: Callable[[Any], Task | None],
+    what: str = "rows",
+    *,
+    is_expanded: bool = False,
+) -> Rows:
     """The rows that `task_ids` names.
 
     Args:
-        task_ids: one name, number or None for all rows; or a list or a tensor of one a row. A batch that `generate` has
-            expanded (beams, several sequences a row) has a multiple of that.
+        task_ids: one name, number or None for all rows; or a list, a tensor or an array of one a row.
         num_rows: how many rows, or packed sequences, there are.
         find: the task of a name or a number; None for None and -1; raises for what is not attached.
         what: "rows" or "packed sequences".
+        is_expanded: whether each row may have become several (beams, several sequences a row in `generate`).
 
     Raises:
         ValueError: another number of them than there are rows.
     """
-    if isinstance(task_ids, Tensor):
-        task_ids = task_ids.reshape(-1).tolist() if task_ids.dim() else task_ids.item()
+    if isinstance(task_ids, (Tensor, np.ndarray, np.generic)):
+        task_ids = task_ids.reshape(-1).tolist() if task_ids.ndim else task_ids.item()
     if isinstance(task_ids, (str, int)) or task_ids is None or _is_pair(task_ids):
         task = find(task_ids)
         return Rows([] if task is None else [task])
     if not isinstance(task_ids, (list, tuple)):
         raise TypeError(f"task_ids: expected names or numbers, one a row, got {type(task_ids).__name__}")
-    each = list(task_ids)
+    each = [one.item() if isinstance(one, np.generic) or _is_number(one) else one for one in task_ids]
     if len(each) != num_rows:
-        if not each or num_rows % len(each):
+        if not each or num_rows % len(each) or not (is_expanded or len(each) == 1):
             raise ValueError(f"task_ids: expected one for each of {num_rows} {what}, got {len(each)}")
         each = [one for one in each for _ in range(num_rows // len(each))]
     place: dict[Task, int] = {}
@@ -139,6 +155,10 @@ def parse_task_ids(task_ids: Any, num_rows: int, find: Callable[[Any], Task | No
         task = find(one)
         index.append(-1 if task is None else place.setdefault(task, len(place)))
     return Rows(list(place), index)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def _is_pair(value: Any) -> bool:
