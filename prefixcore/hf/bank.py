@@ -22,16 +22,25 @@ from .cache import cache_argument, get_label, label_to_continue
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
 from .families import has_windows, is_known, text_config
-from .model_inputs import has_stand_ins, plain_ids
+from .model_inputs import has_axes, has_stand_ins, plain_ids
 from .patch import ATTACHMENT, Patch, frozen_run
 from .position_table import position_limit
-from .positions import argument_names, as_keywords, batch_rows, takes_keywords
+from .positions import argument_names, as_keywords, batch_rows, shift_positions, takes_keywords
 from .prefix import KeyValue, PrefixCall
 from .prefix_calls import ROWS, RowPrefixes, decode
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
 from .residency import Residency
 from .soft_prompt import is_inserted
-from .tasks import TASK_IDS, Rows, Task, generated_tasks, generating, parse_task_ids
+from .tasks import (
+    TASK_IDS,
+    Rows,
+    Task,
+    generated_tasks,
+    generating,
+    is_without_prompts,
+    parse_task_ids,
+    without_prompts,
+)
 
 
 class Bank:
@@ -208,7 +217,12 @@ class Bank:
             kwargs[ROWS] = RowPrefixes(rows, computed)
         if prompts or self._continues_after_prompts(kwargs, rows):
             return call_with_prompts(self, forward, kwargs, rows, prompts)
-        return forward(**kwargs)
+        if self.stays and not self.is_reached and is_known(self.model) and not has_axes(self.model):
+            shift_positions(kwargs, 0, None)  # counted from the mask, as where a row has virtual tokens
+        if torch.compiler.is_compiling():
+            return forward(**kwargs)
+        with without_prompts(self.patch):
+            return forward(**kwargs)
 
     def _continues_after_prompts(self, kwargs: dict[str, Any], rows: Rows) -> bool:
         """Whether the cache of a call holds soft prompts, be it only as padding of the rows that were selected."""
@@ -323,7 +337,7 @@ class Bank:
         """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
         if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
             return
-        if has_stand_ins(self.model.get_input_embeddings()):
+        if has_stand_ins(self.model.get_input_embeddings()) or is_without_prompts(self.patch):
             return
         cache = cache_argument(kwargs)
         if all(a.is_prefix for a in self.adapters.values()) or get_label(cache) is not None:

@@ -67,7 +67,7 @@ class CacheLabel:
         order: the keys of the prefixes that are stacked in `prefixes`, and how many virtual tokens each has.
         prefixes: the `PrefixCall` of that time, so that every token of a sequence sees the same prefix; None: none.
         inserted: how many virtual tokens each row holds in the cache itself: those of soft prompts.
-        slots: how many tokens of each row of the cache are there for them, padding on the left of shorter ones included.
+        slots: how many tokens each row of the cache has for them, those that are padding in rows with fewer included.
         first_position: where the first token of the caller stands: at 1 in PaliGemma.
     """
 

@@ -160,7 +160,7 @@ def compute_once(bank: Bank, prompt: Tensor) -> LayerPrefixes:
     prompt = prompt.to(device=embed.weight.device, dtype=embed.weight.dtype)
     recorded: dict[int, KeyValue] = {}
     forward = bank.patch.forwards[decoder].original
-    inputs = {"inputs_embeds": prompt[None], "use_cache": False}
+    inputs = {"inputs_embeds": prompt[None].clone(), "use_cache": False}  # CTRL scales what it is given in place
     _forward(bank, forward, inputs, PrefixCall([], recorded=recorded))
     return [_of_one_dtype(*recorded[layer]) for layer in range(len(bank.layers))]
 

@@ -19,7 +19,7 @@ from .cache import (
     open_cache,
     set_label,
 )
-from .families import has_windows, text_config
+from .families import has_windows, is_known, text_config
 from .layout import Layout
 from .model_inputs import SEQUENCE, has_axes, head_of, text_positions
 from .packed_prompt import insert_each, insert_shared
@@ -108,7 +108,12 @@ def place_prompts_in_text(bank: Bank, forward: Callable[..., Any], kwargs: dict[
 def _may_compute_once(bank: Bank, kwargs: dict[str, Any], longest: int, trains: bool) -> bool:
     """Whether soft prompts of a call that starts sequences can be computed once, and it is worth it."""
     decoder = bank.decoder
-    if isinstance(decoder, str) or not bank.only_full_attention or torch.compiler.is_compiling():
+    if (
+        isinstance(decoder, str)
+        or not is_known(bank.model)
+        or not bank.only_full_attention
+        or torch.compiler.is_compiling()
+    ):
         return False
     if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("token_type_ids") is not None:
         return False  # a packed batch does it in one pass; types of tokens come from each row's text

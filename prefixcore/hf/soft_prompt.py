@@ -192,7 +192,7 @@ def continue_after(
     seen = past + query_length(kwargs)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     missing = missing_tokens(counts, tokens(kwargs).device, virtual)
-    if mask is None and missing is not None:
+    if mask is None and missing is not None and counts_tokens(cache_argument(kwargs)):
         mask = torch.ones(len(counts), seen - virtual, dtype=torch.long, device=tokens(kwargs).device)
     expected = None
     if mask is not None:

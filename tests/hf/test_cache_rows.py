@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from prefixcore import PrefixTuningConfig, PromptBank, PromptTuningConfig
 from prefixcore.hf import prompt_calls
 
-from .models import make, tokens
+from . import tiny_models
+from .models import make, padded, tokens
 
 CONFIGS = {
     "long": PrefixTuningConfig(5, init="random", seed=1),
@@ -145,3 +146,33 @@ def test_padding_inside_a_text_moves_no_position(family: str, monkeypatch: pytes
         found.append(model(ids, attention_mask=mask, task_ids="prompt", use_cache=False).logits[seen])
     close(found[0], found[1])
     close(found[0][:6], model(ids[:1, seen[0]], task_ids="prompt", use_cache=False).logits[0])
+
+
+@torch.no_grad()
+def test_rows_without_a_task_in_a_bank_of_soft_prompts() -> None:
+    """Positions come from the mask there too, before and after a call that needs our attention."""
+    model, batch = make("gpt2"), padded("left")
+    PromptBank(model).attach("prompt", CONFIGS["prompt"])
+    inputs, seen = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, batch["attention_mask"]
+    before = model(**inputs, task_ids=[None] * 3).logits[seen.bool()]
+    model(**inputs, task_ids=["prompt", None, None])
+    close(before, model(**inputs, task_ids=[None] * 3).logits[seen.bool()])
+
+
+@pytest.mark.filterwarnings("ignore:.*is not among the families")
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "GPTJForCausalLM", "MambaForCausalLM", "CTRLLMHeadModel"])
+@torch.no_grad()
+def test_mixed_rows_of_models_that_are_not_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bloom and others hand no arguments on to the model without a head; CTRL scales embeddings in place."""
+    monkeypatch.setattr(prompt_calls, "WORTH", {"cpu": 0, "gpu": 0})
+    model, ids = tiny_models.make(name, tiny_models.every_class()[name]).eval(), tokens(3, 9)
+    bank = PromptBank(model)
+    handles = [bank.attach(name, CONFIGS[name]) for name in ("prompt", "short prompt")]
+    before = [p.clone() for handle in handles for p in handle.parameters()]
+    names = ["prompt", None, "short prompt"]
+    together = model(ids, task_ids=names).logits
+    for row, name in enumerate(names):
+        close(together[row], model(ids[row : row + 1], task_ids=[name]).logits[0])
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    model.generate(ids, attention_mask=torch.ones_like(ids), task_ids=names, **options)
+    assert all(torch.equal(p, q) for p, q in zip(before, (p for h in handles for p in h.parameters()), strict=True))
