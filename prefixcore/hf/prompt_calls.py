@@ -28,6 +28,7 @@ from .positions import batch_rows, past_length, query_length
 from .prefix import LayerPrefixes
 from .prefix_calls import compute_once, prompt_of
 from .refusals import refuse_attention_weights, refuse_other_attention, refuse_unshareable, warn_of_dropout
+from .row_padding import check_rows_may_differ
 from .soft_prompt import (
     Prompts,
     check_arguments,
@@ -157,6 +158,8 @@ def call_with_prompts(
         if packed:
             layout = _insert_packed(bank, kwargs, rows, placed, int(past))
         else:
+            if len(set(counts)) > 1 and not torch.compiler.is_compiling():
+                check_rows_may_differ(bank)
             layout = insert(bank.model, bank.names[bank.model], kwargs, placed)
         needed = placed.longest + length
     check_positions(kwargs, max(counts), needed, bank.limit)

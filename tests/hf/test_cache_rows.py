@@ -176,3 +176,18 @@ def test_mixed_rows_of_models_that_are_not_known(name: str, monkeypatch: pytest.
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     model.generate(ids, attention_mask=torch.ones_like(ids), task_ids=names, **options)
     assert all(torch.equal(p, q) for p, q in zip(before, (p for h in handles for p in h.parameters()), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*is not among the families")
+@pytest.mark.parametrize("name", ["BartForCausalLM", "RobertaForCausalLM", "RecurrentGemmaForCausalLM"])
+@torch.no_grad()
+def test_models_that_count_padding_refuse_rows_of_different_lengths(name: str) -> None:
+    model, ids = tiny_models.make(name, tiny_models.every_class()[name]).eval(), tokens(2, 9)
+    bank = PromptBank(model)
+    bank.attach("prompt", CONFIGS["prompt"])
+    bank.attach("short prompt", CONFIGS["short prompt"])
+    bank.attach("other prompt", PromptTuningConfig(6, init="random", seed=7))
+    with pytest.raises(NotImplementedError, match="soft prompts of one length"):
+        model(ids, task_ids=["prompt", "short prompt"])
+    together = model(ids, task_ids=["prompt", "other prompt"]).logits
+    close(together[1], model(ids[1:], task_ids=["other prompt"]).logits[0])
