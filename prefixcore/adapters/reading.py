@@ -14,7 +14,16 @@ from torch import Tensor
 
 from ..nn import Config, CPTConfig, LayerShape, MultitaskPromptTuningConfig
 from .errors import AdapterError, shown
-from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, find_adapter, tensor_names, tensor_shapes
+from .files import (
+    CHECKPOINT,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PEFT_FILE,
+    STATE_FILE,
+    find_adapter,
+    tensor_names,
+    tensor_shapes,
+)
 from .manifest import Manifest
 from .module import Adapter, build_module
 from .peft import (
@@ -158,7 +167,9 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
     fields = load_json(folder / MANIFEST_FILE)
     peft_config = load_json(folder / PEFT_FILE)
     if fields is None and peft_config is None:
-        raise AdapterError(f"{folder}: not an adapter: expected {MANIFEST_FILE} or {PEFT_FILE} in it")
+        banks = sorted(path.parent.name for path in folder.glob(f"{CHECKPOINT}/*/{MANIFEST_FILE}"))
+        hint = f"; it is a checkpoint of a bank of {shown(banks)}: load {CHECKPOINT}/NAME in it" if banks else ""
+        raise AdapterError(f"{folder}: not an adapter: expected {MANIFEST_FILE} or {PEFT_FILE} in it{hint}")
     manifest = None
     if fields is not None:
         with naming(folder / MANIFEST_FILE):

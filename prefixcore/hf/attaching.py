@@ -122,12 +122,17 @@ def check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         wrapped = isinstance(model, nn.Module) and any(isinstance(m, PreTrainedModel) for m in model.modules())
         hint = "; attach to the model inside, before it is wrapped" if wrapped else ""
+        if wrapped and hasattr(model, "peft_config"):
+            hint = (
+                "; to run PEFT's own virtual tokens on prefixcore's ops, call prefixcore.accelerate(peft_model); to "
+                "put virtual tokens beside a LoRA, give peft_model.get_base_model()"
+            )
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}")
     found = [name for name, m in model.named_modules() if ATTACHMENT in m.__dict__ or LAYER in m.__dict__]
     if found:
         raise ValueError(
             f"something is attached to {type(model).__name__} already (seen at {found[0] or 'the model itself'!r}); "
-            "call handle.detach() first"
+            "call handle.detach() first, or make a prefixcore.PromptBank for several adapters on one model"
         )
     if hasattr(model, MODULE):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..adapters.weights import is_named
 from ..nn import Config, Prefix, PrefixTuningConfig
 from .attached import Attached
 from .attaching import (
@@ -32,10 +33,10 @@ class PromptBank:
     """Several adapters on a model: prefixes and soft prompts, of any lengths.
 
     Every call says by `task_ids` which adapter each batch row is for: `model(**batch, task_ids=["capitals", None])`,
-    `model.generate(**batch, task_ids=...)`, a `task_ids` column of a dataset for Trainer. A task is a name, or a number
-    (`bank.number("capitals")`, which stays while it is attached); None or -1 stands for no virtual tokens, and one task
-    by itself for all rows. A packed batch has one a sequence. Each row gets what it would get alone, and only the
-    adapters that are named get gradients.
+    `model.generate(**batch, task_ids=...)`, a `task_ids` column of numbers in a dataset for Trainer. A task is a name,
+    or a number (`bank.number("capitals")`, which stays while it is attached); -1, or None in a list, stands for no
+    virtual tokens, and one task by itself for all rows. A packed batch has one a sequence. Each row gets what it would
+    get alone, and only the adapters that are named get gradients.
 
     Args:
         model: a transformers model, not wrapped, with nothing attached. It is frozen.
@@ -43,6 +44,7 @@ class PromptBank:
             least recently used give way on the device. None: no limit.
 
     Raises:
+        ValueError: `memory` is no number of bytes.
         TypeError, ValueError, NotImplementedError: as of `attach`.
 
     Examples:
@@ -60,6 +62,8 @@ class PromptBank:
     """
 
     def __init__(self, model: PreTrainedModel, *, memory: int | None = None) -> None:
+        if memory is not None and (type(memory) is not int or memory < 0):
+            raise ValueError(f"memory: expected a number of bytes of at least 0, or None, got {memory!r}")
         check_model(model)
         self._target = Target(model)
         self._layers = _attempt(find_attention_layers, model)
@@ -108,6 +112,12 @@ class PromptBank:
         """
         self._check_name(name, replace)
         check_config(config)
+        trained = [own for own, _ in self.model.named_modules() if any(is_named(own, n) for n in config.head_names)]
+        if trained:
+            raise NotImplementedError(
+                f"{trained[0]} is to be trained along (modules_to_save, or a task_type that means it), which the rows "
+                "of a bank cannot differ in: give modules_to_save=[] to leave it as it is, or attach it by itself"
+            )
         with self._bank.disabled():
             if isinstance(config, PrefixTuningConfig):
                 calls, _ = _result(self._layers)
