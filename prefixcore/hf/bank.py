@@ -296,7 +296,8 @@ class Bank:
         if len(self.adapters) > 1 or self.stays or any(a.num_tasks > 1 for a in list(self.adapters.values())):
             raise ValueError(
                 f"several tasks are attached: say which one each row is for, task_ids=[...], one a row (with -1 or "
-                f"None for none), or one for all; there are {self._described()}"
+                f"None for none), or one for all; there are {self._described()}. A column task_ids of a dataset holds "
+                "numbers: Trainer's collator leaves texts out (PackedCollator does not)"
             )
         return Rows([Task(adapter) for adapter in self.adapters.values()])
 
