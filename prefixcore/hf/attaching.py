@@ -143,7 +143,10 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} reads {model.main_input_name}; virtual tokens are for models that read input_ids"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model has parameters without values (on the meta device): load its weights first")
+        raise ValueError(
+            "the model has parameters without values (on the meta device): load its weights first; where accelerate "
+            "has offloaded them (device_map), load it so that it fits its devices, in eight or four bits say"
+        )
 
 
 def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], PreTrainedModel]:

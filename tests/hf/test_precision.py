@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Cache
+from transformers.cache_utils import QuantizedLayer
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
@@ -178,3 +180,28 @@ def test_generate_as_the_text(way: str, config: Any) -> None:
     expected = bare.generate(text_and(ids), **options)[:, len(TEXT) :]
     torch.manual_seed(3)
     assert torch.equal(model.generate(ids, **options), expected)
+
+
+class Int8Layer(QuantizedLayer):
+    """Keys and values in eight bits, as the layers of optimum-quanto and HQQ keep them."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> Any:
+        scale = tensor.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, q_tensor: Any) -> torch.Tensor:
+        numbers, scale = q_tensor
+        return numbers.to(scale.dtype) * scale
+
+
+@pytest.mark.parametrize("config", BOTH, ids=["prefix", "prompt"])
+def test_a_quantised_cache(config: Any) -> None:
+    """A prefix is not in the cache, so it is not rounded with it."""
+    model, ids = make("llama"), tokens(2, 7)
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    expected = model.generate(ids, return_dict_in_generate=True, output_logits=True, **OPTIONS)
+    cache = Cache(layers=[Int8Layer(residual_length=2) for _ in range(2)])
+    got = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **OPTIONS)
+    assert 0 < off(got.logits[1], expected.logits[1]) < 0.05
+    more = torch.cat((got.sequences, tokens(2, 3, seed=9)), 1)
+    assert model.generate(more, past_key_values=cache, **OPTIONS).shape == (2, 26)
