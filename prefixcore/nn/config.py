@@ -318,10 +318,9 @@ class PTuningConfig(_Config):
     """P-tuning: train a soft prompt through a small encoder (Liu et al., arXiv:2103.10385).
 
     Args:
-        num_virtual_tokens, init, init_text, virtual_token_ids, seed, task_type, tokenizer_name_or_path,
-            modules_to_save: as in
-            `PromptTuningConfig`. With `init="random"` the encoder alone makes the prompt, as in PEFT; with
-            any other initial values the encoder is added to them, and begins at zero.
+        num_virtual_tokens, init, init_text, virtual_token_ids, seed, task_type, modules_to_save: as in
+            `PromptTuningConfig`, and so is `tokenizer_name_or_path`. With `init="random"` the encoder alone makes the
+            prompt, as in PEFT; with any other initial values the encoder is added to them, and begins at zero.
         encoder_reparameterization_type: "MLP" (three linear layers) or "LSTM" (bidirectional, then two).
         encoder_hidden_size: hidden width of the encoder; None: the model's hidden size.
         encoder_num_layers: layers of the LSTM; the MLP has its three whatever this says, as in PEFT.
