@@ -28,6 +28,10 @@ PREFIXES = "prefixcore_prefixes"
 """The argument by which a decoder hands its attention layers the prefixes of the call, a `PrefixCall`."""
 
 
+class NoArgumentsError(RuntimeError):
+    """A layer of an attached model was called without the arguments that its decoder is called with."""
+
+
 class Layer(NamedTuple):
     """What an attention module of an attached model knows.
 
@@ -78,7 +82,7 @@ def prefix_attention_forward(
     if layer is None:  # of another model that shares the configuration
         prefixcore_prefixes = None
     elif prefixcore_prefixes is None:
-        raise RuntimeError(
+        raise NoArgumentsError(
             f"{type(module).__name__} does not get the arguments of its model's forward, which evaluates the prefix: "
             "call the model that the prefix is attached to, or detach"
         )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..ops import which_backend
+from .active import activate, is_active
 from .attached import Attached
-from .attention import ATTENTION, PREFIXES
+from .attention import ATTENTION, PREFIXES, NoArgumentsError
 from .beside_peft import check_not_frozen
 from .cache import cache_argument, get_label, label_to_continue
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
@@ -37,9 +38,7 @@ from .tasks import (
     Task,
     generated_tasks,
     generating,
-    is_without_prompts,
     parse_task_ids,
-    without_prompts,
 )
 
 
@@ -56,7 +55,10 @@ class Bank:
         patch: what was changed in the model, to be put back.
         decoder: the text decoder inside that holds the attention layers; or why there is none that virtual tokens
             reach, in words.
-        calls: its attention layers.
+        layers: its attention layers.
+        names: the arguments of the forwards that are wrapped, by their modules.
+        checkpointable: the modules that say whether gradient checkpointing is on.
+        only_full_attention: whether every layer lets each token see all that come before it.
         hands_on_arguments: whether its layers get the arguments of its call.
         residency: the copies of frozen adapters on the model's device.
         stays: whether the bank stays on the model when nothing is attached any longer.
@@ -128,7 +130,7 @@ class Bank:
             return False
         recorded: dict[int, KeyValue] = {}
         ids = plain_ids(self.model, 1)
-        with frozen_run(self.model), suppress(RuntimeError):  # of a layer that does not
+        with frozen_run(self.model), suppress(NoArgumentsError):
             decoder(input_ids=ids, use_cache=False, **{PREFIXES: PrefixCall([], recorded=recorded)})
         return len(recorded) == len(self.layers)
 
@@ -223,14 +225,17 @@ class Bank:
             shift_positions(kwargs, 0, None)  # counted from the mask, as where a row has virtual tokens
         if torch.compiler.is_compiling():
             return forward(**kwargs)
-        with without_prompts(self.patch):
+        # Models without **kwargs (Bloom, Falcon, GPT-J, Mamba) do not hand the rows on to the model without a head.
+        with activate(self.patch):
             return forward(**kwargs)
 
     def _continues_after_prompts(self, kwargs: dict[str, Any], rows: Rows) -> bool:
         """Whether the cache of a call holds soft prompts, be it only as padding of the rows that were selected."""
-        if rows.prompts or not getattr(get_label(cache_argument(kwargs)), "slots", 0):
+        cache = cache_argument(kwargs)
+        label = get_label(cache)
+        if label is None or not label.slots:
             return False
-        return label_to_continue(cache_argument(kwargs), rows.keys(batch_rows(kwargs))) is not None
+        return label_to_continue(cache, rows.keys(batch_rows(kwargs))) is not None
 
     def call_generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model's generate: its rows' tasks are those of all calls of the model inside.
@@ -340,7 +345,7 @@ class Bank:
         """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
         if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
             return
-        if has_stand_ins(self.model.get_input_embeddings()) or is_without_prompts(self.patch):
+        if has_stand_ins(self.model.get_input_embeddings()) or is_active(self.patch):
             return
         cache = cache_argument(kwargs)
         if all(a.is_prefix for a in self.adapters.values()) or get_label(cache) is not None:

@@ -128,10 +128,6 @@ class Handle:
         For the thread that runs the block: calls of other threads, also of those that are started inside, see what is
         attached. All that one thread runs inside is meant, so do not `await` in the block. A backward repeats under
         gradient checkpointing what its forward did, wherever it runs.
-
-        Raises:
-            NotImplementedError: in a call inside, for a model of an unknown family with a prefix whose attention does
-                not get the arguments that the model is called with; detach instead.
         """
         return self._bank.disabled()
 

@@ -55,6 +55,8 @@ def _find_limit(model: PreTrainedModel) -> int | None:
         try:
             with frozen_run(model), watch:
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception:  # attaching itself says what such a model cannot do
             return None
         found = watch.limits if found is None else found & watch.limits

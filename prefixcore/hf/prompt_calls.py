@@ -59,15 +59,14 @@ def place_prompts(
     first token of the text is predicted from it.
 
     Returns:
-        The prefixes, None for one that the cache holds; and the embeddings [P, E] of what is put in.
+        The prefixes, None for one that the cache holds; and the embeddings [P, E] of what is put in, nothing where the
+        call goes on from a cache.
     """
-    cache = cache_argument(kwargs)
     label = None
     if kwargs.get("cu_seq_lens_q") is None:
-        label = label_to_continue(cache, rows.keys(batch_rows(kwargs)))
+        label = label_to_continue(cache_argument(kwargs), rows.keys(batch_rows(kwargs)))
     if label is not None:
-        inserted = dict.fromkeys(rows.prompts, cache) if any(label.inserted) else {}
-        return {task: None for task in rows.prompts if task.key in label.order}, inserted
+        return {task: None for task in rows.prompts if task.key in label.order}, {}
     prompts = {task: prompt_of(bank, task) for task in rows.prompts}
     trains = torch.is_grad_enabled() and any(task.adapter.trains for task in rows.prompts)
     if not _may_compute_once(bank, kwargs, max(map(len, prompts.values())), trains):

@@ -61,11 +61,6 @@ class Rows:
         return Rows([self.tasks[i] for i in used], [used.index(i) if i >= 0 else -1 for i in index])
 
     @property
-    def prefixes(self) -> list[Task]:
-        """The tasks whose virtual tokens are a prefix."""
-        return [task for task in self.tasks if task.adapter.is_prefix]
-
-    @property
     def prompts(self) -> list[Task]:
         """The tasks whose virtual tokens are a soft prompt that stands before the text."""
         return [t for t in self.tasks if not t.adapter.is_prefix and t.adapter.virtual_token_ids is None]
@@ -96,7 +91,6 @@ class Rows:
 class _Generating(threading.local):
     def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
         self.tasks: tuple[tuple[Any, Any], ...] = ()
-        self.without: tuple[Any, ...] = ()
 
 
 _generating = _Generating()
@@ -116,25 +110,6 @@ def generating(patch: Any, task_ids: Any) -> Iterator[None]:
 def generated_tasks(patch: Any) -> Any:
     """The `task_ids` of the generate that runs in this thread on the model of this patch; None: none."""
     return next((task_ids for each, task_ids in reversed(_generating.tasks) if each is patch), None)
-
-
-@contextmanager
-def without_prompts(patch: Any) -> Iterator[None]:
-    """A block in which this thread runs the model of this patch with rows none of which gets a soft prompt put in.
-
-    Models without `**kwargs` (Bloom, Falcon, GPT-J, Mamba) do not hand the rows on to the model without a head.
-    """
-    before = _generating.without
-    _generating.without = (*before, patch)
-    try:
-        yield
-    finally:
-        _generating.without = before
-
-
-def is_without_prompts(patch: Any) -> bool:
-    """Whether such a block runs."""
-    return any(each is patch for each in _generating.without)
 
 
 def parse_task_ids(

@@ -171,6 +171,8 @@ def _generate_after_text(model: PreTrainedModel, ids: Tensor) -> _Generated | No
         batch = _generate(model, rows, mask)
         alone = _generate(model, rows[1:, _PADDING:], mask[1:, _PADDING:])
         without = _generate(model, *_batch(ids, False), new=1)[0]
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception:
         return None
     logits = torch.stack((batch[:, 0], alone[:, 0]), 1)

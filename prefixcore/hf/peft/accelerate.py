@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..active import activate
 from ..attaching import check_model, is_tested
 from ..discover import discover, find_backbone
 from ..families import text_config
 from ..patch import frozen_run
 from ..refusals import warn_of_dropout
 from .accelerated import ACCELERATED, Accelerated
-from .active import activate
 from .checkpointing import checkpointing_hidden
 from .methods import check_peft_model, is_prefix, method
 from .prefix import PeftBank, PeftPrefix, prefix_shapes

@@ -10,10 +10,10 @@ import torch
 
 from ...ops import which_backend
 from ...ops.select import Choice
+from ..active import activate
 from ..families import is_known
 from ..positions import past_length, query_length
 from ..tasks import TASK_IDS
-from .active import activate
 from .checkpointing import checkpointing_hidden
 from .methods import active_config, is_prefix, method
 from .prefix import PeftBank

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...nn import LayerShape, split_layers
+from ..active import is_active
 from ..attached import Attached
 from ..bank import Bank
 from ..disabled import is_disabled
 from ..discover import AttentionCall
 from ..prefix import KeyValue
-from .active import is_active
 from .checkpointing import checkpoint_without_reentrance
 from .encoder import flat_prefix
 from .methods import active_config

@@ -1,4 +1,6 @@
-"""Which PeftModels are being called in the running thread: outside such a call their base model is bare, as in PEFT."""
+"""What the running thread is inside of: a call of a PeftModel, outside of which its base model is bare, as in PEFT; a
+call of a model whose rows get no soft prompt put in.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _active = _Active()
 
 @contextmanager
 def activate(owner: Any) -> Iterator[None]:
-    """A block in which the virtual tokens of `owner` are seen by the running thread."""
+    """A block in which the running thread is inside a call of `owner`."""
     before = _active.stack
     _active.stack = (*before, owner)
     try:
@@ -28,5 +30,5 @@ def activate(owner: Any) -> Iterator[None]:
 
 
 def is_active(owner: Any) -> bool:
-    """Whether the running thread is inside such a block."""
+    """Whether the running thread is inside such a block, of this very owner."""
     return any(each is owner for each in _active.stack)
