@@ -4,13 +4,14 @@ from .errors import AdapterError
 from .fingerprint import compare_fingerprints, fingerprint
 from .manifest import Manifest
 from .module import Adapter, make_module
-from .reading import read_adapter, read_record
+from .reading import adapter_digest, read_adapter, read_record
 from .writing import check_target, write_adapter
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "Manifest",
+    "adapter_digest",
     "check_target",
     "compare_fingerprints",
     "fingerprint",

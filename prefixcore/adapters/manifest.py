@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +23,15 @@ from ..nn import (
     PTuningConfig,
 )
 from ..version import __version__
+from .digest import DIGEST, content_digest, is_sha256
 from .errors import AdapterError, shown
 from .fingerprint import check_fingerprint, fingerprint
+from .provenance import FIELDS, check_provenance, now
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written. Version 1, which prefixcore 0.1.0 wrote, has no digest and no provenance; it is read."""
+
+READ_VERSIONS = (1, 2)
 _CONFIGS: dict[str, type[Config]] = {
     config.method: config
     for config in (PrefixTuningConfig, PromptTuningConfig, PTuningConfig, MultitaskPromptTuningConfig, CPTConfig)
@@ -43,6 +49,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "layers": (list, type(None)),
     "layer_shapes": (list, type(None)),
 }
+_SINCE_2 = (DIGEST, *FIELDS)
+"""Fields that version 1 does not have."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,23 @@ class Manifest:
         layers: of a prefix, the indices of the layers that have one.
         layer_shapes: of a prefix, `[Hkv, D, Dv]` of each of these layers.
         peft_type: PEFT's name of the method, if PEFT's files can express the adapter.
-        files: size and SHA-256 of each tensor file.
+        files: size and SHA-256 of each other file that was written with it; in version 1 of the tensor files alone.
         hidden_size: E of a soft prompt that PEFT's files cannot express, because it stands in the text; None of any
             other adapter, whose file does not hold the field.
+        date: when it was written, in UTC: "2026-01-31T12:00:00Z".
+        license: what its author allows, best as an SPDX identifier.
+        intended_use: what its author made it for, and what not.
+        data: `sha256` of the training data as used (`prefixcore.training.describe_data`), and more that is said of it.
+        metrics: numbers by their names, measured on examples that were held out.
+        split: which those were: a name, a seed and a fraction, a digest.
+        training: the settings of the training, by their names.
+        seed: that of the training.
+        derived_from: the adapters whose values the training went on from, the oldest first: digest, date, and the
+            digest of their data.
+        digest: what `adapter_digest` says; None in one that was not read from a file.
+        format_version: of the file.
 
-    `peft_type`, `files` and `hidden_size` are filled in when the adapter is written.
+    `peft_type`, `files`, `hidden_size` and `digest` are filled in when the adapter is written.
 
     Examples:
         >>> from prefixcore.adapters import Manifest
@@ -84,6 +104,17 @@ class Manifest:
     peft_type: str | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     hidden_size: int | None = None
+    date: str | None = None
+    license: str | None = None
+    intended_use: str | None = None
+    data: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    split: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    seed: int | None = None
+    derived_from: list[dict[str, Any]] | None = None
+    digest: str | None = field(default=None, compare=False)
+    format_version: int = FORMAT_VERSION
 
     @classmethod
     def create(
@@ -95,6 +126,7 @@ class Manifest:
         task: str | None = None,
         tokenizer: Any = None,
         forced: Sequence[str] = (),
+        **provenance: Any,
     ) -> Manifest:
         """The manifest of an adapter for `model`.
 
@@ -105,12 +137,18 @@ class Manifest:
             task: in a person's words, what the adapter does.
             tokenizer: a transformers tokenizer.
             forced: in what the model is not the one that the adapter came from, where someone has insisted on it.
+            provenance: `license`, `intended_use`, `data`, `metrics`, `split`, `training`, `seed`, as the attributes.
 
         Raises:
-            TypeError, ValueError: a task that is no text; layer shapes that do not fit `config`.
+            TypeError, ValueError: a task that is no text; layer shapes that do not fit `config`; a field of the
+                provenance that is not what it stands for.
         """
         if not isinstance(task, (str, type(None))):
             raise TypeError(f"task: expected a text or None, got {type(task).__name__}")
+        if unknown := sorted(set(provenance) - (set(FIELDS) - {"date", "derived_from"})):
+            raise TypeError(f"{unknown[0]}: no field of the manifest that can be given")
+        check_provenance(provenance)
+        given: dict[str, Any] = {n: dict(v) if isinstance(v, Mapping) else v for n, v in provenance.items()}
         prefix = isinstance(config, PrefixTuningConfig)
         if prefix != (layer_shapes is not None):
             raise ValueError("layer_shapes: expected for a prefix, and for nothing else")
@@ -128,14 +166,18 @@ class Manifest:
             tokenizer=None if tokenizer is None else _describe(tokenizer),
             layers=layers,
             layer_shapes=[list(dataclasses.astuple(s)) for s in layer_shapes] if layer_shapes else None,
+            date=now(),
+            **given,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the file."""
-        values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        """As it stands in the file, with the digest of these fields."""
+        values = dataclasses.asdict(self)
         if self.hidden_size is None:
             del values["hidden_size"]
-        return values
+        if self.format_version == 1:
+            return {name: value for name, value in values.items() if name not in _SINCE_2}
+        return {**values, DIGEST: content_digest(values)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
@@ -145,17 +187,21 @@ class Manifest:
             AdapterError: naming a field that is missing, unknown, of a wrong type, or contradicts another.
         """
         version = values.get("format_version")
-        if version != FORMAT_VERSION or type(version) is not int:
+        if type(version) is not int or version not in READ_VERSIONS:
             raise AdapterError(
-                f"format_version: expected {FORMAT_VERSION}, got {shown(version)}; read it with the version of "
-                "prefixcore that wrote it"
+                f"format_version: expected {' or '.join(map(str, READ_VERSIONS))}, got {shown(version)}; read it with "
+                "the version of prefixcore that wrote it"
             )
+        since = _SINCE_2 if version >= 2 else ()
         for name, types in _TYPES.items():
             if name not in values:
                 raise AdapterError(f"{name}: missing")
             if not isinstance(values[name], types):
                 raise AdapterError(f"{name}: expected {types[0].__name__}, got {type(values[name]).__name__}")
-        unknown = sorted(set(values) - {*_TYPES, "hidden_size"})
+        for name in since:
+            if name not in values:
+                raise AdapterError(f"{name}: missing")
+        unknown = sorted(set(values) - {*_TYPES, "hidden_size", *since})
         if unknown:
             raise AdapterError(f"{unknown[0]}: unknown field")
         if "hidden_size" in values and not _positive(values["hidden_size"]):
@@ -163,7 +209,10 @@ class Manifest:
         check_fingerprint(values["base_model"])
         _check_facts("libraries", values["libraries"])
         _check_facts("tokenizer", values["tokenizer"] or {})
-        manifest = cls(**{name: value for name, value in values.items() if name != "format_version"})
+        check_provenance(values)
+        if since and not is_sha256(values[DIGEST]):
+            raise AdapterError(f"digest: expected a SHA-256 of 64 hex digits, got {shown(values[DIGEST])}")
+        manifest = cls(**values)
         manifest._check_layers(manifest.make_config())
         return manifest
 
@@ -205,9 +254,10 @@ def _positive(*values: Any) -> bool:
 
 
 def _libraries() -> dict[str, str]:
-    versions = {"prefixcore": __version__, "torch": str(torch.__version__)}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["transformers"] = importlib.metadata.version("transformers")
+    versions = {"prefixcore": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("transformers", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return versions
 
 

@@ -44,6 +44,7 @@ class Adapter:
         training_state: the `state_dict` of a reparameterised module, by which its training goes on exactly.
         peft_config: what `adapter_config.json` says; None where PEFT can't express the adapter.
         heads: tensors of the modules that were trained along (`modules_to_save`), fp32, by their names in the model.
+        digest: of the folder that was read, as `adapter_digest` says it; None of one that is not on disk.
 
     Examples:
         >>> from prefixcore.adapters import read_adapter
@@ -60,6 +61,7 @@ class Adapter:
     training_state: dict[str, Tensor] | None = None
     peft_config: dict[str, Any] | None = None
     heads: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    digest: str | None = None
 
     @property
     def layer_shapes(self) -> list[LayerShape]:

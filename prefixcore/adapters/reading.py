@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..nn import Config, CPTConfig, LayerShape, MultitaskPromptTuningConfig
+from ..nn import Config, LayerShape, MultitaskPromptTuningConfig
+from .agreement import check_agreement, check_listing, check_method, is_description
+from .digest import DIGEST, check_content, content_digest
 from .errors import AdapterError, shown
 from .files import (
     CHECKPOINT,
@@ -31,17 +33,19 @@ from .peft import (
     PROMPT_EMBEDDINGS,
     from_peft,
     head_shapes,
-    is_expressible,
     peft_tensor_shape,
     read_peft,
     task_shapes,
 )
-from .record import load_record
+from .record import CURVE, RECORD, load_record
 from .replace import identity, is_being_replaced, recover
-from .storage import load_json, naming
+from .storage import LONGEST_JSON, check_bytes, describe, load_bytes, load_json, naming, parse_json
 from .tensors import TensorFile
 
 _READS = 100
+
+LONGEST_PICTURE = 64 * 2**20
+"""Bytes of a curve that is taken along."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,27 @@ def read_adapter(directory: str | Path) -> Adapter:
     return _undisturbed(Path(directory), read_folder)
 
 
+def adapter_digest(directory: str | Path) -> str:
+    """The digest of an adapter: the SHA-256 of its manifest, which holds the SHA-256 of every other file.
+
+    It names an adapter wherever it lies, and another one has another. The manifest alone is read, so it is quick:
+    `read_adapter` checks that the files are those that it names. Of a folder that PEFT wrote, both files are hashed.
+
+    Raises:
+        AdapterError: no adapter, or a manifest that was changed after it was written.
+
+    Examples:
+        >>> from prefixcore.adapters import adapter_digest, read_adapter
+        >>> with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("prompt")
+        >>> adapter_digest(folder) == read_adapter(folder).digest
+        True
+        >>> len(adapter_digest(folder))
+        64
+    """
+    return _undisturbed(Path(directory), _folder_digest)
+
+
 def read(directory: str | Path, *, fits: Fits | None = None, state: bool = True) -> Adapter:
     """`read_adapter` for one that is used at once.
 
@@ -113,6 +138,22 @@ def read_record(directory: str | Path) -> dict[str, Any]:
         'capitals.jsonl'
     """
     return _undisturbed(Path(directory), _read_record)
+
+
+def read_kept(directory: Path, digest: str) -> dict[str, bytes | None]:
+    """The record of a training and its curve in a folder, if they are of the values with this digest.
+
+    Args:
+        directory: an adapter's folder, or nothing.
+        digest: of the values' file.
+
+    Returns:
+        The contents by the names of both files; None: there is none, or one of other values, or a damaged one.
+    """
+    try:
+        return _undisturbed(directory, lambda folder: _load_kept(folder, digest))
+    except AdapterError:
+        return {RECORD: None, CURVE: None}
 
 
 def read_folder(folder: Path) -> Adapter:
@@ -150,14 +191,70 @@ def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    manifest = load_json(folder / MANIFEST_FILE) or {}
-    files = manifest.get("files")
-    described = files.get(MODEL_FILE) if isinstance(files, dict) else None
+    fields = load_json(folder / MANIFEST_FILE) or {}
+    files = fields.get("files")
+    files = files if isinstance(files, dict) else {}
+    described = files.get(MODEL_FILE)
     digest = described.get("sha256") if isinstance(described, dict) else None
-    return load_record(folder, digest if isinstance(digest, str) else None)
+    record = load_record(folder, digest if isinstance(digest, str) else None)
+    if DIGEST in fields and record:
+        if RECORD not in files:  # put there by another
+            return {}
+        check_listed(folder, RECORD, files[RECORD])
+    return record
 
 
-def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
+def _load_kept(folder: Path, digest: str) -> dict[str, bytes | None]:
+    if not load_record(folder, digest):
+        return {RECORD: None, CURVE: None}
+    return {name: load_bytes(folder / name, LONGEST_PICTURE) for name in (RECORD, CURVE)}
+
+
+def check_listed(folder: Path, name: str, described: Any) -> None:
+    """Raises AdapterError unless a file that is not needed to read the adapter is the one that the manifest lists."""
+    if not is_description(described):
+        raise AdapterError(f"{folder / MANIFEST_FILE}: files.{name}: expected bytes and sha256, got {shown(described)}")
+    data = load_bytes(folder / name, max(LONGEST_JSON, described["bytes"]))
+    if data is None:
+        raise AdapterError(f"{folder / name}: missing, but the manifest lists it")
+    check_bytes(folder / name, data, described)
+
+
+def _folder_digest(folder: Path) -> str:
+    fields, _, peft_data = _load_fields(folder)
+    if fields is None:
+        with TensorFile(folder / MODEL_FILE) as file:
+            file.hash()
+            return digest_of(None, peft_data, file)
+    with naming(folder / MANIFEST_FILE):
+        Manifest.from_dict(fields)
+        return digest_of(fields, peft_data, None)
+
+
+def digest_of(fields: dict[str, Any] | None, peft_data: bytes | None, model_file: TensorFile | None) -> str:
+    """The digest of an adapter: the one in its manifest, which is checked, or one of the same kind where there is none.
+
+    Args:
+        fields: of the manifest; None where there is none.
+        peft_data: PEFT's configuration, which a manifest of version 1 does not list.
+        model_file: which has been read, of an adapter without a manifest.
+    """
+    if fields is not None and DIGEST in fields:
+        check_content(fields)
+        return str(fields[DIGEST])
+    listed = {} if peft_data is None else {PEFT_FILE: describe(peft_data)}
+    if fields is not None:
+        return content_digest({**fields, "files": {**fields["files"], **listed}})
+    assert model_file is not None
+    return content_digest({"files": {**listed, MODEL_FILE: {"bytes": model_file.size, "sha256": model_file.sha256}}})
+
+
+def _load_fields(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bytes | None]:
+    """The fields of the manifest and of PEFT's configuration, and the latter's bytes.
+
+    Raises:
+        AdapterError: no such folder, or neither of them is in it.
+    """
     try:
         is_folder = stat.S_ISDIR(folder.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -165,16 +262,21 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
     if not is_folder:
         raise AdapterError(f"{folder}: no such folder")
     fields = load_json(folder / MANIFEST_FILE)
-    peft_config = load_json(folder / PEFT_FILE)
-    if fields is None and peft_config is None:
+    peft_data = load_bytes(folder / PEFT_FILE, LONGEST_JSON)
+    if fields is None and peft_data is None:
         banks = sorted(path.parent.name for path in folder.glob(f"{CHECKPOINT}/*/{MANIFEST_FILE}"))
         hint = f"; it is a checkpoint of a bank of {shown(banks)}: load {CHECKPOINT}/NAME in it" if banks else ""
         raise AdapterError(f"{folder}: not an adapter: expected {MANIFEST_FILE} or {PEFT_FILE} in it{hint}")
+    return fields, None if peft_data is None else parse_json(folder / PEFT_FILE, peft_data), peft_data
+
+
+def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
+    fields, peft_config, peft_data = _load_fields(folder)
     manifest = None
     if fields is not None:
         with naming(folder / MANIFEST_FILE):
             manifest = Manifest.from_dict(fields)
-            _check_listing(manifest, manifest.make_config(), peft_config)
+            check_listing(manifest, manifest.make_config(), peft_config)
     shapes = _tensor_shapes(folder, manifest, peft_config)
     with ExitStack() as stack:
         described = {} if manifest is None else manifest.files
@@ -184,6 +286,12 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         heads = head_shapes(model_file, claimed)
         model_file.check_shapes(shapes | {HEAD + name: shape for name, shape in heads.items()})
         header = replace(_header(folder, manifest, peft_config), heads=heads)
+        digest = None
+        if fields is not None:
+            with naming(folder / MANIFEST_FILE):
+                digest = digest_of(fields, peft_data, None)
+            if peft_data is not None and PEFT_FILE in described:
+                check_bytes(folder / PEFT_FILE, peft_data, described[PEFT_FILE])
         state_file = None
         if STATE_FILE in described:
             state_file = stack.enter_context(_open(folder / STATE_FILE, described[STATE_FILE]))
@@ -206,7 +314,11 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
             training_state = state_file.read(dtype=None)
         elif isinstance(header.config, MultitaskPromptTuningConfig) and isinstance(values, Tensor):
             training_state = {"embedding": values, **tasks}
-    return Adapter(header.config, values, manifest, training_state, peft_config, modules)
+        if digest is None:
+            digest = digest_of(None, peft_data, model_file)
+    if manifest is not None:
+        manifest = replace(manifest, digest=digest)
+    return Adapter(header.config, values, manifest, training_state, peft_config, modules, digest)
 
 
 def _open(path: Path, described: dict[str, Any] | None) -> TensorFile:
@@ -250,72 +362,10 @@ def _header(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any]
     if manifest is not None:
         with naming(folder / MANIFEST_FILE):
             if peft_config is not None:
-                _check_agreement(manifest, config, layer_shapes)
-                _check_method(manifest.make_config(), config)
+                check_agreement(manifest, config, layer_shapes)
+                check_method(manifest.make_config(), config)
             config, layer_shapes = manifest.make_config(), manifest.make_layer_shapes()
         if peft_config is None:
             hidden_size = manifest.hidden_size
     layers = list(range(len(layer_shapes))) if manifest is None or manifest.layers is None else manifest.layers
     return AdapterHeader(config, layers, layer_shapes, hidden_size, manifest, peft_config)
-
-
-def _check_listing(manifest: Manifest, config: Config, peft_config: dict[str, Any] | None) -> None:
-    """Raises AdapterError unless the manifest lists the files that an adapter with this configuration has."""
-    if config.num_virtual_tokens is None:
-        raise AdapterError("config.num_virtual_tokens: missing")
-    expected = {MODEL_FILE, STATE_FILE} if config.is_reparameterized else {MODEL_FILE}
-    if manifest.files.keys() != expected:
-        raise AdapterError(f"files: expected {sorted(expected)}, got {shown(sorted(manifest.files))}")
-    for name, described in manifest.files.items():
-        if not _is_description(described):
-            raise AdapterError(f"files.{name}: expected bytes and sha256, got {shown(described)}")
-    peft_type = None if peft_config is None else peft_config.get("peft_type")
-    if peft_type != manifest.peft_type:
-        raise AdapterError(f"peft_type: {shown(manifest.peft_type)}, but that of {PEFT_FILE} is {shown(peft_type)}")
-    in_text = manifest.layers is None and not is_expressible(config, [], {})
-    if in_text and peft_type is not None:
-        raise AdapterError(
-            f"peft_type: expected none, got {shown(peft_type)}: PEFT would put the soft prompt before the text, but it "
-            "stands in the text (config.virtual_token_ids)"
-        )
-    if manifest.layers is None and not in_text and peft_type is None:
-        raise AdapterError("peft_type: expected one, a soft prompt before the text is always in PEFT's files")
-    if in_text != (manifest.hidden_size is not None):
-        expected_size = "E, an integer of at least 1" if in_text else "none: only a soft prompt in the text has one"
-        raise AdapterError(f"hidden_size: expected {expected_size}, got {shown(manifest.hidden_size)}")
-
-
-def _is_description(value: Any) -> bool:
-    """Whether it says the size and the SHA-256 of a file."""
-    if not isinstance(value, dict) or value.keys() != {"bytes", "sha256"}:
-        return False
-    return type(value["bytes"]) is int and isinstance(value["sha256"], str)
-
-
-def _check_method(ours: Config, peft: Config) -> None:
-    """Raises AdapterError unless both are, or neither is, of the same tasks or of the same examples."""
-    for kind, names in (
-        (MultitaskPromptTuningConfig, ("num_tasks", "num_ranks")),
-        (CPTConfig, ("cpt_token_ids", "cpt_tokens_type_mask")),
-    ):
-        if isinstance(ours, kind) != isinstance(peft, kind):
-            raise AdapterError(f"method: {ours.method!r} does not agree with {PEFT_FILE}, {peft.method!r}")
-        for name in names if isinstance(ours, kind) else ():
-            if getattr(ours, name) != getattr(peft, name):
-                raise AdapterError(f"config.{name}: does not agree with {PEFT_FILE}")
-
-
-def _check_agreement(manifest: Manifest, peft: Config, peft_shapes: list[LayerShape]) -> None:
-    """Raises AdapterError unless the manifest states the shapes that PEFT's configuration states."""
-    tokens, shapes = manifest.make_config().num_virtual_tokens, manifest.make_layer_shapes()
-    if not peft_shapes:
-        if shapes or peft.num_virtual_tokens != tokens:
-            raise AdapterError(
-                f"method {manifest.method!r} with {tokens} virtual tokens does not agree with {PEFT_FILE}, a soft "
-                f"prompt of {peft.num_virtual_tokens}"
-            )
-    elif (shapes, tokens) != (peft_shapes, peft.num_virtual_tokens):
-        raise AdapterError(
-            f"layer_shapes with {tokens} virtual tokens do not agree with {MODEL_FILE}: by {PEFT_FILE} it has "
-            f"{len(peft_shapes)} layers of {peft_shapes[0]} with {peft.num_virtual_tokens} virtual tokens"
-        )

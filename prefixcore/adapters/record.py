@@ -73,14 +73,6 @@ def load_record(folder: Path, digest: str | None) -> dict[str, Any]:
     return record
 
 
-def belongs(folder: Path, digest: str) -> bool:
-    """Whether the record in `folder` is that of the adapter with these values."""
-    try:
-        return bool(load_record(folder, digest))
-    except (AdapterError, OSError):
-        return False
-
-
 def _check_numbers(path: Path, name: str, values: Mapping[str, Any], needed: tuple[str, ...]) -> None:
     for field in needed:
         if not _is_number(values.get(field)):

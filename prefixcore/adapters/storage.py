@@ -82,14 +82,31 @@ def load_json(path: Path) -> dict[str, Any] | None:
         AdapterError: not a regular file, too long, or no JSON object.
         OSError: the file system refuses.
     """
+    data = load_bytes(path, LONGEST_JSON)
+    return None if data is None else parse_json(path, data)
+
+
+def load_bytes(path: Path, limit: int) -> bytes | None:
+    """What a file holds; None if there is no such file.
+
+    Raises:
+        AdapterError: not a regular file, or one of more than `limit` bytes.
+        OSError: the file system refuses.
+    """
     file = open_file(path)
     if file is None:
         return None
     with file:
         size = os.fstat(file.fileno()).st_size
-        if size > LONGEST_JSON:
-            raise AdapterError(f"{path}: expected at most {LONGEST_JSON} bytes, got {size}")
-        return parse_json(path, _read_at_most(file, LONGEST_JSON))
+        if size > limit:
+            raise AdapterError(f"{path}: expected at most {limit} bytes, got {size}")
+        return _read_at_most(file, limit)
+
+
+def check_bytes(path: Path, data: bytes, described: Mapping[str, Any]) -> None:
+    """Raises AdapterError unless a file's contents are those that `describe` was called with."""
+    check_size(path, len(data), described)
+    check_digest(path, hashlib.sha256(data).hexdigest(), described)
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:

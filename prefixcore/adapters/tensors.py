@@ -48,6 +48,8 @@ class TensorFile:
     Attributes:
         path: the file.
         entries: its tensors, in the order of their bytes.
+        size: of the file, in bytes.
+        sha256: of the whole file, once its numbers have been read; None before.
 
     Raises:
         AdapterError: the file is missing, too short, or its header is not that of a whole safetensors file of
@@ -57,12 +59,13 @@ class TensorFile:
     def __init__(self, path: Path, described: Mapping[str, Any] | None = None) -> None:
         """Opens the file; `described` is the size and digest that it must have, as the manifest states them."""
         self.path, self._described = path, described
+        self.sha256: str | None = None
         file = open_file(path)
         if file is None:
             raise AdapterError(f"{path}: missing")
         self._file = file
         try:
-            size = os.fstat(file.fileno()).st_size
+            size = self.size = os.fstat(file.fileno()).st_size
             if described is not None:
                 check_size(path, size, described)
             self._header = self._read_header(size)
@@ -97,11 +100,16 @@ class TensorFile:
         """Hashes the whole file in pieces; AdapterError: its digest is not the one that it must have."""
         if self._described is None:
             return
+        check_digest(self.path, self.hash(), self._described)
+
+    def hash(self) -> str:
+        """The SHA-256 of the whole file."""
         digest = hashlib.sha256(self._header)
         self._file.seek(len(self._header))
         while piece := self._file.read(PIECE):
             digest.update(piece)
-        check_digest(self.path, digest.hexdigest(), self._described)
+        self.sha256 = digest.hexdigest()
+        return self.sha256
 
     def read(self, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
         """All tensors, in memory of their own; `dtype` None: in the dtypes that they have in the file."""
@@ -141,8 +149,9 @@ class TensorFile:
                     not_finite = entry.name
                 place(entry.name, start, numbers)
                 start += len(numbers)
+        self.sha256 = digest.hexdigest()
         if self._described is not None:
-            check_digest(self.path, digest.hexdigest(), self._described)
+            check_digest(self.path, self.sha256, self._described)
         if not_finite is not None:
             raise AdapterError(f"{self.path}: {not_finite}: holds a number that is NaN or infinite")
 

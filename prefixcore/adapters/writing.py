@@ -28,10 +28,11 @@ from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, tensor_name
 from .manifest import Manifest
 from .module import Module
 from .peft import COLS, HEAD, PEFT_TYPES, PROMPT_EMBEDDINGS, ROWS, Values, is_expressible, to_peft
-from .reading import read_folder
-from .record import CURVE, RECORD, belongs, record_bytes
+from .provenance import inherited
+from .reading import read_folder, read_kept
+from .record import CURVE, RECORD, record_bytes
 from .replace import replace_folder
-from .storage import describe, load_json, to_json
+from .storage import describe, load_json, naming, to_json
 from .whole import whole_module
 
 
@@ -44,6 +45,7 @@ def write_adapter(
     heads: Mapping[str, nn.Module] | None = None,
     record: Mapping[str, Any] | None = None,
     curve: bytes | None = None,
+    source: Manifest | None = None,
 ) -> Path:
     """Writes an adapter's folder, whole or not at all.
 
@@ -59,6 +61,7 @@ def write_adapter(
         heads: modules that were trained along (`modules_to_save`), by their names in the model.
         record: how it was trained, for `training.json`.
         curve: a picture of the training, PNG, for `curve.png`.
+        source: the manifest of the adapter that the values were loaded from: what still holds of it is taken over.
 
     Returns:
         The folder's absolute path.
@@ -106,22 +109,23 @@ def write_adapter(
     blobs = {MODEL_FILE: _to_bytes(tensors)}
     if module.is_reparameterized:
         blobs[STATE_FILE] = _to_bytes(module.state_dict())
+    digest = describe(blobs[MODEL_FILE])["sha256"]
+    if record is not None:
+        files |= {RECORD: record_bytes(record, digest), CURVE: curve}
+    else:
+        files |= read_kept(target, digest)
+    files |= blobs
+    same_values = source is not None and source.files.get(MODEL_FILE, {}).get("sha256") == digest
     manifest = dataclasses.replace(
-        manifest,
+        inherited(manifest, source, same_values=same_values),
         config={**config.to_dict(), "num_virtual_tokens": module.num_virtual_tokens},
         peft_type=peft_config.get("peft_type"),
         hidden_size=values.shape[1] if isinstance(values, Tensor) and not peft_config else None,
-        files={name: describe(blob) for name, blob in blobs.items()},
+        files={name: describe(data) for name, data in files.items() if data is not None},
     )
-    digest = manifest.files[MODEL_FILE]["sha256"]
-    files |= {**blobs, MANIFEST_FILE: to_json(manifest.to_dict())}
-    if record is not None:
-        files |= {RECORD: record_bytes(record, digest), CURVE: curve}
-
-    def keep(entry: Path) -> bool:
-        return entry.name not in (RECORD, CURVE) or belongs(entry.parent, digest)
-
-    replace_folder(target, files, check=read_folder, keep=keep)
+    with naming(target / MANIFEST_FILE):
+        files[MANIFEST_FILE] = to_json(manifest.to_dict())
+    replace_folder(target, files, check=read_folder)
     return target
 
 

@@ -78,7 +78,9 @@ class SavePretrained:
             )
             target = folder / CHECKPOINT if name is None else folder / CHECKPOINT / name
             target.parent.mkdir(exist_ok=True)
-            write_adapter(target, module=module, config=handle.config, manifest=manifest, heads=heads)
+            write_adapter(
+                target, module=module, config=handle.config, manifest=manifest, heads=heads, source=handle.source
+            )
         save_file(_trained(bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
 
 

@@ -35,6 +35,7 @@ class Handle:
         tokenizer: the tokenizer that `attach` was given, for the manifest; or None, also in a copy.
         heads: what is trained along in the model itself (`modules_to_save`).
         forced: in what the model is not the one that the adapter was trained for, where `strict=False` has loaded it.
+        source: the manifest of the adapter that was loaded; None: it was attached anew, or PEFT wrote it.
 
     Examples:
         >>> handle = prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4))
@@ -60,6 +61,7 @@ class Handle:
         self._layer_shapes = layer_shapes
         self.tokenizer = tokenizer
         self.forced: tuple[str, ...] = ()
+        self.source: Manifest | None = None
         self.heads = Heads(bank.model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,25 +140,55 @@ class Handle:
         task: str | None = None,
         record: Mapping[str, Any] | None = None,
         curve: bytes | None = None,
+        license: str | None = None,
+        intended_use: str | None = None,
+        data: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        split: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+        seed: int | None = None,
     ) -> Path:
         """Writes the adapter: PEFT's two files, the manifest, and the training state where there is more than values.
 
+        What is not said of a loaded adapter stays as it was said of that one, as far as it still holds: after more
+        training its task, license and intended use, but no metrics.
+
         Args:
             directory: a new folder, or an adapter's, which is replaced as a whole.
-            task: what it was trained for, in words; for the manifest.
+            task: the one task that it was trained for, in words; for the manifest.
             record: how it was trained and how it did, as `json` can write it; for `training.json`.
             curve: a picture of the training, PNG; for `curve.png`.
+            license: what others may do with it, best as an SPDX identifier ("CC-BY-4.0").
+            intended_use: what it was made for, and what not.
+            data: the training data: `sha256` of what was used, and more (`prefixcore.training.describe_data`).
+            metrics: numbers by their names, measured on held-out examples; only with `split`.
+            split: which examples were held out: a name, a seed and a fraction, a digest.
+            training: settings of the training by their names: texts, numbers, true, false or None.
+            seed: that of the training.
 
         Returns:
             The folder.
 
         Raises:
-            AdapterError: a value is not finite, or the folder is something else than an adapter.
+            AdapterError: a value is not finite, the folder is something else than an adapter, or what is said of the
+                adapter is not what the manifest can hold.
             OSError: the file system refused. In both cases nothing has been written.
         """
         shapes = self._layer_shapes or None
         manifest = Manifest.create(
-            self.model, self.config, shapes, task=task, tokenizer=self.tokenizer, forced=self.forced
+            self.model,
+            self.config,
+            shapes,
+            task=task,
+            tokenizer=self.tokenizer,
+            forced=self.forced,
+            license=license,
+            intended_use=intended_use,
+            data=data,
+            metrics=metrics,
+            split=split,
+            training=training,
+            seed=seed,
         )
         write_adapter(
             directory,
@@ -166,6 +198,7 @@ class Handle:
             heads=self.heads.trained,
             record=record,
             curve=curve,
+            source=self.source,
         )
         return Path(directory)
 

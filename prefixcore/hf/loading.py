@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..adapters import AdapterError, compare_fingerprints, fingerprint
+from ..adapters import AdapterError, Manifest, compare_fingerprints, fingerprint
 from ..adapters.errors import printable
 from ..adapters.files import MANIFEST_FILE, STATE_FILE, find_adapter
 from ..adapters.fingerprint import find_differences
@@ -66,7 +66,7 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False,
     else:
         handle = attach_soft_prompt(model, found.module, heads=found.heads)
     handle.heads.load(found.head_tensors)
-    handle.forced = found.forced
+    handle.forced, handle.source = found.forced, found.manifest
     return handle
 
 
@@ -79,6 +79,7 @@ class Found(NamedTuple):
         heads: the names of the modules that it brings along.
         head_tensors: their tensors, by their names in the model.
         forced: in what the model is not the one that it was trained for.
+        manifest: that of the folder, if it has one.
     """
 
     module: Prefix | AnyPrompt
@@ -86,6 +87,7 @@ class Found(NamedTuple):
     heads: list[str]
     head_tensors: Mapping[str, Tensor]
     forced: tuple[str, ...]
+    manifest: Manifest | None
 
 
 class Target:
@@ -128,7 +130,7 @@ class Target:
             )
         earlier = [] if adapter.manifest is None else adapter.manifest.base_model.get("forced", [])
         forced = tuple(dict.fromkeys([*earlier, *self.forced]))
-        return Found(module, adapter.layers, self.heads, adapter.heads, forced)
+        return Found(module, adapter.layers, self.heads, adapter.heads, forced, adapter.manifest)
 
     def check(self, header: AdapterHeader) -> None:
         """Raises AdapterError unless the adapter is for this model."""

@@ -152,7 +152,7 @@ class PromptBank:
                 "load it by itself"
             )
         handle = self._add(name, found.module, found.layers if isinstance(found.module, Prefix) else None)
-        handle.forced = found.forced
+        handle.forced, handle.source = found.forced, found.manifest
         return handle
 
     def remove(self, name: str) -> None:

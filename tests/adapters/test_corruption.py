@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from prefixcore.adapters import AdapterError, read_adapter
 from prefixcore.adapters.fingerprint import FACTS
 from prefixcore.adapters.storage import describe
+from tests.redigest import redigest
 
 from .models import SHAPES, UNEVEN, contents, flat, save
 
@@ -210,16 +211,19 @@ def test_wrong_tensors(change, copy_of):
 
 
 def _rewrite(folder: Path, name: str, **changes):
-    """Change fields of the manifest; '...' removes one."""
+    """Change fields of the manifest, as somebody would who knows of the digest; '...' removes one."""
     fields = {**json.loads((folder / name).read_text()), **changes}
     (folder / name).write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+    redigest(folder, files=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version: expected 1, got 2"),
-        ({"format_version": ...}, "format_version: expected 1, got None"),
+        ({"format_version": 3}, "format_version: expected 1 or 2, got 3"),
+        ({"format_version": True}, "format_version: expected 1 or 2, got True"),
+        ({"format_version": ...}, "format_version: expected 1 or 2, got None"),
+        ({"format_version": 1}, "data: unknown field"),
         *[({name: ...}, f"{name}: missing") for name in ("method", "config", "base_model", "task", "layers")],
         *[({name: 5}, f"{name}: expected") for name in ("method", "config", "libraries", "tokenizer", "files")],
         ({"method": "lora"}, "method: expected one of"),
@@ -242,8 +246,8 @@ def _rewrite(folder: Path, name: str, **changes):
         ({"layer_shapes": None}, "layer_shapes: expected [Hkv, D, Dv]"),
         ({"layer_shapes": [[4, 16, 16]] * 2}, "do not agree with adapter_model.safetensors"),
         ({"files": {}}, "files: expected"),
-        ({"files": {MODEL: 3, STATE: 3}}, "files.adapter_model.safetensors: expected bytes and sha256"),
-        ({"config": {"num_virtual_tokens": 5, "init": "zero"}}, "files: expected ['adapter_model.safetensors']"),
+        ({"files": {MODEL: 3, STATE: 3, PEFT: 3}}, "files.adapter_model.safetensors: expected bytes and sha256"),
+        ({"config": {"num_virtual_tokens": 5, "init": "zero"}}, "files: expected ['adapter_config.json', 'ad"),
     ],
 )
 def test_a_wrong_field_of_the_manifest_is_named(changes, message, copy_of):
@@ -297,6 +301,7 @@ def test_a_state_without_its_start_is_named(copy_of):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][STATE] = describe((folder / STATE).read_bytes())
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    redigest(folder)
     assert "initial: missing" in _refused(folder, STATE)
 
 

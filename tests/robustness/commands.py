@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.fixtures import *  # noqa: F403
 from tests.cli.fixtures import __all__ as _cli
+from tests.redigest import redigest
 
 __all__ = [*_cli, "refused", "refused_generation", "refused_training"]
 
@@ -71,5 +72,6 @@ def copy(folder: Path, target: Path, name: str, contents: object) -> Path:
 
 
 def changed(folder: Path, target: Path, name: str, **fields: object) -> Path:
+    """A copy of a folder in which fields of a JSON file are others, and the digests are those of the new file."""
     values = {**json.loads((folder / name).read_text()), **fields}
-    return copy(folder, target, name, json.dumps(values).encode())
+    return redigest(copy(folder, target, name, json.dumps(values).encode()))

@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from tests.redigest import redigest
+
 from .commands import changed, copy
 
 
@@ -62,7 +64,7 @@ def test_a_record_that_is_nested_as_deep_as_can_be_read(prefixcore, adapter, tmp
     codes = []
     for depth in (100, 300, 500, 900, 3000):
         deep = text.replace('"HERE"', "[" * depth + "]" * depth).encode()
-        folder = copy(adapter, tmp_path / str(depth), "training.json", deep)
+        folder = redigest(copy(adapter, tmp_path / str(depth), "training.json", deep))
         for options in ([], ["--json"]):
             code, _, err = prefixcore("inspect", folder, *options)
             codes.append(code)

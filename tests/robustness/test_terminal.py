@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+from tests.redigest import redigest
+
 from .commands import changed
 
 
@@ -19,6 +21,7 @@ def test_nothing_from_a_file_steers_the_terminal(prefixcore, adapter, tmp_path):
     manifest["libraries"][evil] = evil
     manifest["base_model"]["name_or_path"] = evil
     (folder / "prefixcore_manifest.json").write_text(json.dumps(manifest))
+    redigest(folder)
     code, table, err = prefixcore("inspect", folder)
     assert (code, err) == (0, "")
     assert table.replace("\n", "").isprintable()
