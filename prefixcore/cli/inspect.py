@@ -40,6 +40,8 @@ def describe(folder: Path, adapter: Adapter, record: dict[str, Any]) -> dict[str
     """What is known about an adapter, as JSON can hold it."""
     from torch import Tensor
 
+    from ..adapters.provenance import FIELDS
+
     tensors, manifest = adapter.tensors, adapter.manifest
     if isinstance(tensors, Tensor):
         values, hidden_size = [tensors], tensors.shape[1]
@@ -51,6 +53,9 @@ def describe(folder: Path, adapter: Adapter, record: dict[str, Any]) -> dict[str
         "loads_in_peft": adapter.peft_config is not None,
         "method": adapter.config.method,
         "task": manifest.task if manifest else None,
+        "digest": adapter.digest,
+        **{name: getattr(manifest, name) if manifest else None for name in FIELDS if name != "training"},
+        "settings": manifest.training if manifest else None,
         "num_virtual_tokens": adapter.config.num_virtual_tokens,
         "numbers": sum(tensor.numel() for tensor in values),
         "layers": adapter.layers or None,
@@ -91,11 +96,47 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         found += [("not known of it", text) for text in facts["base_model"].get("left_out", [])]
     elif facts["peft_config"]:
         found.append(("base model", str(facts["peft_config"].get("base_model_name_or_path"))))
+    found += provenance(facts)
     if facts["libraries"]:
         found.append(("libraries", ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())))
     found += trained(facts["training"] or {})
     sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in facts["files"].items())
     return [*found, ("files", sizes)]
+
+
+def provenance(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the adapter comes from: what its manifest says, and that it says nothing."""
+    found = [("digest", str(facts["digest"]))]
+    if not facts["libraries"]:  # PEFT wrote it
+        return found
+    found += [(name.replace("_", " "), facts[name] or "not said") for name in ("date", "license", "intended_use")]
+    found.append(("data", examples(facts["data"])))
+    found.append(("metrics", pairs(facts["metrics"])))
+    if facts["split"]:
+        found.append(("split", examples(facts["split"])))
+    if facts["settings"]:
+        settings = facts["settings"] if facts["seed"] is None else {"seed": facts["seed"], **facts["settings"]}
+        found.append(("settings", pairs(settings)))
+    for parent in facts["derived_from"] or []:
+        found.append(("derived from", f"{parent['digest']} of {parent['date'] or 'no known date'}"))
+    return found
+
+
+def examples(described: dict[str, Any] | None) -> str:
+    """What is said of some examples, their digest last."""
+    if described is None:
+        return "not said"
+    rest = {name: value for name, value in described.items() if name != "sha256"}
+    digest = f"SHA-256 {described['sha256']}" if "sha256" in described else ""
+    return ", ".join(part for part in (pairs(rest) if rest else "", digest) if part)
+
+
+def pairs(values: dict[str, Any] | None) -> str:
+    """Names and values, one after another."""
+    if not values:
+        return "not said"
+    texts = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def placement(facts: dict[str, Any]) -> str:

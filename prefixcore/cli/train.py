@@ -26,6 +26,7 @@ from .limits import (
 )
 from .output import check_open, results, say, table
 from .train_options import LEARNING_RATES, add_arguments, build_config
+from .train_provenance import Provenance
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Example, TokenizedExample, TrainingOptions, TrainingRecord
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 CURVE = "curve.png"
+AFTER = "after training"
+"""The name of the evaluation whose numbers are the adapter's own."""
+
 EPOCHS = 5.0
 MOST_EPOCHS = 1e9
 
@@ -60,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not train_ids:
         raise UserError(f"no example has at most {limit.tokens} tokens; raise --max-length or shorten the examples")
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out")
+    provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
 
     learned = learned_positions(model)
     longest = None if learned is None else learned - tokens
@@ -73,13 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
     if record.steps_done == 0:
         say("stopped before the first step; nothing was saved")
         return INTERRUPTED
-    stopped = save(arguments, handle, record, evaluator)
+    stopped = save(arguments, handle, record, evaluator, provenance)
     if record.interrupted:
         say(f"stopped after {record.steps_done} of {options.steps} steps; saved what there is to {arguments.out}")
         return INTERRUPTED
     if held_out and not stopped:
-        evaluator("after training")
-        stopped = save(arguments, handle, record, evaluator)
+        evaluator(AFTER)
+        stopped = save(arguments, handle, record, evaluator, provenance)
     if stopped:
         raise KeyboardInterrupt
     say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
@@ -122,13 +127,15 @@ def signals_held_back() -> Iterator[None]:
 
 def inherit_from_resumed(arguments: argparse.Namespace) -> None:
     """With `--resume`, set options that are not given as in the earlier training, so that what it held out stays so."""
-    arguments.split_seed = arguments.seed
+    arguments.split_seed, arguments.resumed_task = arguments.seed, None
     if arguments.resume is None:
         return
     from ..adapters import AdapterError, read_adapter, read_record
 
     with user_errors(AdapterError), user_errors(RecursionError, what=f"{arguments.resume}: nested too deep"):
-        arguments.resumed_tokens = read_adapter(arguments.resume).config.num_virtual_tokens
+        resumed = read_adapter(arguments.resume)
+        arguments.resumed_tokens = resumed.config.num_virtual_tokens
+        arguments.resumed_task = resumed.manifest.task if resumed.manifest else None
         earlier = read_record(arguments.resume)
     if arguments.end is None:
         arguments.end = earlier.get("end")
@@ -297,7 +304,13 @@ class HeldOutEvaluator:
         }
 
 
-def save(arguments: argparse.Namespace, handle: Any, record: TrainingRecord, evaluator: HeldOutEvaluator) -> bool:
+def save(
+    arguments: argparse.Namespace,
+    handle: Any,
+    record: TrainingRecord,
+    evaluator: HeldOutEvaluator,
+    provenance: Provenance,
+) -> bool:
     """Write adapter, record and curve as one; whether Ctrl-C came meanwhile (it is heeded afterwards)."""
     from ..adapters import AdapterError
     from ..training import Curve, draw_curve
@@ -321,7 +334,8 @@ def save(arguments: argparse.Namespace, handle: Any, record: TrainingRecord, eva
         # A second Ctrl-C ends the save. It raises, so that what is half written is taken away.
         _interrupt.tell(saving, at_once=False)
         try:
-            handle.save(arguments.out, record=fields, curve=curve)
+            said = provenance.fields(record, evaluator.results.get(AFTER))
+            handle.save(arguments.out, record=fields, curve=curve, **said)
         except AdapterError:
             _interrupt.tell(before)
             raise

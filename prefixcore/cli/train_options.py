@@ -8,6 +8,7 @@ from typing import Any
 
 from .common import add_force_argument, add_model_arguments, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
+from .train_provenance import add_author_arguments
 
 METHODS = ("prefix", "prompt", "p-tuning")
 LEARNING_RATES = {"prefix": 2e-3, "prompt": 5e-3, "p-tuning": 1e-3}
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, metavar="ADAPTER", help="go on training this adapter")
     add_force_argument(parser)
 
+    add_author_arguments(parser.add_argument_group("what you say of it, for the manifest"))
     start = parser.add_argument_group("virtual tokens and how they start")
     start.add_argument(
         "--num-virtual-tokens", type=positive, metavar="P", help="default: as many as --init-text has, else 20"

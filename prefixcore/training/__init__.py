@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .curve import Curve, draw_curve, write_curve
 from .data import DataError, Example, TokenizedExample, collate, read_jsonl, split, tokenize
+from .describe import describe_data
 from .evaluate import Evaluation, evaluate, held_out_loss, predict
 from .loop import TrainingOptions, TrainingRecord, fit, train
 from .weights import base_parameters, weights_digest
@@ -18,6 +19,7 @@ __all__ = [
     "TrainingRecord",
     "base_parameters",
     "collate",
+    "describe_data",
     "draw_curve",
     "evaluate",
     "fit",
