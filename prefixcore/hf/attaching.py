@@ -35,7 +35,7 @@ from .model_inputs import OTHER, SEQUENCE, head_of
 from .patch import ATTACHMENT, MODULE
 from .position_table import position_limit
 from .refusals import warn_of_dropout
-from .verify import check_reads_last, own_words, verify_prefix, verify_soft_prompt
+from .verify import check_causal, check_reads_last, own_words, verify_prefix, verify_soft_prompt
 
 
 def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> Handle:
@@ -191,6 +191,7 @@ def find_hidden_size(model: PreTrainedModel) -> int:
     if head_of(model) == SEQUENCE:
         check_reads_last(model)
     if not is_tested(model):
+        check_causal(model)
         verify_soft_prompt(model, hidden_size)
     if not is_known(model):
         _warn_of_unknown_family(model)

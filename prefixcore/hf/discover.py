@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..nn import LayerShape
 from .attention import ATTENTION, PREFIXES, prefix_attention_forward
-from .families import known_families, text_config
+from .families import AS_DECODER, known_families, text_config
 from .mask import prefix_mask
 from .patch import frozen_run
 from .positions import argument_names
@@ -124,12 +124,12 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
             f"{len(calls)} calls; a prefix must reach each layer once. Known families: {known_families()}"
         )
     for call in calls:
-        _check_call(call)
+        _check_call(call, model.can_generate() and getattr(config, "is_decoder", None) is False)
     _check_windows(config, [call.kwargs.get("sliding_window") for call in calls])
     return calls
 
 
-def _check_call(call: AttentionCall) -> None:
+def _check_call(call: AttentionCall, may_be_decoder: bool) -> None:
     """Raises NotImplementedError for attention that `prefix_attention` does not compute."""
     unknown = {
         name
@@ -142,7 +142,10 @@ def _check_call(call: AttentionCall) -> None:
         )
     is_causal = call.kwargs.get("is_causal")
     if not (getattr(call.module, "is_causal", True) if is_causal is None else is_causal):
-        raise NotImplementedError(f"{call.name} is not causal; prefixes are for decoders so far ({known_families()})")
+        hint = f". {AS_DECODER}" if may_be_decoder else ""
+        raise NotImplementedError(
+            f"{call.name} is not causal; prefixes are for decoders so far ({known_families()}){hint}"
+        )
     if call.num_heads % call.shape.num_kv_heads:
         raise NotImplementedError(
             f"{call.name} has {call.num_heads} query heads on {call.shape.num_kv_heads} key heads, an uneven group"

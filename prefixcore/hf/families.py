@@ -21,6 +21,12 @@ LEARNED = "learned"
 
 NO_LAYERS, SOME_LAYERS, ALL_LAYERS = "no layers", "some layers", "all layers"
 
+AS_DECODER = (
+    "Its configuration has is_decoder=False, the default of models that are encoders too: load it with "
+    "is_decoder=True, as from_pretrained(..., is_decoder=True)"
+)
+"""How a model that is an encoder or a decoder, as its configuration says, is made a decoder."""
+
 
 @dataclass(frozen=True)
 class Family:

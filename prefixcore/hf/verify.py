@@ -20,7 +20,7 @@ from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from .attached import Attached
 from .bank import Bank
 from .discover import AttentionCall, record
-from .families import known_families
+from .families import AS_DECODER, known_families, text_config
 from .model_inputs import SEQUENCE, found_to_read_ids, head_of, plain_ids, reads_ids, stand_in
 from .patch import frozen_run
 
@@ -123,6 +123,27 @@ def check_reads_last(model: PreTrainedModel) -> None:
         raise NotImplementedError(
             f"{type(model).__name__} is not a causal decoder: its head reads the first token, which would be a virtual "
             "one. Soft prompts on classification heads are for decoders, whose head reads the last token"
+        )
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises NotImplementedError for a model that generates and was made as an encoder: its tokens see later ones.
+
+    A cache holds what earlier tokens were before the later ones came, so that such a model generates other tokens with
+    a cache than without. Models that read a prompt in both directions by design (PaliGemma) have no `is_decoder`.
+    """
+    config = text_config(model)
+    if not model.can_generate() or getattr(config, "is_decoder", None) is not False:
+        return
+    ids = plain_ids(model, _CONTINUATION)
+    other = ids.clone()
+    other[:, -1] = stand_in(model)
+    with own_words(model, "a soft prompt"), frozen_run(model):
+        change = _first(model(input_ids=ids, use_cache=False)) - _first(model(input_ids=other, use_cache=False))
+    if change[:, :-1].float().norm() > _tolerance(model) * change[:, -1].float().norm():
+        raise NotImplementedError(
+            f"{type(model).__name__} is meant to generate, but its text is not causal: a later token changes an "
+            f"earlier logit, and what it generates with a cache is not what it generates without. {AS_DECODER}"
         )
 
 

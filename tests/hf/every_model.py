@@ -43,9 +43,9 @@ class Verdict:
     fault: str | None = None
 
 
-def judge(name: str, model_type: str, method: str) -> Verdict:
-    """The verdict on one class; `method` is "prefix" or "soft prompt"."""
-    model = make(name, model_type)
+def judge(name: str, model_type: str, method: str, **changes: Any) -> Verdict:
+    """The verdict on one class; `method` is "prefix" or "soft prompt", `changes` are fields of its configuration."""
+    model = make(name, model_type, **changes)
     try:
         handle = _attach(model, method)
     except (NotImplementedError, ValueError) as error:
@@ -59,7 +59,7 @@ def judge(name: str, model_type: str, method: str) -> Verdict:
         handle.detach()  # the model sees stand-ins for virtual tokens, so the text to compare with is of these
         text = torch.full((TEXT,), stand_in(model))
         handle = _attach(model, method, stand_in(model))
-    return Verdict(True, fault=_fault(model, handle, make(name, model_type), text))
+    return Verdict(True, fault=_fault(model, handle, make(name, model_type, **changes), text))
 
 
 def _is_ours(error: Exception) -> bool:
@@ -246,7 +246,16 @@ def cells(name: str, model_type: str) -> list[str]:
     """What the page says of a class, by method."""
     if name in UNTRIED:
         return [f"not tried: {UNTRIED[name]}"] * len(METHODS)
-    return [cell(judge(name, model_type, method)) for method in METHODS]
+    return [_cell_of(name, model_type, method) for method in METHODS]
+
+
+def _cell_of(name: str, model_type: str, method: str) -> str:
+    """What the page says of a class that is an encoder or a decoder, as its configuration says, is of the decoder."""
+    verdict = judge(name, model_type, method)
+    if "is_decoder=True" not in verdict.reason:
+        return cell(verdict)
+    said = cell(judge(name, model_type, method, is_decoder=True))
+    return f"{said} with `is_decoder=True`" if said == "works" else said
 
 
 def row(name: str, model_type: str, said: list[str]) -> str:

@@ -182,7 +182,8 @@ def test_mixed_rows_of_models_that_are_not_known(name: str, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["BartForCausalLM", "RobertaForCausalLM", "RecurrentGemmaForCausalLM"])
 @torch.no_grad()
 def test_models_that_count_padding_refuse_rows_of_different_lengths(name: str) -> None:
-    model, ids = tiny_models.make(name, tiny_models.every_class()[name]).eval(), tokens(2, 9)
+    model = tiny_models.make(name, tiny_models.every_class()[name], is_decoder=True)
+    ids = tokens(2, 9)
     bank = PromptBank(model)
     bank.attach("prompt", CONFIGS["prompt"])
     bank.attach("short prompt", CONFIGS["short prompt"])

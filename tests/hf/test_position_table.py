@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*not among the families", "igno
 
 
 def model_of(name: str) -> Any:
-    return make(name, every_class()[name])
+    return make(name, every_class()[name], is_decoder=True)
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -265,9 +265,10 @@ def every_class() -> dict[str, str]:
     return found
 
 
-def make(name: str, model_type: str, seed: int = 0) -> Any:
-    """A model of the class `name`, in evaluation mode."""
+def make(name: str, model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A model of the class `name`, in evaluation mode; `changes`: fields of its configuration."""
     config = tiny_config(model_type)
+    config.update(changes)
     torch.manual_seed(seed)
     model_class = getattr(transformers, name)
     if not isinstance(config, model_class.config_class):  # one text model of several
