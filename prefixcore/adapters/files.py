@@ -24,9 +24,18 @@ STATE_FILE = "training_state.safetensors"
 CHECKPOINT = "prefixcore"
 """The folder in a checkpoint of Trainer's, or in what `save_pretrained` wrote, that holds the adapter."""
 
+BESIDE_PEFT = "virtual_tokens"
+"""The folder in `CHECKPOINT` that holds the adapter where PEFT's own (a LoRA) is in the checkpoint.
+
+Trainer takes every folder of the checkpoint that holds an `adapter_model.safetensors` for one of PEFT's adapters.
+"""
+
 
 def find_adapter(folder: Path) -> Path:
     """The adapter's folder: the one given, or the one in it where that is a checkpoint."""
+    beside = folder / CHECKPOINT / BESIDE_PEFT
+    if os.path.lexists(beside / MANIFEST_FILE) and not os.path.lexists(folder / MANIFEST_FILE):
+        return beside
     if any(os.path.lexists(folder / name) for name in (MANIFEST_FILE, PEFT_FILE)):
         return folder
     inside = folder / CHECKPOINT

@@ -9,7 +9,10 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+
+from .peft_checkpoint import extend_peft_checkpoints
 
 if TYPE_CHECKING:
     from .attached import Attached
@@ -41,6 +44,7 @@ def peft_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def warn_of_frozen_peft(model: nn.Module) -> None:
     """Warns if adapters of PEFT's in `model` are trained, which `attach` is about to freeze."""
+    extend_peft_checkpoints()
     if any(parameter.requires_grad for parameter in peft_parameters(model)):
         warnings.warn(
             "the model holds adapters of PEFT's that are trained; attach freezes them with the rest of the model. Call "
@@ -55,6 +59,8 @@ def check_not_frozen(bank: Bank, adapter: Attached) -> None:
     Raises:
         RuntimeError: PEFT has put an adapter into the module that is trained here.
     """
+    if not torch.compiler.is_compiling():
+        extend_peft_checkpoints()
     trained = adapter.trained
     if not trained or any(parameter.requires_grad for parameter in trained):
         return
@@ -80,6 +86,7 @@ def train_together(bank: Bank, adapter: Attached, *, virtual_tokens: bool, peft:
     Raises:
         ValueError: the virtual tokens are kept apart from the model, to be used and not trained.
     """
+    extend_peft_checkpoints()
     if virtual_tokens and not adapter.is_kept:
         raise ValueError(
             f"the virtual tokens of {adapter.name!r} were loaded to be used: load them with trainable=True"

@@ -60,9 +60,23 @@ class SavePretrained:
             raise NotImplementedError(
                 "push_to_hub of virtual tokens: write them with handle.save and upload the folder"
             )
-        bank, folder = self.bank, Path(save_directory)
         if not is_main_process:
             return
+        folder = Path(save_directory)
+        self.write_adapters(folder, state_dict)
+        save_file(_trained(self.bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
+
+    def write_adapters(
+        self, folder: Path, state_dict: Mapping[str, Tensor] | None = None, only: str | None = None
+    ) -> None:
+        """Writes what is attached to `folder`/prefixcore, or one without a name to `only` in it.
+
+        Args:
+            folder: the checkpoint.
+            state_dict: the model's, where another has gathered it.
+            only: a folder for the only adapter, where what it is written beside allows none right there.
+        """
+        bank = self.bank
         folder.mkdir(parents=True, exist_ok=True)
         for name, adapter in bank.adapters.items():
             handle, module, heads = adapter.handle, adapter.module, adapter.handle.heads.trained
@@ -76,12 +90,11 @@ class SavePretrained:
                 tokenizer=handle.tokenizer,
                 forced=handle.forced,
             )
-            target = folder / CHECKPOINT if name is None else folder / CHECKPOINT / name
+            target = folder / CHECKPOINT / (name or only or "")
             target.parent.mkdir(exist_ok=True)
             write_adapter(
                 target, module=module, config=handle.config, manifest=manifest, heads=heads, source=handle.source
             )
-        save_file(_trained(bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
 
 
 def _place(name: str | None) -> str:
