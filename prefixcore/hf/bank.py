@@ -23,7 +23,7 @@ from .cache import cache_argument, get_label, label_to_continue
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
 from .families import has_windows, is_known, text_config
-from .model_inputs import has_axes, has_stand_ins, plain_ids
+from .model_inputs import has_axes, has_stand_ins, plain_ids, restarts
 from .patch import ATTACHMENT, Patch, frozen_run
 from .position_table import position_limit
 from .positions import argument_names, as_keywords, batch_rows, shift_positions, takes_keywords
@@ -289,7 +289,8 @@ class Bank:
         task_ids = kwargs.pop(TASK_IDS, None)
         if task_ids is not None:
             what = "rows" if kwargs.get("cu_seq_lens_q") is None else "packed sequences"
-            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, what)
+            hint = partial(_packing_hint, kwargs)
+            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, what, hint=hint)
         task_ids = generated_tasks(self.patch)  # before the cache's, which have to be the same
         if task_ids is not None:
             return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, is_expanded=True)
@@ -358,6 +359,19 @@ class Bank:
 
 def _detach(values: Any) -> Any:
     return values.detach() if isinstance(values, Tensor) else [(key.detach(), value.detach()) for key, value in values]
+
+
+def _packing_hint(kwargs: dict[str, Any]) -> str:
+    """What to do where sequences are packed, but only positions say so."""
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, Tensor) or kwargs.get("cu_seq_lens_q") is not None or torch.compiler.is_compiling():
+        return ""
+    if positions.shape[-1] < 2 or not restarts(positions):
+        return ""
+    return (
+        ": position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where each "
+        "sequence begins, which one task a sequence needs (PackedCollator gives it)"
+    )
 
 
 def _only_full_attention(model: PreTrainedModel) -> bool:

@@ -63,6 +63,9 @@ def place_prompts(
         call goes on from a cache.
     """
     label = None
+    if batch_rows(kwargs) == 0:
+        got = list(tokens(kwargs).shape)
+        raise ValueError(f"the batch has no rows ({got}): give at least one, as a soft prompt is put into each")
     if kwargs.get("cu_seq_lens_q") is None:
         label = label_to_continue(cache_argument(kwargs), rows.keys(batch_rows(kwargs)))
     if label is not None:

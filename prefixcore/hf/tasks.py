@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def parse_task_ids(
     what: str = "rows",
     *,
     is_expanded: bool = False,
+    hint: Callable[[], str] = str,
 ) -> Rows:
     """The rows that `task_ids` names.
 
@@ -128,13 +130,17 @@ def parse_task_ids(
         find: the task of a name or a number; None for None and -1; raises for what is not attached.
         what: "rows" or "packed sequences".
         is_expanded: whether each row may have become several (beams, several sequences a row in `generate`).
+        hint: makes what is added where there is another number of them than rows.
 
     Raises:
-        ValueError: another number of them than there are rows.
+        ValueError: another number of them than there are rows; a pair that may be one task or two.
     """
     if isinstance(task_ids, (Tensor, np.ndarray, np.generic)):
+        if isinstance(task_ids, Tensor):
+            _check_readable()
         task_ids = task_ids.reshape(-1).tolist() if task_ids.ndim else task_ids.item()
-    if isinstance(task_ids, (str, int)) or task_ids is None or _is_pair(task_ids):
+    may_be_two = num_rows == 2 or (is_expanded and num_rows % 2 == 0)
+    if isinstance(task_ids, (str, int)) or task_ids is None or _is_one_task(task_ids, find, may_be_two):
         task = find(task_ids)
         return Rows([] if task is None else [task])
     if not isinstance(task_ids, (list, tuple)):
@@ -142,7 +148,7 @@ def parse_task_ids(
     each = [one.item() if isinstance(one, np.generic) or _is_number(one) else one for one in task_ids]
     if len(each) != num_rows:
         if not each or num_rows % len(each) or not (is_expanded or len(each) == 1):
-            raise ValueError(f"task_ids: expected one for each of {num_rows} {what}, got {len(each)}")
+            raise ValueError(f"task_ids: expected one for each of {num_rows} {what}, got {len(each)}{hint()}")
         each = [one for one in each for _ in range(num_rows // len(each))]
     place: dict[Task, int] = {}
     index = []
@@ -156,6 +162,38 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and value.numel() == 1
 
 
-def _is_pair(value: Any) -> bool:
-    """Whether it is one task of an adapter that has several: (name, number)."""
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
+def _check_readable() -> None:
+    """Compiled code cannot read a tensor, so it breaks the graph; where it may not, that is said."""
+    message = (
+        "task_ids is a tensor, whose numbers compiled code cannot read: give a list of names or numbers under "
+        "fullgraph=True and torch.export"
+    )
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(message)
+    elif torch.compiler.is_compiling():
+        raise NotImplementedError(message)
+
+
+def _is_one_task(value: Any, find: Callable[[Any], Task | None], may_be_two: bool) -> bool:
+    """Whether it is one task of an adapter that has several, (name, number), and not the tasks of two rows.
+
+    Args:
+        value: what was given.
+        find: the task of a name or a number.
+        may_be_two: whether there may be two rows.
+
+    Raises:
+        ValueError: it may be either.
+    """
+    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)):
+        return False
+    if not may_be_two:
+        return True
+    name, number = value
+    task = find(name)
+    if task is None or task.adapter.num_tasks == 1:
+        return False
+    raise ValueError(
+        f"task_ids: {value!r} is one task of {name!r}, or {name!r} and the task {number} for two rows: say [{value!r}] "
+        f"for the one, [{name!r}, {number}] for the other"
+    )
