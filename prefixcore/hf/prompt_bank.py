@@ -160,7 +160,10 @@ class PromptBank:
         self._bank.remove(self._find(name))
 
     def detach(self) -> None:
-        """Puts the model back to what it was. Handles keep their values."""
+        """Puts the model back to what it was. Handles keep their values.
+
+        Calls that go on giving `task_ids` are then calls of the bare model, most of which ignore the argument.
+        """
         self._bank.adapters.clear()
         self._bank.patch.undo()
         uninstall(self._bank)
