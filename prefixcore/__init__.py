@@ -4,7 +4,7 @@ Three front doors:
 
 * a transformers model: `attach`, `load`, the `*Config` classes, `PackedCollator`;
 * a framework of your own: `prefix_attention` and `soft_embedding`;
-* the command line: `prefixcore train | generate | inspect | doctor`.
+* the command line: `prefixcore train | generate | inspect | bake | doctor`.
 
 Importing the package needs torch alone; everything that needs transformers, PEFT or safetensors is
 imported when it is first used.
@@ -20,7 +20,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import AdapterError
-    from .hf import Accelerated, Handle, PackedCollator, PromptBank, accelerate, attach, load
+    from .hf import Accelerated, Baked, Handle, PackedCollator, PromptBank, accelerate, attach, bake, load
     from .nn import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
@@ -32,6 +32,8 @@ _LAZY = {
     "accelerate": "hf",
     "Accelerated": "hf",
     "attach": "hf",
+    "bake": "hf",
+    "Baked": "hf",
     "load": "hf",
     "Handle": "hf",
     "PackedCollator": "hf",
@@ -42,6 +44,7 @@ _LAZY = {
 __all__ = [
     "Accelerated",
     "AdapterError",
+    "Baked",
     "Handle",
     "MultitaskPromptTuningConfig",
     "PTuningConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attach",
+    "bake",
     "load",
     "prefix_attention",
     "soft_embedding",

@@ -1,6 +1,7 @@
 """Prefixes and soft prompts on transformers models: attach, train, generate, save, load, detach."""
 
 from .attaching import attach
+from .baking import Baked, bake
 from .families import FAMILIES
 from .handle import Handle, attached
 from .loading import load
@@ -11,11 +12,13 @@ from .prompt_bank import PromptBank
 __all__ = [
     "FAMILIES",
     "Accelerated",
+    "Baked",
     "Handle",
     "PackedCollator",
     "PromptBank",
     "accelerate",
     "attach",
     "attached",
+    "bake",
     "load",
 ]

@@ -1,0 +1,90 @@
+"""Make a plain prefix that is equal to a soft prompt, a text or a reparameterized prefix."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes
+from .failures import UserError, user_errors
+from .output import check_open, results, say, to_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prefixcore bake`."""
+    parser.add_argument("adapter", type=Path, nargs="?", metavar="ADAPTER", help="folder that prefixcore or PEFT wrote")
+    parser.add_argument("--text", type=plain_escapes, help="a text to stand before every input, in place of an adapter")
+    parser.add_argument("--text-file", type=Path, metavar="FILE", help="the same, from a file in UTF-8")
+    add_model_arguments(parser)
+    add_force_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the prefix to")
+    parser.add_argument("--task", help="what it does, in words (default: as the adapter says)")
+    parser.add_argument("--task-id", type=int, metavar="N", help="of the prompts of several tasks, which one")
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether the text begins with the token that the tokenizer puts first; requests then come without it",
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="text to compare on; may be given several times (default: any)"
+    )
+    parser.add_argument("--json", action="store_true", help="what was compared, as one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Bake, compare with the original, write."""
+    check_open()
+    text = read_text(arguments)
+    if (arguments.adapter is None) == (text is None):
+        raise UserError("expected an ADAPTER, or a text (--text, --text-file), and not both")
+    if arguments.adapter is not None and not arguments.adapter.is_dir():
+        raise UserError(f"{arguments.adapter} is not a folder; expected one that prefixcore or PEFT wrote")
+    if arguments.adapter is not None and arguments.bos is not None:
+        raise UserError("--bos is about a text, and an adapter is given; leave it out")
+
+    from ..adapters import AdapterError, check_target
+
+    with user_errors(AdapterError):
+        check_target(arguments.out.absolute())
+    model, tokenizer = open_model(arguments)
+
+    from ..hf import bake
+
+    with (
+        user_errors(AdapterError, ValueError, TypeError, NotImplementedError),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always", UserWarning)
+        baked = bake(
+            model,
+            arguments.adapter,
+            arguments.out,
+            text=text,
+            tokenizer=tokenizer,
+            bos=arguments.bos,
+            task=arguments.task,
+            task_id=arguments.task_id,
+            inputs=arguments.prompt,
+            strict=not arguments.force,
+        )
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            say(f"warning: {warning.message}")
+    if arguments.json:
+        results(to_json({"out": str(baked.path), "method": baked.method, **vars(baked.comparison)}))
+    else:
+        results(str(baked))
+    return OK
+
+
+def read_text(arguments: argparse.Namespace) -> str | None:
+    """`--text`, or the contents of `--text-file`; None: neither is given."""
+    if arguments.text_file is None:
+        return arguments.text if isinstance(arguments.text, str) else None
+    if arguments.text is not None:
+        raise UserError("--text and --text-file are two texts; give one")
+    try:
+        return arguments.text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text-file {arguments.text_file} is not UTF-8 text ({error.reason})") from None
