@@ -204,6 +204,6 @@ def refusal(request: Any, num_virtual_tokens: int, placeholder: int) -> str:
     if found > num_virtual_tokens:
         return (
             f"the prompt begins with the placeholder {placeholder} more than {num_virtual_tokens} times, and those "
-            "behind the prefix would be read as text; where real prompts begin with this token, choose another `placeholder`"
+            "behind the prefix would be read as text; where real prompts begin with it, choose another `placeholder`"
         )
     return ""

@@ -163,7 +163,8 @@ class Loader:
             found = LayerShape(key.shape[1], key.shape[2], value.shape[2])
             if found != layer.shape or key.shape[0] != load.stop:
                 raise AdapterError(
-                    f"{folder}: layer {number}: expected {load.stop} tokens of {layer.shape}, got {key.shape[0]} of {found}"
+                    f"{folder}: layer {number}: expected {load.stop} tokens of {layer.shape}, got {key.shape[0]} of "
+                    f"{found}"
                 )
         took = 1e3 * (time.perf_counter() - start)
         logger.info("prefixcore: read %s: %d bytes in %.0f ms", load.name, prefix.num_bytes, took)

@@ -71,8 +71,8 @@ class ServedModel:
             )
         if header.layers != list(range(len(self.layers))):
             raise AdapterError(
-                f"it has a prefix for the layers {header.layers}, and the model has {len(self.layers)}: a layer without "
-                "one would attend to the placeholders, so every layer needs one"
+                f"it has a prefix for the layers {header.layers}, and the model has {len(self.layers)}: a layer "
+                "without one would attend to the placeholders, so every layer needs one"
             )
         for layer, (shape, expected) in enumerate(zip(header.layer_shapes, self.layers, strict=True)):
             if shape != expected:
