@@ -1,0 +1,100 @@
+"""A tiny model, a registry of prefixes for it, and what transformers generates with each: the reference."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import prefixcore
+from prefixcore.serving.salt import PLACEHOLDER, make_salt
+from prefixcore.serving.standin import adapter_digest
+from tests import tiny
+
+VOCABULARY = 512
+
+
+class World:
+    """A folder `model` and a registry `adapters` in `path`.
+
+    Args:
+        path: an empty folder.
+        num_key_value_heads: of the model, which has four query heads.
+    """
+
+    def __init__(self, path: Path, num_key_value_heads: int = 2) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=32,  # the smallest that vLLM's attention on the CPU has
+            max_position_embeddings=1024,
+            initializer_range=0.15,  # so that a prefix changes what is generated
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        self.model = LlamaForCausalLM(config).eval()
+        self.folder, self.registry = path / "model", path / "adapters"
+        self.model.save_pretrained(self.folder)
+        tiny.tokenizer().save_pretrained(self.folder)
+        self.registry.mkdir()
+        self._handles: dict[tuple[str, str], Any] = {}
+        self._answers: dict[tuple[str | None, str, tuple[int, ...]], list[int]] = {}
+
+    def add(self, name: str, num_virtual_tokens: int, seed: int = 0) -> str:
+        """A random prefix in the registry, in place of one of this name; its digest."""
+        config = prefixcore.PrefixTuningConfig(num_virtual_tokens=num_virtual_tokens, init="random", seed=seed)
+        with prefixcore.attach(self.model, config) as handle:
+            handle.save(self.registry / name)
+        digest = adapter_digest(self.registry / name)
+        self._handles[name, digest] = config
+        return digest
+
+    def digest(self, name: str) -> str:
+        """Of the adapter that the registry has now."""
+        return adapter_digest(self.registry / name)
+
+    def num_virtual_tokens(self, name: str, digest: str | None = None) -> int:
+        return self._handles[name, digest or self.digest(name)].num_virtual_tokens
+
+    def answer(self, name: str | None, prompt: list[int], tokens: int = 16, digest: str | None = None) -> list[int]:
+        """What transformers generates, greedily, with an adapter as it is, or was, in the registry."""
+        digest = "" if name is None else digest or self.digest(name)
+        key = name, digest, tuple(prompt)
+        if len(self._answers.get(key, ())) < tokens:
+            if name is None:
+                self._answers[key] = self._generate(prompt, tokens)
+            else:
+                with prefixcore.attach(self.model, self._handles[name, digest]):
+                    self._answers[key] = self._generate(prompt, tokens)
+        return self._answers[key][:tokens]
+
+    def _generate(self, prompt: list[int], tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        made = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+        return made[0, len(prompt) :].tolist()
+
+    def request(self, name: str | None, prompt: list[int], digest: str | None = None) -> dict[str, Any]:
+        """The same for vLLM."""
+        if name is None:
+            return {"prompt_token_ids": prompt}
+        digest = digest or self.digest(name)
+        ids = [PLACEHOLDER] * self.num_virtual_tokens(name, digest) + prompt
+        return {"prompt_token_ids": ids, "cache_salt": make_salt(name, digest)}
+
+
+def prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
+    """Random prompts without the placeholder, the first of a single token."""
+    rng = random.Random(seed)
+    lengths = [1, *(rng.randint(2, longest) for _ in range(count - 1))]
+    return [[rng.randint(1, VOCABULARY - 1) for _ in range(length)] for length in lengths]
