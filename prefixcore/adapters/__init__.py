@@ -1,6 +1,5 @@
 """Adapters: the folders that hold what was trained. Needs torch and safetensors."""
 
-from .digest import adapter_digest
 from .errors import AdapterError
 from .fingerprint import compare_fingerprints, fingerprint
 from .manifest import Manifest
