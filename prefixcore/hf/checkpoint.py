@@ -4,12 +4,16 @@ The base model is not written: a folder that looks like it would be loaded as th
 of the virtual tokens. What is written is
 
 - `prefixcore/`: the adapter, as of `Handle.save`; `prefixcore.load` finds it there;
-- `model.safetensors`: every tensor that is trained, by its name in the model: what Trainer resumes from.
+- `model.safetensors`: every tensor that is trained, by its name in the model: what Trainer resumes from;
+- `config.json`: of no model. Without one, a class such as `LlamaForCausalLM` makes a model of its default
+  configuration, seven billion random weights, and the Auto classes say nothing that helps. With this one both fail at
+  once, in words.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
 
 _METHOD = "save_pretrained"
 _WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+_HINT = "prefixcore's virtual tokens and no model: load the base model, then call prefixcore.load(model, this folder)"
+_NO_MODEL = {"model_type": _HINT, "transformers_weights": _HINT}
+"""transformers quotes the first where it knows no such model, and the second where it knows no such file of weights."""
 
 
 class SavePretrained:
@@ -65,6 +73,7 @@ class SavePretrained:
         folder = Path(save_directory)
         self.write_adapters(folder, state_dict)
         save_file(_trained(self.bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
+        (folder / _CONFIG).write_text(json.dumps(_NO_MODEL, indent=2) + "\n", encoding="utf-8")
 
     def write_adapters(
         self, folder: Path, state_dict: Mapping[str, Tensor] | None = None, only: str | None = None
