@@ -83,7 +83,7 @@ def to_peft(config: Config, values: Values, base_model: Mapping[str, Any]) -> tu
         "modules_to_save": config.head_names or None,
         "num_transformer_submodules": 1,
         "revision": None,
-        "task_type": config.task_type,
+        "task_type": _task_type(config, str(base_model.get("class"))),
     }
     if isinstance(values, Tensor):
         shape = {
@@ -106,6 +106,29 @@ def to_peft(config: Config, values: Values, base_model: Mapping[str, Any]) -> tu
             "init_weights": "zero" if config.init == "zero" else None,
         }
     return {**common, **shape, **keys, "num_virtual_tokens": tokens}, join_layers(values)
+
+
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
+}
+"""What PEFT calls the task of a model that does not generate, by how the name of its class ends."""
+
+
+def _task_type(config: Config, model_class: str) -> str | None:
+    """The task type by which PEFT can load the adapter.
+
+    PEFT wants a model of "CAUSAL_LM" to generate, and of a classification the head in the file. Where the head was not
+    trained along, a model that does not generate is one for "FEATURE_EXTRACTION", which asks for nothing.
+    """
+    task = config.task_type
+    if task == "CAUSAL_LM" and "Head" not in model_class:  # GPT2LMHeadModel, of which GPT2Model is the body
+        task = next((name for end, name in _TASK_TYPES.items() if model_class.endswith(end)), task)
+    if task in HEADS and not set(HEADS[task]) & set(config.head_names):
+        return "FEATURE_EXTRACTION"
+    return task
 
 
 def _prompt_keys(config: Config) -> dict[str, Any]:

@@ -99,6 +99,32 @@ def test_peft_loads_ours_and_we_load_pefts(tmp_path: Path) -> None:
         assert loaded.num_trainable == 2 * 2 * 4 * 32 + 64
 
 
+@pytest.mark.filterwarnings("ignore:.*stays as it is")
+@pytest.mark.parametrize("cls", [LlamaForSequenceClassification, LlamaForTokenClassification])
+@pytest.mark.parametrize("how", [{"modules_to_save": ["score"]}, {}, {"task_type": "SEQ_CLS", "modules_to_save": []}])
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+def test_peft_loads_a_folder_whatever_its_task_type(config: Any, how: dict[str, Any], cls: Any, tmp_path: Path) -> None:
+    """The default task type, CAUSAL_LM, is for models that generate; to PEFT it says another of these."""
+    model = classifier(1, cls)
+    handle = prefixcore.attach(model, config(**PREFIX, **how))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    handle.save(tmp_path / "a")
+    mask = torch.ones_like(IDS)
+    expected = model(IDS, attention_mask=mask).logits
+    theirs = PeftModel.from_pretrained(classifier(2 if handle.heads.trained else 1, cls), tmp_path / "a").eval()
+    got = theirs(IDS, attention_mask=mask).logits
+    torch.testing.assert_close(got[:, -6:] if expected.dim() == 3 else got, expected, rtol=1e-4, atol=1e-4)
+    again = classifier(2 if handle.heads.trained else 1, cls)
+    with prefixcore.load(again, tmp_path / "a") as loaded:
+        torch.testing.assert_close(again(IDS, attention_mask=mask).logits, expected)
+        assert loaded.config.task_type == handle.config.task_type
+    (tmp_path / "a" / "prefixcore_manifest.json").unlink()
+    with prefixcore.load(again, tmp_path / "a"):
+        torch.testing.assert_close(again(IDS, attention_mask=mask).logits, expected)
+
+
 @pytest.mark.parametrize("config", [PrefixTuningConfig(**PREFIX, layers=[1], modules_to_save=["lm_head", "norm"])])
 def test_any_module_and_a_folder_of_our_own(config: Any, tmp_path: Path) -> None:
     model = make("llama")
