@@ -17,6 +17,22 @@ import torch
 from torch import Tensor, nn
 
 
+class Linear(nn.Module):
+    """`nn.Linear`, but no instance of it.
+
+    What changes a model's linear layers by their class (PEFT's `target_modules="all-linear"`, quantisers) means those
+    of the base model, and finds these in it too.
+    """
+
+    def __init__(self, input_width: int, width: int):
+        super().__init__()
+        made = nn.Linear(input_width, width)
+        self.weight, self.bias = made.weight, made.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     """An embedding per virtual token, then linear, tanh, linear (Li and Liang, arXiv:2101.00190, section 4.3).
 
@@ -26,7 +42,7 @@ class Mlp(nn.Module):
     def __init__(self, num_tokens: int, input_width: int, hidden: int, width: int, *, begin_at_zero: bool):
         super().__init__()
         self.embedding = nn.Embedding(num_tokens, input_width)
-        first, last = nn.Linear(input_width, hidden), nn.Linear(hidden, width)
+        first, last = Linear(input_width, hidden), Linear(hidden, width)
         self.transform = nn.Sequential(first, nn.Tanh(), last)
         if begin_at_zero:
             _zero(last)
@@ -132,11 +148,11 @@ class PromptEncoder(nn.Module):
         if kind == "LSTM":
             between = dropout if num_layers > 1 else 0.0
             self.lstm_head = nn.LSTM(width, hidden, num_layers, dropout=between, bidirectional=True, batch_first=True)
-            steps = [nn.Linear(2 * hidden, 2 * hidden), nn.ReLU()]
-            last = nn.Linear(2 * hidden, width)
+            steps = [Linear(2 * hidden, 2 * hidden), nn.ReLU()]
+            last = Linear(2 * hidden, width)
         else:
-            steps = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-            last = nn.Linear(hidden, width)
+            steps = [Linear(width, hidden), nn.ReLU(), Linear(hidden, hidden), nn.ReLU()]
+            last = Linear(hidden, width)
         self.mlp_head = nn.Sequential(*steps, last)
         if begin_at_zero:
             _zero(last)
@@ -180,6 +196,6 @@ def _signs(seed: int, purpose: bytes, rows: int, columns: int) -> Tensor:
     return (1 - 2 * bits.flatten()[:count].to(torch.int8)).view(rows, columns)
 
 
-def _zero(linear: nn.Linear) -> None:
+def _zero(linear: Linear) -> None:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

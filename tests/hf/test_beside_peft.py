@@ -101,17 +101,24 @@ def test_what_was_frozen_by_hand_is_left_alone(recwarn: pytest.WarningsRecorder)
     assert not [w for w in recwarn if "PEFT" in str(w.message)]
 
 
+@pytest.mark.parametrize(
+    "config", [*CONFIGS, prefixcore.PTuningConfig(4, encoder_reparameterization_type="LSTM", encoder_num_layers=1)]
+)
+def test_all_linear_leaves_the_reparameterization_alone(config: Any) -> None:
+    model = make("llama").train()
+    handle = prefixcore.attach(model, config)
+    model = peft.get_peft_model(model, lora(target_modules="all-linear")).train()
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name and "prefixcore" in name]
+    handle.train_with_peft()
+    assert moved(model, handle) == {"virtual tokens", "peft"}
+
+
 def test_a_lora_in_the_reparameterization_is_refused() -> None:
-    for exclude, config in ((None, CONFIGS[1]), (".*prefixcore.*", CONFIGS[1])):
-        model = make("llama").train()
-        handle = prefixcore.attach(model, config)
-        model = peft.get_peft_model(model, lora(target_modules="all-linear", exclude_modules=exclude)).train()
-        if exclude is None:
-            with pytest.raises(RuntimeError, match="exclude_modules"):
-                model(**padded("right"))
-        else:
-            handle.train_with_peft()
-            assert moved(model, handle) == {"virtual tokens", "peft"}
+    model = make("llama").train()
+    prefixcore.attach(model, CONFIGS[1])
+    model = peft.get_peft_model(model, lora(target_modules=["q_proj", "embedding"])).train()
+    with pytest.raises(RuntimeError, match="exclude_modules"):
+        model(**padded("right"))
 
 
 @pytest.mark.parametrize("first", ["attach", "lora"])
