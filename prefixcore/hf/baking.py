@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import AdapterError, Manifest, adapter_digest, check_target, read_adapter, read_record, write_adapter
 from ..adapters.files import find_adapter
+from ..adapters.provenance import MEASURED_FIELDS
 from ..nn import Config, LayerShape, MultitaskPrompt, Prefix, PrefixTuningConfig
 from .attaching import attach_prefix, attach_soft_prompt, check_model
 from .bake_check import Check, Comparison, Run, default_inputs
@@ -173,7 +174,8 @@ def _from_text(target: Target, text: str, tokenizer: Any, bos: bool | None) -> _
 def _from_adapter(target: Target, folder: Path, task_id: int | None, strict: bool) -> _Source:
     model, folder = target.model, find_adapter(folder)
     digest = adapter_digest(folder)
-    manifest, record = read_adapter(folder).manifest, read_record(folder)
+    record = read_record(folder)
+    manifest = read_adapter(folder).manifest
     # What is trained, with its reparameterization, so that the final values are held against it.
     trainable = manifest is not None and manifest.method not in ("cpt", "multitask-prompt")
     found = target.read(folder, trainable, strict)
@@ -278,24 +280,31 @@ def _write(
 ) -> Path:
     """Writes the prefix, with what still holds of what it was baked from."""
     before = source.manifest
-    manifest = Manifest.create(
-        handle.model,
-        module.config,
-        list(module.shapes),
-        task=task if task is not None or before is None else before.task,
-        tokenizer=tokenizer,
-        forced=handle.forced,
-    )
-    if tokenizer is None and before is not None:
-        manifest = replace(manifest, tokenizer=before.tokenizer)
     facts = {
         **source.facts,
         "dtype": str(handle.model.dtype).removeprefix("torch."),
         "largest_difference": comparison.largest_difference,
         "inputs": comparison.num_inputs,
     }
+    # What was measured is as true of an equal prefix: on the same model, and of one task.
+    holds = before is not None and not handle.forced and "task_id" not in source.facts
+    measured = {name: getattr(before, name) for name in MEASURED_FIELDS} if holds else {}
+    told = {f"baked_{name}": value for name, value in facts.items() if name != "text"}
+    measured["training"] = {**(measured.get("training") or {}), **told}
+    manifest = Manifest.create(
+        handle.model,
+        module.config,
+        list(module.shapes),
+        task=task,
+        tokenizer=tokenizer,
+        forced=handle.forced,
+        **measured,
+    )
+    if tokenizer is None and before is not None:
+        manifest = replace(manifest, tokenizer=before.tokenizer)
+    kept = _HOLDS if holds else ("end",)
     record: Mapping[str, Any] = {
-        **{name: source.record[name] for name in _HOLDS if name in source.record},
+        **{name: source.record[name] for name in kept if name in source.record},
         "baked_from": facts,
     }
     return write_adapter(
@@ -305,4 +314,5 @@ def _write(
         manifest=manifest,
         heads=handle.heads.trained,
         record=record,
+        source=before,
     )

@@ -322,7 +322,8 @@ def test_what_is_not_equal_is_never_written(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_another_model_is_refused_unless_someone_insists(tmp_path: Path) -> None:
-    trained(make("llama"), PROMPTS["prompt"], tmp_path / "prompt")
+    measured: dict[str, Any] = {"metrics": {"exact match": 0.5}, "split": {"name": "test"}, "license": "MIT"}
+    trained(make("llama"), PROMPTS["prompt"], tmp_path / "prompt", **measured)
     other = make("llama", seed=5)
     with pytest.raises(AdapterError, match="weights"):
         prefixcore.bake(other, tmp_path / "prompt", tmp_path / "baked")
@@ -331,6 +332,7 @@ def test_another_model_is_refused_unless_someone_insists(tmp_path: Path) -> None
     manifest = read_adapter(tmp_path / "baked").manifest
     assert manifest is not None
     assert manifest.base_model["forced"]
+    assert (manifest.metrics, manifest.license) == (None, "MIT")
 
 
 def test_what_is_known_of_the_source_is_kept(tmp_path: Path) -> None:
@@ -342,7 +344,17 @@ def test_what_is_known_of_the_source_is_kept(tmp_path: Path) -> None:
         "held_out": {"after training": {"loss": 1.0, "exact_match": 0.5, "examples": 4}},
     }  # fmt: skip
     with prefixcore.attach(model, PROMPTS["p-tuning"], tokenizer=tiny.tokenizer()) as handle:
-        handle.save(tmp_path / "prompt", task="country -> capital", record=record)
+        handle.save(
+            tmp_path / "prompt",
+            task="country -> capital",
+            record=record,
+            license="CC-BY-4.0",
+            data={"sha256": "ab" * 32},
+            metrics={"exact match": 0.5},
+            split={"name": "test"},
+            training={"steps": 2},
+            seed=7,
+        )
     prefixcore.bake(model, tmp_path / "prompt", tmp_path / "baked")
     source, adapter, found = (
         read_adapter(tmp_path / "prompt").manifest,
@@ -352,6 +364,13 @@ def test_what_is_known_of_the_source_is_kept(tmp_path: Path) -> None:
     assert source is not None
     assert adapter is not None
     assert (adapter.task, adapter.tokenizer) == ("country -> capital", source.tokenizer)
+    for name in ("license", "data", "metrics", "split", "seed"):
+        assert getattr(adapter, name) == getattr(source, name) is not None
+    assert adapter.training is not None
+    assert (adapter.training["steps"], adapter.training["baked_method"]) == (2, "p-tuning")
+    assert adapter.training["baked_digest"] == adapter_digest(tmp_path / "prompt")
+    assert adapter.derived_from is not None
+    assert [parent["digest"] for parent in adapter.derived_from] == [adapter_digest(tmp_path / "prompt")]
     assert adapter.base_model == source.base_model
     assert found["held_out"] == record["held_out"]
     assert found["end"] == "\n"

@@ -1,0 +1,137 @@
+"""Files of others, opened so that nothing in them runs or fills the memory: `.pt`, `.npy`, raw bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AdapterError, printable, shown
+from ..storage import naming, open_file
+from .record import MOST_NUMBERS
+
+
+def read_bytes(path: Path, limit: int = 4 * MOST_NUMBERS) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        AdapterError: no such file, no regular file, or one beyond `limit` bytes.
+    """
+    try:
+        file = open_file(path)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if file is None:
+        raise AdapterError(f"{path}: no such file")
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise AdapterError(f"{path}: {size:,} bytes, expected at most {limit:,}")
+        data = file.readall()
+    return data or b""
+
+
+def load_torch(path: Path, names: dict[str, Any] | None = None) -> Any:
+    """What `torch.save` wrote, by `weights_only`: tensors in dictionaries and lists, and nothing that runs.
+
+    Args:
+        path: the file.
+        names: what stands for other classes that the file may name, by their full names.
+
+    Raises:
+        AdapterError: it is not such a file, or needs more than that.
+    """
+    data = read_bytes(path)
+    _check_archive(path, data)
+    classes: list[Any] = [(stand_in, name) for name, stand_in in (names or {}).items()]
+    try:
+        with torch.serialization.safe_globals(classes):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise AdapterError(
+            f"{path}: needs unpickling, which runs code that the file names, and is refused: {_reason(error)}; ask whoever "
+            "made it to save tensors alone (a state_dict), or safetensors"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        KeyError,
+        IndexError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        raise AdapterError(f"{path}: not a whole file of torch.save: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in a line: of weights_only the line that names the class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "GLOBAL" in line or "global" in line]
+    return printable((named or lines or [type(error).__name__])[0])[:200]
+
+
+def _check_archive(path: Path, data: bytes) -> None:
+    """Raises AdapterError unless it is the archive that `torch.save` writes: nothing in it is compressed."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise AdapterError(f"{path}: not a file of torch.save (of torch 1.6 or later), or one that is cut off")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise AdapterError(f"{path}: not a whole file of torch.save: {_reason(error)}") from error
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise AdapterError(f"{path}: {shown(entry.filename)} in it is compressed, which torch.save never does")
+    if sum(entry.file_size for entry in entries) > len(data):
+        raise AdapterError(f"{path}: claims more bytes than the file has")
+
+
+def load_npy(path: Path) -> torch.Tensor:
+    """The numbers of an `.npy` file; AdapterError: it is none, of another kind of numbers, or shorter than it claims."""
+    import numpy as np
+
+    data = read_bytes(path)
+    stream = io.BytesIO(data)
+    with naming(path):
+        try:
+            version = np.lib.format.read_magic(stream)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read[version](stream)
+        except (ValueError, KeyError, EOFError, OSError) as error:
+            raise AdapterError(f"not a .npy file: {_reason(error)}") from error
+        if dtype.hasobject:
+            raise AdapterError("holds Python objects, which need unpickling, and is refused")
+        if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
+            raise AdapterError(f"expected numbers of float16, float32 or float64, got {dtype}")
+        if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+            raise AdapterError(
+                f"shape {shown(shape)} does not fit the {len(data) - stream.tell()} bytes behind its header"
+            )
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
+def save_torch(value: Any) -> bytes:
+    """The bytes of `torch.save`."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def save_npy(tensor: torch.Tensor) -> bytes:
+    """The bytes of an `.npy` file."""
+    import numpy as np
+
+    if tensor.dtype == torch.bfloat16:
+        raise AdapterError("a .npy file has no bfloat16; write float32 or float16")
+    stream = io.BytesIO()
+    np.save(stream, tensor.numpy(), allow_pickle=False)
+    return stream.getvalue()
