@@ -4,7 +4,7 @@ Three front doors:
 
 * a transformers model: `attach`, `load`, the `*Config` classes, `PackedCollator`;
 * a framework of your own: `prefix_attention` and `soft_embedding`;
-* the command line: `prefixcore train | generate | inspect | bake | doctor`.
+* the command line: `prefixcore train | generate | inspect | bake | convert | doctor`.
 
 Importing the package needs torch alone; everything that needs transformers, PEFT or safetensors is
 imported when it is first used.
@@ -20,7 +20,19 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapters import AdapterError
-    from .hf import Accelerated, Baked, Handle, PackedCollator, PromptBank, accelerate, attach, bake, load
+    from .hf import (
+        Accelerated,
+        Baked,
+        Handle,
+        PackedCollator,
+        PromptBank,
+        accelerate,
+        attach,
+        bake,
+        export_adapter,
+        import_adapter,
+        load,
+    )
     from .nn import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
@@ -34,6 +46,8 @@ _LAZY = {
     "attach": "hf",
     "bake": "hf",
     "Baked": "hf",
+    "export_adapter": "hf",
+    "import_adapter": "hf",
     "load": "hf",
     "Handle": "hf",
     "PackedCollator": "hf",
@@ -56,6 +70,8 @@ __all__ = [
     "accelerate",
     "attach",
     "bake",
+    "export_adapter",
+    "import_adapter",
     "load",
     "prefix_attention",
     "soft_embedding",

@@ -1,4 +1,4 @@
-"""The command line: `prefixcore train | generate | inspect | bake | doctor`."""
+"""The command line: `prefixcore train | generate | inspect | bake | convert | doctor`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import _interrupt
-from .cli import bake, doctor, generate, inspect, output, train
+from .cli import bake, convert, doctor, generate, inspect, output, train
 from .cli.common import INTERRUPTED, USER_ERROR
 from .cli.failures import message
 from .version import __version__
 
-COMMANDS = {"train": train, "generate": generate, "inspect": inspect, "bake": bake, "doctor": doctor}
+COMMANDS = {
+    "train": train,
+    "generate": generate,
+    "inspect": inspect,
+    "bake": bake,
+    "convert": convert,
+    "doctor": doctor,
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from .attaching import attach
 from .baking import Baked, bake
+from .converting import export_adapter, import_adapter
 from .families import FAMILIES
 from .handle import Handle, attached
 from .loading import load
@@ -20,5 +21,7 @@ __all__ = [
     "attach",
     "attached",
     "bake",
+    "export_adapter",
+    "import_adapter",
     "load",
 ]

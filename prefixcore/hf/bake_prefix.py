@@ -46,13 +46,19 @@ def check_can_be_exact(model: PreTrainedModel, calls: Sequence[AttentionCall]) -
             "sight of a soft prompt or a text once so many tokens have followed it, and never of a prefix, so the two "
             "are not equal on longer texts; train a prefix (PrefixTuningConfig), or serve the soft prompt itself"
         )
-    moving = sorted({kind for kind in _rope_types(getattr(config, "rope_parameters", None)) if kind in _MOVING})
+    moving = has_moving_positions(model)
     if moving:
         raise NotImplementedError(
-            f"{name} has rotary embeddings of the kind {moving[0]!r}, whose frequencies depend on how long the text "
+            f"{name} has rotary embeddings of the kind {moving!r}, whose frequencies depend on how long the text "
             "is, so that no keys hold for every text; train a prefix (PrefixTuningConfig), or serve the soft prompt "
             "itself"
         )
+
+
+def has_moving_positions(model: PreTrainedModel) -> str | None:
+    """The kind of rotary embedding whose frequencies change with the length of the text; None: there is none."""
+    kinds = _rope_types(getattr(text_config(model), "rope_parameters", None))
+    return next((kind for kind in sorted(kinds) if kind in _MOVING), None)
 
 
 def _rope_types(parameters: Any) -> list[str]:

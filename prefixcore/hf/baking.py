@@ -189,7 +189,8 @@ def _from_adapter(target: Target, folder: Path, task_id: int | None, strict: boo
             "depend on the text before them, and no prefix is equal"
         )
     number = _task_number(folder, module, task_id)
-    facts = {"digest": digest, "method": config.method, **({} if number is None else {"task_id": number})}
+    several = isinstance(module, MultitaskPrompt) and module.num_tasks > 1
+    facts = {"digest": digest, "method": config.method, **({"task_id": number} if several else {})}
     if isinstance(module, Prefix):
         layers, pairs = found.layers, [(key.float(), value.float()) for key, value in module.bake()]
     else:
@@ -202,7 +203,7 @@ def _from_adapter(target: Target, folder: Path, task_id: int | None, strict: boo
     def original() -> Iterator[Run]:
         with _attach(target, module.requires_grad_(False), layers, found):
             # Without a cache and by itself a soft prompt is put into the row, and not computed as a prefix.
-            extra: dict[str, Any] = {} if number is None or module.num_tasks == 1 else {"task_ids": [number]}  # type: ignore[union-attr]
+            extra: dict[str, Any] = {"task_ids": [number]} if several else {}
             yield lambda ids: _logits(model, ids, **extra)
 
     return _Source(config.method, pairs, layers, config, original, facts, manifest, record, found)

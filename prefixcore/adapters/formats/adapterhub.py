@@ -32,10 +32,10 @@ class AdapterHub:
 
     name = "adapters"
     title = "the adapters library"
-    kinds = (PREFIX,)
+    kinds: tuple[str, ...] = (PREFIX,)
     is_folder = True
     needs_model = True
-    layout = "folder: adapter_config.json, pytorch_adapter.bin with control_trans [P * L * 2 * Hkv * D], keys at positions -P to -1"
+    layout = "folder: adapter_config.json, pytorch_adapter.bin: control_trans [P*L*2*Hkv*D], the text at position 0"
     lost = "manifest, heads; float32 rounding of the rotation"
 
     def read(self, source: Path, facts: Facts) -> Contents:
@@ -66,8 +66,8 @@ class AdapterHub:
         assert facts.hidden_size is not None
         if shape.key_dim * facts.num_attention_heads != facts.hidden_size:
             raise AdapterError(
-                f"{self.title} takes heads to be hidden size / heads wide, {facts.hidden_size}/{facts.num_attention_heads}, "
-                f"but those of this model are {shape.key_dim} wide"
+                f"{self.title} takes heads to be hidden size / heads wide, {facts.hidden_size} / "
+                f"{facts.num_attention_heads}, but those of this model are {shape.key_dim} wide"
             )
         layers = contents.layers if contents.layers is not None else list(range(len(shapes)))
         flat = join_layers(turn(prefix, -contents.num_virtual_tokens))

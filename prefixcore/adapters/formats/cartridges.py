@@ -38,7 +38,7 @@ class Cartridges:
 
     name = "cartridges"
     title = "HazyResearch Cartridges"
-    kinds = (PREFIX,)
+    kinds: tuple[str, ...] = (PREFIX,)
     is_folder = False
     needs_model = False
     layout = ".pt: lists of keys and values [1, Hkv, tokens, D] a layer, frozen tokens apart"

@@ -1,4 +1,4 @@
-"""Soft prompts as plain embeddings: vLLM's prompt_embeds, TensorRT-LLM's prompt table, llama.cpp's `llama_batch.embd`."""
+"""Soft prompts as plain embeddings: vLLM's prompt_embeds, TensorRT-LLM's prompt table, llama.cpp's batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Vllm:
 
     name = "vllm"
     title = "vLLM prompt_embeds"
-    kinds = (PROMPT,)
+    kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
     needs_model = False
     layout = ".pt: one tensor [P, E], of torch.save"
@@ -41,7 +41,7 @@ class TensorRtLlm:
 
     name = "tensorrt-llm"
     title = "TensorRT-LLM prompt table"
-    kinds = (PROMPT,)
+    kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
     needs_model = False
     layout = ".npy: [tasks, P, E]"
@@ -65,7 +65,7 @@ class LlamaCpp:
 
     name = "llama.cpp"
     title = "llama.cpp embeddings"
-    kinds = (PROMPT,)
+    kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
     needs_model = False
     layout = "raw float32 [P, E], as llama_batch.embd takes them"
@@ -97,7 +97,7 @@ class Gguf:
 
     name = "gguf"
     title = "GGUF tensor for llama.cpp"
-    kinds = (PROMPT,)
+    kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
     needs_model = False
     layout = ".gguf: tensor prompt_embeddings [P, E], general.architecture = prefixcore"

@@ -55,8 +55,8 @@ def load_torch(path: Path, names: dict[str, Any] | None = None) -> Any:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise AdapterError(
-            f"{path}: needs unpickling, which runs code that the file names, and is refused: {_reason(error)}; ask whoever "
-            "made it to save tensors alone (a state_dict), or safetensors"
+            f"{path}: needs unpickling, which runs code that the file names, and is refused: {_reason(error)}; ask "
+            "whoever made it to save tensors alone (a state_dict), or safetensors"
         ) from error
     except (
         RuntimeError,
@@ -95,7 +95,7 @@ def _check_archive(path: Path, data: bytes) -> None:
 
 
 def load_npy(path: Path) -> torch.Tensor:
-    """The numbers of an `.npy` file; AdapterError: it is none, of another kind of numbers, or shorter than it claims."""
+    """The numbers of an `.npy` file; AdapterError: none, of another kind of numbers, or shorter than it claims."""
     import numpy as np
 
     data = read_bytes(path)

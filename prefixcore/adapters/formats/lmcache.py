@@ -31,7 +31,7 @@ class LmCache:
 
     name = "lmcache"
     title = "LMCache chunks"
-    kinds = (PREFIX,)
+    kinds: tuple[str, ...] = (PREFIX,)
     is_folder = True
     needs_model = False
     layout = "folder of chunk-00000.data, ...: header, then [2, L, tokens, Hkv*D]"
@@ -63,8 +63,8 @@ class LmCache:
             )
             if (len(shapes), shapes[0].key_width) != (both.shape[1], both.shape[3]):
                 raise AdapterError(
-                    f"chunks of {both.shape[1]} layers and width {both.shape[3]}, but the model has {len(shapes)} layers of "
-                    f"width {shapes[0].key_width}"
+                    f"chunks of {both.shape[1]} layers and width {both.shape[3]}, but the model has {len(shapes)} "
+                    f"layers of width {shapes[0].key_width}"
                 )
         split = both.unflatten(3, (shapes[0].num_kv_heads, shapes[0].key_dim)).transpose(2, 3).contiguous()
         return Contents(prefix=list(zip(split[0].unbind(), split[1].unbind(), strict=True)))

@@ -33,12 +33,14 @@ class Contents:
         prompts: `[tasks, P, E]`, fp32. None: a prefix.
         layers: of a prefix, the layers that have one; None: all.
         num_frozen_tokens: of a prefix, how many of the first were not trained.
+        folder: the adapter's that they were read from; None: they are of another format.
     """
 
     prefix: KeyValues | None = None
     prompts: Tensor | None = None
     layers: list[int] | None = None
     num_frozen_tokens: int = 0
+    folder: Path | None = None
 
     @property
     def kind(self) -> str:
@@ -170,8 +172,8 @@ def all_layers(contents: Contents, title: str) -> KeyValues:
     assert contents.prefix is not None
     if contents.layers is not None:
         raise AdapterError(
-            f"{title} holds a prefix of every layer, but this one is in layers {contents.layers} alone: keys and values "
-            "of zero in the others would be seen too, and change what the model computes"
+            f"{title} holds a prefix of every layer, but this one is in layers {contents.layers} alone: keys and "
+            "values of zero in the others would be seen too, and change what the model computes"
         )
     return contents.prefix
 
