@@ -1,0 +1,130 @@
+"""The registry as the scheduler sees it: each adapter as it is at the moment of the request."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prefixcore
+from prefixcore.adapters import AdapterError
+from prefixcore.serving import catalog as catalog_module
+from prefixcore.serving.catalog import Catalog
+from prefixcore.serving.served_model import ServedModel
+from prefixcore.serving.standin import adapter_digest
+from tests import tiny
+
+from . import registry as helper
+
+
+def test_an_adapter_comes_is_replaced_and_goes(tmp_path: Path) -> None:
+    model, registry, served = helper.make(tmp_path)
+    catalog = Catalog(registry, served)
+    with pytest.raises(AdapterError, match=r"no adapter 'capitals' in .*; there are none"):
+        catalog.look_up("capitals", "0" * 64)
+    old = helper.add(registry, "capitals", model, 5)
+    assert catalog.look_up("capitals", old) == 5
+    new = helper.add(registry, "capitals", model, 7)
+    assert catalog.look_up("capitals", new) == 7
+    with pytest.raises(AdapterError, match="was\\s+replaced or altered"):
+        catalog.look_up("capitals", old)
+    shutil.rmtree(registry / "capitals")
+    with pytest.raises(AdapterError, match="no adapter"):
+        catalog.look_up("capitals", new)
+
+
+def test_a_folder_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, registry, served = helper.make(tmp_path)
+    digest = helper.add(registry, "capitals", model)
+    catalog = Catalog(registry, served)
+    catalog.look_up("capitals", digest)
+    monkeypatch.setattr(catalog_module, "read_header", None)
+    assert catalog.look_up("capitals", digest) == 5
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "prefixcore_manifest.json"])
+def test_a_file_that_is_cut(tmp_path: Path, name: str) -> None:
+    model, registry, served = helper.make(tmp_path)
+    digest = helper.add(registry, "capitals", model)
+    catalog = Catalog(registry, served)
+    catalog.look_up("capitals", digest)
+    file = registry / "capitals" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(AdapterError, match="capitals"):
+        catalog.look_up("capitals", digest)
+
+
+def test_soft_prompts_and_prefixes_of_some_layers_are_refused(tmp_path: Path) -> None:
+    model, registry, served = helper.make(tmp_path)
+    catalog = Catalog(registry, served)
+    with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4, init="random")) as handle:
+        handle.save(registry / "soft")
+    with pytest.raises(AdapterError, match="prefixcore bake"):
+        catalog.look_up("soft", adapter_digest(registry / "soft"))
+    some = helper.add(registry, "some", model, layers=[1])
+    with pytest.raises(AdapterError, match=r"for the layers \[1\], and the model has 2"):
+        catalog.look_up("some", some)
+
+
+def test_other_weights_are_noticed_in_the_checkpoint(tmp_path: Path) -> None:
+    model, registry, served = helper.make(tmp_path)
+    other = tiny.model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    catalog = Catalog(registry, served)
+    foreign = helper.add(registry, "foreign", other)
+    with pytest.raises(AdapterError, match="other weights than the one the adapter was trained for"):
+        catalog.look_up("foreign", foreign)
+    assert catalog.look_up("own", helper.add(registry, "own", model)) == 5
+
+
+def test_the_checkpoint_may_have_another_dtype_and_several_files(tmp_path: Path) -> None:
+    model, registry, _ = helper.make(tmp_path)
+    digest = helper.add(registry, "capitals", model)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "halves", max_shard_size="40KB")
+    assert len(list((tmp_path / "halves").glob("*.safetensors"))) > 1
+    served = ServedModel.describe(model.config, helper.SHAPES, tmp_path / "halves")
+    assert served.checkpoint is not None
+    assert Catalog(registry, served).look_up("capitals", digest) == 5
+
+
+def test_names_that_differ_by_the_decoder(tmp_path: Path) -> None:
+    model, registry, _ = helper.make(tmp_path)
+    digest = helper.add(registry, "capitals", model)
+    folder = tmp_path / "model"
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"language_model.{name}": x for name, x in tensors.items()}, folder / "model.safetensors")
+    served = ServedModel.describe(model.config, helper.SHAPES, folder)
+    compared = served.compare({"samples": {}, **_manifest(registry / "capitals")})
+    assert not compared.differences
+    assert not compared.unchecked
+    assert Catalog(registry, served).look_up("capitals", digest) == 5
+
+
+def test_without_a_checkpoint_the_architecture_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, registry, _ = helper.make(tmp_path)
+    served = ServedModel.describe(model.config, helper.SHAPES, None)
+    assert "checked by its architecture alone" in caplog.text
+    assert Catalog(registry, served).look_up("a", helper.add(registry, "a", model)) == 5
+    model.config.architectures = ["QwenForCausalLM"]
+    served = ServedModel.describe(model.config, helper.SHAPES, None)
+    with pytest.raises(AdapterError, match=r"base_model\.class"):
+        Catalog(registry, served).look_up("a", adapter_digest(registry / "a"))
+
+
+def test_a_folder_of_peft_alone(tmp_path: Path) -> None:
+    """Has no fingerprint: its shapes decide."""
+    model, registry, served = helper.make(tmp_path)
+    helper.add(registry, "capitals", model)
+    os.remove(registry / "capitals" / "prefixcore_manifest.json")
+    assert Catalog(registry, served).look_up("capitals", adapter_digest(registry / "capitals")) == 5
+
+
+def _manifest(folder: Path) -> dict[str, object]:
+    manifest = prefixcore.adapters.read_adapter(folder).manifest
+    assert manifest is not None
+    return manifest.base_model
