@@ -11,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+SERVE_VENV ?= .venv-vllm
 ARGS ?=
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 WHEELS ?=
@@ -20,7 +21,7 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo weights test test-slow test-all test-peft bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
+.PHONY: help demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
@@ -28,6 +29,7 @@ help:
 	@echo "             for GPUs, watch memory with sanitizers and try more random cases; make test-slow: these alone"
 	@echo "make test-peft   run PEFT's own tests of its prompt-learning methods, from PyPI, on accelerated models (two minutes;"
 	@echo "             ARGS=--plain: on PEFT alone, for comparison)"
+	@echo "make serve-test  run the tests of serving in vLLM itself, on the CPU, in an environment of its own (seven minutes)"
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
 	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
@@ -60,6 +62,10 @@ test-all: $(VENV)/.installed
 # Nothing of PEFT's tests is kept here: they and what they import are downloaded into build/peft, once.
 test-peft: $(VENV)/.installed
 	$(BIN)/python -m tests.peft $(ARGS)
+
+# One file after the other: each starts engines of vLLM's, which fill the cores.
+serve-test: $(SERVE_VENV)/.installed
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest tests/serving/engine $(ARGS)
 
 bench: SCALE := full
 bench-quick bench-avx2: SCALE := quick
@@ -102,7 +108,7 @@ docs-serve: $(VENV)/.docs
 	$(BIN)/mkdocs serve
 
 clean:
-	rm -rf site $(VENV) build *.egg-info prefixcore/*.so
+	rm -rf site $(VENV) $(SERVE_VENV) build *.egg-info prefixcore/*.so
 
 # Installed again whenever what is built, or what is depended on, has changed. The package is compiled against
 # the torch that stands in the environment, so torch and the build tools come first and there is no build
@@ -110,6 +116,11 @@ clean:
 $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(CSRC)
 	$(BIN)/python -m pip install "$(TORCH)" "setuptools>=77" ninja "pybind11>=2.13"
 	$(BIN)/python -m pip install --no-build-isolation "$(TORCH)" -e ".[hf,bench,dev]"
+	@touch $@
+
+# The compiled library in it is the one of $(VENV), whose Python it has; it is not made anew when that is.
+$(SERVE_VENV)/.installed: .ci/serve_env.sh | $(VENV)/.installed
+	TORCH="$(TORCH)" .ci/serve_env.sh $(SERVE_VENV) $(BIN)/python
 	@touch $@
 
 # The extra of the package that is installed: nothing is built again.
