@@ -1,4 +1,4 @@
-"""The command line: `prefixcore train | generate | inspect | bake | convert | doctor`."""
+"""The command line: `prefixcore train | generate | inspect | verify | bake | convert | list | add | doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import _interrupt
-from .cli import bake, convert, doctor, generate, inspect, output, train
+from .cli import add, bake, convert, doctor, generate, inspect, output, train, verify
+from .cli import list as list_
 from .cli.common import INTERRUPTED, USER_ERROR
 from .cli.failures import message
 from .version import __version__
@@ -17,8 +18,11 @@ COMMANDS = {
     "train": train,
     "generate": generate,
     "inspect": inspect,
+    "verify": verify,
     "bake": bake,
     "convert": convert,
+    "list": list_,
+    "add": add,
     "doctor": doctor,
 }
 
@@ -48,8 +52,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0 done, 2 an error to mend, 130 stopped by Ctrl-C.
+    """Run one subcommand and return its exit code.
 
+    0: done; 1: what was to be checked is not right; 2: an error to mend; 130: stopped by Ctrl-C.
     Without `arguments` this process is the command line's own: Ctrl-C ends it.
     """
     if arguments is not None:

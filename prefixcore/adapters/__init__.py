@@ -5,12 +5,17 @@ from .fingerprint import compare_fingerprints, fingerprint
 from .manifest import Manifest
 from .module import Adapter, make_module
 from .reading import adapter_digest, read_adapter, read_record
+from .registry import Entry, Registry
+from .verify import Check, verify_adapter
 from .writing import check_target, write_adapter
 
 __all__ = [
     "Adapter",
     "AdapterError",
+    "Check",
+    "Entry",
     "Manifest",
+    "Registry",
     "adapter_digest",
     "check_target",
     "compare_fingerprints",
@@ -18,5 +23,6 @@ __all__ = [
     "make_module",
     "read_adapter",
     "read_record",
+    "verify_adapter",
     "write_adapter",
 ]

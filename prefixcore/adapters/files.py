@@ -6,6 +6,7 @@
 - `adapter_config.json`: PEFT's configuration; absent where PEFT can't express the adapter;
 - `prefixcore_manifest.json`: our manifest; absent in an adapter that PEFT wrote;
 - `training_state.safetensors`: what a reparameterised prefix or soft prompt is trained by; absent otherwise;
+- `model.sig`: a signature of all the others, if somebody has signed them (`signing`);
 - `training.json` and `curve.png`: how it was trained (`record`), where whoever saves it says so.
 """
 
@@ -21,6 +22,7 @@ MODEL_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
 MANIFEST_FILE = "prefixcore_manifest.json"
 STATE_FILE = "training_state.safetensors"
+SIGNATURE_FILE = "model.sig"
 CHECKPOINT = "prefixcore"
 """The folder in a checkpoint of Trainer's, or in what `save_pretrained` wrote, that holds the adapter."""
 

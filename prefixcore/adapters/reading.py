@@ -113,6 +113,33 @@ def adapter_digest(directory: str | Path) -> str:
     return _undisturbed(Path(directory), _folder_digest)
 
 
+class _Enough(Exception):
+    """The header that was wanted has been read."""
+
+
+def read_header(directory: str | Path) -> tuple[AdapterHeader, str]:
+    """What an adapter claims, its digest, and none of its numbers: the JSON files, the sizes and the headers fit.
+
+    Raises:
+        AdapterError: as of `read_adapter`, but for what only the numbers show.
+    """
+
+    def stop(header: AdapterHeader) -> None:
+        raise _Enough(header)
+
+    def what(folder: Path) -> tuple[AdapterHeader, str]:
+        digest = _folder_digest(folder)
+        try:
+            _read_folder(folder, stop, False)
+        except _Enough as enough:
+            header: AdapterHeader = enough.args[0]
+            manifest = None if header.manifest is None else replace(header.manifest, digest=digest)
+            return replace(header, manifest=manifest), digest
+        raise AssertionError("a header was not handed on")
+
+    return _undisturbed(Path(directory), what)
+
+
 def read(directory: str | Path, *, fits: Fits | None = None, state: bool = True) -> Adapter:
     """`read_adapter` for one that is used at once.
 
@@ -277,15 +304,15 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         with naming(folder / MANIFEST_FILE):
             manifest = Manifest.from_dict(fields)
             check_listing(manifest, manifest.make_config(), peft_config)
-    shapes = _tensor_shapes(folder, manifest, peft_config)
+    shapes = claimed_shapes(folder, manifest, peft_config)
     with ExitStack() as stack:
         described = {} if manifest is None else manifest.files
         model_file = stack.enter_context(_open(folder / MODEL_FILE, described.get(MODEL_FILE)))
         # Before anything is made of the sizes that the JSON files claim: a file is as large as its tensors.
-        claimed = _config(folder, manifest, peft_config)
+        claimed = claimed_config(folder, manifest, peft_config)
         heads = head_shapes(model_file, claimed)
         model_file.check_shapes(shapes | {HEAD + name: shape for name, shape in heads.items()})
-        header = replace(_header(folder, manifest, peft_config), heads=heads)
+        header = replace(header_of(folder, manifest, peft_config), heads=heads)
         digest = None
         if fields is not None:
             with naming(folder / MANIFEST_FILE):
@@ -330,7 +357,7 @@ def _open(path: Path, described: dict[str, Any] | None) -> TensorFile:
     return TensorFile(path, described)
 
 
-def _tensor_shapes(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> dict[str, list[int]]:
+def claimed_shapes(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> dict[str, list[int]]:
     """The names and shapes of the virtual tokens' tensors."""
     if peft_config is not None:
         with naming(folder / PEFT_FILE):
@@ -342,7 +369,7 @@ def _tensor_shapes(folder: Path, manifest: Manifest | None, peft_config: dict[st
     return tensor_shapes(manifest, tokens)
 
 
-def _config(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> Config:
+def claimed_config(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> Config:
     """The configuration that the JSON files state, of which nothing large has been made."""
     if manifest is not None:
         with naming(folder / MANIFEST_FILE):
@@ -352,7 +379,7 @@ def _config(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any]
         return from_peft({**peft_config, "num_layers": 1})[0]
 
 
-def _header(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> AdapterHeader:
+def header_of(folder: Path, manifest: Manifest | None, peft_config: dict[str, Any] | None) -> AdapterHeader:
     """What the JSON files say; AdapterError: they contradict each other."""
     hidden_size = None
     if peft_config is not None:

@@ -63,7 +63,7 @@ def replace_folder(
         check(new)
         _put_in_place(new, target)
         _sync(parent)
-    remove_leftovers(target)
+    removeleftovers(target)
 
 
 def _take_along(target: Path, new: Path, wanted: Callable[[Path], bool], check: Callable[[Path], object]) -> None:
@@ -107,7 +107,7 @@ def recover(target: Path, check: Callable[[Path], object]) -> None:
     with contextlib.suppress(OSError), _locked(target.parent, wait=_PATIENCE) as is_locked:
         if not is_locked or os.path.lexists(target):  # a writer is at work, or was
             return
-        for folder in _leftovers(target, "replaced"):
+        for folder in leftovers(target, "replaced"):
             try:
                 check(folder)
             except (ValueError, OSError):
@@ -124,14 +124,14 @@ def is_being_replaced(target: Path) -> bool:
     return False
 
 
-def remove_leftovers(target: Path) -> None:
+def removeleftovers(target: Path) -> None:
     """Deletes what dead writers of `target` have left beside it; nothing while `target` itself is missing."""
     if target.exists():
-        for folder in _leftovers(target, "writing|replaced"):
+        for folder in leftovers(target, "writing|replaced"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _leftovers(target: Path, kinds: str) -> Iterator[Path]:
+def leftovers(target: Path, kinds: str) -> Iterator[Path]:
     """Folders beside `target` that a writer made and no living writer works in, the newest first; locked meanwhile."""
     for folder in _find(target, kinds):
         with contextlib.suppress(OSError), _locked(folder) as is_locked:

@@ -24,7 +24,7 @@ from ..nn import (
     PrefixTuningConfig,
 )
 from .errors import AdapterError
-from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE, tensor_names
+from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, SIGNATURE_FILE, STATE_FILE, tensor_names
 from .manifest import Manifest
 from .module import Module
 from .peft import COLS, HEAD, PEFT_TYPES, PROMPT_EMBEDDINGS, ROWS, Values, is_expressible, to_peft
@@ -90,7 +90,7 @@ def write_adapter(
         module = copy.deepcopy(module).float()
     baked = module.embedding.detach() if isinstance(module, MultitaskPrompt) else module.bake()
     values: Values = _to_cpu(baked) if isinstance(baked, Tensor) else [(_to_cpu(k), _to_cpu(v)) for k, v in baked]
-    files: dict[str, bytes | None] = {STATE_FILE: None, PEFT_FILE: None}
+    files: dict[str, bytes | None] = {STATE_FILE: None, PEFT_FILE: None, SIGNATURE_FILE: None}
     peft_config: dict[str, Any] = {}
     if is_expressible(config, manifest.make_layer_shapes(), manifest.base_model):
         peft_config, flat = to_peft(config, values, manifest.base_model)

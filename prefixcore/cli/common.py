@@ -12,10 +12,11 @@ from .failures import UserError, user_errors
 from .model_size import check_size
 from .output import say
 
-__all__ = ["INTERRUPTED", "OK", "USER_ERROR"]
+__all__ = ["FOUND_WRONG", "INTERRUPTED", "OK", "USER_ERROR"]
 
-OK, USER_ERROR = 0, 2
-"""Exit codes: done; something the user can mend (one line on standard error). `INTERRUPTED`: stopped by Ctrl-C."""
+OK, FOUND_WRONG, USER_ERROR = 0, 1, 2
+"""Exit codes: done; done, and what was to be checked is not right (a line on standard error for each thing);
+something the user can mend (one line on standard error). `INTERRUPTED`: stopped by Ctrl-C."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

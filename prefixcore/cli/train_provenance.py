@@ -76,6 +76,7 @@ class Provenance:
             "dtype": dtype,
             "max_length": None if math.isinf(most_tokens) else int(most_tokens),
             "skip_too_long": arguments.skip_too_long,
+            "eval_limit": arguments.eval_limit,
         }
 
     def fields(self, record: TrainingRecord, result: Evaluation | None) -> dict[str, Any]:

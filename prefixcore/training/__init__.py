@@ -7,6 +7,7 @@ from .data import DataError, Example, TokenizedExample, collate, read_jsonl, spl
 from .describe import describe_data
 from .evaluate import Evaluation, evaluate, held_out_loss, predict
 from .loop import TrainingOptions, TrainingRecord, fit, train
+from .remeasure import Remeasured, remeasure
 from .weights import base_parameters, weights_digest
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DataError",
     "Evaluation",
     "Example",
+    "Remeasured",
     "TokenizedExample",
     "TrainingOptions",
     "TrainingRecord",
@@ -26,6 +28,7 @@ __all__ = [
     "held_out_loss",
     "predict",
     "read_jsonl",
+    "remeasure",
     "split",
     "tokenize",
     "train",

@@ -1,0 +1,82 @@
+"""Checking who made an adapter: a signature of the whole folder by OpenSSF's `model-signing`, with a key pair, offline.
+
+`model_signing sign key ADAPTER --signature ADAPTER/model.sig --private_key KEY.pem` writes the signature; reading an
+adapter passes over it, and writing another adapter in its place takes it away.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterError
+from .files import MANIFEST_FILE, SIGNATURE_FILE
+from .storage import LONGEST_JSON, load_bytes
+
+INSTALL = "pip install 'prefixcore[sign]'"
+
+
+def check_signature(folder: Path, public_key: Path, signature: Path | None = None) -> str:
+    """Checks that the holder of a key has signed every file of an adapter's folder as it is.
+
+    Args:
+        folder: the adapter's.
+        public_key: of an elliptic curve, PEM.
+        signature: the file; None: `model.sig` in the folder.
+
+    Returns:
+        In words, what was found.
+
+    Raises:
+        AdapterError: no signature or key, one that is damaged, another key's, or files that are not those that were
+            signed; or `model-signing` is not installed.
+    """
+    signature = signature or folder / SIGNATURE_FILE
+    for path, what in ((signature, "signature"), (public_key, "public key")):
+        try:
+            data = load_bytes(path, LONGEST_JSON)
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if data is None:
+            raise AdapterError(f"{path}: no such {what}")
+        if what == "signature":
+            bundle = data
+    try:
+        from model_signing import verifying
+    except ImportError as error:
+        raise AdapterError(f"a signature is checked by model-signing, which is missing ({error}); {INSTALL}") from error
+    try:
+        verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(folder, signature)
+    except Exception as error:  # of any kind: of JSON, protobuf, cryptography
+        raise AdapterError(f"{signature}: {_in_words(error)}") from error
+    signed = _signed_files(bundle)
+    if MANIFEST_FILE not in signed:
+        raise AdapterError(f"{signature}: does not cover {MANIFEST_FILE}, by which the other files are known")
+    return f"{len(signed)} files signed with the key of {public_key}"
+
+
+def _signed_files(bundle: bytes) -> list[str]:
+    """The names in a signature that has been checked."""
+    try:
+        payload: Any = json.loads(base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))
+        return [str(resource["name"]).partition(":")[0] for resource in payload["predicate"]["resources"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _in_words(error: Exception) -> str:
+    """What `model-signing` found, without its values."""
+    text = " ".join(str(error).split())
+    if text.startswith("Key mismatch"):
+        return "was made with another key"
+    if text.startswith("Signature mismatch"):
+        changed = re.findall(r"Hash mismatch for '([^']*)'", text)
+        parts = [f"{name} is not the file that was signed" for name in changed]
+        for found, what in (("Extra", "was not signed"), ("Missing", "was signed and is missing")):
+            for names in re.findall(rf"{found} files [^:]*: ([^\"]*)", text):
+                parts.append(f"{names} {what}")
+        return "; ".join(parts) or "is of other files"
+    return f"is damaged, or no signature ({type(error).__name__}: {text[:200]})"
