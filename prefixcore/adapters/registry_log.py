@@ -115,7 +115,8 @@ class Log:
             self._lock(descriptor)
             if (event := self._begun()) is not None and is_done(event):
                 finish(event)
-                self._append(event)
+                if event not in self._written()[-1:]:
+                    self._append(event)
             self._pending.unlink(missing_ok=True)
             self._clean()
             yield
@@ -125,15 +126,13 @@ class Log:
     def begin(self, event: Event) -> None:
         """Says what is about to be done."""
         data = json.dumps(dataclasses.asdict(event)).encode()
-        unfinished = self._pending.with_name(f"pending-{secrets.token_hex(4)}")
-        try:
-            with open(unfinished, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self._pending)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        unfinished = self._pending.with_suffix(".unfinished")
+        unfinished.unlink(missing_ok=True)  # of a dead writer
+        with open(unfinished, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self._pending)
 
     def end(self, event: Event) -> None:
         """Says that it is done."""
@@ -142,15 +141,10 @@ class Log:
 
     def read(self, is_done: Callable[[Event], bool]) -> list[Event]:
         """Every event, the oldest first, also one that is done and not yet written down."""
-        data = load_bytes(self._file, 2**30) or b""
-        events = []
-        for line in data.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # a line that a dead writer has not finished
-                events.append(Event.from_dict(json.loads(line)))
-        begun = self._begun()
+        events, begun = self._written(), self._begun()
         if begun is not None and begun not in events and is_done(begun):
             events.append(begun)
-        return [event for event in events if event is not None]
+        return events
 
     def take_away(self, name: str) -> None:
         """Deletes an entry, which at no moment is there in part."""
@@ -161,6 +155,13 @@ class Log:
             gone.unlink()
         else:
             shutil.rmtree(gone, ignore_errors=True)
+
+    def _written(self) -> list[Event]:
+        events = []
+        for line in (load_bytes(self._file, 2**30) or b"").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):  # a line that a dead writer has not finished
+                events.append(Event.from_dict(json.loads(line)))
+        return [event for event in events if event is not None]
 
     def _begun(self) -> Event | None:
         try:

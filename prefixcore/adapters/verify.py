@@ -198,6 +198,7 @@ class _Folder:
         manifest, peft_config = self.manifest, load_json(self.folder / PEFT_FILE)
         if manifest is None and peft_config is None:
             raise _Unchecked("nothing says which tensors there are to be")
+        shapes = claimed_shapes(self.folder, manifest, peft_config)
         numbers, names = 0, []
         for name in (MODEL_FILE, STATE_FILE):
             if name == STATE_FILE and not (manifest is not None and manifest.make_config().is_reparameterized):
@@ -205,9 +206,8 @@ class _Folder:
             with TensorFile(self.folder / name) as file:
                 if name == MODEL_FILE:
                     heads = head_shapes(file, claimed_config(self.folder, manifest, peft_config))
-                    shapes = claimed_shapes(self.folder, manifest, peft_config)
                     file.check_shapes(shapes | {HEAD + head: shape for head, shape in heads.items()})
-                file.read_pieces(lambda *_: None, dtype=None)
+                file.read_pieces(lambda *_: None)
                 numbers += sum(_count(shape) for shape in file.shapes.values())
                 names += list(file.shapes)
         return f"{len(names)} tensors, {numbers:,} numbers, all finite and of the shapes that are stated"
@@ -217,6 +217,7 @@ class _Folder:
         if self.manifest is None:
             raise _Unchecked("no manifest to compare PEFT's files with")
         check_listing(self.manifest, self.manifest.make_config(), peft_config)
+        claimed_shapes(self.folder, self.manifest, peft_config)  # it knows whether PEFT's fields are there at all
         header_of(self.folder, self.manifest, peft_config)
         if peft_config is None:
             return "PEFT cannot hold it, and has no file that says it could"
