@@ -1,4 +1,4 @@
-"""Whatever is done to an adapter, a check of a fitting name fails; and those that have nothing to say against it pass."""
+"""Whatever is done to an adapter, a check of a fitting name fails, and the others pass."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_tensors_with_the_right_digest(name, make, expected, adapter):
         ({"peft_type": "LORA"}, {"peft", "tensors", "loads"}),
         ({"num_layers": 1, "token_dim": 64}, {"peft", "loads"}),
     ],
-    ids=str,
+    ids=["base model", "tokens", "another type", "a type of no prompt", "layers"],
 )
 def test_pefts_file_with_the_right_digest(changes, expected, adapter):
     path = adapter / PEFT_FILE
