@@ -33,10 +33,11 @@ if TYPE_CHECKING:
         import_adapter,
         load,
     )
-    from .nn import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+    from .nn import CPTConfig, MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
 _LAZY = {
+    "CPTConfig": "nn",
     "MultitaskPromptTuningConfig": "nn",
     "PrefixTuningConfig": "nn",
     "PromptTuningConfig": "nn",
@@ -59,6 +60,7 @@ __all__ = [
     "Accelerated",
     "AdapterError",
     "Baked",
+    "CPTConfig",
     "Handle",
     "MultitaskPromptTuningConfig",
     "PTuningConfig",

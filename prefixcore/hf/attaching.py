@@ -13,6 +13,7 @@ from ..adapters.tensors import TensorFile
 from ..nn import (
     Config,
     CPTConfig,
+    CPTPrompt,
     MultitaskPrompt,
     MultitaskPromptTuningConfig,
     Prefix,
@@ -48,8 +49,9 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
 
     Args:
         model: a transformers model, not wrapped (attach before DDP, `torch.compile` or PEFT).
-        config: `PrefixTuningConfig`, `PromptTuningConfig`, `PTuningConfig` or `MultitaskPromptTuningConfig`, with which
-            each batch row names its task: `model(**batch, task_ids=[0, 2])`.
+        config: `PrefixTuningConfig`, `PromptTuningConfig`, `PTuningConfig`; `MultitaskPromptTuningConfig`, with which
+            each batch row names its task: `model(**batch, task_ids=[0, 2])`; or `CPTConfig`, whose loss is over the
+            answers of its examples too: `model(**batch, input_type_mask=types)`.
         tokenizer: reads `init_text`, where `init="text"`; named in the manifest of a saved adapter.
 
     Returns:
@@ -84,16 +86,10 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
 
 def check_config(config: Any) -> None:
     """Raises unless `config` says what to attach."""
-    if isinstance(config, CPTConfig):
-        raise NotImplementedError(
-            "context-aware prompt tuning has a loss of its own, which PEFT computes: make the model with "
-            "peft.get_peft_model and call prefixcore.accelerate on it; prefixcore.load attaches what was trained"
-        )
-    if not isinstance(config, (PrefixTuningConfig, PromptTuningConfig, PTuningConfig, MultitaskPromptTuningConfig)):
-        raise TypeError(
-            "config must be a PrefixTuningConfig, PromptTuningConfig, PTuningConfig or MultitaskPromptTuningConfig, "
-            f"got {type(config).__name__}"
-        )
+    kinds = (PrefixTuningConfig, PromptTuningConfig, PTuningConfig, MultitaskPromptTuningConfig, CPTConfig)
+    if not isinstance(config, kinds):
+        names = [kind.__name__ for kind in kinds]
+        raise TypeError(f"config must be a {', '.join(names[:-1])} or {names[-1]}, got {type(config).__name__}")
 
 
 def make_prefix(
@@ -114,7 +110,15 @@ def make_prompt(model: PreTrainedModel, config: Any, hidden_size: int, tokenizer
         file = Path(str(config.prompt_tuning_init_state_dict_path))
         with TensorFile(file, None) as source:
             return MultitaskPrompt(hidden_size, config, source=source.read())
-    return SoftPrompt(hidden_size, config, initial_prompt(model, config, hidden_size, tokenizer))
+    if isinstance(config, CPTConfig) and not model.can_generate():
+        raise NotImplementedError(
+            f"context-aware prompt tuning is for causal language models, and {type(model).__name__} is none"
+        )
+    initial = initial_prompt(model, config, hidden_size, tokenizer)
+    if isinstance(config, CPTConfig):
+        assert initial is not None
+        return CPTPrompt(hidden_size, config, initial)
+    return SoftPrompt(hidden_size, config, initial)
 
 
 def check_model(model: Any) -> None:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..nn import CPTPrompt
 from ..ops import which_backend
 from .active import activate, is_active
 from .attached import Attached
 from .attention import ATTENTION, PREFIXES, NoArgumentsError
 from .beside_peft import check_not_frozen
 from .cache import cache_argument, get_label, label_to_continue
+from .cpt_calls import TYPES, take_answers_loss
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
 from .families import has_windows, is_known, text_config
@@ -163,6 +165,12 @@ class Bank:
         return self.model.__dict__.get(ATTACHMENT) is self
 
     @property
+    def arguments(self) -> list[str]:
+        """The arguments that a call of the model has in addition."""
+        has_types = any(isinstance(adapter.module, CPTPrompt) for adapter in list(self.adapters.values()))
+        return [TASK_IDS, TYPES] if has_types else [TASK_IDS]
+
+    @property
     def checkpoints(self) -> bool:
         """Whether gradient checkpointing is on somewhere in the model."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.checkpointable)
@@ -215,12 +223,14 @@ class Bank:
             forward = place_prompts_in_text(self, forward, kwargs, rows)
         computed: dict[Task, Any] = {}
         prompts: dict[Task, Tensor] = {}
+        answers = None
         if rows.prompts:
-            computed, prompts = place_prompts(self, kwargs, rows)
+            answers = take_answers_loss(kwargs, rows)
+            computed, prompts = place_prompts(self, kwargs, rows, in_rows=answers is not None)
         if computed or explicit or len(self.adapters) > 1:
             kwargs[ROWS] = RowPrefixes(rows, computed)
         if prompts or self._continues_after_prompts(kwargs, rows):
-            return call_with_prompts(self, forward, kwargs, rows, prompts)
+            return call_with_prompts(self, forward, kwargs, rows, prompts, answers)
         if self.stays and not self.is_reached and is_known(self.model) and not has_axes(self.model):
             shift_positions(kwargs, 0, None)  # counted from the mask, as where a row has virtual tokens
         if torch.compiler.is_compiling():

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters import Manifest, write_adapter
-from ..nn import Config, LayerShape, Prefix, SoftPrompt
+from ..nn import Config, CPTPrompt, LayerShape, Prefix
 from ..ops import which_backend
 from ..ops.select import Choice
-from .attached import Attached
+from .attached import AnyPrompt, Attached
 from .bank import Bank
 from .beside_peft import train_together
 from .checkpoint import uninstall
@@ -73,7 +73,7 @@ class Handle:
         return self._bank.model
 
     @property
-    def module(self) -> Prefix | SoftPrompt:
+    def module(self) -> Prefix | AnyPrompt:
         return self._adapter.module
 
     @property
@@ -94,7 +94,7 @@ class Handle:
     @property
     def can_pack(self) -> bool:
         """Whether the model takes what `PackedCollator` makes: a known family, whose head knows `logits_to_keep`."""
-        if not self._adapter.is_prefix and not self._bank.can_pack:
+        if isinstance(self.module, CPTPrompt) or not (self._adapter.is_prefix or self._bank.can_pack):
             return False
         return is_known(self.model) and "logits_to_keep" in argument_names(self.model)
 

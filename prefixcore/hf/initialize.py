@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..nn import (
     Config,
+    CPTConfig,
     LayerShape,
     MultitaskPromptTuningConfig,
     PrefixTuningConfig,
@@ -64,7 +65,7 @@ def initial_prefix(
 
 def initial_prompt(
     model: PreTrainedModel,
-    config: PromptTuningConfig | PTuningConfig | MultitaskPromptTuningConfig,
+    config: PromptTuningConfig | PTuningConfig | MultitaskPromptTuningConfig | CPTConfig,
     hidden_size: int,
     tokenizer: Any = None,
 ) -> Tensor | None:
@@ -84,6 +85,13 @@ def initial_prompt(
 def initial_ids(model: PreTrainedModel, config: Config, tokenizer: Any = None) -> list[int] | None:
     """The P token ids that `config` starts from, or None if it starts from none."""
     vocabulary = text_config(model).vocab_size
+    if isinstance(config, CPTConfig):
+        if max(config.cpt_token_ids) >= vocabulary:
+            raise ValueError(
+                f"cpt_token_ids has the token id {max(config.cpt_token_ids)}, but the model's vocabulary has "
+                f"{vocabulary}: the examples were read by another model's tokenizer"
+            )
+        return config.cpt_token_ids
     if config.init == "vocab":
         assert config.num_virtual_tokens is not None
         return vocab_ids(vocabulary, config.num_virtual_tokens, config.seed).tolist()

@@ -21,9 +21,11 @@ from ..adapters.storage import naming
 from ..nn import CPTPrompt, Prefix
 from .attached import AnyPrompt
 from .attaching import attach_prefix, attach_soft_prompt, check_model, find_attention_layers, find_hidden_size
+from .cpt_calls import prompt_of_examples
 from .discover import AttentionCall
 from .handle import Handle
 from .heads import check_heads
+from .initialize import initial_prompt
 
 
 def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False, *, strict: bool = True) -> Handle:
@@ -123,14 +125,17 @@ class Target:
         adapter = read(self.folder, fits=self.check, state=trainable)
         with naming(self.folder / STATE_FILE):  # the values were checked against the header
             module = build_module(adapter, trainable=trainable)
-        if trainable and isinstance(module, CPTPrompt):
-            raise NotImplementedError(
-                f"{folder}: context-aware prompt tuning has a loss of its own, which PEFT computes: load it with "
-                "peft.PeftModel.from_pretrained and prefixcore.accelerate to go on with its training"
-            )
+        if trainable and isinstance(module, CPTPrompt) and adapter.training_state is None:
+            with naming(self.folder):  # PEFT's files hold the sum of examples and of what was learned
+                module = self._go_on_from(module)
         earlier = [] if adapter.manifest is None else adapter.manifest.base_model.get("forced", [])
         forced = tuple(dict.fromkeys([*earlier, *self.forced]))
         return Found(module, adapter.layers, self.heads, adapter.heads, forced, adapter.manifest)
+
+    def _go_on_from(self, module: CPTPrompt) -> CPTPrompt:
+        examples = initial_prompt(self.model, module.config, module.hidden_size)
+        assert examples is not None
+        return prompt_of_examples(module.bake(), examples.cpu(), module.config)
 
     def check(self, header: AdapterHeader) -> None:
         """Raises AdapterError unless the adapter is for this model."""

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..adapters.weights import is_named
-from ..nn import Config, Prefix, PrefixTuningConfig
+from ..nn import Config, CPTConfig, Prefix, PrefixTuningConfig
 from .attached import Attached
 from .attaching import (
     check_config,
@@ -112,6 +112,11 @@ class PromptBank:
         """
         self._check_name(name, replace)
         check_config(config)
+        if isinstance(config, CPTConfig):
+            raise NotImplementedError(
+                "context-aware prompt tuning has a loss of its own, in which rows of a bank cannot differ: train it "
+                "by itself (prefixcore.attach), save it, and load it into the bank"
+            )
         trained = [own for own, _ in self.model.named_modules() if any(is_named(own, n) for n in config.head_names)]
         if trained:
             raise NotImplementedError(

@@ -19,6 +19,7 @@ from .cache import (
     open_cache,
     set_label,
 )
+from .cpt_calls import AnswersLoss
 from .families import has_windows, is_known, text_config
 from .layout import Layout
 from .model_inputs import SEQUENCE, has_axes, head_of, text_positions
@@ -50,13 +51,13 @@ WORTH = {"cpu": 2**15, "gpu": 2**22}
 
 
 def place_prompts(
-    bank: Bank, kwargs: dict[str, Any], rows: Rows
+    bank: Bank, kwargs: dict[str, Any], rows: Rows, *, in_rows: bool = False
 ) -> tuple[dict[Task, LayerPrefixes | None], dict[Task, Tensor]]:
     """Which soft prompts of a call become prefixes, computed once for all rows, and what is put into each row.
 
     The model is causal, so the virtual tokens of a soft prompt do not depend on the text, and are to it what a
     prefix is. The cache then holds the text alone. With labels the last virtual token goes into each row, as the
-    first token of the text is predicted from it.
+    first token of the text is predicted from it; `in_rows`: all are wanted there.
 
     Returns:
         The prefixes, None for one that the cache holds; and the embeddings [P, E] of what is put in, nothing where the
@@ -72,7 +73,7 @@ def place_prompts(
         return {task: None for task in rows.prompts if task.key in label.order}, {}
     prompts = {task: prompt_of(bank, task) for task in rows.prompts}
     trains = torch.is_grad_enabled() and any(task.adapter.trains for task in rows.prompts)
-    if not _may_compute_once(bank, kwargs, max(map(len, prompts.values())), trains):
+    if in_rows or not _may_compute_once(bank, kwargs, max(map(len, prompts.values())), trains):
         return {}, prompts
     if not bank.is_reached and trains:
         warn_of_dropout(bank.model)
@@ -134,9 +135,17 @@ def _may_compute_once(bank: Bank, kwargs: dict[str, Any], longest: int, trains: 
 
 
 def call_with_prompts(
-    bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows, prompts: dict[Task, Tensor]
+    bank: Bank,
+    forward: Callable[..., Any],
+    kwargs: dict[str, Any],
+    rows: Rows,
+    prompts: dict[Task, Tensor],
+    answers: AnswersLoss | None = None,
 ) -> Any:
-    """A call of the model with soft prompts put into its input, and taken out of its output."""
+    """A call of the model with soft prompts put into its input, and taken out of its output.
+
+    `answers`: the loss to compute from all logits, in place of the model's own.
+    """
     check_arguments(kwargs, has_axes(bank.model))
     cache, num_rows, packed = cache_argument(kwargs), batch_rows(kwargs), kwargs.get("cu_seq_lens_q") is not None
     if bank.is_reached:
@@ -167,6 +176,8 @@ def call_with_prompts(
     check_positions(kwargs, max(counts), needed, bank.limit)
     with in_place_of_stand_ins(bank.model, layout, placed):
         output = call_labelled(forward, kwargs, rows, counts, starts=layout is not None and not packed, first=first)
+    if answers is not None:
+        output = answers.put(output, layout)
     # The logits [B, labels] of a head for sequences are no tokens, whatever their number.
     keep = ("logits",) if head_of(bank.model) == SEQUENCE else ()
     return output if layout is None else without_prompt(output, layout, keep)

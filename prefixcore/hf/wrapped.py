@@ -50,10 +50,11 @@ class WrappedMethod:
     def __signature__(self) -> inspect.Signature:
         """That of the method, and `task_ids`: Trainer reads there which columns of a dataset a model takes."""
         signature = inspect.signature(self.original)
-        parameters = [p for p in signature.parameters.values() if p.name != TASK_IDS]
-        task_ids = inspect.Parameter(TASK_IDS, inspect.Parameter.KEYWORD_ONLY, default=None)
+        names = getattr(getattr(self.around, "__self__", None), "arguments", [TASK_IDS])
+        parameters = [p for p in signature.parameters.values() if p.name not in names]
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        return signature.replace(parameters=[*parameters[:at], task_ids, *parameters[at:]])
+        return signature.replace(parameters=[*parameters[:at], *added, *parameters[at:]])
 
     def undo(self) -> None:
         """Takes the wrapping away; where another library has wrapped this in turn, it passes calls on from now on."""

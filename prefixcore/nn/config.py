@@ -452,9 +452,11 @@ class CPTConfig(_Config):
         ValueError: a value is out of range or two contradict each other.
 
     Examples:
-        >>> from prefixcore.nn import CPTConfig
-        >>> CPTConfig(cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4]).num_virtual_tokens
+        >>> config = prefixcore.CPTConfig(cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4])
+        >>> config.num_virtual_tokens
         4
+        >>> with prefixcore.attach(model, config):
+        ...     loss = model(torch.tensor([[9, 10]]), labels=torch.tensor([[9, 10]])).loss
     """
 
     method: ClassVar[str] = "cpt"

@@ -303,7 +303,3 @@ def test_a_cpt_prompt_is_attached_for_what_it_has_learned(llama: Any, tmp_path: 
     with prefixcore.load(model, tmp_path):
         expected = loaded(IDS).logits[:, len(TYPES) :]
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="a loss of its own, which PEFT computes"):
-        prefixcore.load(model, tmp_path, trainable=True)
-    with pytest.raises(NotImplementedError, match="prefixcore.accelerate"):
-        prefixcore.attach(model, CPTConfig(**EXAMPLES))
