@@ -27,6 +27,7 @@ from .attention import LAYER
 from .bank import Bank
 from .beside_peft import warn_of_frozen_peft
 from .checkpoint import install
+from .devices import device_of, without_values
 from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known_families, text_config
 from .handle import Handle
@@ -146,10 +147,9 @@ def check_model(model: Any) -> None:
         raise NotImplementedError(
             f"{type(model).__name__} reads {model.main_input_name}; virtual tokens are for models that read input_ids"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if missing := without_values(model):
         raise ValueError(
-            "the model has parameters without values (on the meta device): load its weights first; where accelerate "
-            "has offloaded them (device_map), load it so that it fits its devices, in eight or four bits say"
+            f"the model has parameters without values (on the meta device), as {missing[0]} is: load its weights first"
         )
 
 
@@ -247,7 +247,7 @@ def attach_soft_prompt(
     check_position_limit(model, module.num_virtual_tokens)
     warn_of_frozen_peft(model)
     embed: Any = model.get_input_embeddings()
-    module.to(embed.weight.device).train(model.training)
+    module.to(device_of(embed)).train(model.training)
     decoder, calls = find_decoder(model)
     bank = Bank(model)
     bank.set_decoder(decoder, calls)

@@ -22,6 +22,7 @@ from .attention import ATTENTION, PREFIXES, NoArgumentsError
 from .beside_peft import check_not_frozen
 from .cache import cache_argument, get_label, label_to_continue
 from .cpt_calls import TYPES, take_answers_loss
+from .devices import device_of
 from .disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from .discover import AttentionCall, check_reached
 from .families import has_windows, is_known, text_config
@@ -334,7 +335,7 @@ class Bank:
             return _detach(adapter.module())
         with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
             values = _detach(adapter.module())
-            return values if adapter.is_kept else self.residency.get(adapter.uid, values, self.model.device)
+            return values if adapter.is_kept else self.residency.get(adapter.uid, values, device_of(self.model))
 
     # -- soft prompts
 
@@ -347,7 +348,7 @@ class Bank:
         if isinstance(self.decoder, str):
             return False
         try:
-            choice = which_backend("prefix_attention", self.decoder.device, self.decoder.dtype)
+            choice = which_backend("prefix_attention", device_of(self.decoder), self.decoder.dtype)
         except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
             return False
         return choice.name != "reference" or choice.why == "forced"

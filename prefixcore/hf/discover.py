@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..nn import LayerShape
 from .attention import ATTENTION, PREFIXES, prefix_attention_forward
+from .devices import device_of
 from .families import AS_DECODER, known_families, text_config
 from .mask import prefix_mask
 from .patch import frozen_run
@@ -107,7 +108,7 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
         raise NotImplementedError(
             f"{model_class} is an encoder-decoder; prefixes are for decoders so far ({known_families()})"
         )
-    calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
     if not calls:
         raise NotImplementedError(
             f"{model_class} does not run its attention through transformers' attention interface, so a prefix cannot "

@@ -19,6 +19,7 @@ from .attached import AnyPrompt, Attached
 from .bank import Bank
 from .beside_peft import train_together
 from .checkpoint import uninstall
+from .devices import device_of
 from .families import is_known
 from .heads import Heads
 from .patch import ATTACHMENT
@@ -122,7 +123,7 @@ class Handle:
     def backend(self) -> Choice:
         """Which backend the op behind this handle (`prefix_attention` or `soft_embedding`) uses here, and why."""
         op = "prefix_attention" if isinstance(self.module, Prefix) else "soft_embedding"
-        return which_backend(op, self.model.device, self.model.dtype)
+        return which_backend(op, device_of(self.model), self.model.dtype)
 
     def disabled(self) -> AbstractContextManager[None]:
         """A block in which the model computes as if nothing were attached.

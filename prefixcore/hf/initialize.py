@@ -26,6 +26,7 @@ from ..nn import (
     vocab_ids,
 )
 from ..nn.initialization import check_tensor
+from .devices import device_of
 from .discover import record
 from .families import text_config
 from .patch import frozen_run
@@ -59,7 +60,7 @@ def initial_prefix(
     limit = position_limit(model)
     if limit is not None and len(ids) >= limit:
         raise ValueError(f"{len(ids)} virtual tokens leave no room: the model has learned {limit} positions")
-    calls = record(model, torch.tensor([ids], device=model.device))
+    calls = record(model, torch.tensor([ids], device=device_of(model)))
     return [(calls[layer].key[0].float(), calls[layer].value[0].float()) for layer in layers]
 
 
@@ -79,7 +80,7 @@ def initial_prompt(
     embed = model.get_input_embeddings()
     with frozen_run(model):
         # The module is called, not its table read: some families (Gemma) scale embeddings in it.
-        return embed(torch.tensor(ids, device=next(embed.parameters()).device)).float()
+        return embed(torch.tensor(ids, device=device_of(embed))).float()
 
 
 def initial_ids(model: PreTrainedModel, config: Config, tokenizer: Any = None) -> list[int] | None:

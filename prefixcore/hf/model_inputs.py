@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .devices import device_of
 from .families import text_config
 from .layout import Layout
 
@@ -117,7 +118,7 @@ def plain_ids(model: PreTrainedModel, count: int) -> Tensor:
     for i in range(1, count + 1):
         near = range(i * config.vocab_size // (count + 1), config.vocab_size)
         ids.append(next((each for each in near if each not in special and each not in ids), near[0]))
-    return torch.tensor([ids], device=model.device)
+    return torch.tensor([ids], device=device_of(model))
 
 
 def _special_ids(config: Any) -> Iterator[int]:

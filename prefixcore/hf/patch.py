@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import LAYER, Layer
 from .beside_peft import flags_to_restore
+from .devices import device_of
 from .refusals import RefusedReplica
 from .wrapped import Around, WrappedMethod
 
@@ -165,7 +166,7 @@ def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator
         model.eval()
         if attention is not None:
             model.set_attn_implementation(attention)
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device_of(model).type, enabled=False):
             yield
     finally:
         restore_attention(implementations)

@@ -11,6 +11,7 @@ from transformers import Cache
 
 from .attention import PREFIXES
 from .cache import CacheLabel, cache_argument, cache_output, close_cache, label_to_continue, open_cache, set_label
+from .devices import device_of
 from .packing import is_empty_mask, set_empty_mask
 from .positions import batch_rows, shift_positions
 from .prefix import KeyValue, LayerPrefixes, PrefixCall, running, stack
@@ -157,7 +158,7 @@ def compute_once(bank: Bank, prompt: Tensor) -> LayerPrefixes:
     """The keys and values that the layers compute for a soft prompt [P, E] at positions 0 to P-1."""
     decoder: Any = bank.decoder
     embed: Any = bank.model.get_input_embeddings()
-    prompt = prompt.to(device=embed.weight.device, dtype=embed.weight.dtype)
+    prompt = prompt.to(device=device_of(embed), dtype=embed.weight.dtype)
     recorded: dict[int, KeyValue] = {}
     forward = bank.patch.forwards[decoder].original
     inputs = {"inputs_embeds": prompt[None].clone(), "use_cache": False}  # CTRL scales what it is given in place

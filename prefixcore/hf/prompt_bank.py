@@ -24,6 +24,7 @@ from .attaching import (
 from .bank import Bank
 from .beside_peft import warn_of_frozen_peft
 from .checkpoint import install, uninstall
+from .devices import device_of
 from .handle import Handle
 from .loading import Target
 from .refusals import warn_of_dropout
@@ -221,7 +222,7 @@ class PromptBank:
             calls, _ = _result(self._layers)
             shapes = [calls[layer].shape for layer in layers]
         if adapter.trains:
-            module.to(self.model.device).train(self.model.training)
+            module.to(device_of(self.model)).train(self.model.training)
             if layers is not None:
                 warn_of_dropout(self.model)
         else:

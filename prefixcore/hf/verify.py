@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from .attached import Attached
 from .bank import Bank
+from .devices import device_of
 from .discover import AttentionCall, record
 from .families import AS_DECODER, known_families, text_config
 from .model_inputs import SEQUENCE, found_to_read_ids, head_of, plain_ids, reads_ids, stand_in
@@ -39,7 +40,7 @@ def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list
     ids = plain_ids(model, _TEXT + _CONTINUATION)
     found = record(model, ids[:, :_TEXT])
     initial = [(call.key[0], call.value[0]) for call in found]
-    module = Prefix([call.shape for call in calls], PrefixTuningConfig(init=initial), initial).to(model.device)
+    module = Prefix([call.shape for call in calls], PrefixTuningConfig(init=initial), initial).to(device_of(model))
 
     def run(tokens: Tensor) -> Tensor:
         with frozen_run(model):
@@ -89,7 +90,7 @@ def _verify_soft_prompt(model: PreTrainedModel, hidden_size: int) -> None:
     with own_words(model, "a soft prompt"):
         with frozen_run(model):
             initial = model.get_input_embeddings()(ids[0, :_TEXT]).float()
-        module = SoftPrompt(hidden_size, PromptTuningConfig(init=initial), initial).to(model.device)
+        module = SoftPrompt(hidden_size, PromptTuningConfig(init=initial), initial).to(device_of(model))
         expected, without = run(ids), run(ids[:, _TEXT:])
         if head_of(model) != SEQUENCE:
             if expected.shape[:2] != ids.shape:
