@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .bank import Bank
 
 _METHOD = "save_pretrained"
+_NOT_SAVED = "_keys_to_ignore_on_save"
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _HINT = "prefixcore's virtual tokens and no model: load the base model, then call prefixcore.load(model, this folder)"
@@ -111,9 +112,28 @@ def _place(name: str | None) -> str:
     return f"{MODULE}." if name is None else f"{MODULE}.{name}."
 
 
+class NotSaved:
+    """The names of the tensors that a checkpoint leaves out, in place of the model's `_keys_to_ignore_on_save`.
+
+    Where just these are missing in a checkpoint, Trainer resumes from it without a warning that names every weight.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+        self.own = bank.model._keys_to_ignore_on_save
+
+    def __iter__(self) -> Iterator[str]:
+        keep = _kept(self.bank)
+        return (name for name in self.bank.model.state_dict() if not keep(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def install(bank: Bank) -> None:
     """Puts the method in place of the model's own."""
     bank.model.__dict__[_METHOD] = SavePretrained(bank)
+    bank.model.__dict__[_NOT_SAVED] = NotSaved(bank)
 
 
 def uninstall(bank: Bank) -> None:
@@ -121,6 +141,7 @@ def uninstall(bank: Bank) -> None:
     found = bank.model.__dict__.get(_METHOD)
     if isinstance(found, SavePretrained) and found.bank is bank and not bank.is_attached:
         del bank.model.__dict__[_METHOD]
+        bank.model._keys_to_ignore_on_save = bank.model.__dict__[_NOT_SAVED].own
 
 
 def _with(module: Any, state_dict: Mapping[str, Tensor], prefix: str) -> Any:
@@ -135,9 +156,7 @@ def _with(module: Any, state_dict: Mapping[str, Tensor], prefix: str) -> Any:
 
 def _trained(bank: Bank, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """What is attached and whatever else of the model requires a gradient, whole, by its name in the model."""
-    model = bank.model
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    heads = [f"{name}." for adapter in bank.adapters.values() for name in adapter.handle.heads.trained]
+    model, keep = bank.model, _kept(bank)
     if state_dict is None:
         state_dict = {}
         for name, adapter in bank.adapters.items():
@@ -147,6 +166,13 @@ def _trained(bank: Bank, state_dict: Mapping[str, Tensor] | None) -> dict[str, T
         for name, tensor in model.state_dict().items():
             if not name.startswith(f"{MODULE}."):
                 state_dict[name] = tensor
-    starts = (f"{MODULE}.", *heads)
-    kept = {name: tensor for name, tensor in state_dict.items() if name in names or name.startswith(starts)}
+    kept = {name: tensor for name, tensor in state_dict.items() if keep(name)}
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in kept.items()}
+
+
+def _kept(bank: Bank) -> Callable[[str], bool]:
+    """Whether a checkpoint holds the tensor of a name in the model."""
+    names = {name for name, parameter in bank.model.named_parameters() if parameter.requires_grad}
+    heads = [f"{name}." for adapter in bank.adapters.values() for name in adapter.handle.heads.trained]
+    starts = (f"{MODULE}.", *heads)
+    return lambda name: name in names or name.startswith(starts)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +192,8 @@ def test_trainer(config: Any, changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_trainer_resumes_from_its_checkpoint(config: Any, tmp_path: Path) -> None:
-    """Two and two steps are four steps: Trainer's checkpoint holds the virtual tokens, next to the weights."""
+def test_trainer_resumes_from_its_checkpoint(config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two and two steps are four steps: Trainer's checkpoint holds the virtual tokens, and no weight is missed."""
     data = _dataset(8)
     options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     whole = make("llama")
@@ -204,9 +207,43 @@ def test_trainer_resumes_from_its_checkpoint(config: Any, tmp_path: Path) -> Non
     resumed = make("llama")
     handle = prefixcore.attach(resumed, config, tokenizer=Tokenizer())
     trainer = Trainer(resumed, _arguments(tmp_path / "half", **options), train_dataset=data)
-    trainer.train(resume_from_checkpoint=True)
+    with _heard(caplog):
+        trainer.train(resume_from_checkpoint=True)
+    assert "missing keys" not in caplog.text
     for got, reference in zip(handle.parameters(), expected, strict=True):
         torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def _heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A block in which what transformers logs is captured."""
+    logger = logging.getLogger("transformers")
+    before, logger.propagate = logger.propagate, True
+    try:
+        with caplog.at_level(logging.WARNING, logger="transformers"):
+            yield
+    finally:
+        logger.propagate = before
+
+
+def test_virtual_tokens_that_a_checkpoint_lacks_are_still_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = make("llama")
+    prefixcore.attach(model, CONFIGS[0], tokenizer=Tokenizer())
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer = Trainer(model, _arguments(tmp_path, **options, max_steps=2), train_dataset=_dataset(4))
+    trainer.train()
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(path)
+    lost = tensors.popitem()[0]
+    save_file(tensors, path, {"format": "pt"})
+    with _heard(caplog):
+        trainer._load_from_checkpoint(str(path.parent))
+    assert "missing keys" in caplog.text
+    assert lost in caplog.text
 
 
 @pytest.mark.parametrize("config", CONFIGS)
