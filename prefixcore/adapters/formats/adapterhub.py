@@ -9,6 +9,7 @@ moved, as the text's own embeddings would change.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "pytorch_adapter.bin"
 _PREFIX = ".self_prefix."
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
 _MOST_TOKENS = 2**24
+_CAUSAL = (
+    "read as the adapters library computes it with attn_implementation='eager': with its default (sdpa) and no "
+    "padding, version 1.3.0 takes prefix and text for one causal square, and the first tokens of a text see a part of "
+    "the prefix alone"
+)
 
 
 class AdapterHub:
@@ -41,6 +47,7 @@ class AdapterHub:
     def read(self, source: Path, facts: Facts) -> Contents:
         """A prefix without gates, flat or made by an MLP."""
         shapes, turn = _need(facts)
+        warnings.warn(_CAUSAL, stacklevel=2)
         config = load_json(source / CONFIG) if source.is_dir() else None
         if config is None:
             raise AdapterError(f"{source}: expected a folder with {CONFIG}, as save_adapter writes it")

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import AdapterError, shown
 from ..storage import naming
-from .files import load_npy, load_torch, read_bytes, save_npy, save_torch
+from .files import load_npy, load_torch, save_npy, save_torch
 from .record import PROMPT, Contents, Facts, Written, as_numbers, one_prompt, rounded
 
 
@@ -69,21 +69,14 @@ class LlamaCpp:
     is_folder = False
     needs_model = False
     layout = "raw float32 [P, E], as llama_batch.embd takes them"
-    lost = "everything but the numbers: shape, manifest, heads; which model it is for"
+    lost = "everything but the numbers, the shape too, so it is written and never read"
 
     def read(self, source: Path, facts: Facts) -> Contents:
-        """Raw numbers, whose width the model says."""
-        if facts.hidden_size is None:
-            raise AdapterError(
-                f"{source}: raw numbers have no shape: give the model (--model), whose embeddings have one"
-            )
-        data = read_bytes(source)
-        row = 4 * facts.hidden_size
-        with naming(source):
-            if not data or len(data) % row:
-                raise AdapterError(f"{len(data)} bytes are no rows of {facts.hidden_size} float32, {row} bytes each")
-            numbers = torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, facts.hidden_size)
-            return Contents(prompts=as_numbers("embeddings", numbers, [None, None])[None])
+        """Refuses: numbers without a shape fit any model whose width divides them."""
+        raise AdapterError(
+            f"{source}: raw numbers say neither how many virtual tokens there are nor how wide they are, and would fit "
+            "another model too; read GGUF, which says both (--from gguf)"
+        )
 
     def write(self, contents: Contents, facts: Facts, dtype: torch.dtype) -> Written:
         """One file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +14,17 @@ from .files import read_bytes
 _MAGIC = b"GGUF"
 
 
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise AdapterError("GGUF files need the package gguf: pip install 'prefixcore[formats]'") from error
+    return gguf
+
+
 def write_tensor(name: str, numbers: torch.Tensor) -> bytes:
     """The bytes of a GGUF file that holds `numbers` under `name`."""
-    import gguf
-
+    gguf = _gguf()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensor.gguf"
         writer = gguf.GGUFWriter(path, "prefixcore")
@@ -31,8 +39,7 @@ def write_tensor(name: str, numbers: torch.Tensor) -> bytes:
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
     """The numbers of a tensor; AdapterError: no GGUF file, no such tensor, or one of another form than float."""
-    import gguf
-
+    gguf = _gguf()
     if read_bytes(path)[:4] != _MAGIC:
         raise AdapterError("not a GGUF file")
     try:

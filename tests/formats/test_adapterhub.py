@@ -1,0 +1,140 @@
+"""The `adapters` library: its own files give its own outputs, and ours are its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import prefixcore
+from prefixcore.adapters import AdapterError, read_adapter
+from tests.hf.models import make
+
+from .conftest import FIXTURES, make_adapter
+from .outputs import with_adapter
+
+THEIRS = FIXTURES / "adapters"
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 4, "vocab_size": 24, "num_hidden_layers": 3}
+pytestmark = pytest.mark.filterwarnings("ignore:read as the adapters library computes it")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    model = make("llama", **SIZES)
+    model.load_state_dict(load_file(THEIRS / "model.safetensors"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(THEIRS / "expected.safetensors")
+
+
+@pytest.mark.parametrize(("name", "tokens", "layers"), [("flat", 4, [0, 2]), ("mlp", 3, [0, 1, 2])])
+def test_their_files_give_their_outputs(
+    name: str, tokens: int, layers: list[int], llama: Any, expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match="attn_implementation='eager'"):
+        folder = prefixcore.import_adapter(THEIRS / name, "adapters", tmp_path / "ours", model=llama)
+    adapter = read_adapter(folder)
+    assert (adapter.config.num_virtual_tokens, adapter.layers) == (tokens, layers)
+    with torch.no_grad():
+        torch.testing.assert_close(llama(expected["ids"]).logits, expected["bare"], atol=1e-5, rtol=0)
+    assert float((expected["bare"] - expected[name]).abs().max()) > 1
+    torch.testing.assert_close(with_adapter(llama, folder, expected["ids"]), expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["flat", "mlp"])
+def test_ours_are_the_same_numbers_again(name: str, llama: Any, tmp_path: Path) -> None:
+    """Back through keys of our positions: the vector that their flat prefix holds."""
+    prefixcore.import_adapter(THEIRS / name, "adapters", tmp_path / "ours", model=llama)
+    lost = prefixcore.export_adapter(tmp_path / "ours", "adapters", tmp_path / "theirs", model=llama)
+    assert lost == ["manifest (task, base model, provenance)"]
+    (written,) = torch.load(tmp_path / "theirs" / "pytorch_adapter.bin", weights_only=True).values()
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    before = json.loads((THEIRS / name / "adapter_config.json").read_text())
+    assert config["config"]["leave_out"] == before["config"]["leave_out"]
+    assert config["config"].keys() == before["config"].keys()
+    assert config.keys() == before.keys()
+    if name == "flat":
+        original = torch.load(THEIRS / name / "pytorch_adapter.bin", weights_only=True)
+        torch.testing.assert_close(written, next(iter(original.values())), atol=1e-6, rtol=0)
+    again = prefixcore.import_adapter(tmp_path / "theirs", "adapters", tmp_path / "again", model=llama)
+    for pair, other in zip(read_adapter(tmp_path / "ours").tensors, read_adapter(again).tensors, strict=True):
+        for tensor, second in zip(pair, other, strict=True):
+            torch.testing.assert_close(tensor, second, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_keys_turn_as_the_model_turns_them(family: str, tmp_path: Path) -> None:
+    """A key at position 3 of the model is its key at position 0, moved on by 3."""
+    from prefixcore.hf.discover import record
+    from prefixcore.hf.rotary import turn
+
+    model = make(family)
+    ids = torch.tensor([[7, 7, 7, 7]])
+    first = record(model, ids)[0]  # in the first layer keys depend on the token and its position alone
+    pairs = [(first.key[0][:, :1], first.value[0][:, :1])]
+    moved = turn(model, pairs, 3)[0][0]
+    torch.testing.assert_close(moved, first.key[0][:, 3:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(turn(model, turn(model, pairs, 3), -3)[0][0], pairs[0][0], atol=1e-6, rtol=0)
+
+
+def test_models_whose_positions_cannot_be_moved(tmp_path: Path) -> None:
+    gpt2 = make("gpt2")
+    make_adapter(gpt2, prefixcore.PrefixTuningConfig(num_virtual_tokens=3), tmp_path / "gpt2")
+    with pytest.raises(AdapterError, match="has learned positions: keys cannot be moved"):
+        prefixcore.export_adapter(tmp_path / "gpt2", "adapters", tmp_path / "x", model=gpt2)
+    dynamic = make("llama", head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    make_adapter(dynamic, prefixcore.PrefixTuningConfig(num_virtual_tokens=3), tmp_path / "dynamic")
+    with pytest.raises(AdapterError, match="turn by the length of the text"):
+        prefixcore.export_adapter(tmp_path / "dynamic", "adapters", tmp_path / "x", model=dynamic)
+
+
+def test_heads_that_the_library_has_no_word_for(model: Any, prefix: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="hidden size / heads wide, 32 / 4, but those of this model are 16 wide"):
+        prefixcore.export_adapter(prefix, "adapters", tmp_path / "x", model=model)
+    with pytest.raises(AdapterError, match="give the model"):
+        prefixcore.export_adapter(prefix, "adapters", tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_gating": True}, "gates make the prefix depend on the text"),
+        ({"architecture": "lora"}, "expected 'prefix_tuning', got 'lora'"),
+        ({"prefix_length": 10**9}, "prefix_length: expected an integer from 1"),
+        ({"prefix_length": 5}, "control_trans: expected shape"),
+        ({"leave_out": [7]}, "leave_out: expected layers of 0 to 2"),
+        ({"leave_out": [0, 1, 2]}, "leaves no layer"),
+        ({"leave_out": []}, "control_trans: expected shape"),
+        ({"flat": None}, "flat: expected true or false"),
+        ({"flat": False}, "wte.weight: missing"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str, llama: Any, tmp_path: Path) -> None:
+    shutil.copytree(THEIRS / "flat", tmp_path / "flat")
+    path = tmp_path / "flat" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["config"].update(change)
+    path.write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=message):
+        prefixcore.import_adapter(tmp_path / "flat", "adapters", tmp_path / "x", model=llama)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unknown_activation_and_a_folder_of_something_else(llama: Any, tmp_path: Path) -> None:
+    shutil.copytree(THEIRS / "mlp", tmp_path / "mlp")
+    path = tmp_path / "mlp" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["config"]["non_linearity"] = "swish"
+    path.write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="non_linearity: expected one of tanh"):
+        prefixcore.import_adapter(tmp_path / "mlp", "adapters", tmp_path / "x", model=llama)
+    with pytest.raises(AdapterError, match="as save_adapter writes it"):
+        prefixcore.import_adapter(tmp_path, "adapters", tmp_path / "x", model=llama)
