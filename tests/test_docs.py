@@ -33,7 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_pages_are_found() -> None:
     assert {"docs/index.md", "docs/mathematics.md", "docs/guides/trainer.md"} <= set(WITH_CODE)
-    assert WITH_COMMANDS == ["docs/guides/cli.md", "docs/guides/gpu.md", "docs/quickstart.md"]
+    expected = ["docs/guides/cli.md", "docs/guides/formats.md", "docs/guides/gpu.md", "docs/quickstart.md"]
+    assert expected == WITH_COMMANDS
 
 
 @pytest.mark.parametrize("name", WITH_CODE)

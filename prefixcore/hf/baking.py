@@ -143,6 +143,7 @@ def bake(
     ids = [_encode(tokenizer, each, model) for each in inputs] or default_inputs(model, virtual)
     with source.original() as run:
         check = Check(model, run, ids)
+    check.measure_effect(lambda ids: _logits(model, ids))
     module = _plain_prefix(source, len(target.attention_layers[0]))
     with _attach(target, module, source.layers, source.found) as handle:
         comparison = check.compare(lambda ids: _logits(model, ids))

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,12 @@ def load_torch(path: Path, names: dict[str, Any] | None = None) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in a line: of weights_only the line that names the class."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "GLOBAL" in line or "global" in line]
-    return printable((named or lines or [type(error).__name__])[0])[:200]
+    """What an error says, in a line; of weights_only the class that the file names, without its advice to trust it."""
+    text = str(error).strip()
+    named = re.search(r"GLOBAL (\S+)", text)
+    if named:
+        return f"it names {printable(named[1][:80])}"
+    return printable((text.splitlines() or [type(error).__name__])[0][:200])
 
 
 def _check_archive(path: Path, data: bytes) -> None:
