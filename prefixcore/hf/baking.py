@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -137,10 +138,12 @@ def bake(
     if adapter is None:
         assert text is not None
         source = _from_text(target, text, tokenizer, bos)
+        _warn_of_merges(tokenizer, text, inputs)
     else:
         source = _from_adapter(target, Path(adapter), task_id, strict)
     virtual = source.pairs[0][0].shape[1]
-    ids = [_encode(tokenizer, each, model) for each in inputs] or default_inputs(model, virtual)
+    ids = [_encode(tokenizer, each, model, without_bos=bool(bos)) for each in inputs]
+    ids = ids or default_inputs(model, virtual)
     with source.original() as run:
         check = Check(model, run, ids)
     check.measure_effect(lambda ids: _logits(model, ids))
@@ -264,11 +267,25 @@ def _logits(model: PreTrainedModel, ids: Tensor, skip: int = 0, **extra: Any) ->
     return logits if logits.dim() == 2 else logits[0, skip:]
 
 
-def _encode(tokenizer: Any, text: str, model: PreTrainedModel) -> Tensor:
-    ids = list(tokenizer(text)["input_ids"])
+def _encode(tokenizer: Any, text: str, model: PreTrainedModel, *, without_bos: bool) -> Tensor:
+    """The ids of an input as a request would have them."""
+    ids = list(tokenizer(text, **({"add_special_tokens": False} if without_bos else {}))["input_ids"])
     if not ids:
         raise AdapterError(f"inputs: expected texts with tokens in them, got {text[:40]!r}")
     return torch.tensor(ids, device=model.device)
+
+
+def _warn_of_merges(tokenizer: Any, text: str, inputs: Sequence[str]) -> None:
+    """Warns where a tokenizer makes other tokens of a text and an input in one piece than of the two by themselves."""
+    first, *rest = ([*tokenizer(each, add_special_tokens=False)["input_ids"]] for each in (text, *inputs))
+    for each, ids in zip(inputs, rest, strict=True):
+        if [*tokenizer(text + each, add_special_tokens=False)["input_ids"]] != first + ids:
+            warnings.warn(
+                f"the tokenizer merges the end of the text with the beginning of {each[:40]!r}: the prefix acts as the "
+                "tokens of the two one after the other, not as those of one piece; end the text where a token ends, "
+                "such as at a line break",
+                stacklevel=3,
+            )
 
 
 def _write(

@@ -246,6 +246,15 @@ def test_the_token_that_begins_a_text_is_asked_for(tmp_path: Path) -> None:
         torch.testing.assert_close(with_adapter(model, tmp_path / "baked", plain), expected, atol=2e-5, rtol=0)
 
 
+def test_a_tokenizer_that_merges_text_and_request_is_named(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.BPE(vocab={"<end>": 0, "a": 1, "b": 2, "ab": 3, "c": 4}, merges=[("a", "b")]))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    with pytest.warns(UserWarning, match="merges the end of the text with the beginning of 'bc'"):
+        prefixcore.bake(tiny.model(), None, tmp_path / "x", text="ca", tokenizer=tokenizer, inputs=["cb", "bc"])
+
+
 def test_a_tokenizer_without_such_a_token(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no token that begins a text"):
         prefixcore.bake(tiny.model(), None, tmp_path / "x", text="ab", tokenizer=tiny.tokenizer(), bos=True)
