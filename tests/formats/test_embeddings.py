@@ -84,7 +84,7 @@ HUGE = npy(np.zeros((1, 1, 32), np.float32)).replace(b"(1, 1, 32)", b"(9, 9, 32)
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("vllm", pt(torch.randn(4, 33)), "expected shape \\['any', 32\\], got \\[4, 33\\]"),
+        ("vllm", pt(torch.randn(4, 33)), "have 33 numbers, but the model's embeddings have 32"),
         ("vllm", pt(torch.randn(32)), "expected shape"),
         ("vllm", pt(torch.randn(2, 4, 32)), "expected shape"),
         ("vllm", pt(torch.ones(4, 32, dtype=torch.int32)), "floating-point numbers, got torch.int32"),
@@ -98,7 +98,7 @@ HUGE = npy(np.zeros((1, 1, 32), np.float32)).replace(b"(1, 1, 32)", b"(9, 9, 32)
         ("tensorrt-llm", npy(np.array([{"a": 1}], dtype=object)), "Python objects, which need unpickling"),
         ("tensorrt-llm", npy(np.zeros((1, 4, 32), np.int8)), "float16, float32 or float64, got int8"),
         ("tensorrt-llm", npy(np.zeros((1, 4, 32), np.complex64)), "got complex64"),
-        ("tensorrt-llm", npy(np.zeros((1, 4, 31), np.float32)), "expected shape"),
+        ("tensorrt-llm", npy(np.zeros((1, 4, 31), np.float32)), "have 31 numbers, but the model's embeddings have 32"),
         ("tensorrt-llm", npy(np.zeros((1, 4, 32), np.float32))[:-4], "does not fit"),
         ("tensorrt-llm", HUGE, "does not fit the 128 bytes"),
         ("tensorrt-llm", npy(np.full((1, 4, 32), np.nan, np.float32)), "NaN or infinite"),

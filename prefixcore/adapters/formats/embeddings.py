@@ -29,7 +29,7 @@ class Vllm:
         with naming(source):
             if isinstance(saved, torch.Tensor) and saved.dim() == 3:
                 saved = saved.squeeze(0)
-            return Contents(prompts=as_numbers("prompt_embeds", saved, [None, facts.hidden_size])[None])
+            return Contents(prompts=as_numbers("prompt_embeds", saved, [None, None])[None])
 
     def write(self, contents: Contents, facts: Facts, dtype: torch.dtype) -> Written:
         """One file."""
@@ -52,7 +52,7 @@ class TensorRtLlm:
         table = load_npy(source)
         with naming(source):
             table = table[None] if table.dim() == 2 else table
-            return Contents(prompts=as_numbers("prompt table", table, [None, None, facts.hidden_size]))
+            return Contents(prompts=as_numbers("prompt table", table, [None, None, None]))
 
     def write(self, contents: Contents, facts: Facts, dtype: torch.dtype) -> Written:
         """One file with every task."""
@@ -102,7 +102,7 @@ class Gguf:
 
         with naming(source):
             numbers = read_tensor(source, "prompt_embeddings")
-            return Contents(prompts=as_numbers("prompt_embeddings", numbers, [None, facts.hidden_size])[None])
+            return Contents(prompts=as_numbers("prompt_embeddings", numbers, [None, None])[None])
 
     def write(self, contents: Contents, facts: Facts, dtype: torch.dtype) -> Written:
         """One file."""
