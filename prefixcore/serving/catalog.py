@@ -1,36 +1,12 @@
-"""The registry as the scheduler sees it: what an adapter is, read again only when its folder has changed."""
+"""The registry as the scheduler sees it: whether an adapter that a request names can be served, at that moment."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters import AdapterError
-from ..adapters.errors import shown
-from ..adapters.files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE
-from ..adapters.reading import AdapterHeader, read
+from ..adapters import AdapterError, Registry
+from ..adapters.reading import read_header
 from .served_model import ServedModel
-from .standin import adapter_digest
-
-_MOST_NAMED = 20
-
-
-class _Peek(Exception):
-    """Carries a header out of a reading that ends before the numbers."""
-
-    def __init__(self, header: AdapterHeader) -> None:
-        self.header = header
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What was found in a folder: P and the digest of an adapter that can be served, or why it cannot."""
-
-    signature: tuple[object, ...]
-    digest: str = ""
-    num_virtual_tokens: int = 0
-    problem: str = ""
 
 
 class Catalog:
@@ -42,8 +18,9 @@ class Catalog:
     """
 
     def __init__(self, directory: Path, model: ServedModel) -> None:
-        self.directory, self.model = directory, model
-        self._known: dict[str, _Known] = {}
+        self.registry, self.model = Registry(directory), model
+        self._fits: dict[str, int | str] = {}
+        """By digest: P of an adapter that fits the model, or why it does not."""
 
     def look_up(self, name: str, digest: str) -> int:
         """P of an adapter that can be served.
@@ -52,67 +29,33 @@ class Catalog:
             AdapterError: there is none of this name, it has another content than `digest`, is damaged or no prefix,
                 or was trained for another model.
         """
-        folder = self.directory / name
-        if not folder.is_dir():
-            self._known.pop(name, None)
-            raise AdapterError(f"there is no adapter {name!r} in {self.directory}; there are {self._names()}")
-        signature = _signature(folder)
-        known = self._known.get(name)
-        if known is None or known.signature != signature:
-            known = self._known[name] = self._read(folder, signature)
-        if known.digest and known.digest != digest:
-            raise AdapterError(
-                f"the request is for the adapter {name!r} of digest {digest}, but {folder} has {known.digest}: it was "
-                "replaced or altered; ask for the digest that it has"
-            )
-        if known.problem:
-            raise AdapterError(known.problem)
-        return known.num_virtual_tokens
+        entry = self.registry.find(name)
+        if entry.problem is not None:
+            raise AdapterError(f"{entry.path}: {entry.problem}")
+        if entry.digest != digest:
+            raise _replaced(entry.path, digest, entry.digest)
+        if digest not in self._fits:
+            self._fits[digest] = self._check(entry.path, digest)
+        found = self._fits[digest]
+        if isinstance(found, str):
+            raise AdapterError(f"{entry.path}: {found}")
+        return found
 
-    def _read(self, folder: Path, signature: tuple[object, ...]) -> _Known:
-        digest = ""
+    def _check(self, folder: Path, digest: str) -> int | str:
+        header, found = read_header(folder)
+        if found != digest:
+            raise _replaced(folder, digest, found)
         try:
-            digest = adapter_digest(folder)
-            header = read_header(folder)
             self.model.check(header)
         except AdapterError as error:
-            text = str(error)
-            return _Known(signature, digest, problem=text if str(folder) in text else f"{folder}: {text}")
+            return str(error)
         tokens = header.config.num_virtual_tokens
         assert tokens is not None
-        return _Known(signature, digest, tokens)
-
-    def _names(self) -> str:
-        names = sorted(path.name for path in self.directory.iterdir() if path.is_dir())
-        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-        return ", ".join(map(shown, names[:_MOST_NAMED])) + more or "none"
+        return tokens
 
 
-def read_header(folder: Path) -> AdapterHeader:
-    """What an adapter's folder claims, checked, and none of its numbers.
-
-    Raises:
-        AdapterError: as of `read_adapter`.
-    """
-
-    def stop(header: AdapterHeader) -> None:
-        raise _Peek(header)
-
-    try:
-        read(folder, fits=stop)
-    except _Peek as peek:
-        return peek.header
-    raise AssertionError("reading asks whether the header fits")
-
-
-def _signature(folder: Path) -> tuple[object, ...]:
-    """What changes when the folder is replaced or one of its files is written."""
-    found: list[object] = []
-    for path in (folder, *(folder / name for name in (MANIFEST_FILE, PEFT_FILE, MODEL_FILE))):
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            found.append(error.errno)
-        else:
-            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    return tuple(found)
+def _replaced(folder: Path, wanted: str, found: str | None) -> AdapterError:
+    return AdapterError(
+        f"{folder}: the request is for the digest {wanted}, and the adapter has {found}: it was replaced or altered; "
+        "ask for the digest that it has"
+    )

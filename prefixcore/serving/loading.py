@@ -21,7 +21,6 @@ from ..adapters.reading import AdapterHeader, read
 from ..nn import LayerShape
 from .admission import Load, Step
 from .host_cache import HostCache, HostPrefix
-from .standin import adapter_digest
 
 logger = logging.getLogger("vllm.prefixcore")
 
@@ -54,14 +53,9 @@ def read_prefix(folder: Path, digest: str, layers: int, heads: slice, dtype: tor
         if header.config.method != "prefix" or header.layers != list(range(layers)):
             raise AdapterError(f"{folder}: not a prefix for each of {layers} layers")
 
-    def check() -> None:
-        found = adapter_digest(folder)
-        if found != digest:
-            raise AdapterError(f"{folder}: expected the digest {digest}, got {found}: it was replaced or altered")
-
-    check()
     adapter = read(folder, fits=fits, state=False)
-    check()  # what was read is what had the digest before and after
+    if adapter.digest != digest:
+        raise AdapterError(f"{folder}: expected the digest {digest}, got {adapter.digest}: it was replaced or altered")
     assert not isinstance(adapter.tensors, Tensor)
 
     def local(tensor: Tensor) -> Tensor:

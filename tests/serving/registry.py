@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import prefixcore
+from prefixcore.adapters import adapter_digest
 from prefixcore.nn import LayerShape
 from prefixcore.serving.served_model import ServedModel
-from prefixcore.serving.standin import adapter_digest
 from tests import tiny
 
 SHAPES = [LayerShape(2, 16, 16)] * 2

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prefixcore
-from prefixcore.adapters import AdapterError
+from prefixcore.adapters import AdapterError, adapter_digest
 from prefixcore.serving import catalog as catalog_module
 from prefixcore.serving.catalog import Catalog
 from prefixcore.serving.served_model import ServedModel
-from prefixcore.serving.standin import adapter_digest
 from tests import tiny
 
 from . import registry as helper
@@ -24,16 +23,16 @@ from . import registry as helper
 def test_an_adapter_comes_is_replaced_and_goes(tmp_path: Path) -> None:
     model, registry, served = helper.make(tmp_path)
     catalog = Catalog(registry, served)
-    with pytest.raises(AdapterError, match=r"no adapter 'capitals' in .*; there are none"):
+    with pytest.raises(AdapterError, match=r"no adapter is named 'capitals'; there are none"):
         catalog.look_up("capitals", "0" * 64)
     old = helper.add(registry, "capitals", model, 5)
     assert catalog.look_up("capitals", old) == 5
     new = helper.add(registry, "capitals", model, 7)
     assert catalog.look_up("capitals", new) == 7
-    with pytest.raises(AdapterError, match="was\\s+replaced or altered"):
+    with pytest.raises(AdapterError, match="was replaced or altered"):
         catalog.look_up("capitals", old)
     shutil.rmtree(registry / "capitals")
-    with pytest.raises(AdapterError, match="no adapter"):
+    with pytest.raises(AdapterError, match="no adapter is named"):
         catalog.look_up("capitals", new)
 
 

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prefixcore
+from prefixcore.adapters import adapter_digest
 from prefixcore.serving.salt import PLACEHOLDER, make_salt
-from prefixcore.serving.standin import adapter_digest
 from tests import tiny
 
 VOCABULARY = 512
