@@ -1,4 +1,4 @@
-"""The command line: `prefixcore train | generate | inspect | verify | bake | convert | list | add | doctor`."""
+"""The command line: `prefixcore train | generate | inspect | verify | audit | bake | convert | list | add | doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import _interrupt
-from .cli import add, bake, convert, doctor, generate, inspect, output, train, verify
+from .cli import add, audit, bake, convert, doctor, generate, inspect, output, train, verify
 from .cli import list as list_
 from .cli.common import INTERRUPTED, USER_ERROR
 from .cli.failures import message
@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": generate,
     "inspect": inspect,
     "verify": verify,
+    "audit": audit,
     "bake": bake,
     "convert": convert,
     "list": list_,

