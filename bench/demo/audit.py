@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -18,7 +19,9 @@ from prefixcore.training import Example
 from . import base_model, task
 from .prompts import INSTRUCTION, INSTRUCTION_WITH_EXAMPLES
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(os.path.relpath(Path(__file__).parent))
+"""As seen from where this is run: adapters and pages name the paths they are given, and no others' folders."""
+
 OUT = FOLDER / "out" / "audit"
 TRAINED = {
     "prefix": ("--method", "prefix", "--init-text", INSTRUCTION_WITH_EXAMPLES, "--steps", "75", "--lr", "2e-3"),
@@ -31,9 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Train what is missing, audit both adapters, and with `--keep` put the prefix's page beside this file."""
     parser = argparse.ArgumentParser(prog="python -m bench.demo.audit", description=__doc__.partition("\n")[0])
     parser.add_argument("--keep", action="store_true", help="copy the prefix's page and JSON into bench/demo/")
-    parser.add_argument("--cache", type=Path, default=base_model.CACHE, help="where the model is, or is fetched to")
     options = parser.parse_args(arguments)
-    model = base_model.converted_model(options.cache)
+    model = os.path.relpath(base_model.converted_model())
     OUT.mkdir(parents=True, exist_ok=True)
     capitals = task.make(task.countries())
     training = write(OUT / "capitals-training.jsonl", capitals.training)
@@ -42,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name, settings in TRAINED.items():
         adapter = OUT / name
         if not adapter.is_dir():
-            command = ["train", "--model", str(model), "--data", str(training), "--eval-data", str(probes)]
+            command = ["train", "--model", model, "--data", str(training), "--eval-data", str(probes)]
             command += ["--end", task.END, "--batch-size", "8", "--out", str(adapter), *settings]
             if code := prefixcore(command):
                 return code
-        command = ["audit", str(adapter), "--model", str(model), "--probe", str(probes), "--other", str(other)]
+        command = ["audit", str(adapter), "--model", model, "--probe", str(probes), "--other", str(other)]
         command += ["--generic", "--examples", str(training), "--instruction", INSTRUCTION]
         command += ["--out", str(OUT / f"{name}.html")]
         if code := prefixcore(command):

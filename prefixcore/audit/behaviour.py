@@ -13,7 +13,7 @@ from ..training.evaluate import is_right
 from .probes import Probes, most_tokens
 from .progress import Progress
 from .promoted import TokenShift
-from .scoring import batches, model_logits, per_text
+from .scoring import batches, model_logits, per_text, vocabulary_size
 from .statistics import wilson
 
 NEW_TOKENS = 16
@@ -61,15 +61,15 @@ def behaviour(
 def _distributions(handle: Any, probes: Probes, progress: Progress, shift: TokenShift | None) -> dict[str, Any]:
     """Losses and divergences, by text; `mean_...`: over all completion tokens."""
     logits = model_logits(handle.model)
-    vocabulary = int(handle.model.get_input_embeddings().weight.shape[0])
+    vocabulary = vocabulary_size(handle.model)
     device = handle.model.device
     found: dict[str, list[Tensor]] = {"loss_without": [], "loss_with": [], "kl": []}
     for batch in progress(list(batches(probes.ids, vocabulary, device)), f"with and without: {probes.name}"):
         with handle.disabled():
             without = batch.scored(logits(batch.ids, batch.mask))
         log_probs = batch.scored(logits(batch.ids, batch.mask))
-        for name, values in (("loss_without", without), ("loss_with", log_probs)):
-            found[name].append(-values.gather(1, batch.labels[:, None])[:, 0].double().cpu())
+        for name, each in (("loss_without", without), ("loss_with", log_probs)):
+            found[name].append(-each.gather(1, batch.labels[:, None])[:, 0].double().cpu())
         found["kl"].append((log_probs.exp() * (log_probs - without)).sum(1).double().clamp(min=0).cpu())
         if shift is not None:
             is_first = torch.cat([torch.ones_like(batch.owners[:1]), batch.owners.diff()]).bool()
@@ -84,9 +84,7 @@ def _distributions(handle: Any, probes: Probes, progress: Progress, shift: Token
     }
 
 
-def _answers(
-    handle: Any, tokenizer: Any, probes: Probes, end: str | None, progress: Progress
-) -> dict[str, list[str]]:
+def _answers(handle: Any, tokenizer: Any, probes: Probes, end: str | None, progress: Progress) -> dict[str, list[str]]:
     """Greedy answers, as `prefixcore.training.evaluate` makes them."""
     if probes.are_texts:
         new, end = NEW_TOKENS, None

@@ -32,7 +32,7 @@ def heads(found: dict[str, Any]) -> Picture:
     """The attention on the virtual tokens by layer and head."""
 
     def draw(figure: Any, theme: Theme) -> None:
-        _map(figure, found["by_head"], "head", "share of attention on the virtual tokens")
+        _map(figure, found["by_head"], "head", "share of attention on the virtual tokens", 1.0)
 
     layers, count = len(found["by_head"]), len(found["by_head"][0])
     alt = (
@@ -47,27 +47,32 @@ def tokens(found: dict[str, Any]) -> Picture:
     """The attention on each virtual token by layer."""
 
     def draw(figure: Any, theme: Theme) -> None:
-        _map(figure, found["by_token"], "virtual token", "share of attention, mean of the heads")
+        _map(figure, found["by_token"], "virtual token", "share of attention, mean of the heads", 0.5)
 
     layers, count = len(found["by_token"]), len(found["by_token"][0])
-    return picture(draw, _map_height(layers), f"Heat map of {layers} layers and {count} virtual tokens: attention on each")
+    return picture(
+        draw, _map_height(layers), f"Heat map of {layers} layers and {count} virtual tokens: attention on each"
+    )
 
 
 def _map_height(layers: int) -> float:
     return min(6.0, max(2.6, 1.2 + 0.13 * layers))
 
 
-def _map(figure: Any, values: list[list[float]], across: str, meaning: str) -> None:
+def _map(figure: Any, values: list[list[float]], across: str, meaning: str, power: float) -> None:
+    """A heat map whose colours follow a power of the values."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axes = figure.subplots()
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest", origin="lower")
+    largest = max(max(row) for row in values)
+    norm = PowerNorm(power, vmin=0, vmax=largest or 1)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest", origin="lower")
     axes.set_xlabel(f"{across} (counted from 0)")
     axes.set_ylabel("layer (counted from 0)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
     axes.spines[:].set_visible(False)
-    largest = max(max(row) for row in values)
     bar = figure.colorbar(image, ax=axes, label=meaning, format=PercentFormatter(1, decimals=0 if largest > 0.1 else 1))
     bar.outline.set_visible(False)
 
@@ -79,10 +84,14 @@ def without(data: dict[str, Any]) -> Picture:
     names = token_names(data)
 
     def draw(figure: Any, theme: Theme) -> None:
+        from matplotlib.ticker import FuncFormatter
+
         axes = figure.subplots()
         places = range(len(changes))
         axes.bar(places, changes, color=[theme.one if x >= 0 else theme.two for x in changes], width=0.8)
+        axes.set_yscale("symlog", linthresh=found["little"], linscale=0.5)
         axes.axhline(0, color=theme.text, linewidth=0.8)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.axhspan(-found["little"], found["little"], color=theme.three, alpha=0.25, linewidth=0)
         axes.set_ylabel("change of the loss\n(nats per token)")
         axes.grid(True, axis="y")
@@ -183,7 +192,9 @@ def layer_norms(found: dict[str, Any]) -> Picture:
             high = [row["virtual"]["greatest"] for row in there]
             places = [row["layer"] for row in there]
             axes.vlines(places, low, high, color=theme.one, linewidth=1.4)
-            axes.plot(places, middle, "o", color=theme.one, markersize=4, label="virtual tokens (least, median, greatest)")
+            axes.plot(
+                places, middle, "o", color=theme.one, markersize=4, label="virtual tokens (least, median, greatest)"
+            )
             axes.set_title(f"{name}s", fontsize=10)
             axes.set_xlabel("layer (counted from 0)")
             axes.set_ylim(bottom=0)

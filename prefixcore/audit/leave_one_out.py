@@ -53,6 +53,7 @@ def leave_one_out(
         "removed": removed,
         "most_needed": removed[most]["token"],
         "largest_change": changes[most],
+        "second_largest_change": sorted(changes)[-2] if len(changes) > 1 else None,
         "sum_of_changes": sum(changes),
         "of_little_effect": sum(abs(change) < LITTLE for change in changes),
         "better_without": sum(change < -LITTLE for change in changes),

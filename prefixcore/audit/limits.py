@@ -11,8 +11,8 @@ ALWAYS = (
     "behaviour that only a certain input brings out.",
     "Greedy decoding was measured. Sampling shows more of what the model may say.",
     "Nearest words, norms and attention describe vectors. None of them proves what a virtual token means or does.",
-    "The statements about task, data, licence and use are the adapter's own. A digest shows that a file is the same one, "
-    "not that what it says is true.",
+    "The statements about task, data, licence and use are the adapter's own. A digest shows that a file is the same "
+    "one, not that what it says is true.",
     "Nothing here measures bias, safety or the leaking of personal data from the training set.",
 )
 
@@ -40,8 +40,8 @@ def limits(data: dict[str, Any]) -> list[str]:
         )
     if text["examples_from_probes"]:
         found.append(
-            f"No examples were given for written prompts to show, so {plural(text['examples'], 'probe')} were set aside "
-            "for it: texts and adapter are compared on the others."
+            f"No examples were given for written prompts to show, so {plural(text['examples'], 'probe')} were set "
+            "aside for it: texts and adapter are compared on the others."
         )
     if text["examples_left_out"]:
         found.append(
@@ -50,8 +50,8 @@ def limits(data: dict[str, Any]) -> list[str]:
         )
     if "best" in text:
         found.append(
-            f"The best written prompt was chosen among {len(text['candidates'])} by the same probes that score it, which "
-            "flatters the text a little. A person who takes pains may write a better one."
+            f"The best written prompt was chosen among {len(text['candidates'])} by the same probes that score it, "
+            "which flatters the text a little. A person who takes pains may write a better one."
         )
     missing = [name for name, field in STATED.items() if not subject[field]]
     if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ def render(data: dict[str, Any]) -> str:
         nats=wording.nats,
         interval=wording.interval,
         stated=stated,
+        small=wording.small,
     )
     return environment.get_template(TEMPLATE).render(d=data, figures=figures(data))
 
@@ -38,5 +38,4 @@ def stated(value: Any) -> str:
     """What an adapter states in a field, on one line; nothing is said so."""
     if value in (None, "", [], {}):
         return "not stated"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return wording.visible(text, 600)
+    return wording.visible(wording.facts(value), 600)

@@ -34,7 +34,7 @@ class TokenShift:
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
     def to_dict(self, tokenizer: Any) -> dict[str, Any]:
-        """The tokens whose mean log-probability rises and falls most, at the first answer token and over all."""
+        """The tokens that rise and fall most, by mean log-probability and (`gained`, `lost`) by mean probability."""
         return {"floor": FLOOR, **{where: self._ranked(where, tokenizer) for where in ("first", "all")}}
 
     def _ranked(self, where: str, tokenizer: Any) -> dict[str, Any]:
@@ -57,12 +57,15 @@ class TokenShift:
                     "after": float(after[i]),
                 }
                 for i in order[:SHOWN]
-                if bool(listed[i]) and wanted(float(difference[i]))
+                if bool(listed[i]) and wanted(int(i))
             ]
 
+        gain = (after - before).masked_fill(~listed, 0)
         return {
             "places": count,
             "listed": int(listed.sum()),
-            "promoted": rows(up.argsort(descending=True, stable=True), lambda x: x > 0),
-            "suppressed": rows(down.argsort(stable=True), lambda x: x < 0),
+            "promoted": rows(up.argsort(descending=True, stable=True), lambda i: difference[i] > 0),
+            "suppressed": rows(down.argsort(stable=True), lambda i: difference[i] < 0),
+            "gained": rows(gain.argsort(descending=True, stable=True), lambda i: gain[i] > 0),
+            "lost": rows(gain.argsort(stable=True), lambda i: gain[i] < 0),
         }

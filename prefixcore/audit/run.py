@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..adapters import read_adapter, read_record
+from ..adapters import Adapter, read_adapter, read_record
 from ..hf import load
 from ..training import Example
 from ..version import __version__
@@ -26,7 +26,7 @@ from .progress import Progress
 from .promoted import TokenShift
 from .report import Report
 from .running import FrozenRun
-from .scoring import losses, per_text
+from .scoring import losses, per_text, vocabulary_size
 from .search import TRIALS, search
 from .subject import describe
 from .summary import summarize
@@ -75,7 +75,7 @@ def audit(
         show_progress: bars on standard error; None: on a terminal.
 
     Raises:
-        AuditError: no probe, a method that cannot be audited, a tokenizer of another model, numbers that are not finite.
+        AuditError: no probe, a method that cannot be audited, another model's tokenizer, numbers that are not finite.
         DataError: a probe that the tokenizer cannot encode or that is too long.
         AdapterError: the adapter is damaged, or another model's.
         TypeError, ValueError, NotImplementedError: as of `prefixcore.load`.
@@ -96,7 +96,7 @@ def audit(
     adapter, record = read_adapter(folder), read_record(folder)
     virtual = virtual_tokens(adapter, model.device)
     end = record.get("end") if end is None else (end or None)
-    asked = {"virtual_tokens": virtual.count, "end": end, "limit": limit}
+    asked: dict[str, Any] = {"virtual_tokens": virtual.count, "end": end, "limit": limit}
     own = prepare(name, probes, model, tokenizer, **asked)
     elsewhere = [prepare(other, texts, model, tokenizer, **asked) for other, texts in (others or {}).items()]
     if generic or (generic is None and not elsewhere):
@@ -111,18 +111,16 @@ def audit(
         shift = TokenShift()
         with load(model, folder, strict=strict) as handle:
             forced = list(handle.forced)
-            measured = {"task": behaviour(handle, tokenizer, own, end, progress, shift)}
-            _check_finite(measured["task"])
-            measured["others"] = [behaviour(handle, tokenizer, texts, end, progress) for texts in elsewhere]
-        inside = _inside(model, tokenizer, adapter.config, own, virtual, measured["task"]["rows"], progress)
-        candidates = _candidates(adapter.config, adapter.manifest, instructions, division.shown, inside, tokenizer, end)
-        starts = inside.pop("_ids", None)
-        if starts and trials and division.shown:
-            found = search(model, tokenizer, starts, division.shown, end=end, trials=trials, progress=progress)
-            candidates.append(Candidate("searched from the nearest tokens", found))
-        texts = text_alternative(
-            model, tokenizer, own, division, candidates, measured["task"]["rows"], end, progress
-        )
+            task = behaviour(handle, tokenizer, own, end, progress, shift)
+            _check_finite(task)
+            elsewhere_found = [behaviour(handle, tokenizer, texts, end, progress) for texts in elsewhere]
+        inside, nearest = _inside(model, tokenizer, adapter.config, own, virtual, task["rows"], progress)
+        candidates = _candidates(adapter, instructions, division.shown, nearest, tokenizer, end)
+        if nearest and trials and division.shown:
+            found = search(model, tokenizer, nearest, division.shown, end=end, trials=trials, progress=progress)
+            if all(each.text != found for each in candidates):
+                candidates.append(Candidate("searched from the nearest tokens", found))
+        texts = text_alternative(model, tokenizer, own, division, candidates, task["rows"], end, progress)
     finally:
         model.train(was_training)
     data: dict[str, Any] = {
@@ -138,8 +136,8 @@ def audit(
             "instructions": list(instructions),
             "others_given": bool(others),
         },
-        "task": measured["task"],
-        "others": measured["others"],
+        "task": task,
+        "others": elsewhere_found,
         "promoted": shift.to_dict(tokenizer),
         **inside,
         "text": texts,
@@ -155,10 +153,14 @@ def _inside(
     virtual: VirtualTokens,
     rows: Sequence[dict[str, Any]],
     progress: Progress,
-) -> dict[str, Any]:
-    """The measures that look inside, in runs that are compared with the attached model first."""
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """The measures that look inside, in runs that are compared with the attached model first.
+
+    Returns:
+        What was found, and for each virtual token the ids of the nearest tokens, where there are such.
+    """
     run = FrozenRun(model)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = vocabulary_size(model)
     start = start_ids(model, config, tokenizer, virtual.count)
 
     def agreement() -> dict[str, Any]:
@@ -168,8 +170,8 @@ def _inside(
         allowed = 1e-3 if model.dtype == torch.float32 else 0.1
         if not worst <= allowed * max(1.0, *attached):
             raise NotMeasuredError(
-                f"the attached model and the audit's own run differ by {worst:.3g} nats, so what the latter shows would "
-                "not be the adapter's doing (modules that were trained along are one reason)"
+                f"the attached model and the audit's own run differ by {worst:.3g} nats, so what the latter shows "
+                "would not be the adapter's doing (modules that were trained along are one reason)"
             )
         return {"largest_difference": worst, "allowed": allowed}
 
@@ -190,10 +192,10 @@ def _inside(
         found[name] = {"not_measured": why} if why else measure(make)
     found["nearest"] = measure(nearest)
     kinds = found["nearest"].get("kinds")
-    if kinds:
-        tokens = (kinds.get("embedding") or kinds["value"])["tokens"]
-        found["_ids"] = [[token["id"] for token in row] for row in tokens]
-    return found
+    if not kinds:
+        return found, []
+    tokens = (kinds.get("embedding") or kinds["value"])["tokens"]
+    return found, [[token["id"] for token in row] for row in tokens]
 
 
 def measure(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -205,24 +207,24 @@ def measure(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _candidates(
-    config: Any,
-    manifest: Any,
+    adapter: Adapter,
     instructions: Sequence[str],
     shown: Sequence[Example],
-    inside: dict[str, Any],
+    nearest: Sequence[Sequence[int]],
     tokenizer: Any,
     end: str | None,
 ) -> list[Candidate]:
     """The written prompts to try."""
     headings = [("instruction" if i == 1 else f"instruction {i}", text) for i, text in enumerate(instructions, start=1)]
-    if getattr(config, "init_text", None):
-        headings.append(("the text it started from", config.init_text))
-    if manifest is not None and manifest.task:
-        headings.append(("its stated task", manifest.task))
+    if text := getattr(adapter.config, "init_text", None):
+        headings.append(("the text it started from", text))
+    if adapter.manifest is not None and adapter.manifest.task:
+        headings.append(("its stated task", adapter.manifest.task))
     found = written_candidates(headings, shown, end)
-    if inside.get("_ids"):
-        nearest = tokenizer.decode([ids[0] for ids in inside["_ids"]])
-        found.append(Candidate("nearest tokens", nearest))
+    if nearest:
+        text = tokenizer.decode([ids[0] for ids in nearest])
+        if all(each.text != text for each in found):
+            found.append(Candidate("nearest tokens", text))
     return found
 
 

@@ -161,4 +161,3 @@ class FrozenRun:
             )
         logits: Tensor = output.logits
         return logits[:, before:]
-

@@ -84,6 +84,11 @@ def per_text(values: Tensor, ids: Sequence[TokenizedExample]) -> list[float]:
     return [float(part.double().mean()) for part in values.split([len(text.completion_ids) for text in ids])]
 
 
+def vocabulary_size(model: Any) -> int:
+    """How many tokens a model gives log-probabilities for, about: the rows of its table of embeddings."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def model_logits(model: Any) -> Logits:
     """Those of a model as it is, with what is attached to it."""
 

@@ -1,8 +1,8 @@
 """A small greedy search for a text of as many tokens as there are virtual ones.
 
 It starts from the tokens that are nearest to the virtual ones and, place by place, takes whichever of the next nearest
-lowers the loss on examples that are not scored. It is bounded by a number of trials, so what it finds is a candidate and
-not the best text there is.
+lowers the loss on examples that are not scored. It is bounded by a number of trials, so what it finds is a candidate
+and not the best text there is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..training import Example, TokenizedExample, tokenize
 from .progress import Progress
-from .scoring import losses, model_logits
+from .scoring import losses, model_logits, vocabulary_size
 
 TRIALS = 48
 EXAMPLES = 16
@@ -42,7 +42,7 @@ def search(
         progress: shows bars.
     """
     texts = tokenize(tokenizer, list(examples)[:EXAMPLES], end=end)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = vocabulary_size(model)
     logits = model_logits(model)
 
     def loss(ids: Sequence[int]) -> float:

@@ -7,6 +7,9 @@ from typing import Any
 from .limits import limits
 from .wording import interval, nats, p_value, percent, plural, token, visible
 
+MOST_NAMED = 3
+"""Other tasks that the summary names; the table has all."""
+
 
 def summarize(data: dict[str, Any]) -> dict[str, Any]:
     """The data with `summary`, `verdicts` and `limits`, which are made of it alone."""
@@ -19,35 +22,39 @@ def _what(data: dict[str, Any]) -> str:
     task = subject["task"]
     stated = f"its author states its task as “{visible(task)}”" if task else "nobody has stated its task in it"
     return (
-        f"“{visible(subject['name'])}” is a {subject['kind']} of {plural(subject['num_virtual_tokens'], 'virtual token')} "
-        f"({subject['numbers']:,} numbers) for {visible(subject['base_model'] or data['model']['class'])}, and {stated}."
+        f"“{visible(subject['name'])}” is a {subject['kind']} of "
+        f"{plural(subject['num_virtual_tokens'], 'virtual token')} ({subject['numbers']:,} numbers) for "
+        f"{visible(subject['base_model'] or data['model']['class'])}, and {stated}."
     )
 
 
 def _task(data: dict[str, Any]) -> str:
     found = data["task"]["summary"]
     return (
-        f"On {plural(found['probes'], 'probe')} of its task the model gives {found['right_with']} right answers with it "
-        f"({percent(found['right_share_with'])}, 95 % interval {interval(found['interval_with'])}) and "
+        f"On {plural(found['probes'], 'probe')} of its task the model gives {found['right_with']} right answers with "
+        f"it ({percent(found['right_share_with'])}, 95 % interval {interval(found['interval_with'])}) and "
         f"{found['right_without']} without it ({percent(found['right_share_without'])}); the loss of the right answer "
         f"goes from {nats(found['loss_without'])} to {nats(found['loss_with'])} nats a token."
     )
 
 
 def _leak(data: dict[str, Any]) -> str:
-    found = max(data["others"], key=lambda other: other["summary"]["changed_share"])
-    summary = found["summary"]
-    where = plural(summary["probes"], "text" if found["are_texts"] else "probe")
+    own, parts = data["task"]["summary"], []
+    for found in data["others"][:MOST_NAMED]:
+        summary = found["summary"]
+        parts.append(
+            f"{summary['changed']} of {summary['probes']} on {visible(found['name'], 40)} ({nats(summary['kl_first'])})"
+        )
     text = (
-        f"On {where} that are not of its task ({visible(found['name'])}) it changes {summary['changed']} greedy answers "
-        f"({percent(summary['changed_share'])}) and moves the first answer token's distribution by "
-        f"{nats(summary['kl_first'])} nats (in its task: {nats(data['task']['summary']['kl_first'])})"
+        f"Elsewhere it changes these greedy answers (and the first token's distribution by so many nats): "
+        f"{', '.join(parts)}; in its task {own['changed']} of {own['probes']} ({nats(own['kl_first'])})"
     )
-    if summary["changed_share"] >= 0.5:
-        return f"{text}: it does not stay with its task, so it must be attached for that one task and no other."
-    if summary["changed_share"] >= 0.1:
-        return f"{text}: it leaks into other tasks, so attach it for its own alone."
-    return f"{text}: on these it hardly acts, which says nothing about texts that were not tried."
+    worst = max(found["summary"]["changed_share"] for found in data["others"])
+    if worst >= 0.5:
+        return f"{text}. It does not stay with its task, so it must be attached for that one task and no other."
+    if worst >= 0.1:
+        return f"{text}. It leaks into other tasks, so attach it for its own alone."
+    return f"{text}. On these it hardly acts, which says nothing about texts that were not tried."
 
 
 def _inside(data: dict[str, Any]) -> str:
@@ -61,10 +68,12 @@ def _inside(data: dict[str, Any]) -> str:
             f"The virtual tokens together get {percent(attention['mean'])} of the attention (an even share would be "
             f"{percent(attention['uniform'])}); "
         )
+    second = without["second_largest_change"]
+    next_one = "" if second is None else f"; the next, {nats(second)}"
     text = (
         f"{part}taking out a single one raises the loss by at most {nats(without['largest_change'])} nats a token "
-        f"(virtual token {without['most_needed']}), and {without['of_little_effect']} of {total} change it by less than "
-        f"{without['little']:g}."
+        f"(virtual token {without['most_needed']}{next_one}), and {without['of_little_effect']} of {total} change it "
+        f"by less than {without['little']:g}."
     )
     return text[0].upper() + text[1:]
 
@@ -117,7 +126,9 @@ def verdicts(data: dict[str, Any]) -> list[dict[str, str]]:
 
 def _other(other: dict[str, Any]) -> tuple[str, str, str]:
     found = other["summary"]
-    result = f"{found['changed']} of {found['probes']} answers changed, {nats(found['kl_first'])} nats at the first token"
+    result = (
+        f"{found['changed']} of {found['probes']} answers changed, {nats(found['kl_first'])} nats at the first token"
+    )
     reading = "0 would mean that it leaves other texts alone."
     if "lost" in found:
         reading += f" Right: {found['right_with']} with it, {found['right_without']} without."
@@ -130,9 +141,10 @@ def _attention(data: dict[str, Any]) -> tuple[str, str, str]:
         return name, "not measured", visible(found["not_measured"], 400)
     return (
         name,
-        f"{percent(found['mean'])} of all, up to {percent(found['largest']['mass'])} (layer {found['largest']['layer']}, "
-        f"head {found['largest']['head']})",
-        f"An even share would be {percent(found['uniform'])}. Attention says where a head reads, not what it does with it.",
+        f"{percent(found['mean'])} of all, up to {percent(found['largest']['mass'])} (layer "
+        f"{found['largest']['layer']}, head {found['largest']['head']})",
+        f"An even share would be {percent(found['uniform'])}. Attention says where a head reads, not what it does with "
+        "it.",
     )
 
 

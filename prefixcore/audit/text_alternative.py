@@ -10,7 +10,7 @@ from ..training.evaluate import is_right
 from .candidates import Candidate, Division, with_text
 from .probes import Probes, most_tokens
 from .progress import Progress
-from .scoring import losses, model_logits, per_text
+from .scoring import losses, model_logits, per_text, vocabulary_size
 from .statistics import sign_test, wilson
 
 CHANCE = 0.05
@@ -97,7 +97,7 @@ def _score_text(model: Any, tokenizer: Any, scored: Sequence[Any], text: str, en
         batch_size=16,
         max_length=room,
     )
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = vocabulary_size(model)
     by_token = losses(model_logits(model), ids, vocabulary, model.device)
     rights = [is_right(answer, example, end) for answer, example in zip(answers, scored, strict=True)]
     score = _score(rights, per_text(by_token, ids), [len(each.completion_ids) for each in ids])

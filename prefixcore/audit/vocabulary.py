@@ -1,13 +1,14 @@
 """Which words virtual tokens are nearest to, and how little that may mean.
 
-A soft prompt's virtual tokens are embeddings, so they are compared with the vocabulary's embeddings. A prefix's are keys
-and values, which no vocabulary has. In the first attention layer, though, a token's key and value follow from the token
-and its position alone: there, and nowhere else, the prefix is compared with what each token of the vocabulary would have
-put in its place. In later layers keys and values follow from a whole text, so there is no list to look them up in.
+A soft prompt's virtual tokens are embeddings, so they are compared with the vocabulary's embeddings. A prefix's are
+keys and values, which no vocabulary has. In the first attention layer, though, a token's key and value follow from the
+token and its position alone: there, and nowhere else, the prefix is compared with what each token of the vocabulary
+would have put in its place. In later layers they follow from a whole text, so there is no list to look them up in.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -160,10 +161,8 @@ class FirstLayer:
             seen.append((call.key, call.value))
             raise _Enough
 
-        try:
+        with suppress(_Enough):
             self.run(ids, virtual=VirtualTokens(place, (), {}), watch=watch)
-        except _Enough:
-            pass
         key, value = (x.transpose(1, 2).flatten(2).float() for x in seen[0])
         return key, value
 

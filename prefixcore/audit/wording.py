@@ -28,9 +28,33 @@ def _character(c: str) -> str:
 
 
 def token(text: str) -> str:
-    """A token, its leading space made visible."""
+    """A token, with spaces at its beginning made visible, and all where there is nothing else."""
     shown = visible(text, 32)
-    return f"␣{shown[1:]}" if shown.startswith(" ") else shown or "(nothing)"
+    rest = shown.lstrip(" ")
+    return "␣" * (len(shown) - len(rest)) + rest or "(nothing)"
+
+
+def facts(value: Any) -> str:
+    """What a file states, without brackets and quotes.
+
+    Examples:
+        >>> facts({"steps": 75, "after training": {"loss": 0.88130455, "examples": 45}})
+        'steps 75; after training (loss 0.8813; examples 45)'
+    """
+    if isinstance(value, dict):
+        parts = [(name, each) for name, each in value.items() if each is not None]
+        return "; ".join(
+            f"{str(name).replace('_', ' ')} " + (f"({facts(each)})" if isinstance(each, (dict, list)) else facts(each))
+            for name, each in parts
+        )
+    if isinstance(value, list):
+        return ", ".join(facts(each) for each in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def small(share: float) -> str:
+    """A probability as a percentage, with what is too little to write."""
+    return f"{100 * share:.2f} %" if share >= 5e-5 else "< 0.01 %"
 
 
 def percent(share: float) -> str:

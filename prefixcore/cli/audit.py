@@ -90,7 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path(f"{arguments.adapter.resolve().name}-audit.html")
     check_out(*targets(out))
     check_libraries()
-    with user_errors(AdapterError, AuditError), user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep"):
+    with (
+        user_errors(AdapterError, AuditError),
+        user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep"),
+    ):
         check_method(read_adapter(arguments.adapter))
     with user_errors(DataError):
         probes, others, examples = read_probes(arguments)

@@ -1,0 +1,101 @@
+"""`prefixcore audit`: what it writes, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def audit(prefixcore, model_folder, data, adapter, tmp_path, monkeypatch):
+    """`audit(*options)` -> (exit code, standard output, standard error), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options, folder=adapter, probe=data):
+        base = ["audit", folder, "--model", model_folder, "--probe", probe, "--limit", 6, "--trials", 2]
+        return prefixcore(*base, *options)
+
+    return call
+
+
+def test_writes_a_page_and_its_json_and_prints_the_summary(audit, tmp_path):
+    code, out, err = audit()
+    assert code == 0, err
+    report = json.loads((tmp_path / "swap-audit.json").read_text())
+    assert out.splitlines() == report["summary"]
+    assert report["settings"]["end"] == "\n"  # as it was trained
+    assert report["task"]["used"] == 6
+    assert "page     swap-audit.html" in err
+    page = (tmp_path / "swap-audit.html").read_text()
+    assert report["summary"][0] in page
+    assert report["task"]["name"] == "swap"
+
+
+def test_a_folder_other_tasks_and_examples(audit, data, tmp_path):
+    other = tmp_path / "upper.jsonl"
+    other.write_text('{"prompt": "a =", "completion": " A"}\n')
+    options = [
+        "--other",
+        other,
+        "--generic",
+        "--examples",
+        data,
+        "--instruction",
+        r"Swap.\n",
+        "--out",
+        "pages",
+        "--json",
+    ]
+    code, out, err = audit(*options)
+    assert code == 0, err
+    report = json.loads(out)
+    assert sorted(path.name for path in (tmp_path / "pages").iterdir()) == ["audit.html", "audit.json"]
+    assert [found["name"] for found in report["others"]] == ["upper", "built-in texts"]
+    assert "Swap.\n" in [each["text"] for each in report["text"]["candidates"]]
+
+
+def test_bad_requests_are_one_line_and_write_nothing(audit, adapter, data, tmp_path, prefixcore, model_folder):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\n')
+    same = tmp_path / "more" / data.name
+    same.parent.mkdir()
+    same.write_text(data.read_text())
+    (tmp_path / "taken" / "audit.html").mkdir(parents=True)
+    for options, message in (
+        ({"probe": tmp_path / "none.jsonl"}, "none.jsonl: no such file"),
+        ({"probe": broken}, "the field 'completion' is missing"),
+        ({"folder": tmp_path / "nowhere"}, "is not a folder"),
+        ({"folder": model_folder}, "not an adapter"),
+        (("--out", adapter / "page.html"), "holds the adapter alone"),
+        (("--out", "taken"), "is a folder"),
+        (("--trials", -1), "--trials must be at least 0"),
+        (("--other", data, "--other", same), "another file has the name"),
+        (("--limit", 0), "must be at least 1"),
+    ):
+        code, out, err = audit(**options) if isinstance(options, dict) else audit(*options)
+        assert code == 2, message
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+        assert not out
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_another_model_is_refused_and_force_is_recorded(audit, tmp_path):
+    import torch
+
+    from tests import tiny
+
+    model = tiny.model(seed=1)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.5)
+    model.save_pretrained(tmp_path / "other-model")
+    tiny.tokenizer().save_pretrained(tmp_path / "other-model")
+    code, _, err = audit("--model", tmp_path / "other-model")
+    assert code == 2
+    assert "model" in err
+    code, _, err = audit("--model", tmp_path / "other-model", "--force")
+    assert code == 0, err
+    report = json.loads((tmp_path / "swap-audit.json").read_text())
+    assert report["subject"]["forced"]
+    assert report["limits"][0].startswith("The model is not the one")
