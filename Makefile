@@ -21,10 +21,12 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
+.PHONY: help demo audit-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
+	@echo "make audit-demo   audit the demo's adapters, trained first if need be, into bench/demo/out/audit/ (ten minutes on two"
+	@echo "             cores); ARGS=--keep puts the page into bench/demo/"
 	@echo "make test    run the tests (under six minutes on two cores); make test-all: also those marked slow, which compile"
 	@echo "             for GPUs, watch memory with sanitizers and try more random cases; make test-slow: these alone"
 	@echo "make test-peft   run PEFT's own tests of its prompt-learning methods, from PyPI, on accelerated models (two minutes;"
@@ -42,6 +44,9 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo $(ARGS)
+
+audit-demo: $(VENV)/.installed
+	$(BIN)/python -m bench.demo.audit $(ARGS)
 
 weights: $(VENV)/.installed
 	$(BIN)/python -c "from bench.demo import base_model; base_model.converted_model()"

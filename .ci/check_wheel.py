@@ -21,7 +21,7 @@ def main(site: Path) -> None:
     package = Path(prefixcore.__file__).resolve().parent
     if package.parent != site.resolve():
         raise SystemExit(f"imported {package}, expected the one under {site}")
-    for pattern in ("_kernels.so", "_host*.so", "_host.pyi", "py.typed"):
+    for pattern in ("_kernels.so", "_host*.so", "_host.pyi", "py.typed", "audit/page.html.j2"):
         if not list(package.glob(pattern)):
             raise SystemExit(f"the wheel lacks prefixcore/{pattern}")
     heavy = {"transformers", "peft", "safetensors", "tqdm", "matplotlib"} & (set(sys.modules) - BROUGHT_BY_TORCH)

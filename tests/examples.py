@@ -35,7 +35,7 @@ def execute(code: str, place: str, names: dict[str, Any]) -> dict[str, Any]:
 def public() -> dict[str, Any]:
     """The public classes and functions, each under the shortest name that it is imported by."""
     found: dict[str, Any] = {}
-    for room in ("prefixcore", "prefixcore.nn", "prefixcore.training", "prefixcore.adapters"):
+    for room in ("prefixcore", "prefixcore.nn", "prefixcore.training", "prefixcore.adapters", "prefixcore.audit"):
         module = importlib.import_module(room)
         for name in module.__all__:
             value = getattr(module, name)

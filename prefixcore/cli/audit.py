@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     with user_errors(DataError):
         probes, others, examples = read_probes(arguments)
     model, tokenizer = open_model(arguments)
-    with user_errors(AdapterError, AuditError, DataError, ValueError, TypeError, NotImplementedError):
+    failures = user_errors(AdapterError, AuditError, DataError, ValueError, TypeError, NotImplementedError)
+    with failures, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
         report = audit(
             model,
             tokenizer,
@@ -115,6 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
             name=arguments.probe.stem,
             show_progress=None,
         )
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            say(f"warning: {warning.message}")
     page, data = report.write(out)
     say(f"page     {page}\njson     {data}")
     results(to_json(report.data, indent=1) if arguments.json else "\n".join(report.data["summary"]))

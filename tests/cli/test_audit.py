@@ -96,6 +96,8 @@ def test_another_model_is_refused_and_force_is_recorded(audit, tmp_path):
     assert "model" in err
     code, _, err = audit("--model", tmp_path / "other-model", "--force")
     assert code == 0, err
+    assert "warning: " in err
+    assert "is loaded all the same" in err
     report = json.loads((tmp_path / "swap-audit.json").read_text())
     assert report["subject"]["forced"]
     assert report["limits"][0].startswith("The model is not the one")
