@@ -24,10 +24,18 @@ FOLDER = Path(os.path.relpath(Path(__file__).parent))
 
 OUT = FOLDER / "out" / "audit"
 TRAINED = {
-    "prefix": ("--method", "prefix", "--init-text", INSTRUCTION_WITH_EXAMPLES, "--steps", "75", "--lr", "2e-3"),
-    "soft-prompt": ("--method", "prompt", "--init-text", INSTRUCTION, "--steps", "100", "--lr", "5e-3"),
+    "capitals-prefix": ("prefix", INSTRUCTION_WITH_EXAMPLES, "75", "2e-3"),
+    "capitals-soft-prompt": ("prompt", INSTRUCTION, "100", "5e-3"),
 }
-"""As in the demo, which chose steps and learning rates by another split."""
+"""Method, text to start from, steps and learning rate: as in the demo, which chose them by another split."""
+
+STATED = {
+    "--task": "country -> capital",
+    "--license": "Apache-2.0",
+    "--intended-use": "To show what virtual tokens do. It is wrong about every third capital: "
+    "nothing to look facts up in.",
+}
+"""What the author says of the adapters, for their manifests."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,11 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     training = write(OUT / "capitals-training.jsonl", capitals.training)
     probes = write(OUT / "capitals.jsonl", capitals.held_out)
     other = write(OUT / "currencies.jsonl", currencies())
-    for name, settings in TRAINED.items():
+    for name, (method, text, steps, rate) in TRAINED.items():
         adapter = OUT / name
         if not adapter.is_dir():
             command = ["train", "--model", model, "--data", str(training), "--eval-data", str(probes)]
-            command += ["--end", task.END, "--batch-size", "8", "--out", str(adapter), *settings]
+            command += ["--end", task.END, "--batch-size", "8", "--out", str(adapter)]
+            command += ["--method", method, "--init-text", text, "--steps", steps, "--lr", rate]
+            command += [part for option in STATED.items() for part in option]
             if code := prefixcore(command):
                 return code
         command = ["audit", str(adapter), "--model", model, "--probe", str(probes), "--other", str(other)]
@@ -55,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             return code
     if options.keep:
         for suffix in ("html", "json"):
-            shutil.copyfile(OUT / f"prefix.{suffix}", FOLDER / f"audit.{suffix}")
+            shutil.copyfile(OUT / f"capitals-prefix.{suffix}", FOLDER / f"audit.{suffix}")
     return 0
 
 

@@ -27,7 +27,7 @@ class Theme:
 
 LIGHT = Theme("#1f2328", "#d1d9e0", "#0072b2", "#d55e00", "#6e7781")
 DARK = Theme("#f0f6fc", "#3d444d", "#56b4e9", "#e69f00", "#9198a1")
-WIDTH = 7.2
+WIDTH = 6.0
 """Inches. A figure keeps its size on a narrow page and is scrolled, so that its text can be read."""
 
 

@@ -243,7 +243,7 @@ def texts(found: dict[str, Any]) -> Picture:
             [each["interval"][1] - share for share, (_, each) in zip(shares, rows, strict=True)],
         ]
         axes.errorbar(shares, range(len(rows)), xerr=errors, fmt="none", ecolor=theme.text, elinewidth=0.9, capsize=2)
-        axes.set_yticks(range(len(rows)), [visible(name, 36) for name, _ in rows])
+        axes.set_yticks(range(len(rows)), [visible(name, 44) for name, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -27,11 +27,17 @@ def limits(data: dict[str, Any]) -> list[str]:
             + "; ".join(visible(each) for each in subject["forced"])
             + "."
         )
+    if (subject["data"] or {}).get("sha256") == task["sha256"]:
+        found.append(
+            "The probes are the adapter's training data, by their digest: it has seen every one of them, so its scores "
+            "say nothing about prompts that it has not."
+        )
+    elif (subject["split"] or {}).get("sha256") == task["sha256"]:
+        found.append("The probes are those that the adapter states it was not trained on, by their digest.")
     for probes in (task, *data["others"]):
         if probes["used"] < probes["given"]:
-            found.append(
-                f"Of {visible(probes['name'], 60)} the first {probes['used']:,} of {probes['given']:,} were used."
-            )
+            some = f"{probes['used']:,} of {probes['given']:,}"
+            found.append(f"Of {visible(probes['name'], 60)} {some} were used: the first, or built-in texts that fit.")
     if task["used"] < 30:
         found.append(f"{plural(task['used'], 'probe')} are few: the interval of the share of right answers is wide.")
     if not data["settings"]["others_given"]:

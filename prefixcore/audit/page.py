@@ -30,6 +30,7 @@ def render(data: dict[str, Any]) -> str:
         interval=wording.interval,
         stated=stated,
         small=wording.small,
+        glue=wording.glue,
     )
     return environment.get_template(TEMPLATE).render(d=data, figures=figures(data))
 

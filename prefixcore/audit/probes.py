@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..hf.families import text_config
-from ..training import DataError, Example, TokenizedExample, tokenize
+from ..training import DataError, Example, TokenizedExample, describe_data, tokenize
 from ..training.data import encode, vocabulary_size
 from .errors import AuditError
 
@@ -27,7 +25,7 @@ class Probes:
     Attributes:
         name: what the page calls them.
         examples, ids: the texts and their tokens.
-        digest: SHA-256 of the texts.
+        digest: SHA-256 of all that were given, by which a manifest names its data too (`describe_data`).
         given: how many there were before the limit.
         are_texts: whether completions are plain continuations, so that nothing is right or wrong.
     """
@@ -65,7 +63,7 @@ def prepare(
     limit: int | None,
     are_texts: bool = False,
 ) -> Probes:
-    """The first `limit` examples as probes.
+    """The first `limit` examples as probes; of texts of no task, those that are short enough.
 
     Raises:
         DataError: a text that the tokenizer cannot encode, or of more tokens than the model has positions for.
@@ -76,10 +74,10 @@ def prepare(
         raise AuditError("there is no probe: an audit needs at least one prompt with its completion")
     used = examples if limit is None else examples[:limit]
     room = most_tokens(model, virtual_tokens)
-    check_length(used, room)
     if are_texts:
-        ids = [continuation(tokenizer, example) for example in used]
+        used, ids = _that_fit(tokenizer, used, room)
     else:
+        check_length(used, room)
         ids = tokenize(tokenizer, used, end=end, max_length=room)
     size = vocabulary_size(model)
     for example, tokens in zip(used, ids, strict=True):
@@ -89,7 +87,7 @@ def prepare(
                 f"{example.source} has the token id {largest:,}, but the model's vocabulary has {size:,}: the "
                 "tokenizer is another model's"
             )
-    return Probes(name, used, ids, digest(used), len(examples), are_texts)
+    return Probes(name, used, ids, describe_data(examples)["sha256"], len(examples), are_texts)
 
 
 def most_tokens(model: Any, virtual_tokens: int) -> int | None:
@@ -109,6 +107,20 @@ def check_length(examples: Sequence[Example], room: int | None) -> None:
             )
 
 
+def _that_fit(
+    tokenizer: Any, examples: Sequence[Example], room: int | None
+) -> tuple[list[Example], list[TokenizedExample]]:
+    """Texts of no task, without those that the model has no positions for."""
+    both = [(example, continuation(tokenizer, example)) for example in examples]
+    kept = [(example, ids) for example, ids in both if room is None or ids.length <= room]
+    if not kept:
+        raise AuditError(
+            f"none of the built-in texts fits into the {room:,} tokens that the model and the virtual tokens leave "
+            "room for; give shorter probes of another task instead"
+        )
+    return [example for example, _ in kept], [ids for _, ids in kept]
+
+
 def continuation(tokenizer: Any, example: Example) -> TokenizedExample:
     """A text and how it goes on, with nothing put at its end."""
     prompt = encode(tokenizer, example.prompt, f"{example.source}: the prompt")
@@ -116,9 +128,3 @@ def continuation(tokenizer: Any, example: Example) -> TokenizedExample:
     if not prompt or not rest:
         raise DataError(f"{example.source}: a text needs at least one token, and one that follows")
     return TokenizedExample(prompt, rest)
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """SHA-256 of the prompts and completions, in order."""
-    lines = [json.dumps([e.prompt, e.completion], ensure_ascii=False) for e in examples]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

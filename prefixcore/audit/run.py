@@ -33,6 +33,7 @@ from .summary import summarize
 from .text_alternative import text_alternative
 from .virtual import VirtualTokens, virtual_tokens
 from .vocabulary import nearest_to_prefix, nearest_to_prompt, start_ids
+from .wording import visible
 
 FORMAT = 1
 """Of the JSON: raised when a field changes its meaning."""
@@ -112,14 +113,15 @@ def audit(
         with load(model, folder, strict=strict) as handle:
             forced = list(handle.forced)
             task = behaviour(handle, tokenizer, own, end, progress, shift)
-            _check_finite(task)
             elsewhere_found = [behaviour(handle, tokenizer, texts, end, progress) for texts in elsewhere]
+            for found in (task, *elsewhere_found):
+                _check_finite(found)
         inside, nearest = _inside(model, tokenizer, adapter.config, own, virtual, task["rows"], progress)
         candidates = _candidates(adapter, instructions, division.shown, nearest, tokenizer, end)
         if nearest and trials and division.shown:
-            found = search(model, tokenizer, nearest, division.shown, end=end, trials=trials, progress=progress)
-            if all(each.text != found for each in candidates):
-                candidates.append(Candidate("searched from the nearest tokens", found))
+            text = search(model, tokenizer, nearest, division.shown, end=end, trials=trials, progress=progress)
+            if all(each.text != text for each in candidates):
+                candidates.append(Candidate("searched from the nearest tokens", text))
         texts = text_alternative(model, tokenizer, own, division, candidates, task["rows"], end, progress)
     finally:
         model.train(was_training)
@@ -142,7 +144,7 @@ def audit(
         **inside,
         "text": texts,
     }
-    return Report(summarize(data))
+    return Report(summarize(rounded(data)))
 
 
 def _inside(
@@ -228,12 +230,21 @@ def _candidates(
     return found
 
 
-def _check_finite(task: dict[str, Any]) -> None:
-    values = [row[name] for row in task["rows"] for name in ("loss_with", "loss_without", "kl_mean", "kl_first")]
+def rounded(value: Any) -> Any:
+    """Plain data whose numbers have six digits that count, for what follows depends on the machine."""
+    if isinstance(value, float):  # what a file states may be NaN, which JSON has no number for
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_finite(found: dict[str, Any]) -> None:
+    values = [row[name] for row in found["rows"] for name in ("loss_with", "loss_without", "kl_mean", "kl_first")]
     if not all(math.isfinite(value) for value in values):
         raise AuditError(
-            "the model's log-probabilities are not finite on the probes: take another dtype (float32), or check the "
-            "adapter's values with `prefixcore inspect`"
+            f"the model's log-probabilities are not finite on {visible(found['name'])}: take another dtype (float32), "
+            "or check the adapter's values with `prefixcore inspect`"
         )
 
 

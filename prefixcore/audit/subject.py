@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters import Adapter
-from .digest import adapter_digest
+from ..adapters import Adapter, adapter_digest
 from .virtual import METHODS, VirtualTokens
 
 

@@ -20,7 +20,7 @@ def summarize(data: dict[str, Any]) -> dict[str, Any]:
 def _what(data: dict[str, Any]) -> str:
     subject = data["subject"]
     task = subject["task"]
-    stated = f"its author states its task as “{visible(task)}”" if task else "nobody has stated its task in it"
+    stated = f"its author states its task as “{visible(task)}”" if task else "it does not say what its task is"
     return (
         f"“{visible(subject['name'])}” is a {subject['kind']} of "
         f"{plural(subject['num_virtual_tokens'], 'virtual token')} ({subject['numbers']:,} numbers) for "
@@ -42,12 +42,11 @@ def _leak(data: dict[str, Any]) -> str:
     own, parts = data["task"]["summary"], []
     for found in data["others"][:MOST_NAMED]:
         summary = found["summary"]
-        parts.append(
-            f"{summary['changed']} of {summary['probes']} on {visible(found['name'], 40)} ({nats(summary['kl_first'])})"
-        )
+        how = f"{summary['changed']} of {summary['probes']} greedy answers"
+        parts.append(f"{how} on {visible(found['name'], 40)} (KL {nats(summary['kl_first'])} nats at the first token)")
     text = (
-        f"Elsewhere it changes these greedy answers (and the first token's distribution by so many nats): "
-        f"{', '.join(parts)}; in its task {own['changed']} of {own['probes']} ({nats(own['kl_first'])})"
+        f"Outside its task it changes {' and '.join(parts)}; in its task {own['changed']} of {own['probes']} "
+        f"(KL {nats(own['kl_first'])})"
     )
     worst = max(found["summary"]["changed_share"] for found in data["others"])
     if worst >= 0.5:
@@ -72,8 +71,8 @@ def _inside(data: dict[str, Any]) -> str:
     next_one = "" if second is None else f"; the next, {nats(second)}"
     text = (
         f"{part}taking out a single one raises the loss by at most {nats(without['largest_change'])} nats a token "
-        f"(virtual token {without['most_needed']}{next_one}), and {without['of_little_effect']} of {total} change it "
-        f"by less than {without['little']:g}."
+        f"(number {without['most_needed']} of 0 to {total - 1}{next_one}), and {without['of_little_effect']} of "
+        f"{total} change it by less than {without['little']:g}."
     )
     return text[0].upper() + text[1:]
 
@@ -183,11 +182,12 @@ def _text_row(data: dict[str, Any]) -> tuple[str, str, str]:
     best = text["candidates"][text["best"]]
     words = {
         "as good": "A text that people can read does as well.",
-        "not told apart": "The adapter is ahead, but not by more than chance gives.",
-        "adapter better": "The adapter is ahead by more than chance gives.",
+        "not told apart": "The adapter is ahead, but not by more than chance may give.",
+        "adapter better": "The adapter is ahead by more than chance is likely to give.",
     }[text["verdict"]]
     return (
         name,
         f"best text {best['right']} of {text['scored']}, adapter {text['adapter']['right']} of {text['scored']}",
-        f"{words} ({text['metric']}, sign test, {p_value(text['p'])})",
+        f"{words} (Sign test of the {text['metric']}: {p_value(text['p'])}.) Its loss is lower than the text's on "
+        f"{text['loss_lower']} of {text['scored']} probes ({p_value(text['loss_p'])}).",
     )

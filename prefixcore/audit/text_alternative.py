@@ -80,8 +80,15 @@ def compare(adapter: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
         metric, one, other = "loss", [-x for x in adapter["losses"]], [-x for x in text["losses"]]
         at_least = text["loss"] <= adapter["loss"]
     p = sign_test(one, other)
+    lower = sum(a < b for a, b in zip(adapter["losses"], text["losses"], strict=True))
     verdict = "as good" if at_least else "not told apart" if p >= CHANCE else "adapter better"
-    return {"metric": metric, "p": p, "verdict": verdict}
+    return {
+        "metric": metric,
+        "p": p,
+        "verdict": verdict,
+        "loss_lower": lower,
+        "loss_p": sign_test(adapter["losses"], text["losses"]),
+    }
 
 
 def _score_text(model: Any, tokenizer: Any, scored: Sequence[Any], text: str, end: str | None) -> dict[str, Any]:

@@ -81,3 +81,8 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 def p_value(p: float) -> str:
     """`p = 0.031`, or `p < 0.001`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def glue(text: str) -> str:
+    """A sentence in which no line breaks before a percent sign."""
+    return text.replace(" %", "\u00a0%")

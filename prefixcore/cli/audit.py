@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         probes, others, examples = read_probes(arguments)
     model, tokenizer = open_model(arguments)
     failures = user_errors(AdapterError, AuditError, DataError, ValueError, TypeError, NotImplementedError)
-    with failures, warnings.catch_warnings(record=True) as caught:
+    too_deep = user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep")
+    with failures, too_deep, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         report = audit(
             model,

@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import peft
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from prefixcore.audit import AuditError, Report, audit
 from prefixcore.audit.wording import visible
 from prefixcore.training import DataError, Example
 from tests import tiny
+from tests.hf.models import make
 
 from .conftest import EXAMPLES
 
@@ -54,7 +56,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        self.text += data.replace("\u00a0", " ")
 
 
 def check(page: str) -> Page:
@@ -115,7 +117,8 @@ def test_a_soft_prompt_and_p_tuning(model, tokenizer, prompt, tmp_path):
 
 def test_what_files_hold_is_text(model, tokenizer, tmp_path):
     with prefixcore.attach(model, prefixcore.PrefixTuningConfig(init_text="ab"), tokenizer=tokenizer) as handle:
-        handle.save(tmp_path / "bad", task=HOSTILE, record={"data": HOSTILE, "end": "\n"})
+        record = {"data": HOSTILE, "end": "\n", "options": {HOSTILE: float("nan"), "b": [float("inf"), None]}}
+        handle.save(tmp_path / "bad", task=HOSTILE, record=record)
     probes = [Example(f"{i}{HOSTILE}"[:90], HOSTILE[:20]) for i in range(4)]
     found = audit(
         model,
@@ -210,6 +213,34 @@ def test_other_methods_are_refused_in_words(model, tokenizer, tmp_path, config, 
         audit(model, tokenizer, tmp_path / "other", EXAMPLES)
 
 
+@pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_an_adapter_that_peft_wrote(model, tokenizer, tmp_path, method):
+    config = getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(0)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "theirs")
+    found = audit(model, tokenizer, tmp_path / "theirs", EXAMPLES[:4], trials=2)
+    assert found.data["subject"]["written_by"] == "PEFT"
+    assert found.data["agreement"]["largest_difference"] < 1e-3
+    check(found.to_html())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("method", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_other_families_and_dtypes(tokenizer, tmp_path, family, method):
+    """A table of few positions, into which not every built-in text fits; soft caps; bfloat16."""
+    other = make(family)
+    other.resize_token_embeddings(98)
+    other.to(torch.bfloat16 if family == "gemma2" else torch.float32)
+    with prefixcore.attach(other, getattr(prefixcore, method)(num_virtual_tokens=3)) as handle:
+        handle.save(tmp_path / "adapter")
+    found = audit(other, tokenizer, tmp_path / "adapter", EXAMPLES[:4], trials=2).data
+    for name in ("agreement", "attention", "leave_one_out", "nearest"):
+        assert "not_measured" not in found[name], name
+    if family == "gpt2":
+        assert 0 < found["others"][0]["used"] < 16
+        assert any("texts that fit" in limit for limit in found["limits"])
+
+
 def test_bad_probes_are_named(model, tokenizer, prefix):
     with pytest.raises(AuditError, match="at least one prompt"):
         audit(model, tokenizer, prefix, [])
@@ -228,7 +259,16 @@ def test_bad_probes_are_named(model, tokenizer, prefix):
 def test_limits_say_what_was_left_out(model, tokenizer, prefix):
     found = audit(model, tokenizer, prefix, EXAMPLES, examples=EXAMPLES[:5], limit=4, trials=0)
     text = " ".join(found.data["limits"])
-    assert "the first 4 of 12 were used" in text
+    assert "Of probes 4 of 12 were used" in text
     assert "4 probes are among the examples" in text
     assert "does not state: its licence, its intended use" in text
     assert "sixteen short texts" in text
+
+
+def test_numbers_that_are_not_finite_are_refused(model, tokenizer, tmp_path):
+    broken = copy.deepcopy(model)
+    with prefixcore.attach(broken, prefixcore.PromptTuningConfig(num_virtual_tokens=2)) as handle:
+        handle.save(tmp_path / "good")
+    broken.lm_head.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+    with pytest.raises(AuditError, match="not finite on probes: take another dtype"):
+        audit(broken, tokenizer, tmp_path / "good", EXAMPLES[:2], trials=0, strict=False)

@@ -69,6 +69,7 @@ def test_verdicts():
     assert compare(score([1, 1, 0]), score([1, 1, 0]))["verdict"] == "as good"
     assert compare(score([1, 1, 0]), score([1, 0, 0]))["verdict"] == "not told apart"
     assert compare(score([1] * 10), score([0] * 10))["verdict"] == "adapter better"
+    assert compare(score([1] * 6, [1.0] * 5 + [3.0]), score([1] * 6, [2.0] * 6))["loss_lower"] == 5
     by_loss = compare(score([0] * 10, [1.0] * 10), score([0] * 10, [2.0] * 10))
     assert by_loss["metric"] == "loss"
     assert by_loss["verdict"] == "adapter better"
