@@ -1,0 +1,132 @@
+"""What the front makes of a request for an adapter: P placeholders before its tokens, and the adapter in its salt.
+
+Pure functions of JSON: which requests are refused, and how the others go on to vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .front_adapters import Served
+from .openai_errors import Refusal
+from .salt import SCHEME, make_salt
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+_DROP = "makes vLLM compute the prompt's positions anew, without the adapter's prefix, so the answer would be wrong"
+_REFUSED = {
+    "echo": f"echo {_DROP}; leave it out, and put the prompt before the answer yourself",
+    "prompt_logprobs": f"prompt_logprobs {_DROP}; leave it out, or ask the base model",
+    "use_beam_search": "use_beam_search is not offered for an adapter, for it was not checked there; leave it out",
+    "prompt_embeds": "prompt_embeds cannot be combined with an adapter; send text or token ids",
+    "kv_transfer_params": "kv_transfer_params cannot be given for an adapter: the front uses them itself; leave it out",
+    "ec_transfer_params": "ec_transfer_params cannot be given for an adapter; leave it out",
+}
+_RENDERED = ("truncate_prompt_tokens", "truncation_side", "suffix")
+"""Fields that the tokens already heed; heeded again they would cut the placeholders off."""
+
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
+
+
+def check_salts(body: Any) -> None:
+    """Raises Refusal if a request brings a salt that names an adapter: that is for the front alone to say."""
+    for salt in _salts(body):
+        if isinstance(salt, str) and salt.startswith(SCHEME):
+            raise Refusal(
+                f"cache_salt: one that begins with {SCHEME!r} names an adapter, which a request does by its model; "
+                "write the adapter's name as the model, and a salt of your own, or none",
+                param="cache_salt",
+                code="reserved_cache_salt",
+            )
+
+
+def _salts(value: Any) -> Iterator[Any]:
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            if "cache_salt" in found:
+                yield found["cache_salt"]
+            waiting += found.values()
+        elif isinstance(found, list) and found and isinstance(found[0], (dict, list)):
+            waiting += found
+
+
+def check_request(body: Mapping[str, Any], path: str) -> None:
+    """Raises Refusal if an adapter cannot answer this request rightly."""
+    for field, why in _REFUSED.items():
+        value = body.get(field)
+        if value is not None and value is not False:
+            raise Refusal(why, param=field, code="unsupported_with_adapter")
+    own = body.get("cache_salt")
+    if own is not None and not isinstance(own, str):
+        raise Refusal(f"cache_salt: expected a text, got {type(own).__name__}", param="cache_salt")
+    if path == CHAT:
+        for message in body.get("messages") or ():
+            content = message.get("content") if isinstance(message, dict) else None
+            for part in content if isinstance(content, list) else ():
+                kind = part.get("type", "text") if isinstance(part, dict) else "text"
+                if kind not in _TEXT_PARTS:
+                    raise Refusal(
+                        f"messages: a part of type {kind!r} cannot be read together with an adapter; send text alone",
+                        param="messages",
+                        code="unsupported_with_adapter",
+                    )
+
+
+def render_request(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The request whose tokens vLLM is asked for: the same, to the base model, all at once."""
+    return {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}
+
+
+def rendered_ids(rendered: Any) -> list[list[int]]:
+    """The token ids of each prompt in what vLLM has rendered.
+
+    Raises:
+        Refusal: it is not what vLLM 0.32 answers.
+    """
+    prompts = rendered if isinstance(rendered, list) else [rendered]
+    found = [prompt.get("token_ids") if isinstance(prompt, dict) else None for prompt in prompts]
+    if not found or not all(isinstance(ids, list) and ids and all(type(i) is int for i in ids) for ids in found):
+        raise Refusal(
+            "vLLM did not say which tokens the prompt has; this front is made for vLLM 0.32", status=500, code="render"
+        )
+    if any(prompt.get("features") for prompt in prompts):
+        raise Refusal(
+            "images, audio and video cannot be read together with an adapter; send text alone",
+            code="unsupported_with_adapter",
+        )
+    return found
+
+
+def with_adapter(
+    body: Mapping[str, Any], path: str, adapter: Served, prompts: list[list[int]], placeholder: int
+) -> dict[str, Any]:
+    """The request that goes on to vLLM.
+
+    Args:
+        body: the caller's.
+        path: `COMPLETIONS` or `CHAT`.
+        adapter: the one that its model names.
+        prompts: the token ids of each prompt, as vLLM renders them.
+        placeholder: the token id that stands P times before each.
+
+    Examples:
+        >>> from prefixcore.serving.front_adapters import Served
+        >>> from prefixcore.serving.front_requests import COMPLETIONS, with_adapter
+        >>> capitals = Served("capitals", "0" * 64, num_virtual_tokens=2)
+        >>> with_adapter({"model": "capitals", "prompt": "Peru ->"}, COMPLETIONS, capitals, [[7, 8]], 0)["prompt"]
+        [[0, 0, 7, 8]]
+    """
+    result = {name: value for name, value in body.items() if name != "model" and name not in _RENDERED}
+    ids = [[placeholder] * adapter.num_virtual_tokens + prompt for prompt in prompts]
+    if path == CHAT:  # what vLLM's decode stage is handed by its prefill stage: the tokens of these messages
+        result["kv_transfer_params"] = {"prompt_token_ids": ids[0]}
+    else:
+        result["prompt"] = ids
+    try:
+        result["cache_salt"] = make_salt(adapter.name, adapter.digest, body.get("cache_salt"))
+    except ValueError as error:
+        raise Refusal(str(error), param="cache_salt") from error
+    return result

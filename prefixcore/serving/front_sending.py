@@ -1,0 +1,127 @@
+"""The answer to an adapter's request on its way to the client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from .asgi import Message, Send, sized
+from .front_adapters import Served
+from .front_answers import Answered, Lines, to_json
+from .openai_errors import Refusal
+
+
+class AdapterSend:
+    """An ASGI `send` that corrects what passes through it.
+
+    A whole answer is kept until it is complete; a stream passes line by line. An answer that says that the server has
+    failed gets words.
+
+    Args:
+        send: the client's.
+        answered: the request.
+        explain: why vLLM has failed a request for an adapter.
+        hold_failure: keep a failure, so that the request can be tried again.
+
+    Attributes:
+        is_held: whether a failure is kept, and nothing was sent.
+    """
+
+    def __init__(
+        self, send: Send, answered: Answered, explain: Callable[[Served], str], *, hold_failure: bool = False
+    ) -> None:
+        self._send, self._answered, self._explain = send, answered, explain
+        self._hold_failure = hold_failure
+        self._start: Message = {}
+        self._body = b""
+        self._lines = Lines()
+        self._is_stream = self._is_sent = False
+        self.is_held = False
+
+    async def __call__(self, message: Message) -> None:
+        """Takes the next message of the application."""
+        if message["type"] == "http.response.start":
+            self._start = message
+            types = [value for name, value in message.get("headers", []) if name.lower() == b"content-type"]
+            self._is_stream = any(value.startswith(b"text/event-stream") for value in types)
+            adapter = self._answered.adapter
+            named = [
+                (b"x-prefixcore-adapter", adapter.name.encode()),
+                (b"x-prefixcore-digest", adapter.digest.encode()),
+            ]
+            message["headers"] = [*message.get("headers", []), *named]
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._is_stream:
+            await self._pass(message.get("body", b""), more=message.get("more_body", False))
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._whole()
+
+    async def release(self) -> None:
+        """Sends the failure that is held."""
+        self.is_held = self._hold_failure = False
+        if self._is_stream:
+            await self._pass(self._body, more=False)
+        else:
+            await self._whole()
+
+    async def _whole(self) -> None:
+        if self._start["status"] >= 500:
+            if self._hold_failure:
+                self.is_held = True
+                return
+            await self._whole_body(to_json(self._failure().body()))
+            return
+        try:
+            await self._whole_body(to_json(self._answered.correct(json.loads(self._body))))
+        except ValueError:
+            await self._whole_body(self._body)
+
+    async def _whole_body(self, body: bytes) -> None:
+        await self._send({**self._start, "headers": sized(self._start["headers"], body)})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _pass(self, piece: bytes, *, more: bool) -> None:
+        if self.is_held:
+            self._body += piece
+            return
+        lines = []
+        for line in self._lines.feed(piece, last=not more):
+            if _is_failure(line):
+                if self._hold_failure and not self._is_sent and not any(lines):
+                    self.is_held, self._body = True, line + b"\n"
+                    continue
+                line = b"data: " + to_json(self._failure().body())
+            if self.is_held:
+                self._body += line + b"\n"
+            else:
+                lines.append(self._answered.event(line))
+        if self.is_held or (more and not lines):
+            return
+        await self._begin()
+        await self._send(
+            {"type": "http.response.body", "body": b"".join(line + b"\n" for line in lines), "more_body": more}
+        )
+
+    async def _begin(self) -> None:
+        if not self._is_sent:
+            self._is_sent = True
+            await self._send(self._start)
+
+    def _failure(self) -> Refusal:
+        return Refusal(self._explain(self._answered.adapter), status=500, param="model", code="adapter_failed")
+
+
+def _is_failure(line: bytes) -> bool:
+    """Whether a line of a stream says that the server has failed."""
+    if not line.startswith(b"data:") or b'"error"' not in line:
+        return False
+    try:
+        answer = json.loads(line[len(b"data:") :])
+    except ValueError:
+        return False
+    error = answer.get("error") if isinstance(answer, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    return isinstance(code, int) and code >= 500
