@@ -83,7 +83,7 @@ async def ask(app: App, scope: Scope, method: str, path: str, body: bytes = b"")
     """What the application answers to another request of the same client, with its headers and so its API key."""
     found = Answer()
     kept = [(name, value) for name, value in scope["headers"] if name.lower() != b"accept-encoding"]
-    inner = {
+    inner: Scope = {
         **scope,
         "headers": kept,
         "method": method,

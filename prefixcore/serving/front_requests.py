@@ -97,7 +97,7 @@ def rendered_ids(rendered: Any) -> list[list[int]]:
             "images, audio and video cannot be read together with an adapter; send text alone",
             code="unsupported_with_adapter",
         )
-    return found
+    return [ids for ids in found if ids]
 
 
 def with_adapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from urllib.parse import quote
 
 from .asgi import Message, Send, sized
 from .front_adapters import Served
@@ -45,11 +46,11 @@ class AdapterSend:
             types = [value for name, value in message.get("headers", []) if name.lower() == b"content-type"]
             self._is_stream = any(value.startswith(b"text/event-stream") for value in types)
             adapter = self._answered.adapter
-            named = [
-                (b"x-prefixcore-adapter", adapter.name.encode()),
+            message["headers"] = [
+                *message.get("headers", []),
+                (b"x-prefixcore-adapter", quote(adapter.name).encode()),
                 (b"x-prefixcore-digest", adapter.digest.encode()),
             ]
-            message["headers"] = [*message.get("headers", []), *named]
         elif message["type"] != "http.response.body":
             await self._send(message)
         elif self._is_stream:
@@ -87,7 +88,7 @@ class AdapterSend:
         if self.is_held:
             self._body += piece
             return
-        lines = []
+        lines: list[bytes] = []
         for line in self._lines.feed(piece, last=not more):
             if _is_failure(line):
                 if self._hold_failure and not self._is_sent and not any(lines):
@@ -101,9 +102,8 @@ class AdapterSend:
         if self.is_held or (more and not lines):
             return
         await self._begin()
-        await self._send(
-            {"type": "http.response.body", "body": b"".join(line + b"\n" for line in lines), "more_body": more}
-        )
+        body = b"".join(line + b"\n" for line in lines)
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _begin(self) -> None:
         if not self._is_sent:

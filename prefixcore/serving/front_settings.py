@@ -31,11 +31,11 @@ def connector_settings(scope: Scope) -> FrontSettings:
         Refusal: it is not vLLM's server, or it has no connector of ours.
     """
     config: Any = getattr(getattr(scope.get("app"), "state", None), "vllm_config", None)
-    transfer = getattr(config, "kv_transfer_config", None)
+    transfer: Any = getattr(config, "kv_transfer_config", None)
     if getattr(transfer, "kv_connector", None) != "PrefixConnector":
         raise Refusal(
-            "prefixcore's front is a middleware of a vLLM server with prefixcore's connector, which this server has not: "
-            "start it with prefixcore serve, or give --kv-transfer-config as docs/guides/serving.md says",
+            "prefixcore's front is a middleware of a vLLM server with prefixcore's connector, which this server "
+            "has not: start it with prefixcore serve, or give --kv-transfer-config as docs/guides/serving.md says",
             status=500,
             code="no_connector",
         )
