@@ -1,4 +1,7 @@
-"""The command line: `prefixcore train | generate | inspect | verify | audit | bake | convert | list | add | doctor`."""
+"""The command line.
+
+`prefixcore train | generate | inspect | verify | audit | bake | convert | list | add | serve | doctor`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import _interrupt
-from .cli import add, audit, bake, convert, doctor, generate, inspect, output, train, verify
+from .cli import add, audit, bake, convert, doctor, generate, inspect, output, serve, train, verify
 from .cli import list as list_
 from .cli.common import INTERRUPTED, USER_ERROR
 from .cli.failures import message
@@ -24,6 +27,7 @@ COMMANDS = {
     "convert": convert,
     "list": list_,
     "add": add,
+    "serve": serve,
     "doctor": doctor,
 }
 

