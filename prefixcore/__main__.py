@@ -1,6 +1,6 @@
 """The command line.
 
-`prefixcore train | generate | inspect | verify | audit | bake | convert | list | add | serve | doctor`.
+`prefixcore train | generate | inspect | verify | audit | bake | convert | list | add | serve | validate-serving | doctor`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import _interrupt
-from .cli import add, audit, bake, convert, doctor, generate, inspect, output, serve, train, verify
+from .cli import add, audit, bake, convert, doctor, generate, inspect, output, serve, train, validate_serving, verify
 from .cli import list as list_
 from .cli.common import INTERRUPTED, USER_ERROR
 from .cli.failures import message
@@ -28,6 +28,7 @@ COMMANDS = {
     "list": list_,
     "add": add,
     "serve": serve,
+    "validate-serving": validate_serving,
     "doctor": doctor,
 }
 

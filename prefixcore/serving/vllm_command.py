@@ -108,7 +108,7 @@ def vllm_command(
     if "--served-model-name" not in given and Path(model).is_dir():
         command += ["--served-model-name", served_name(model)]
     command += ["--kv-transfer-config", json.dumps(connector), "--middleware", FRONT]
-    return [*command, "--enable-prefix-caching", "--enable-scale-out", *arguments]
+    return [*command, "--enable-prefix-caching", "--enable-scale-out", "--enable-prompt-tokens-details", *arguments]
 
 
 def served_name(model: str) -> str:

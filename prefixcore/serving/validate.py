@@ -1,0 +1,294 @@
+"""Whether a server answers with each adapter of a registry as transformers does: a server is found out, not trusted.
+
+It may be any with OpenAI's interface. Each check asks it over HTTP and holds what comes to a reference.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from .client import ServingError
+from .validate_judge import Judge, Judgement, largest
+from .validate_probes import Probes
+from .validate_reference import Reference
+from .validate_server import Answered, Asker
+
+PASSED, FAILED, UNTOLD, UNTESTED = "passed", "FAILED", "cannot tell", "not tested"
+_AT_ONCE = 8
+_MOST_LEAKS = 8
+"""Adapters of the leak check, which asks each text under each of them, and under none, twice."""
+
+
+@dataclass
+class Line:
+    """One line of the report.
+
+    Attributes:
+        check: which check.
+        subject: the adapter, or what else it is about.
+        verdict: `PASSED`, `FAILED`, `UNTOLD` or `UNTESTED`.
+        detail: in words.
+        numbers: what was counted and measured.
+    """
+
+    check: str
+    subject: str
+    verdict: str
+    detail: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Validation:
+    """The checks of one server.
+
+    Attributes:
+        asker: of the server.
+        reference: what is right.
+        probes: the prompts of each adapter.
+        digests: of each adapter.
+        base: the server's name of the bare model; None: it has none, or it is not known.
+        cards: what the server says of its models; None: it lists none.
+        tolerance: of log-probabilities; None: by the reference's dtype.
+        progress: told what is done.
+    """
+
+    asker: Asker
+    reference: Reference
+    probes: Mapping[str, Probes]
+    digests: Mapping[str, str]
+    base: str | None = None
+    cards: list[dict[str, Any]] | None = None
+    tolerance: float | None = None
+    progress: Callable[[str], object] = lambda text: None
+
+    def run(self) -> list[Line]:
+        """All checks; what the server answers is never an exception, but a line."""
+        self.judge = Judge(self.reference, self.tolerance)
+        lines = list(self._unknown_model())
+        served = []
+        for name in self.probes:
+            self.progress(f"{name}: tokens, log-probabilities, stream, chat, refusals")
+            found = self._served(name)
+            lines.append(found)
+            if found.verdict == PASSED:
+                served.append(name)
+                lines += [*self._answers(name), *self._dropped(name)]
+        lines += self._bare()
+        self.progress("the same texts under several adapters and under none")
+        lines += self._leaks(served)
+        return lines
+
+    # -- the checks
+
+    def _unknown_model(self) -> Iterator[Line]:
+        name = f"no-such-model-{secrets.token_hex(4)}"
+        check, subject = "unknown model", "a name that there is not"
+        try:
+            self.asker.complete(name, "x")
+        except ServingError as error:
+            if error.status is not None and 400 <= error.status < 500:
+                yield Line(check, subject, PASSED, "refused")
+            else:
+                yield Line(check, subject, FAILED, str(error))
+            return
+        yield Line(check, subject, FAILED, "it is answered: the server answers with some model, whatever is asked for")
+
+    def _served(self, name: str) -> Line:
+        cards = {card.get("id"): card for card in self.cards or ()}
+        stated = (cards.get(name) or {}).get("digest")
+        expected = self.digests[name]
+        numbers = {"digest": expected, "listed": None if self.cards is None else name in cards}
+        if stated is not None and stated != expected:
+            what = f"the server has the digest {str(stated)[:12]}, the folder {expected[:12]}"
+            return Line("served", name, FAILED, what, {**numbers, "server digest": stated})
+        try:
+            self.asker.complete(name, self.probes[name].prompts[0])
+        except ServingError as error:
+            return Line("served", name, FAILED, str(error), numbers)
+        how = "by this digest" if stated else "listed" if numbers["listed"] else "not listed"
+        return Line("served", name, PASSED, how, numbers)
+
+    def _answers(self, name: str) -> Iterator[Line]:
+        probes = self.probes[name]
+        judged, telling = [], 0
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            answers = list(pool.map(lambda prompt: self._try(self.asker.complete, name, prompt), probes.prompts))
+        wrong: list[str] = []
+        for prompt, answer in zip(probes.prompts, answers, strict=True):
+            if isinstance(answer, str):
+                wrong.append(answer)
+                continue
+            ids = self.reference.ids(prompt)
+            found = self.judge.judge(name, ids, answer, self.asker.tokens)
+            judged.append(found)
+            telling += not self._equal(name, None, ids)
+            if not found.is_right(self.judge.tolerance):
+                whose = self.judge.whose(name, ids, answer, self.asker.tokens)
+                wrong.append(f"{prompt[-30:]!r}: {_wrong(found, self.judge.tolerance)}; {whose}")
+        numbers = {
+            "prompts": len(probes.prompts),
+            "prompts from": probes.source,
+            "wrong prompts": len(wrong),
+            "tokens": sum(one.tokens for one in judged),
+            "wrong tokens": sum(one.wrong for one in judged),
+            "largest difference of log-probabilities": largest(one.largest for one in judged),
+            "prompts that the adapter changes": telling,
+        }
+        if wrong:
+            yield Line("answers", name, FAILED, wrong[0], numbers)
+        elif not telling:
+            what = "the adapter changes none of these prompts' answers, so that it acts cannot be seen: give --prompts"
+            yield Line("answers", name, UNTOLD, what, numbers)
+        else:
+            yield Line("answers", name, PASSED, "", numbers)
+        yield self._one("stream", name, self.asker.stream, probes.prompts[0], self.reference.ids(probes.prompts[0]))
+        chat = self.reference.chat_ids(probes.prompts[0])
+        if chat is None:
+            yield Line("chat", name, UNTESTED, "the tokenizer has no chat template")
+        else:
+            yield self._one("chat", name, self.asker.chat, probes.prompts[0], chat)
+
+    def _one(self, check: str, name: str, ask: Callable[..., Answered], prompt: str, ids: list[int]) -> Line:
+        answer = self._try(ask, name, prompt)
+        if isinstance(answer, str):
+            return Line(check, name, FAILED, answer)
+        found = self.judge.judge(name, ids, answer, self.asker.tokens)
+        numbers = {"tokens": found.tokens, "wrong tokens": found.wrong}
+        if found.is_right(self.judge.tolerance):
+            return Line(check, name, PASSED, "", numbers)
+        whose = self.judge.whose(name, ids, answer, self.asker.tokens)
+        return Line(check, name, FAILED, f"{_wrong(found, self.judge.tolerance)}; {whose}", numbers)
+
+    def _dropped(self, name: str) -> Iterator[Line]:
+        """What makes a server compute the prompt anew must be refused, or answered with the prefix all the same."""
+        prompt = next(
+            (p for p in self.probes[name].prompts if not self._equal(name, None, self.reference.ids(p))), None
+        )
+        for what, options in (("echo with logprobs", {"echo": True}), ("prompt_logprobs", {"prompt_logprobs": 1})):
+            if prompt is None:
+                yield Line("dropped prefix", f"{name}, {what}", UNTOLD, "the adapter changes none of these answers")
+                continue
+            ids = self.reference.ids(prompt)
+            try:
+                answer = self.asker.complete(name, prompt, **options)
+            except ServingError as error:
+                is_refused = error.status is not None and 400 <= error.status < 500
+                yield Line(
+                    "dropped prefix",
+                    f"{name}, {what}",
+                    PASSED if is_refused else FAILED,
+                    "refused" if is_refused else str(error),
+                )
+                continue
+            if "echo" in options:  # the prompt stands before the answer, and its tokens may among the answer's
+                answer = Answered(answer.text.removeprefix(prompt), finish=answer.finish)
+            found = self.judge.judge(name, ids, answer, self.asker.tokens)
+            if found.is_right(self.judge.tolerance):
+                yield Line("dropped prefix", f"{name}, {what}", PASSED, "answered with the prefix")
+            else:
+                whose = self.judge.whose(name, ids, answer, self.asker.tokens)
+                yield Line("dropped prefix", f"{name}, {what}", FAILED, f"answered without being right: {whose}")
+
+    def _bare(self) -> Iterator[Line]:
+        if self.base is None:
+            yield Line("bare model", "-", UNTESTED, "the server lists no bare model; name it with --base")
+            return
+        prompts = list(dict.fromkeys(probes.prompts[0] for probes in self.probes.values()))[:5]
+        for prompt in prompts:
+            answer = self._try(self.asker.complete, self.base, prompt)
+            ids = self.reference.ids(prompt)
+            if isinstance(answer, str):
+                yield Line("bare model", self.base, FAILED, answer)
+                return
+            found = self.judge.judge(None, ids, answer, self.asker.tokens)
+            if not found.is_right(self.judge.tolerance):
+                whose = self.judge.whose(None, ids, answer, self.asker.tokens)
+                yield Line("bare model", self.base, FAILED, f"{_wrong(found, self.judge.tolerance)}; {whose}")
+                return
+        yield Line("bare model", self.base, PASSED, "", {"prompts": len(prompts)})
+
+    def _leaks(self, served: list[str]) -> Iterator[Line]:
+        """The same text under each adapter and under none, at once and twice, so that caches are hit."""
+        names: list[str | None] = [*served[:_MOST_LEAKS]]
+        if self.base is not None:
+            names.append(None)
+        if len(names) < 2:
+            yield Line("leak", "-", UNTESTED, "it takes two adapters, or one and the bare model")
+            return
+        texts = self._shared_texts()
+        jobs = [(text, name) for _ in range(2) for text in texts for name in names]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            answers = list(
+                pool.map(
+                    lambda job: self._try(self.asker.complete, self.base if job[1] is None else job[1], job[0]), jobs
+                )
+            )
+        wrong, cached, apart = [], 0, 0
+        for (text, name), answer in zip(jobs, answers, strict=True):
+            if isinstance(answer, str):
+                wrong.append(f"{name or self.base}: {answer}")
+                continue
+            ids = self.reference.ids(text)
+            cached += bool(answer.cached)
+            apart += any(not self._equal(name, other, ids) for other in names if other != name)
+            if not self.judge.is_right(name, ids, answer, self.asker.tokens):
+                wrong.append(f"{name or self.base}: {self.judge.whose(name, ids, answer, self.asker.tokens)}")
+        numbers = {
+            "requests": len(jobs),
+            "wrong": len(wrong),
+            "texts": len(texts),
+            "adapters": len(served[:_MOST_LEAKS]),
+        }
+        numbers["answers that a cache helped with"] = cached
+        subject = f"{len(names)} models, {len(texts)} texts"
+        if wrong:
+            yield Line("leak", subject, FAILED, f"{len(wrong)} of {len(jobs)} answers are wrong; {wrong[0]}", numbers)
+        elif not apart:
+            yield Line("leak", subject, UNTOLD, "these adapters give these texts the same answers", numbers)
+        else:
+            yield Line("leak", subject, PASSED, "", numbers)
+
+    def _shared_texts(self) -> list[str]:
+        """A short text, and one that fills blocks of a cache, as far as the model has room."""
+        first = next(iter(self.probes.values())).prompts[0]
+        positions = getattr(self.reference.model.config, "max_position_embeddings", None) or 1024
+        longest = max((int(card.get("num_virtual_tokens") or 0) for card in self.cards or ()), default=0)
+        room = min(300, positions - longest - self.asker.tokens - 64) - len(self.reference.ids(first))
+        text = first
+        while len(self.reference.ids(f"{first} {text}")) < room:
+            text = f"{first} {text}"
+        return [first, text] if text != first else [first]
+
+    # -- what they share
+
+    def _equal(self, name: str | None, other: str | None, ids: list[int]) -> bool:
+        """Whether two models' answers to a prompt cannot be told apart by their first few tokens."""
+        known = self._known
+        for one in (name, other):
+            if (one, tuple(ids)) not in known:
+                known[one, tuple(ids)] = self.reference.continuation(one, ids, 4)
+        (first, scores), (second, others) = known[name, tuple(ids)], known[other, tuple(ids)]
+        if first != second:
+            return False
+        return all(abs(a - b) <= 2 * self.judge.tolerance for a, b in zip(scores, others, strict=True))
+
+    def __post_init__(self) -> None:
+        self._known: dict[tuple[str | None, tuple[int, ...]], tuple[list[int], list[float]]] = {}
+
+    @staticmethod
+    def _try(ask: Callable[..., Answered], model: str, prompt: str) -> Answered | str:
+        try:
+            return ask(model, prompt)
+        except ServingError as error:
+            return str(error)
+
+
+def _wrong(found: Judgement, tolerance: float) -> str:
+    if found.wrong:
+        return f"{found.wrong} of {found.tokens} tokens are wrong, {found.detail}"
+    return f"log-probabilities differ by up to {found.largest:.3g}, more than {tolerance:g}"
