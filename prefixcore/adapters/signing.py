@@ -7,8 +7,8 @@ adapter passes over it, and writing another adapter in its place takes it away.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +51,37 @@ def check_signature(folder: Path, public_key: Path, signature: Path | None = Non
     try:
         verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(folder, signature)
     except Exception as error:  # of any kind: of JSON, protobuf, cryptography
-        raise AdapterError(f"{signature}: {_in_words(error)}") from error
+        raise AdapterError(f"{signature}: {_in_words(error, folder, signature, bundle)}") from error
     signed = _signed_files(bundle)
     if MANIFEST_FILE not in signed:
         raise AdapterError(f"{signature}: does not cover {MANIFEST_FILE}, by which the other files are known")
     return f"{len(signed)} files signed with the key of {public_key}"
 
 
-def _signed_files(bundle: bytes) -> list[str]:
-    """The names in a signature that has been checked."""
+def _signed_files(bundle: bytes) -> dict[str, str]:
+    """The digests of the signed files by their names; of a file that was signed in pieces, that of its last one."""
     try:
         payload: Any = json.loads(base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))
-        return [str(resource["name"]).partition(":")[0] for resource in payload["predicate"]["resources"]]
+        resources = payload["predicate"]["resources"]
+        return {str(resource["name"]).partition(":")[0]: str(resource["digest"]) for resource in resources}
     except (ValueError, KeyError, TypeError):
-        return []
+        return {}
 
 
-def _in_words(error: Exception) -> str:
-    """What `model-signing` found, without its values."""
+def _in_words(error: Exception, folder: Path, signature: Path, bundle: bytes) -> str:
+    """What `model-signing` found, in fewer words."""
     text = " ".join(str(error).split())
     if text.startswith("Key mismatch"):
         return "was made with another key"
-    if text.startswith("Signature mismatch"):
-        changed = re.findall(r"Hash mismatch for '([^']*)'", text)
-        parts = [f"{name} is not the file that was signed" for name in changed]
-        for found, what in (("Extra", "was not signed"), ("Missing", "was signed and is missing")):
-            for names in re.findall(rf"{found} files [^:]*: ([^\"]*)", text):
-                parts.append(f"{names} {what}")
+    if text.startswith("Signature mismatch"):  # so the signature itself is right, and says what was signed
+        signed, parts = _signed_files(bundle), []
+        there = {path.name for path in folder.iterdir() if path.absolute() != signature.absolute()}
+        for name in sorted(signed.keys() | there):
+            if name not in there:
+                parts.append(f"{name} was signed and is missing")
+            elif name not in signed:
+                parts.append(f"{name} was not signed")
+            elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != signed[name]:
+                parts.append(f"{name} is not the file that was signed")
         return "; ".join(parts) or "is of other files"
     return f"is damaged, or no signature ({type(error).__name__}: {text[:200]})"
