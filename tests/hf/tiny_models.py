@@ -188,6 +188,7 @@ _ALSO: dict[str, dict[str, Any]] = {
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "chameleon": {"vocabulary_map": {"<image>": 90, "IMGIMGA": 91}, "image_token_id": 90},
+    "deepseek_v3": {"qk_head_dim": 2 * HEAD_DIM},  # read in transformers 5.13; computed since
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 64},
     "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
