@@ -225,7 +225,7 @@ class Validation:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             answers = list(
                 pool.map(
-                    lambda job: self._try(self.asker.complete, self.base if job[1] is None else job[1], job[0]), jobs
+                    lambda job: self._try(self.asker.complete, job[1] or str(self.base), job[0]), jobs
                 )
             )
         wrong, cached, apart = [], 0, 0
