@@ -25,21 +25,10 @@ def stated_positions(model: Any) -> int | None:
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions the model can be run with; None: it computes them, without a limit.
+    """How many positions the model can be run with; None: it computes them, without a limit."""
+    from ..hf.position_table import position_limit
 
-    A model of a family that is not known has a table of positions if one of its tables, besides that of the tokens,
-    has as many rows as it states positions, or a few more (OPT has two).
-    """
-    from torch import nn
-
-    from ..hf.families import is_known, position_limit
-
-    stated = stated_positions(model)
-    if is_known(model) or stated is None:
-        return position_limit(model)
-    words = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
-    return stated if any(stated <= table.num_embeddings <= stated + 2 for table in tables) else None
+    return position_limit(model)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +23,10 @@ from .families import is_known
 from .heads import Heads
 from .patch import ATTACHMENT
 from .positions import argument_names
+from .undone import UndoneAfterBlock
 
 
-class Handle:
+class Handle(UndoneAfterBlock):
     """A prefix or a soft prompt on a model. As a context manager it detaches at the end of the block.
 
     Attributes:
@@ -225,12 +225,7 @@ class Handle:
         self.heads.detach()
         uninstall(self._bank)
 
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _take_back(self) -> None:
         self.detach()
 
     def __repr__(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -28,9 +27,10 @@ from .devices import device_of
 from .handle import Handle
 from .loading import Target
 from .refusals import warn_of_dropout
+from .undone import UndoneAfterBlock
 
 
-class PromptBank:
+class PromptBank(UndoneAfterBlock):
     """Several adapters on a model: prefixes and soft prompts, of any lengths.
 
     Every call says by `task_ids` which adapter each batch row is for: `model(**batch, task_ids=["capitals", None])`,
@@ -186,12 +186,7 @@ class PromptBank:
     def __len__(self) -> int:
         return len(self._bank.adapters)
 
-    def __enter__(self) -> PromptBank:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _take_back(self) -> None:
         self.detach()
 
     def __repr__(self) -> str:

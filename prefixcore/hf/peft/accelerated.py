@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ..active import activate
 from ..families import is_known
 from ..positions import past_length, query_length
 from ..tasks import TASK_IDS
+from ..undone import UndoneAfterBlock
 from .checkpointing import checkpointing_hidden
 from .methods import active_config, is_prefix, method
 from .prefix import PeftBank
@@ -26,7 +26,7 @@ ACCELERATED = "_prefixcore_accelerated"
 _METHODS = ("forward", "generate", "add_adapter", "load_adapter")
 
 
-class Accelerated:
+class Accelerated(UndoneAfterBlock):
     """A PeftModel on prefixcore's ops. As a context manager it is undone at the end of the block.
 
     Attributes:
@@ -148,12 +148,7 @@ class Accelerated:
     def _seen(self) -> AbstractContextManager[None]:
         return nullcontext() if self._bank is None else activate(self._bank)
 
-    def __enter__(self) -> Accelerated:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _take_back(self) -> None:
         self.undo()
 
     def __repr__(self) -> str:
