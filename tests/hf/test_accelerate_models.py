@@ -1,0 +1,138 @@
+"""Which models and heads are accelerated, and which are refused, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import prefixcore
+import prefixcore.hf.attention
+import prefixcore.hf.peft.soft_prompt
+
+from .accelerated import METHODS, PREFIXES, P, assert_close, gradients, inputs, step, with_peft
+from .models import VOCABULARY, make, tokens
+
+
+def test_continuous_batching_is_refused() -> None:
+    model = with_peft("prefix")
+    with prefixcore.accelerate(model), pytest.raises(NotImplementedError, match="continuous batching"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
+
+
+_HEADS = {
+    "SEQ_CLS": (transformers.LlamaForSequenceClassification, {"labels": torch.tensor([0, 1, 1])}),
+    "TOKEN_CLS": (transformers.LlamaForTokenClassification, {"labels": torch.ones(3, 9, dtype=torch.long)}),
+    "QUESTION_ANS": (
+        transformers.LlamaForQuestionAnswering,
+        {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([3, 4, 1])},
+    ),
+    "FEATURE_EXTRACTION": (transformers.LlamaModel, {}),
+}
+
+
+@pytest.mark.parametrize("task_type", _HEADS)
+@pytest.mark.parametrize("method", ["prefix", "cartridge", "prompt", "p-tuning"])
+def test_other_heads(task_type: str, method: str) -> None:
+    cls, targets = _HEADS[task_type]
+    torch.manual_seed(0)
+    base = cls(make("llama").config)
+    config = METHODS[method](task_type=task_type)
+    model = peft.get_peft_model(base, config).eval()
+    batch = {**inputs(method, "right", labels=False), **targets}
+    if task_type == "TOKEN_CLS" and method not in PREFIXES:
+        batch["labels"] = torch.ones(3, 9 + P, dtype=torch.long)  # PEFT leaves the labels as they are
+
+    def run() -> Any:
+        out = model(**batch)
+        loss = out.loss if targets else out.last_hidden_state.square().mean()
+        loss.backward()
+        return loss.detach(), out[1] if targets else out[0].detach(), gradients(model)
+
+    expected = run()
+    prefixcore.accelerate(model)
+    assert_close(run(), expected)
+    if task_type == "SEQ_CLS":
+        assert any("modules_to_save" in name for name in expected[2])  # PEFT trains the head too
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+def test_a_soft_prompt_on_an_encoder(method: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=VOCABULARY, **sizes))
+    model = peft.get_peft_model(base, METHODS[method](task_type="SEQ_CLS")).eval()
+    batch = {**inputs(method, labels=False), "labels": torch.tensor([0, 1, 1])}
+    batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
+    expected = step(model, batch)
+    prefixcore.accelerate(model)
+    assert_close(step(model, batch), expected)
+
+
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("build", "task_type", "method", "message"),
+    [
+        (lambda: _t5(), "SEQ_2_SEQ_LM", "prefix", "encoder-decoder"),
+        (lambda: _t5(), "SEQ_2_SEQ_LM", "prompt", "encoder-decoder"),
+        (lambda: _bloom(), "CAUSAL_LM", "prefix", "Bloom"),
+        (lambda: _gpt_neo(), "CAUSAL_LM", "prefix", "GPTNeo"),
+        (lambda: _bert(), "TOKEN_CLS", "prefix", "not causal"),
+        (lambda: make("llama"), None, "prompt", "task_type"),
+    ],
+    ids=["t5 prefix", "t5 prompt", "bloom", "gpt_neo", "bert", "no task"],
+)
+def test_refused_by_name(build: Any, task_type: Any, method: str, message: str) -> None:
+    model_class = peft.get_peft_model if task_type else peft.PeftModel
+    model = model_class(build(), METHODS[method](task_type=task_type))
+    attributes, base = set(model.__dict__), set(model.base_model.__dict__)
+    attention = model.base_model.config._attn_implementation
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(NotImplementedError, match=message):
+        prefixcore.accelerate(model)
+    assert set(model.__dict__) == attributes
+    assert set(model.base_model.__dict__) == base
+    assert model.base_model.config._attn_implementation == attention
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def _t5() -> Any:
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    )
+
+
+def _bloom() -> Any:
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    )
+
+
+def _gpt_neo() -> Any:
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def _bert() -> Any:
+    return transformers.BertForTokenClassification(transformers.BertConfig(**_SMALL, intermediate_size=48))
+
+
+def test_what_is_not_for_it() -> None:
+    with pytest.raises(TypeError, match=r"PeftModel.*got LlamaForCausalLM"):
+        prefixcore.accelerate(make("llama"))
+    with pytest.raises(TypeError, match="got Linear"):
+        prefixcore.accelerate(torch.nn.Linear(2, 2), METHODS["prompt"]())  # type: ignore[arg-type]
+    lora = peft.get_peft_model(make("llama"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match="LORA learns no virtual tokens"):
+        prefixcore.accelerate(lora)
+    model = with_peft("multitask")
+    prefixcore.accelerate(model)
+    with pytest.raises(ValueError, match="task_ids"):
+        model(input_ids=tokens(2, 5))
