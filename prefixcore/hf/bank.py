@@ -33,8 +33,8 @@ from .positions import argument_names, as_keywords, batch_rows, shift_positions,
 from .prefix import KeyValue, PrefixCall
 from .prefix_calls import ROWS, RowPrefixes, decode
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
+from .prompt_embeddings import is_inserted
 from .residency import Residency
-from .soft_prompt import is_inserted
 from .tasks import (
     TASK_IDS,
     Rows,

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from .layout import Layout
 from .packing import set_empty_mask
-from .soft_prompt import Prompts, check_range, insert_embeddings, mark_inserted, tokens
+from .prompt_arguments import tokens
+from .prompt_embeddings import check_range, insert_embeddings, mark_inserted
+from .prompts import Prompts
 
 
 def insert_shared(model: PreTrainedModel, kwargs: dict[str, Any], prompts: Prompts) -> Layout:

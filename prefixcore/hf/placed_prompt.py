@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .soft_prompt import Prompts, embed_rows, mark_inserted
+from .prompt_embeddings import embed_rows, mark_inserted
+from .prompts import Prompts
 
 IGNORED = -100
 

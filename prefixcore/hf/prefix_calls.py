@@ -15,8 +15,8 @@ from .devices import device_of
 from .packing import is_empty_mask, set_empty_mask
 from .positions import batch_rows, shift_positions
 from .prefix import KeyValue, LayerPrefixes, PrefixCall, running, stack
+from .prompt_arguments import tokens
 from .refusals import refuse_attention_weights, refuse_other_attention, refuse_reentrant_checkpointing
-from .soft_prompt import tokens
 from .tasks import Rows, Task
 
 if TYPE_CHECKING:

@@ -28,18 +28,12 @@ from .placed_prompt import place
 from .positions import batch_rows, past_length, query_length
 from .prefix import LayerPrefixes
 from .prefix_calls import compute_once, prompt_of
+from .prompt_arguments import check_arguments, check_positions, tokens
+from .prompt_embeddings import in_place_of_stand_ins
+from .prompts import Prompts
 from .refusals import refuse_attention_weights, refuse_other_attention, refuse_unshareable, warn_of_dropout
 from .row_padding import check_rows_may_differ
-from .soft_prompt import (
-    Prompts,
-    check_arguments,
-    check_positions,
-    continue_after,
-    in_place_of_stand_ins,
-    insert,
-    tokens,
-    without_prompt,
-)
+from .soft_prompt import continue_after, insert, without_prompt
 from .tasks import Rows, Task
 
 if TYPE_CHECKING:
