@@ -11,9 +11,26 @@ from typing import Any
 from ..nn import LayerShape
 from .settings import Settings
 
-VERIFIED = ("llama",)
-"""Model types whose greedy tokens with a prefix were compared with transformers'. Elsewhere the numbers of a key may
-stand in another order in vLLM's cache than in transformers', which would be wrong without a sign of it."""
+VERIFIED = (
+    "cohere",
+    "gemma",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+"""Model types whose greedy tokens with a prefix equal transformers' (`tests/serving/engine/test_families.py`).
+
+Elsewhere the numbers of a key may stand in another order in vLLM's cache than in transformers', which would be wrong
+without a sign of it.
+"""
 
 
 def check_engine(config: Any, kv_cache_config: Any, settings: Settings) -> None:

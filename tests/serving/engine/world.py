@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import prefixcore
 from prefixcore.adapters import adapter_digest
@@ -15,6 +15,20 @@ from prefixcore.serving.salt import PLACEHOLDER, make_salt
 from tests import tiny
 
 VOCABULARY = 512
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # the smallest that vLLM's attention on the CPU has
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,  # so that a prefix changes what is generated
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 class World:
@@ -22,26 +36,13 @@ class World:
 
     Args:
         path: an empty folder.
-        num_key_value_heads: of the model, which has four query heads.
+        family: the model's type.
+        changes: of the model's configuration.
     """
 
-    def __init__(self, path: Path, num_key_value_heads: int = 2) -> None:
+    def __init__(self, path: Path, family: str = "llama", **changes: Any) -> None:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=32,  # the smallest that vLLM's attention on the CPU has
-            max_position_embeddings=1024,
-            initializer_range=0.15,  # so that a prefix changes what is generated
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        self.model = LlamaForCausalLM(config).eval()
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes})).eval()
         self.folder, self.registry = path / "model", path / "adapters"
         self.model.save_pretrained(self.folder)
         tiny.tokenizer().save_pretrained(self.folder)
