@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import quote
 
 from .asgi import Message, Send, sized
@@ -76,9 +77,21 @@ class AdapterSend:
             await self._whole_body(to_json(self._failure().body()))
             return
         try:
-            await self._whole_body(to_json(self._answered.correct(json.loads(self._body))))
+            answer = json.loads(self._body)
         except ValueError:
             await self._whole_body(self._body)
+            return
+        if self._start["status"] >= 400:
+            self._tell_of_virtual_tokens(answer)
+        await self._whole_body(to_json(self._answered.correct(answer)))
+
+    def _tell_of_virtual_tokens(self, answer: Any) -> None:
+        """A prompt that is too long by vLLM's count is longer than what the client has sent."""
+        error = answer.get("error") if isinstance(answer, dict) else None
+        if isinstance(error, dict) and error.get("param") in ("input_tokens", "input_text"):
+            adapter = self._answered.adapter
+            virtual = f"{adapter.num_virtual_tokens} of these tokens are the virtual ones of {adapter.name!r}"
+            error["message"] = f"{error.get('message')} {virtual}."
 
     async def _whole_body(self, body: bytes) -> None:
         await self._send({**self._start, "headers": sized(self._start["headers"], body)})
