@@ -1,7 +1,4 @@
-"""The command line.
-
-`prefixcore train | generate | inspect | verify | audit | bake | convert | list | add | serve | validate-serving | doctor`.
-"""
+"""The command line: `prefixcore COMMAND`, one file a command in `cli/`."""
 
 from __future__ import annotations
 

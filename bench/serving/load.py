@@ -1,0 +1,160 @@
+"""`python -m bench.serving.load`: throughput and time to first token, beside a text prompt and beside PEFT.
+
+One server, rounds taken in turn: each way of asking once, then each again. `--out FILE` keeps the figures; `render`
+rewrites the table and the picture of `bench/serving/README.md` from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.demo import base_model
+from bench.demo.__main__ import Progress
+from prefixcore.serving.launch import LaunchError
+
+from . import adapters, clients, peft_batches, server, tasks
+from .clients import Load, Request
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "load.json"
+CLIENTS = (1, 8, 32)
+REQUESTS = {1: 8, 8: 32, 32: 64}
+"""How many requests a round sends, by the number of clients."""
+MANY = 100
+LONG_TEXT_EXAMPLES = 60
+"""How many worked examples the long text prompt has: what a team writes when a short one is not good enough."""
+
+Way = Callable[[int, int], Load]
+"""A way of asking: clients, requests."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One way at one number of clients: the rounds' tokens a second, and milliseconds to the first token (medians)."""
+
+    way: str
+    clients: int
+    tokens_per_second: list[float]
+    first_token_ms: list[float]
+
+
+def questions() -> list[str]:
+    """What is asked: the held-out countries of the demo."""
+    return [example.prompt for example in tasks.all_tasks()[0].split()[1]]
+
+
+def long_text(task: tasks.Task) -> str:
+    """The task's instruction, and as many worked examples as a careful person collects."""
+    training = task.split()[0][:LONG_TEXT_EXAMPLES]
+    return task.instruction + "".join(e.prompt + e.completion for e in training)
+
+
+def ways(url: str, base: str, peft: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, Way]:
+    """Each way of asking, by what the table calls it."""
+    asked, task = questions(), tasks.all_tasks()[0]
+
+    def served(models: Sequence[str], text: str = "") -> Way:
+        requests = [Request(models[i % len(models)], text + question) for i, question in enumerate(asked * MANY)]
+        return lambda number, count: clients.drive(url, requests, number, count)
+
+    def batches(models: Sequence[str]) -> Way:
+        requests = [Request(models[i % len(models)], question) for i, question in enumerate(asked * MANY)]
+        return lambda number, count: peft_batches.drive(peft, tokenizer, requests, number, count)
+
+    return {
+        "no prompt": served([base]),
+        "1 adapter": served(names[:1]),
+        f"{MANY} adapters": served(names),
+        "text prompt of the adapter's length": served([base], task.text),
+        f"text prompt, {LONG_TEXT_EXAMPLES} examples": served([base], long_text(task)),
+        "transformers with PEFT, 1 adapter": batches(names[:1]),
+        f"transformers with PEFT, {MANY} adapters": batches(names),
+    }
+
+
+def measure(found: dict[str, Way], rounds: int, announce: Callable[[str], None]) -> list[Figure]:
+    """All ways in turn, `rounds` times, after one round that is thrown away."""
+    loads: dict[tuple[str, int], list[Load]] = {}
+    for turn in range(rounds + 1):
+        announce(f"round {turn} of {rounds}" if turn else "a round to warm up")
+        for number in CLIENTS:
+            for name, way in found.items():
+                load = way(number, REQUESTS[number])
+                if turn:
+                    loads.setdefault((name, number), []).append(load)
+    return [
+        Figure(
+            name,
+            number,
+            [round(load.tokens_per_second, 1) for load in measured],
+            [round(1000 * statistics.median(a.first for a in load.answers), 1) for load in measured],
+        )
+        for (name, number), measured in loads.items()
+    ]
+
+
+def many(model: Any, source: Path, folder: Path) -> list[str]:
+    """`MANY` adapters of one task in a registry, no two alike: the trained one, and it with a little noise."""
+    import torch
+
+    import prefixcore
+
+    names = [f"task-{index:03d}" for index in range(MANY)]
+    for index, name in enumerate(names):
+        if (folder / name).is_dir():
+            continue
+        with prefixcore.load(model, source) as handle, torch.no_grad():
+            generator = torch.Generator().manual_seed(index)
+            for parameter in handle.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-3 * float(parameter.std()))
+            handle.save(folder / name, task=f"country -> capital, variant {index}")
+    return names
+
+
+def run(out: Path, rounds: int, python: str) -> None:
+    """Train what is not there, start the server, measure, and write the figures."""
+    announce = Progress()
+    model, tokenizer = base_model.load()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    base = base_model.converted_model()
+    trained = adapters.train(base, tasks.all_tasks()[:1], HERE / "out", announce)
+    folder = HERE / "out" / "many"
+    announce(f"{MANY} adapters in {folder}")
+    names = many(model, trained / "capitals", folder)
+    peft = peft_batches.load(model, [folder / name for name in names])
+    announce("starting the server")
+    with server.start(base, folder, python, HERE / "out" / "vllm.log", announce) as served:
+        found = ways(served.url, str(base), peft, tokenizer, names)
+        figures = measure(found, rounds, announce)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stamp = {**machine.stamp(), "tokens_an_answer": clients.TOKENS, "requests": REQUESTS, "rounds": rounds}
+    text = json.dumps({"stamp": stamp, "figures": [asdict(figure) for figure in figures]}, indent=1)
+    out.write_text(text + "\n", encoding="utf-8")
+    announce(f"figures in {out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.serving.load", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (default: 7)")
+    parser.add_argument("--python", default=sys.executable, help="the Python that vLLM is installed in")
+    options = parser.parse_args(arguments)
+    try:
+        run(options.out, options.rounds, options.python)
+    except (base_model.DemoError, LaunchError) as error:
+        print(f"load: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
