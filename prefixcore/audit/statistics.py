@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+CHANCE = 0.05
+"""Below this p of the sign test, the page says that two scores differ."""
+
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, 1927), which holds for few probes and for shares of 0 and 1 too.

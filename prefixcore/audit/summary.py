@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .limits import limits
+from .statistics import CHANCE
 from .wording import interval, nats, p_value, percent, plural, token, visible
 
 MOST_NAMED = 3
@@ -91,14 +92,18 @@ def _text(data: dict[str, Any]) -> str:
     if text["metric"] == "loss":
         than = "no higher" if text["verdict"] == "as good" else "higher"
         return f"{scores}: neither gets one right, and the text's loss is {than}."
-    return f"{scores}: {TEXT_VERDICTS[text['verdict']]}"
+    verdict = TEXT_VERDICTS[text["verdict"]]
+    if text["verdict"] != "adapter better" and text["loss_p"] < CHANCE and 2 * text["loss_lower"] > text["scored"]:
+        lower = f"{text['loss_lower']} of {text['scored']}"
+        verdict += f"; the adapter's loss is lower on {lower} all the same ({p_value(text['loss_p'])})"
+    return f"{scores}: {verdict}."
 
 
 TEXT_VERDICTS = {
-    "as good": "the text is as good, so you may not need the vector at all.",
+    "as good": "the text is as good, so you may not need the vector at all",
     "not told apart": "on so few probes chance may explain the difference, so try the text on more before you rely on "
-    "the vector.",
-    "adapter better": "none of these texts replaces it.",
+    "the vector",
+    "adapter better": "none of these texts replaces it",
 }
 
 

@@ -11,10 +11,7 @@ from .candidates import Candidate, Division, with_text
 from .probes import Probes, most_tokens
 from .progress import Progress
 from .scoring import losses, model_logits, per_text, vocabulary_size
-from .statistics import sign_test, wilson
-
-CHANCE = 0.05
-"""Below this p of the sign test, the page says that two scores differ."""
+from .statistics import CHANCE, sign_test, wilson
 
 
 def text_alternative(
