@@ -227,9 +227,8 @@ class _Folder:
                 f"{PEFT_FILE}: base_model_name_or_path: {shown(peft_config.get('base_model_name_or_path'))}, but the "
                 f"manifest says {shown(name)}"
             )
-        return (
-            f"{PEFT_FILE} says the same: {peft_config.get('peft_type')}, {peft_config.get('num_virtual_tokens')} tokens"
-        )
+        tokens = peft_config.get("num_virtual_tokens")
+        return f"{PEFT_FILE} says the same: {peft_config.get('peft_type')}, {tokens} virtual tokens"
 
     def check_loads(self) -> str:
         adapter = read_folder(self.folder)
@@ -239,7 +238,7 @@ class _Folder:
     def check_said(self, name: str) -> str:
         value = self._known(name)
         if value is None or value == {} or (isinstance(value, str) and not value.strip()):
-            raise AdapterError(f"{name}: not said")
+            raise AdapterError("not said")
         if name == "task":
             tasks = getattr(self._config(), "num_tasks", 1)
             if isinstance(self._config(), MultitaskPromptTuningConfig) and tasks != 1:
