@@ -22,7 +22,7 @@ def blocks(page: str) -> list[str]:
 def commands(page: str) -> list[list[str]]:
     """The arguments of each command of a page that calls `prefixcore`; a backslash continues a line."""
     page = re.sub(r"\\\n *", "", page)
-    lines = re.findall(rf"^prefixcore (?:{'|'.join(COMMANDS)})\b.*$", page, re.MULTILINE)
+    lines = re.findall(rf"^prefixcore (?:{'|'.join(COMMANDS)})(?: .*)?$", page, re.MULTILINE)
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 

@@ -6,6 +6,7 @@ from .manifest import Manifest
 from .module import Adapter, make_module
 from .reading import adapter_digest, read_adapter, read_record
 from .registry import Entry, Registry
+from .registry_log import Event, Replaced
 from .verify import Check, verify_adapter
 from .writing import check_target, write_adapter
 
@@ -14,8 +15,10 @@ __all__ = [
     "AdapterError",
     "Check",
     "Entry",
+    "Event",
     "Manifest",
     "Registry",
+    "Replaced",
     "adapter_digest",
     "check_target",
     "compare_fingerprints",

@@ -42,7 +42,7 @@ class Replaced:
     """An adapter that is no longer in a registry: its name, its digest and its date, as far as they were known.
 
     Examples:
-        >>> from prefixcore.adapters.registry_log import Replaced
+        >>> from prefixcore.adapters import Replaced
         >>> Replaced("capitals", None, None).name
         'capitals'
     """
@@ -65,7 +65,7 @@ class Event:
         replaced: those that are no longer there since.
 
     Examples:
-        >>> from prefixcore.adapters.registry_log import Event
+        >>> from prefixcore.adapters import Event
         >>> Event("2026-01-31T12:00:00Z", "add", "capitals", "ab" * 32, "country -> capital").replaced
         []
     """
