@@ -126,9 +126,6 @@ class Front:
                 status=403,
                 code="closed",
             )
-        if b"multipart/" in dict(scope["headers"]).get(b"content-type", b""):  # audio: no salt, no adapter
-            await self.app(scope, receive, send)
-            return
         raw = await asgi.read_body(receive)
         scope, again = asgi.with_body(scope, receive, raw)
         try:

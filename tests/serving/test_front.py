@@ -147,6 +147,9 @@ def test_a_salt_deep_inside_cannot_be_smuggled_in_either(server: Server) -> None
     salt = f"prefixcore:sums:{server.adapters.find('sums').digest}"
     reply = server.post("/v1/batch", requests=[{"body": {"cache_salt": salt}}])
     assert reply.status == 400
+    # A second header is one that another reader may take for the first.
+    headers = {"Content-Type": "multipart/form-data"}
+    assert call(server.app, "POST", COMPLETIONS, {"model": BASE, "prompt": "x", "cache_salt": salt}, headers).status == 400
     raw = b'{"model": "tiny-base", "prompt": "x", "\\u0063ache_salt": "prefixcore\\u003asums:1"}'
     assert call(server.app, "POST", COMPLETIONS, raw).status == 400
 
