@@ -56,9 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: there is no folder {arguments.json.absolute().parent}")
 
-    from ..adapters import AdapterError
+    from ..adapters import AdapterError, adapter_digest
     from ..serving.client import Client, ServingError
-    from ..serving.standin import adapter_digest
     from ..serving.validate import Validation
     from ..serving.validate_probes import find_probes, read_prompts
     from ..serving.validate_reference import Reference

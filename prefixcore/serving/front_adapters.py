@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..adapters import AdapterError
+from ..adapters import AdapterError, adapter_digest
 from ..adapters.reading import AdapterHeader, read
 from ..adapters.replace import identity
 from ..nn import PrefixTuningConfig
 from .openai_errors import Refusal
 from .salt import make_salt
-from .standin import adapter_digest
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,10 @@ class ServedAdapters:
             raise Refusal(f"there is no adapter {name!r}", status=404, param="model", code="model_not_found")
         found = self._look(name)
         if isinstance(found, AdapterProblem):
+            # A client is told what is wrong, and not where the server keeps its files.
+            why = str(found).replace(f"{self.directory}{os.sep}", "")
             raise Refusal(
-                f"the adapter {name!r} cannot be served: {found}", param="model", code="adapter_not_servable"
+                f"the adapter {name!r} cannot be served: {why}", param="model", code="adapter_not_servable"
             ) from found
         return found
 

@@ -223,11 +223,7 @@ class Validation:
         texts = self._shared_texts()
         jobs = [(text, name) for _ in range(2) for text in texts for name in names]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            answers = list(
-                pool.map(
-                    lambda job: self._try(self.asker.complete, job[1] or str(self.base), job[0]), jobs
-                )
-            )
+            answers = list(pool.map(lambda job: self._try(self.asker.complete, job[1] or str(self.base), job[0]), jobs))
         wrong, cached, apart = [], 0, 0
         for (text, name), answer in zip(jobs, answers, strict=True):
             if isinstance(answer, str):

@@ -149,7 +149,9 @@ def test_a_salt_deep_inside_cannot_be_smuggled_in_either(server: Server) -> None
     assert reply.status == 400
     # A second header is one that another reader may take for the first.
     headers = {"Content-Type": "multipart/form-data"}
-    assert call(server.app, "POST", COMPLETIONS, {"model": BASE, "prompt": "x", "cache_salt": salt}, headers).status == 400
+    assert (
+        call(server.app, "POST", COMPLETIONS, {"model": BASE, "prompt": "x", "cache_salt": salt}, headers).status == 400
+    )
     raw = b'{"model": "tiny-base", "prompt": "x", "\\u0063ache_salt": "prefixcore\\u003asums:1"}'
     assert call(server.app, "POST", COMPLETIONS, raw).status == 400
 
@@ -210,7 +212,8 @@ def test_a_damaged_adapter_is_refused_and_the_others_are_served(server: Server, 
     reply = server.post(COMPLETIONS, model="sums", prompt="1+1")
     assert reply.status == 400
     assert reply.error["code"] == "adapter_not_servable"
-    assert "adapter_model.safetensors" in reply.error["message"]
+    assert "sums/adapter_model.safetensors" in reply.error["message"]
+    assert str(registry) not in reply.text
     assert server.post(COMPLETIONS, model="capitals", prompt="Peru").status == 200
 
 
