@@ -6,7 +6,6 @@ A forced backend that cannot do what it is asked raises; nothing falls back sile
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends import cpu, cuda, library, triton
+from ..backends.forced import Forced
 from ..backends.protocol import DTYPES, Backend
 
 TABLE: dict[str, dict[str, tuple[Backend, ...]]] = {
@@ -29,7 +29,7 @@ OPS = tuple(TABLE)
 _BY_NAME = {backend.NAME: backend for row in TABLE.values() for backends in row.values() for backend in backends}
 BACKENDS = (*_BY_NAME, "reference")
 
-_forced: str | None = os.environ.get("PREFIXCORE_BACKEND") or None
+_forced = Forced("backend", "PREFIXCORE_BACKEND")
 
 
 class Choice(NamedTuple):
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
 
 def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend of `op`; see `which_backend`. Cheap: every call of an op asks it."""
-    name = _forced
+    name = _forced.name
     if name is None:
         for backend in TABLE[op].get(device_type, ()):
             if backend.refuses(op, device_type, dtype) is None:
@@ -74,7 +74,7 @@ def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Ch
         raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     device_type = torch.device(device).type
     name = backend_name(op, device_type, dtype)
-    if _forced is not None:
+    if _forced.name is not None:
         return Choice(name, "forced")
     if name != "reference":
         return Choice(name, _BY_NAME[name].describe())
@@ -101,14 +101,8 @@ def use_backend(name: str | None) -> Iterator[None]:
         ...     prefixcore.which_backend("soft_embedding", "cpu", torch.float32)
         Choice(name='reference', why='forced')
     """
-    global _forced
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: use one of {BACKENDS}, or None")
-    before, _forced = _forced, name
-    try:
+    with _forced.within(name, BACKENDS):
         yield
-    finally:
-        _forced = before
 
 
 def explain() -> list[tuple[str, str, str, str, str]]:

@@ -10,11 +10,11 @@ and cannot do what it is asked raises; a backward that it has no answer for is d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from ..forced import Forced
 from ..problem import AttentionProblem
 from . import fused_attention
 from .fused_attention import FusedAttention
@@ -27,7 +27,7 @@ DECODE_QUERIES = 16
 MERGED_KEYS = 512
 """Below so many keys, a second launch costs more than PyTorch's fused attention saves."""
 
-_forced: str | None = os.environ.get("PREFIXCORE_GPU_PATH") or None
+_forced = Forced("path", "PREFIXCORE_GPU_PATH")
 
 
 class Path(NamedTuple):
@@ -40,7 +40,7 @@ class Path(NamedTuple):
 
 def forward(p: AttentionProblem) -> Path:
     """The path of the forward. ValueError if one was forced that cannot do it."""
-    if _forced is not None:
+    if _forced.name is not None:
         return _force(p)
     if p.queries <= DECODE_QUERIES and p.cu_seqlens is None:
         return Path("decode", f"{p.queries} queries, no more than {DECODE_QUERIES}")
@@ -53,10 +53,10 @@ def backward(p: AttentionProblem, *, all_three: bool, grad_lse: bool) -> Path:
     `all_three`: query, key and value all want a gradient, which is what PyTorch's fused attention computes;
     `grad_lse`: the log-sum-exp has been used as well as the output.
     """
-    if _forced not in (None, *PATHS):
+    if _forced.name not in (None, *PATHS):
         _force(p)
-    if _forced not in (None, "merged"):
-        return Path("single", "forced" if _forced == "single" else f"{_forced} has no backward")
+    if _forced.name not in (None, "merged"):
+        return Path("single", "forced" if _forced.name == "single" else f"{_forced.name} has no backward")
     if grad_lse:
         return Path("single", "a gradient of the log-sum-exp comes in, which no fused attention takes")
     if not all_three:
@@ -65,7 +65,7 @@ def backward(p: AttentionProblem, *, all_three: bool, grad_lse: bool) -> Path:
 
 
 def _merged_or_single(p: AttentionProblem, training: bool) -> Path:
-    if p.keys < MERGED_KEYS and _forced is None:
+    if p.keys < MERGED_KEYS and _forced.name is None:
         return Path("single", f"{p.keys} keys, fewer than {MERGED_KEYS}")
     kernel, reason = _fused_attention(p, training)
     if kernel is None:
@@ -84,12 +84,12 @@ def _fused_attention(p: AttentionProblem, training: bool) -> tuple[FusedAttentio
 
 
 def _force(p: AttentionProblem) -> Path:
-    if _forced not in PATHS:
-        raise ValueError(f"unknown path {_forced!r} (PREFIXCORE_GPU_PATH): use one of {PATHS}")
-    if _forced == "decode" and p.cu_seqlens is not None:
+    if _forced.name not in PATHS:
+        raise ValueError(f"unknown path {_forced.name!r} (PREFIXCORE_GPU_PATH): use one of {PATHS}")
+    if _forced.name == "decode" and p.cu_seqlens is not None:
         raise ValueError("the decode path was forced, but the rows are packed; stop forcing it, or force 'single'")
-    if _forced != "merged":
-        return Path(_forced, "forced")
+    if _forced.name != "merged":
+        return Path(_forced.name, "forced")
     kernel, reason = _fused_attention(p, training=False)
     if kernel is None:
         raise ValueError(f"the merged path was forced, but {reason}; stop forcing it, or force 'single'")
@@ -102,11 +102,5 @@ def use_path(name: str | None) -> Iterator[None]:
 
     For the whole process while the block runs, as `prefixcore.use_backend`.
     """
-    global _forced
-    if name is not None and name not in PATHS:
-        raise ValueError(f"unknown path {name!r}: use one of {PATHS}, or None")
-    before, _forced = _forced, name
-    try:
+    with _forced.within(name, PATHS):
         yield
-    finally:
-        _forced = before

@@ -252,7 +252,7 @@ def test_packed_rows_are_not_decoded() -> None:
 def test_unknown_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown path 'both'"), use_path("both"):
         pass
-    monkeypatch.setattr(choose, "_forced", "both")  # as PREFIXCORE_GPU_PATH=both would
+    monkeypatch.setattr(choose._forced, "name", "both")  # as PREFIXCORE_GPU_PATH=both would
     for ask in (lambda: choose.forward(problem()), lambda: choose.backward(problem(), all_three=True, grad_lse=False)):
         with pytest.raises(ValueError, match=r"unknown path 'both' \(PREFIXCORE_GPU_PATH\)"):
             ask()
