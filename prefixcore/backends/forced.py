@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,9 +13,9 @@ class Forced:
         name: what is forced; None: nothing. From the environment it is any word, and is checked where it is used.
     """
 
-    def __init__(self, what: str, variable: str) -> None:
+    def __init__(self, what: str, name: str | None) -> None:
         self.what = what
-        self.name: str | None = os.environ.get(variable) or None
+        self.name = name or None
 
     @contextmanager
     def within(self, name: str | None, names: Sequence[str]) -> Iterator[None]:

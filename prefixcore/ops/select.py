@@ -6,6 +6,7 @@ A forced backend that cannot do what it is asked raises; nothing falls back sile
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -29,7 +30,7 @@ OPS = tuple(TABLE)
 _BY_NAME = {backend.NAME: backend for row in TABLE.values() for backends in row.values() for backend in backends}
 BACKENDS = (*_BY_NAME, "reference")
 
-_forced = Forced("backend", "PREFIXCORE_BACKEND")
+_forced = Forced("backend", os.environ.get("PREFIXCORE_BACKEND"))
 
 
 class Choice(NamedTuple):

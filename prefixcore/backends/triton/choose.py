@@ -10,6 +10,7 @@ and cannot do what it is asked raises; a backward that it has no answer for is d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -27,7 +28,7 @@ DECODE_QUERIES = 16
 MERGED_KEYS = 512
 """Below so many keys, a second launch costs more than PyTorch's fused attention saves."""
 
-_forced = Forced("path", "PREFIXCORE_GPU_PATH")
+_forced = Forced("path", os.environ.get("PREFIXCORE_GPU_PATH"))
 
 
 class Path(NamedTuple):
