@@ -8,38 +8,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .client import ServingError
-from .validate_judge import Judge, Judgement, largest
+from .validate_judge import Judge, largest
+from .validate_leaks import find_leaks
+from .validate_lines import FAILED, PASSED, UNTESTED, UNTOLD, Line, in_words
 from .validate_probes import Probes
 from .validate_reference import Reference
-from .validate_server import Answered, Asker
-
-PASSED, FAILED, UNTOLD, UNTESTED = "passed", "FAILED", "cannot tell", "not tested"
-_AT_ONCE = 8
-_MOST_LEAKS = 8
-"""Adapters of the leak check, which asks each text under each of them, and under none, twice."""
-
-
-@dataclass
-class Line:
-    """One line of the report.
-
-    Attributes:
-        check: which check.
-        subject: the adapter, or what else it is about.
-        verdict: `PASSED`, `FAILED`, `UNTOLD` or `UNTESTED`.
-        detail: in words.
-        numbers: what was counted and measured.
-    """
-
-    check: str
-    subject: str
-    verdict: str
-    detail: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
+from .validate_server import AT_ONCE, Answered, Asker, attempt
 
 
 @dataclass
@@ -80,7 +58,7 @@ class Validation:
                 lines += [*self._answers(name), *self._dropped(name)]
         lines += self._bare()
         self.progress("the same texts under several adapters and under none")
-        lines += self._leaks(served)
+        lines += find_leaks(self.asker, self.judge, self.probes, served, self.base, self.cards)
         return lines
 
     # -- the checks
@@ -116,8 +94,8 @@ class Validation:
     def _answers(self, name: str) -> Iterator[Line]:
         probes = self.probes[name]
         judged, telling = [], 0
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            answers = list(pool.map(lambda prompt: self._try(self.asker.complete, name, prompt), probes.prompts))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = list(pool.map(lambda prompt: attempt(self.asker.complete, name, prompt), probes.prompts))
         wrong: list[str] = []
         for prompt, answer in zip(probes.prompts, answers, strict=True):
             if isinstance(answer, str):
@@ -126,10 +104,10 @@ class Validation:
             ids = self.reference.ids(prompt)
             found = self.judge.judge(name, ids, answer, self.asker.tokens)
             judged.append(found)
-            telling += not self._equal(name, None, ids)
+            telling += not self.judge.are_equal(name, None, ids)
             if not found.is_right(self.judge.tolerance):
                 whose = self.judge.whose(name, ids, answer, self.asker.tokens)
-                wrong.append(f"{prompt[-30:]!r}: {_wrong(found, self.judge.tolerance)}; {whose}")
+                wrong.append(f"{prompt[-30:]!r}: {in_words(found, self.judge.tolerance)}; {whose}")
         numbers = {
             "prompts": len(probes.prompts),
             "prompts from": probes.source,
@@ -154,7 +132,7 @@ class Validation:
             yield self._one("chat", name, self.asker.chat, probes.prompts[0], chat)
 
     def _one(self, check: str, name: str, ask: Callable[..., Answered], prompt: str, ids: list[int]) -> Line:
-        answer = self._try(ask, name, prompt)
+        answer = attempt(ask, name, prompt)
         if isinstance(answer, str):
             return Line(check, name, FAILED, answer)
         found = self.judge.judge(name, ids, answer, self.asker.tokens)
@@ -162,12 +140,12 @@ class Validation:
         if found.is_right(self.judge.tolerance):
             return Line(check, name, PASSED, "", numbers)
         whose = self.judge.whose(name, ids, answer, self.asker.tokens)
-        return Line(check, name, FAILED, f"{_wrong(found, self.judge.tolerance)}; {whose}", numbers)
+        return Line(check, name, FAILED, f"{in_words(found, self.judge.tolerance)}; {whose}", numbers)
 
     def _dropped(self, name: str) -> Iterator[Line]:
         """What makes a server compute the prompt anew must be refused, or answered with the prefix all the same."""
         prompt = next(
-            (p for p in self.probes[name].prompts if not self._equal(name, None, self.reference.ids(p))), None
+            (p for p in self.probes[name].prompts if not self.judge.are_equal(name, None, self.reference.ids(p))), None
         )
         for what, options in (("echo with logprobs", {"echo": True}), ("prompt_logprobs", {"prompt_logprobs": 1})):
             if prompt is None:
@@ -200,7 +178,7 @@ class Validation:
             return
         prompts = list(dict.fromkeys(probes.prompts[0] for probes in self.probes.values()))[:5]
         for prompt in prompts:
-            answer = self._try(self.asker.complete, self.base, prompt)
+            answer = attempt(self.asker.complete, self.base, prompt)
             ids = self.reference.ids(prompt)
             if isinstance(answer, str):
                 yield Line("bare model", self.base, FAILED, answer)
@@ -208,83 +186,6 @@ class Validation:
             found = self.judge.judge(None, ids, answer, self.asker.tokens)
             if not found.is_right(self.judge.tolerance):
                 whose = self.judge.whose(None, ids, answer, self.asker.tokens)
-                yield Line("bare model", self.base, FAILED, f"{_wrong(found, self.judge.tolerance)}; {whose}")
+                yield Line("bare model", self.base, FAILED, f"{in_words(found, self.judge.tolerance)}; {whose}")
                 return
         yield Line("bare model", self.base, PASSED, "", {"prompts": len(prompts)})
-
-    def _leaks(self, served: list[str]) -> Iterator[Line]:
-        """The same text under each adapter and under none, at once and twice, so that caches are hit."""
-        names: list[str | None] = [*served[:_MOST_LEAKS]]
-        if self.base is not None:
-            names.append(None)
-        if len(names) < 2:
-            yield Line("leak", "-", UNTESTED, "it takes two adapters, or one and the bare model")
-            return
-        texts = self._shared_texts()
-        jobs = [(text, name) for _ in range(2) for text in texts for name in names]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            answers = list(pool.map(lambda job: self._try(self.asker.complete, job[1] or str(self.base), job[0]), jobs))
-        wrong, cached, apart = [], 0, 0
-        for (text, name), answer in zip(jobs, answers, strict=True):
-            if isinstance(answer, str):
-                wrong.append(f"{name or self.base}: {answer}")
-                continue
-            ids = self.reference.ids(text)
-            cached += bool(answer.cached)
-            apart += any(not self._equal(name, other, ids) for other in names if other != name)
-            if not self.judge.is_right(name, ids, answer, self.asker.tokens):
-                wrong.append(f"{name or self.base}: {self.judge.whose(name, ids, answer, self.asker.tokens)}")
-        numbers = {
-            "requests": len(jobs),
-            "wrong": len(wrong),
-            "texts": len(texts),
-            "adapters": len(served[:_MOST_LEAKS]),
-        }
-        numbers["answers that a cache helped with"] = cached
-        subject = f"{len(names)} models, {len(texts)} texts"
-        if wrong:
-            yield Line("leak", subject, FAILED, f"{len(wrong)} of {len(jobs)} answers are wrong; {wrong[0]}", numbers)
-        elif not apart:
-            yield Line("leak", subject, UNTOLD, "these adapters give these texts the same answers", numbers)
-        else:
-            yield Line("leak", subject, PASSED, "", numbers)
-
-    def _shared_texts(self) -> list[str]:
-        """A short text, and one that fills blocks of a cache, as far as the model has room."""
-        first = next(iter(self.probes.values())).prompts[0]
-        positions = getattr(self.reference.model.config, "max_position_embeddings", None) or 1024
-        longest = max((int(card.get("num_virtual_tokens") or 0) for card in self.cards or ()), default=0)
-        room = min(300, positions - longest - self.asker.tokens - 64) - len(self.reference.ids(first))
-        text = first
-        while len(self.reference.ids(f"{first} {text}")) < room:
-            text = f"{first} {text}"
-        return [first, text] if text != first else [first]
-
-    # -- what they share
-
-    def _equal(self, name: str | None, other: str | None, ids: list[int]) -> bool:
-        """Whether two models' answers to a prompt cannot be told apart by their first few tokens."""
-        known = self._known
-        for one in (name, other):
-            if (one, tuple(ids)) not in known:
-                known[one, tuple(ids)] = self.reference.continuation(one, ids, 4)
-        (first, scores), (second, others) = known[name, tuple(ids)], known[other, tuple(ids)]
-        if first != second:
-            return False
-        return all(abs(a - b) <= 2 * self.judge.tolerance for a, b in zip(scores, others, strict=True))
-
-    def __post_init__(self) -> None:
-        self._known: dict[tuple[str | None, tuple[int, ...]], tuple[list[int], list[float]]] = {}
-
-    @staticmethod
-    def _try(ask: Callable[..., Answered], model: str, prompt: str) -> Answered | str:
-        try:
-            return ask(model, prompt)
-        except ServingError as error:
-            return str(error)
-
-
-def _wrong(found: Judgement, tolerance: float) -> str:
-    if found.wrong:
-        return f"{found.wrong} of {found.tokens} tokens are wrong, {found.detail}"
-    return f"log-probabilities differ by up to {found.largest:.3g}, more than {tolerance:g}"

@@ -12,6 +12,9 @@ from .validate_server import Answered
 _MOST_COMPARED = 16
 """Adapters that an answer is compared with to find out whose it is."""
 
+_FIRST = 4
+"""Tokens by which two models' answers are told apart."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -45,6 +48,7 @@ class Judge:
     def __init__(self, reference: Reference, tolerance: float | None = None) -> None:
         self.reference = reference
         self.tolerance = TOLERANCES.get(reference.dtype, 2e-3) if tolerance is None else tolerance
+        self._known: dict[tuple[str | None, tuple[int, ...]], tuple[list[int], list[float]]] = {}
 
     def judge(self, name: str | None, prompt: Sequence[int], answer: Answered, tokens: int) -> Judgement:
         """An answer beside that of the model with an adapter, or of the bare model.
@@ -62,6 +66,16 @@ class Judge:
     def is_right(self, name: str | None, prompt: Sequence[int], answer: Answered, tokens: int) -> bool:
         """Whether it is that of the model with an adapter, or of the bare model."""
         return self.judge(name, prompt, answer, tokens).is_right(self.tolerance)
+
+    def are_equal(self, name: str | None, other: str | None, prompt: Sequence[int]) -> bool:
+        """Whether two models' answers to a prompt cannot be told apart by their first few tokens."""
+        for one in (name, other):
+            if (one, tuple(prompt)) not in self._known:
+                self._known[one, tuple(prompt)] = self.reference.continuation(one, prompt, _FIRST)
+        (first, scores), (second, others) = self._known[name, tuple(prompt)], self._known[other, tuple(prompt)]
+        if first != second:
+            return False
+        return all(abs(a - b) <= 2 * self.tolerance for a, b in zip(scores, others, strict=True))
 
     def whose(self, name: str | None, prompt: Sequence[int], answer: Answered, tokens: int) -> str:
         """In words, what else an answer is that of, if that can be seen."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .validate import FAILED, PASSED, UNTESTED, UNTOLD, Line
+from .validate_lines import FAILED, PASSED, UNTESTED, UNTOLD, Line
 
 EXIT_CODES = {
     "served": 3,

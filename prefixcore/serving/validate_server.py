@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,9 @@ from .client import Client, ServingError
 _PLAIN = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0}
 _VLLM = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0, "return_token_ids": True}
 """What vLLM would else take from the model's `generation_config.json`; and that it says which tokens it has made."""
+
+AT_ONCE = 8
+"""Requests that a server is sent side by side."""
 
 
 @dataclass
@@ -93,6 +97,14 @@ class Asker:
             if error.status not in (400, 422):
                 raise
             self.extras = {}
+
+
+def attempt(ask: Callable[..., Answered], model: str, prompt: str) -> Answered | str:
+    """The answer, or in words why there is none."""
+    try:
+        return ask(model, prompt)
+    except ServingError as error:
+        return str(error)
 
 
 def _completion(answer: Any) -> Answered:
