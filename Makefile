@@ -21,12 +21,14 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo audit-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
+.PHONY: help demo audit-demo serve-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-serving bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
 	@echo "make audit-demo   audit the demo's adapters, trained first if need be, into bench/demo/out/audit/ (ten minutes on two"
 	@echo "             cores); ARGS=--keep puts the page into bench/demo/"
+	@echo "make serve-demo   three prefixes behind one unmodified vLLM, asked at once and validated (six minutes, and three more"
+	@echo "             the first time)"
 	@echo "make test    run the tests (under six minutes on two cores); make test-all: also those marked slow, which compile"
 	@echo "             for GPUs, watch memory with sanitizers and try more random cases; make test-slow: these alone"
 	@echo "make test-peft   run PEFT's own tests of its prompt-learning methods, from PyPI, on accelerated models (two minutes;"
@@ -34,6 +36,7 @@ help:
 	@echo "make serve-test  run the tests of serving in vLLM itself, on the CPU, in an environment of its own (seven minutes)"
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
 	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
+	@echo "make bench-serving   throughput and time to first token in vLLM, beside text prompts and PEFT (half an hour)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, test and measure there, under ten minutes; PYTHON has to have"
 	@echo "             torch, triton and transformers. make gpu-rehearsal: the same without a GPU, as far as that goes"
@@ -47,6 +50,9 @@ demo: $(VENV)/.installed
 
 audit-demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo.audit $(ARGS)
+
+serve-demo: $(VENV)/.installed $(SERVE_VENV)/.installed
+	$(BIN)/python -m bench.serving.demo --python $(SERVE_VENV)/bin/python $(ARGS)
 
 weights: $(VENV)/.installed
 	$(BIN)/python -c "from bench.demo import base_model; base_model.converted_model()"
@@ -85,6 +91,10 @@ bench bench-quick bench-avx2: $(VENV)/.installed
 	PREFIXCORE_BENCH=$(SCALE) $(BIN)/python -m pytest $(WHAT) -W ignore::FutureWarning -W ignore::UserWarning \
 	    --benchmark-columns=min,median,rounds --benchmark-json=$(OUT) $(ARGS)
 	$(BIN)/python -m bench.report show $(OUT)
+
+bench-serving: $(VENV)/.installed $(SERVE_VENV)/.installed
+	$(BIN)/python -m bench.serving.load --python $(SERVE_VENV)/bin/python $(ARGS)
+	$(BIN)/python -m bench.serving.page
 
 # With the torch that is there, and not one of our choosing: it has to fit the machine's driver.
 gpu gpu-rehearsal: OUT := bench/out/gpu

@@ -47,7 +47,7 @@ def run(out: Path, python: str) -> int:
     announce("vLLM starts, on the CPU")
     with server.start(model, folder, python, out / "vllm.log", announce) as served:
         announce(f"it serves; {len(ASKED)} questions to three adapters and to the bare model, all at once:")
-        print(f"\n{ask(Client(served.url), names, str(model))}\n", flush=True)
+        print(f"\n{ask(Client(served.url), names, model.name)}\n", flush=True)
         announce("the same prompts on the server and in transformers")
         status = adapters.status("validate-serving", "--url", served.url, "--model", model, "--adapters", folder)
     announce("done" if status == 0 else "the server does not hold what it should: see the table")

@@ -132,7 +132,7 @@ def run(out: Path, rounds: int, python: str) -> None:
     peft = peft_batches.load(model, [folder / name for name in names])
     announce("starting the server")
     with server.start(base, folder, python, HERE / "out" / "vllm.log", announce) as served:
-        found = ways(served.url, str(base), peft, tokenizer, names)
+        found = ways(served.url, base.name, peft, tokenizer, names)
         figures = measure(found, rounds, announce)
     out.parent.mkdir(parents=True, exist_ok=True)
     stamp = {**machine.stamp(), "tokens_an_answer": clients.TOKENS, "requests": REQUESTS, "rounds": rounds}
