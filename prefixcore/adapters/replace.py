@@ -63,7 +63,7 @@ def replace_folder(
         check(new)
         _put_in_place(new, target)
         _sync(parent)
-    removeleftovers(target)
+    remove_leftovers(target)
 
 
 def _take_along(target: Path, new: Path, wanted: Callable[[Path], bool], check: Callable[[Path], object]) -> None:
@@ -124,7 +124,7 @@ def is_being_replaced(target: Path) -> bool:
     return False
 
 
-def removeleftovers(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Deletes what dead writers of `target` have left beside it; nothing while `target` itself is missing."""
     if target.exists():
         for folder in leftovers(target, "writing|replaced"):
