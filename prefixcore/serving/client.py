@@ -139,9 +139,8 @@ class Client:
         try:
             return json.loads(data)
         except ValueError:
-            raise ServingError(
-                f"{self.url}{path}: expected JSON, got {_shown(data.decode(errors='replace'))}"
-            ) from None
+            text = _shown(data.decode(errors="replace"))
+            raise ServingError(f"{self.url}{path}: expected JSON, got {text}") from None
 
     def events(self, path: str, body: Any) -> Iterator[dict[str, Any]]:
         """The JSON of each event of a stream.
