@@ -52,5 +52,14 @@ def run(*arguments: str | Path) -> None:
 
 def status(*arguments: str | Path) -> int:
     """The same; its exit code."""
-    command = [sys.executable, "-m", "prefixcore", *map(str, arguments)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    return subprocess.run(_command(arguments), stdin=subprocess.DEVNULL).returncode
+
+
+def said(*arguments: str | Path) -> tuple[int, str]:
+    """The same; its exit code, and its results, which are not printed."""
+    done = subprocess.run(_command(arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    return done.returncode, done.stdout.rstrip()
+
+
+def _command(arguments: Sequence[str | Path]) -> list[str]:
+    return [sys.executable, "-m", "prefixcore", *map(str, arguments)]

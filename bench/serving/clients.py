@@ -11,7 +11,7 @@ from itertools import cycle
 
 import httpx
 
-TOKENS = 32
+TOKENS = 16
 """How many tokens each request asks for; a model that would stop earlier is told not to."""
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.demo import base_model
-from bench.demo.__main__ import Progress
+from bench.demo.__main__ import Progress, shown
 from bench.demo.task import END
 from prefixcore.serving.client import Client, ServingError
 from prefixcore.serving.launch import LaunchError
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE / "out", help="where adapters and results go")
     parser.add_argument("--python", default=sys.executable, help="the Python that vLLM is installed in")
     options = parser.parse_args(arguments)
+    server.end_with_us()
     try:
         return run(options.out, options.python)
     except (base_model.DemoError, LaunchError, ServingError) as error:
@@ -40,16 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(out: Path, python: str) -> int:
     """Train what is not there, serve it, ask, validate; the exit status is the validation's."""
     announce = Progress()
-    model = base_model.converted_model()
+    model = shown(base_model.converted_model())
     names = [task.name for task in tasks.all_tasks()]
     folder = adapters.train(model, tasks.all_tasks(), out, announce)
     adapters.run("list", folder)
     announce("vLLM starts, on the CPU")
     with server.start(model, folder, python, out / "vllm.log", announce) as served:
         announce(f"it serves; {len(ASKED)} questions to three adapters and to the bare model, all at once:")
-        print(f"\n{ask(Client(served.url), names, model.name)}\n", flush=True)
+        answers = ask(Client(served.url), names, model.name)
+        print(f"\n{answers}\n", flush=True)
         announce("the same prompts on the server and in transformers")
-        status = adapters.status("validate-serving", "--url", served.url, "--model", model, "--adapters", folder)
+        status, table = adapters.said(
+            *("validate-serving", "--url", served.url, "--model", model, "--adapters", folder, "--dtype", "float32"),
+            *("--json", out / "validation.json"),
+        )
+    print(f"\n{table}\n", flush=True)
+    (out / "summary.txt").write_text(f"{answers}\n\n{table}\n", encoding="utf-8")
     announce("done" if status == 0 else "the server does not hold what it should: see the table")
     return status
 

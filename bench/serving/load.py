@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import machine
 from bench.demo import base_model
-from bench.demo.__main__ import Progress
+from bench.demo.__main__ import Progress, shown
 from prefixcore.serving.launch import LaunchError
 
 from . import adapters, clients, peft_batches, server, tasks
@@ -26,7 +26,7 @@ from .clients import Load, Request
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "load.json"
 CLIENTS = (1, 8, 32)
-REQUESTS = {1: 8, 8: 32, 32: 64}
+REQUESTS = {1: 4, 8: 16, 32: 32}
 """How many requests a round sends, by the number of clients."""
 MANY = 100
 LONG_TEXT_EXAMPLES = 60
@@ -124,7 +124,7 @@ def run(out: Path, rounds: int, python: str) -> None:
     announce = Progress()
     model, tokenizer = base_model.load()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    base = base_model.converted_model()
+    base = shown(base_model.converted_model())
     trained = adapters.train(base, tasks.all_tasks()[:1], HERE / "out", announce)
     folder = HERE / "out" / "many"
     announce(f"{MANY} adapters in {folder}")
@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (default: 7)")
     parser.add_argument("--python", default=sys.executable, help="the Python that vLLM is installed in")
     options = parser.parse_args(arguments)
+    server.end_with_us()
     try:
         run(options.out, options.rounds, options.python)
     except (base_model.DemoError, LaunchError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from prefixcore.serving import launch
 
 LENGTH = 2048
 """The longest sequence, in tokens; the model's own 8,192 would only reserve more memory."""
+
+
+def end_with_us() -> None:
+    """Lets SIGTERM end this process as Ctrl-C does, so that the server is stopped too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager

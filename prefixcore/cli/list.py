@@ -77,7 +77,7 @@ def rows(entries: list[Entry]) -> list[tuple[str, ...]]:
             found.append((cut(entry.name), "damaged or no adapter, see below", *("-",) * 6))
             continue
         score = "-" if entry.score is None else f"{entry.metric} {entry.score:.3g}"
-        cells = (entry.name, entry.task, entry.base_model, entry.method, score, size(entry.size))
+        cells = (entry.name, entry.task, _short(entry.base_model), entry.method, score, size(entry.size))
         found.append((*(cut(cell or "-") for cell in cells), (entry.digest or "-")[:12], (entry.date or "-")[:10]))
     return found
 
@@ -105,3 +105,8 @@ def size(count: int) -> str:
     while amount >= 1000 and unit < len(units) - 1:
         amount, unit = amount / 1000, unit + 1
     return f"{count} bytes" if unit == 0 else f"{amount:.3g} {units[unit]}"
+
+
+def _short(base_model: str | None) -> str | None:
+    """A folder by its last part; a model's id, `owner/name`, as it is. `--json` has the whole."""
+    return base_model if base_model is None or base_model.count("/") < 2 else base_model.rstrip("/").rpartition("/")[2]
