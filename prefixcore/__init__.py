@@ -2,9 +2,9 @@
 
 Three front doors:
 
-* a transformers model: `attach`, `load`, the `*Config` classes, `PackedCollator`;
+* a transformers model: `attach`, `load`, `accelerate`, `PromptBank`, the `*Config` classes, `PackedCollator`;
 * a framework of your own: `prefix_attention` and `soft_embedding`;
-* the command line: `prefixcore train | generate | inspect | bake | convert | doctor`.
+* the command line: `prefixcore --help` lists its commands, from `train` to `serve` and `audit`.
 
 Importing the package needs torch alone; everything that needs transformers, PEFT or safetensors is
 imported when it is first used.
