@@ -55,18 +55,24 @@ def check_served(folder: Path, name: str, model: BaseModel | None) -> Served:
         model: what it has to fit; None: that is not asked here.
 
     Raises:
-        AdapterProblem: it is damaged, a soft prompt, of another base model, or has a name that cannot be served.
+        AdapterProblem: it is a link, damaged, a soft prompt, of another base model, or has a name that cannot stand in
+            a salt.
     """
 
     def fits(header: AdapterHeader) -> None:
         if not isinstance(header.config, PrefixTuningConfig):
             raise AdapterProblem(
                 f"it is a soft prompt (method {header.config.method!r}), and a prefix is what is served; make one of "
-                f"it: prefixcore bake {folder} --model MODEL --out {folder}-baked"
+                f"it and put it in its place: prefixcore bake {folder} --model MODEL --out NEW, then "
+                "prefixcore add NEW DIR --replace"
             )
         if model is not None:
             model.check(header)
 
+    if folder.is_symlink():  # what a registry does not follow, the connector refuses
+        raise AdapterProblem(
+            f"{folder}: a link, and no folder of its own; it is not followed: prefixcore add copies what it leads to"
+        )
     try:
         digest = adapter_digest(folder)
         make_salt(name, digest)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prefixcore.adapters import Registry
 from prefixcore.serving.front import Front
 from prefixcore.serving.front_adapters import ServedAdapters
 from prefixcore.serving.salt import parse_salt
@@ -221,7 +222,16 @@ def test_a_soft_prompt_says_how_it_becomes_a_prefix(server: Server, registry: Pa
     shelf.soft_prompt(registry / "prompt")
     reply = server.post(COMPLETIONS, model="prompt", prompt="Peru")
     assert reply.status == 400
-    assert "prefixcore bake" in reply.error["message"]
+    assert "prefixcore bake prompt --model MODEL --out NEW, then prefixcore add NEW" in reply.error["message"]
+
+
+def test_a_link_is_refused_as_the_connector_refuses_it(server: Server, registry: Path, tmp_path: Path) -> None:
+    (registry / "linked").symlink_to(shelf.write(tmp_path / "elsewhere", seed=3))
+    reply = server.post(COMPLETIONS, model="linked", prompt="Peru")
+    assert reply.status == 400
+    assert "a link" in reply.error["message"]
+    assert "linked" not in [card["id"] for card in server.get("/v1/models").json["data"]]
+    assert Registry(registry).find("linked").problem is not None
 
 
 def test_adapters_are_seen_as_they_come_and_go(server: Server, registry: Path) -> None:
