@@ -71,6 +71,18 @@ def test_a_soft_prompt() -> None:
     torch.testing.assert_close(handle.module.embedding.grad, gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+def test_an_exported_program_has_the_virtual_tokens(config: type) -> None:
+    model, ids = make("llama"), tokens(2, 5)
+    bare = model(ids).logits
+    prefixcore.attach(model, config(num_virtual_tokens=4, init="random"))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    program = torch.export.export(model, (), inputs, strict=False).module()
+    expected = model(**inputs).logits
+    torch.testing.assert_close(program(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - bare).abs().max() > 1e-3
+
+
 def test_generate_with_a_static_cache_and_a_compiled_step() -> None:
     """What generate does by itself on a GPU."""
     model, ids = make("gpt2"), tokens(2, 5)
