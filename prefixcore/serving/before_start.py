@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..nn import LayerShape
+from .checkpoint import local_folder
 from .salt import PLACEHOLDER
 from .served_model import ServedModel
 
@@ -25,18 +25,7 @@ def describe_model(name: str) -> ServedModel:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = LayerShape(heads, size, size)
-    return ServedModel.describe(config, [shape] * config.num_hidden_layers, _folder(name))
-
-
-def _folder(name: str) -> Path | None:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ModuleNotFoundError:
-        return None
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    return ServedModel.describe(config, [shape] * config.num_hidden_layers, local_folder(name))
 
 
 def choose_placeholder(tokenizer: Any) -> int:

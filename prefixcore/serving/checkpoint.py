@@ -76,6 +76,21 @@ class Checkpoint:
         return next((place for place in found if place.shape == shape), found[0] if found else None)
 
 
+def local_folder(name: str, *, cache_dir: str | None = None, revision: str | None = None) -> Path | None:
+    """Where a model's files lie on this machine; None: they are not here.
+
+    Args:
+        name: a folder of a transformers model, or its id.
+        cache_dir, revision: of the hub's cache; None: the usual ones.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", cache_dir=cache_dir, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _places(file: Path) -> dict[str, _Place]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..nn import LayerShape
+from .checkpoint import local_folder
 from .settings import Settings
 
 VERIFIED = (
@@ -86,9 +87,4 @@ def checkpoint_folder(config: Any) -> Path | None:
     model, load = config.model_config, config.load_config
     if str(getattr(load.load_format, "value", load.load_format)) not in ("auto", "hf", "safetensors"):
         return None
-    if Path(model.model).is_dir():
-        return Path(model.model)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model.model, "config.json", cache_dir=load.download_dir, revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
+    return local_folder(model.model, cache_dir=load.download_dir, revision=model.revision)

@@ -49,8 +49,8 @@ def _salts(value: Any) -> Iterator[Any]:
             if "cache_salt" in found:
                 yield found["cache_salt"]
             waiting += found.values()
-        elif isinstance(found, list) and found and isinstance(found[0], (dict, list)):
-            waiting += found
+        elif isinstance(found, list):
+            waiting += [each for each in found if isinstance(each, (dict, list))]
 
 
 def check_request(body: Mapping[str, Any], path: str) -> None:
