@@ -19,6 +19,8 @@ from typing import Any, overload
 
 from .openai_errors import error_message
 
+__all__ = ["Client", "ServingError"]
+
 _LONGEST = 300
 
 
@@ -27,6 +29,14 @@ class ServingError(RuntimeError):
 
     Attributes:
         status: of HTTP; None: there was no answer.
+
+    Examples:
+        >>> from prefixcore.serving.client import Client, ServingError
+        >>> try:
+        ...     Client("http://127.0.0.1:9").generate("capitals", "Portugal ->")
+        ... except ServingError as error:
+        ...     print(error.status)
+        None
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A soft prompt that `prefixcore convert --to vllm` has written, read by the function with which vLLM reads a request's."""
+"""A soft prompt that `prefixcore convert --to vllm` has written, read as vLLM reads that of a request."""
 
 from __future__ import annotations
 
