@@ -154,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (base_model.DemoError, LaunchError) as error:
         print(f"load: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nload: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -44,13 +44,15 @@ class Server:
 
     def stop(self) -> None:
         """Asks the server to end, and ends it with all its processes if it does not."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_STOP_TIMEOUT)
-        with contextlib.suppress(OSError):  # its workers, which are in the group that it leads; mostly gone by now
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(_STOP_TIMEOUT)
+        finally:  # also where someone who waits presses Ctrl-C once more
+            with contextlib.suppress(OSError):  # its workers, in the group that it leads; mostly gone by now
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @contextlib.contextmanager

@@ -227,3 +227,23 @@ def test_a_signal_ends_the_server_too(place: Path, fake_python: str, number: sig
     time.sleep(0.05)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_impatience_leaves_no_server_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses Ctrl-C again while a server ends has no server afterwards either."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    server = launch.Server("http://127.0.0.1:9", process)
+    wait = process.wait
+
+    def interrupted(timeout: float | None = None) -> int:
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    monkeypatch.setattr(process, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert process.returncode == -signal.SIGKILL
