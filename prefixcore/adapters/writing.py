@@ -150,6 +150,14 @@ def check_target(target: Path) -> None:
         raise AdapterError(f"{error.filename or target}: cannot be read: {error.strerror or error}") from error
 
 
+def check_apart(source: Path, target: Path) -> None:
+    """Raises AdapterError if what is made of an adapter would take its place: it could not be made back from that."""
+    if os.path.lexists(target) and source.exists() and os.path.samefile(source, target):
+        raise AdapterError(
+            f"{target}: is what is read, and what is made of it would take its place; give another folder"
+        )
+
+
 def _check_target(target: Path) -> None:
     try:
         found = target.lstat()

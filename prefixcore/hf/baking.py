@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..adapters import AdapterError, Manifest, adapter_digest, check_target, read_adapter, read_record, write_adapter
 from ..adapters.files import find_adapter
 from ..adapters.provenance import MEASURED_FIELDS
+from ..adapters.writing import check_apart
 from ..nn import Config, LayerShape, MultitaskPrompt, Prefix, PrefixTuningConfig
 from .attaching import attach_prefix, attach_soft_prompt, check_model
 from .bake_check import Check, Comparison, Run, default_inputs
@@ -133,6 +134,8 @@ def bake(
     if adapter is not None and bos is not None:
         raise TypeError("bake: bos is about a text, and an adapter is given")
     check_target(Path(directory).absolute())
+    if adapter is not None:
+        check_apart(Path(adapter), Path(directory))
     check_model(model)
     target = Target(model)
     if adapter is None:

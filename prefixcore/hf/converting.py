@@ -18,6 +18,7 @@ from ..adapters.errors import shown
 from ..adapters.files import find_adapter
 from ..adapters.formats import FORMATS, PREFIX, PROMPT, Contents, Facts, Format, Written, contents_of
 from ..adapters.formats.files import read_bytes
+from ..adapters.writing import check_apart
 from ..nn import LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from .attaching import check_model
 from .families import text_config
@@ -118,6 +119,7 @@ def import_adapter(
     """
     kind, origin = find_format(format), Path(source)
     check_target(Path(directory).absolute())
+    check_apart(origin, Path(directory))
     check_model(model)
     record = {"converted_from": {"format": kind.name, "name": origin.name, "sha256": _digest(origin)}}
     if kind.name == "peft":

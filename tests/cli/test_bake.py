@@ -88,3 +88,11 @@ def test_another_model_is_refused(prefixcore, prompt, tmp_path):
     code, _, err = prefixcore(*command, "--force")
     assert code == 0
     assert "warning: " in err
+
+
+def test_the_original_is_never_replaced_by_its_bake(prefixcore, prompt, model_folder):
+    before = {path.name: path.read_bytes() for path in prompt.iterdir()}
+    code, _, err = prefixcore("bake", prompt, "--model", model_folder, "--out", prompt)
+    assert code == 2
+    assert "would take its place; give another folder" in err
+    assert {path.name: path.read_bytes() for path in prompt.iterdir()} == before

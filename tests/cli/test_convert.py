@@ -58,3 +58,13 @@ def test_errors_are_one_clear_line(prefixcore, adapter, model_folder, tmp_path, 
     assert line.startswith("prefixcore convert: error: ")
     assert expected in line
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_read_is_never_replaced(prefixcore, adapter, model_folder, tmp_path):
+    theirs = tmp_path / "theirs"
+    assert prefixcore("convert", adapter, "--to", "peft", "--out", theirs)[0] == 0
+    before = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    code, _, err = prefixcore("convert", theirs, "--from", "peft", "--model", model_folder, "--out", theirs)
+    assert code == 2
+    assert "would take its place; give another folder" in err
+    assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
