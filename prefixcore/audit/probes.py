@@ -128,3 +128,13 @@ def continuation(tokenizer: Any, example: Example) -> TokenizedExample:
     if not prompt or not rest:
         raise DataError(f"{example.source}: a text needs at least one token, and one that follows")
     return TokenizedExample(prompt, rest)
+
+
+def check_other(own: Probes, other: Probes) -> None:
+    """Raises AuditError if what is called another task holds the task's probes: its leak would be the task's effect."""
+    prompts = {example.prompt for example in own.examples}
+    if all(example.prompt in prompts for example in other.examples):
+        raise AuditError(
+            f"{other.name}: all its prompts are probes of the adapter's own task ({own.name}), so no leak could be "
+            "measured on them; give probes of another task"
+        )

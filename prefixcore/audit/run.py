@@ -21,7 +21,7 @@ from .errors import AuditError, NotMeasuredError
 from .generic import NAME, generic_texts
 from .leave_one_out import leave_one_out
 from .norms import norms_by_layer
-from .probes import LIMIT, Probes, prepare
+from .probes import LIMIT, Probes, check_other, prepare
 from .progress import Progress
 from .promoted import TokenShift
 from .report import Report
@@ -76,7 +76,7 @@ def audit(
         show_progress: bars on standard error; None: on a terminal.
 
     Raises:
-        AuditError: no probe, a method that cannot be audited, another model's tokenizer, numbers that are not finite.
+        AuditError: no probe, the task's own probes as another's, a method that cannot be audited, another model's tokenizer, numbers that are not finite.
         DataError: a probe that the tokenizer cannot encode or that is too long.
         AdapterError: the adapter is damaged, or another model's.
         TypeError, ValueError, NotImplementedError: as of `prefixcore.load`.
@@ -100,6 +100,8 @@ def audit(
     asked: dict[str, Any] = {"virtual_tokens": virtual.count, "end": end, "limit": limit}
     own = prepare(name, probes, model, tokenizer, **asked)
     elsewhere = [prepare(other, texts, model, tokenizer, **asked) for other, texts in (others or {}).items()]
+    for another in elsewhere:
+        check_other(own, another)
     if generic or (generic is None and not elsewhere):
         elsewhere.append(prepare(NAME, generic_texts(), model, tokenizer, are_texts=True, **asked))
     division = divide(own, examples)

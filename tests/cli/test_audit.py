@@ -101,3 +101,12 @@ def test_another_model_is_refused_and_force_is_recorded(audit, tmp_path):
     report = json.loads((tmp_path / "swap-audit.json").read_text())
     assert report["subject"]["forced"]
     assert report["limits"][0].startswith("The model is not the one")
+
+
+def test_the_task_s_own_probes_are_no_other_task(audit, data, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(data.read_bytes())
+    code, out, err = audit("--other", other)
+    assert (code, out) == (2, "")
+    assert "other: all its prompts are probes of the adapter's own task" in err
+    assert not (tmp_path / "swap-audit.html").exists()
