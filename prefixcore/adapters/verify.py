@@ -30,6 +30,9 @@ _TRIES = 3
 
 PASSED, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
 
+NOT_SAID = "not said"
+"""Detail of a check that fails because the manifest leaves a field empty."""
+
 _STRANGE = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py", ".safetensors", ".so")
 """Ends of names of files that hold weights or code: beside an adapter, somebody might load them for it."""
 
@@ -238,7 +241,7 @@ class _Folder:
     def check_said(self, name: str) -> str:
         value = self._known(name)
         if value is None or value == {} or (isinstance(value, str) and not value.strip()):
-            raise AdapterError("not said")
+            raise AdapterError(NOT_SAID)
         if name == "task":
             tasks = getattr(self._config(), "num_tasks", 1)
             if isinstance(self._config(), MultitaskPromptTuningConfig) and tasks != 1:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print a line for each check; exit code 1, and the names on standard error, if one of them fails."""
     check_open()
     from ..adapters import AdapterError, verify_adapter
-    from ..adapters.verify import as_dicts
+    from ..adapters.verify import NOT_SAID, as_dicts
 
     if arguments.data is not None and arguments.model is None:
         raise UserError("--data is measured with the base model: give --model")
@@ -66,6 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
         results(table([(check.outcome, check.name, check.detail) for check in checks]))
     if failed:
         say(f"prefixcore verify: {arguments.adapter}: failed: {', '.join(failed)}")
+        if all(check.detail == NOT_SAID for check in checks if check.failed):
+            say(
+                "Nothing is damaged: these statements are missing from the manifest. Say them with train's "
+                "--license and --intended-use or the keywords of handle.save, or allow their lack with "
+                + " ".join(f"--skip {name}" for name in failed)
+            )
     return FOUND_WRONG if failed else OK
 
 

@@ -149,3 +149,15 @@ def test_no_adapter(prefixcore, tmp_path):
     code, _, err = prefixcore("verify", tmp_path)
     assert code == 1
     assert err.endswith("failed: manifest, loads\n")
+
+
+def test_where_statements_alone_are_missing_it_says_so(prefixcore, changed):
+    folder = changed(license=None, intended_use=None)
+    code, _, err = prefixcore("verify", folder)
+    assert code == 1
+    first, second = err.splitlines()
+    assert first.endswith("failed: license, intended_use")
+    assert "these statements are missing" in second
+    assert second.endswith("--skip license --skip intended_use")
+    code, _, err = prefixcore("verify", folder, "--skip", "license", "--skip", "intended_use")
+    assert (code, err) == (0, "")
