@@ -155,7 +155,7 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     """How the adapter in a folder was trained, as `write_adapter` was told; empty where nobody said so.
 
     Raises:
-        AdapterError: the record or the manifest is damaged.
+        AdapterError: no such folder, or the record or the manifest is damaged.
 
     Examples:
         >>> from prefixcore.adapters import read_record
@@ -218,6 +218,8 @@ def _undisturbed(folder: Path, what: Callable[[Path], T]) -> T:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder")
     fields = load_json(folder / MANIFEST_FILE) or {}
     files = fields.get("files")
     files = files if isinstance(files, dict) else {}

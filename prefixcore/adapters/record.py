@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterError, shown
-from .storage import load_json
+from .storage import LONGEST_JSON, load_json
 
 RECORD = "training.json"
 CURVE = "curve.png"
@@ -32,10 +32,23 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def record_bytes(record: Mapping[str, Any], digest: str) -> bytes:
-    """The file's contents, one field a line; `digest` is that of the adapter's values."""
-    fields = {_ADAPTER: digest, **record}
-    lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", errors="backslashreplace")
+    """The file's contents, one field a line; `digest` is that of the adapter's values.
+
+    Raises:
+        AdapterError: a value that JSON cannot hold, or more than `load_record` reads.
+    """
+    lines = []
+    for name, value in {_ADAPTER: digest, **record}.items():
+        try:
+            lines.append(f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AdapterError(f"record: {name}: expected what JSON can hold: {error}") from error
+    data = ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", errors="backslashreplace")
+    if len(data) > LONGEST_JSON:
+        raise AdapterError(
+            f"record: expected at most {LONGEST_JSON} bytes of JSON, which is what is read, got {len(data)}"
+        )
+    return data
 
 
 def load_record(folder: Path, digest: str | None) -> dict[str, Any]:

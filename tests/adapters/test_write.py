@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefixcore.adapters import AdapterError, Manifest, read_adapter, replace, write_adapter
+from prefixcore.adapters import AdapterError, Manifest, read_adapter, read_record, replace, write_adapter
 from prefixcore.nn import LayerShape, PrefixTuningConfig, PromptTuningConfig
 
 from .models import CONFIGS, SHAPES, UNEVEN, contents, make_module, same, save
@@ -230,3 +230,24 @@ def test_a_strange_tokenizer_is_no_reason_to_lose_a_training(llama, tmp_path):
 def test_a_task_is_a_text(llama):
     with pytest.raises(TypeError, match="task: expected a text or None, got int"):
         Manifest.create(llama, CONFIGS["prompt"], task=5)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"notes": {1}}, "record: notes: expected what JSON can hold"),
+        ({"notes": "x" * 2**22}, "record: expected at most"),
+    ],
+)
+def test_a_record_that_could_not_be_read_is_not_written(record, expected, llama, tmp_path):
+    config = CONFIGS["prefix"]
+    manifest = Manifest.create(llama, config, LLAMA)
+    module = make_module(config, LLAMA)
+    with pytest.raises(AdapterError, match=expected):
+        write_adapter(tmp_path / "a", module=module, config=config, manifest=manifest, record=record)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_folder_has_no_record_that_is_empty(tmp_path):
+    with pytest.raises(AdapterError, match="nowhere: no such folder"):
+        read_record(tmp_path / "nowhere")
