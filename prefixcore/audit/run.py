@@ -76,7 +76,8 @@ def audit(
         show_progress: bars on standard error; None: on a terminal.
 
     Raises:
-        AuditError: no probe, the task's own probes as another's, a method that cannot be audited, another model's tokenizer, numbers that are not finite.
+        AuditError: no probe, the task's own probes as another's, a method that cannot be audited, another model's
+            tokenizer, numbers that are not finite.
         DataError: a probe that the tokenizer cannot encode or that is too long.
         AdapterError: the adapter is damaged, or another model's.
         TypeError, ValueError, NotImplementedError: as of `prefixcore.load`.
