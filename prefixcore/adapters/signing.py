@@ -49,7 +49,14 @@ def check_signature(folder: Path, public_key: Path, signature: Path | None = Non
     except ImportError as error:
         raise AdapterError(f"a signature is checked by model-signing, which is missing ({error}); {INSTALL}") from error
     try:
-        verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(folder, signature)
+        verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except Exception as error:  # of any kind: of cryptography, its backend, model-signing
+        raise AdapterError(
+            f"{public_key}: expected the public key of an elliptic curve in PEM, such as `openssl ec -pubout` writes "
+            f"({type(error).__name__}); it is not the private key, which stays with whoever signs"
+        ) from error
+    try:
+        verifier.verify(folder, signature)
     except Exception as error:  # of any kind: of JSON, protobuf, cryptography
         raise AdapterError(f"{signature}: {_in_words(error, folder, signature, bundle)}") from error
     signed = _signed_files(bundle)

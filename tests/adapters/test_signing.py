@@ -156,3 +156,15 @@ def test_without_the_library_it_is_said_what_to_install(signed, monkeypatch):
     with pytest.raises(AdapterError, match=r"model-signing, which is missing .*; pip install 'prefixcore\[sign\]'"):
         check_signature(folder, key)
     assert (folder / MODEL_FILE).exists()
+
+
+@pytest.mark.parametrize("kind", ["private", "text"])
+def test_what_is_no_public_key_is_named_and_not_the_signature(kind, original, tmp_path):
+    folder, key = original
+    given = key.with_suffix(".pem")
+    if kind == "text":
+        given = tmp_path / "text.pub"
+        given.write_text("not a key")
+    with pytest.raises(AdapterError) as caught:
+        check_signature(folder, given)
+    assert str(caught.value).startswith(f"{given}: expected the public key of an elliptic curve in PEM")
