@@ -7,6 +7,7 @@ import io
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,11 +113,20 @@ def check_bytes(path: Path, data: bytes, described: Mapping[str, Any]) -> None:
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     """The object that JSON text from this file is; AdapterError: it is none."""
     try:
-        values = json.loads(data)
+        values = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which each field stands once: of two, other readers may take the other one."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the field {ascii(name)[:100]} stands there twice")
     return values
 
 

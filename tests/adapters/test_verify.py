@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prefixcore
-from prefixcore.adapters import AdapterError, verify_adapter
+from prefixcore.adapters import AdapterError, read_adapter, verify_adapter
 from prefixcore.adapters.files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, STATE_FILE
 from prefixcore.adapters.record import CURVE, RECORD
 from prefixcore.adapters.verify import SAID, failures
@@ -163,7 +163,9 @@ def test_metrics_name_the_examples(adapter):
 def test_a_field_that_stands_there_twice(adapter):
     path = adapter / MANIFEST_FILE
     path.write_text(path.read_text().replace('"license": ', '"license": "MIT",\n  "license": ', 1))
-    assert failed(adapter) == {"manifest"}
+    assert failed(adapter) == {"manifest", "loads"}
+    with pytest.raises(AdapterError, match="the field 'license' stands there twice"):
+        read_adapter(adapter)
 
 
 @pytest.mark.parametrize(
