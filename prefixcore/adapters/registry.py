@@ -122,7 +122,10 @@ class Registry:
             raise AdapterError(f"{self.directory}: is not a folder; expected a folder of adapters")
         for name in (MANIFEST_FILE, PEFT_FILE):
             if os.path.lexists(self.directory / name):
-                raise AdapterError(f"{self.directory}: is itself an adapter; give the folder that it lies in")
+                raise AdapterError(
+                    f"{self.directory}: is itself an adapter; expected the folder that it lies in "
+                    "(of `prefixcore add`, the adapter comes first)"
+                )
 
     def entries(self, *, whole: bool = False) -> list[Entry]:
         """All folders in it, sorted by name; one that is damaged, or no adapter, has a `problem`.

@@ -147,7 +147,12 @@ def describe(blob: bytes) -> dict[str, Any]:
 def check_size(path: Path, size: int, described: Mapping[str, Any]) -> None:
     """Raises AdapterError unless the file has the size that `describe` returned for it."""
     if size != described["bytes"]:
-        raise AdapterError(f"{path}: {size} bytes in place of {described['bytes']}: truncated or another file")
+        hint = (
+            "; if PEFT has saved over it, remove prefixcore_manifest.json, which describes the former one"
+            if path.name in ("adapter_config.json", "adapter_model.safetensors")
+            else ""
+        )
+        raise AdapterError(f"{path}: {size} bytes in place of {described['bytes']}: truncated or another file{hint}")
 
 
 def check_digest(path: Path, digest: str, described: Mapping[str, Any]) -> None:
