@@ -26,7 +26,7 @@ from .clients import Load, Request
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "load.json"
 CLIENTS = (1, 8, 32)
-REQUESTS = {1: 4, 8: 16, 32: 32}
+REQUESTS = {1: 4, 8: 8, 32: 32}
 """How many requests a round sends, by the number of clients."""
 MANY = 100
 LONG_TEXT_EXAMPLES = 60
