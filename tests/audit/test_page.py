@@ -125,7 +125,7 @@ def test_what_files_hold_is_text(model, tokenizer, tmp_path):
         tokenizer,
         tmp_path / "bad",
         probes,
-        {HOSTILE: probes},
+        {HOSTILE: [Example(f"other {probe.prompt}", probe.completion) for probe in probes]},
         instructions=[HOSTILE[:30]],
         trials=2,
         name=HOSTILE,
