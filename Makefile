@@ -36,7 +36,7 @@ help:
 	@echo "make serve-test  run the tests of serving in vLLM itself, on the CPU, in an environment of its own (seven minutes)"
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
 	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
-	@echo "make bench-serving   throughput and time to first token in vLLM, beside text prompts and PEFT (half an hour)"
+	@echo "make bench-serving   throughput and time to first token in vLLM, beside text prompts and PEFT (ten minutes)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, test and measure there, under ten minutes; PYTHON has to have"
 	@echo "             torch, triton and transformers. make gpu-rehearsal: the same without a GPU, as far as that goes"

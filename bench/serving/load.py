@@ -19,6 +19,7 @@ from bench import machine
 from bench.demo import base_model
 from bench.demo.__main__ import Progress, shown
 from prefixcore.serving.launch import LaunchError
+from prefixcore.serving.vllm_command import find_vllm
 
 from . import adapters, clients, peft_batches, server, tasks
 from .clients import Load, Request
@@ -26,7 +27,7 @@ from .clients import Load, Request
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "load.json"
 CLIENTS = (1, 8, 32)
-REQUESTS = {1: 4, 8: 8, 32: 32}
+REQUESTS = {1: 2, 8: 8, 32: 32}
 """How many requests a round sends, by the number of clients."""
 MANY = 100
 LONG_TEXT_EXAMPLES = 60
@@ -76,7 +77,6 @@ def ways(url: str, base: str, peft: Any, tokenizer: Any, names: Sequence[str]) -
         "text prompt of the adapter's length": served([base], task.text),
         f"text prompt, {LONG_TEXT_EXAMPLES} examples": served([base], long_text(task)),
         "transformers with PEFT, 1 adapter": batches(names[:1]),
-        f"transformers with PEFT, {MANY} adapters": batches(names),
     }
 
 
@@ -129,13 +129,14 @@ def run(out: Path, rounds: int, python: str) -> None:
     folder = HERE / "out" / "many"
     announce(f"{MANY} adapters in {folder}")
     names = many(model, trained / "capitals", folder)
-    peft = peft_batches.load(model, [folder / name for name in names])
+    peft = peft_batches.load(model, [folder / names[0]])
     announce("starting the server")
     with server.start(base, folder, python, HERE / "out" / "vllm.log", announce) as served:
         found = ways(served.url, base.name, peft, tokenizer, names)
         figures = measure(found, rounds, announce)
     out.parent.mkdir(parents=True, exist_ok=True)
     stamp = {**machine.stamp(), "tokens_an_answer": clients.TOKENS, "requests": REQUESTS, "rounds": rounds}
+    stamp["versions"]["vllm"] = find_vllm(python)
     text = json.dumps({"stamp": stamp, "figures": [asdict(figure) for figure in figures]}, indent=1)
     out.write_text(text + "\n", encoding="utf-8")
     announce(f"figures in {out}")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import prefixcore
-from bench.serving import clients, demo, load, peft_batches, tasks
+from bench.serving import clients, demo, load, page, peft_batches, tasks
 from bench.serving.clients import TOKENS, Request
 from prefixcore.serving.client import Client
 from tests import tiny
@@ -126,3 +126,11 @@ def test_peft_answers_in_batches_of_one_adapter(tmp_path: Path) -> None:
     found = peft_batches.drive(wrapped, tokenizer, requests, clients=4, number=6)
     assert len(found.answers) == 6
     assert all(0 < answer.first < answer.whole for answer in found.answers)
+
+
+def test_the_page_says_what_was_measured() -> None:
+    results = page.read()
+    assert page.pages.read(page.PAGE) == page.right(results)
+    assert {figure["clients"] for figure in results["figures"]} == set(load.CLIENTS)
+    assert all(len(figure["tokens_per_second"]) == results["stamp"]["rounds"] for figure in results["figures"])
+    assert page.PICTURE.exists()
