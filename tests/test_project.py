@@ -82,3 +82,8 @@ def test_nothing_that_is_made_is_committed() -> None:
         pytest.skip("not a checkout")
     made = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
     assert subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
+    tracked = subprocess.run(
+        ["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    links = [line for line in tracked.splitlines() if line.startswith("120000")]
+    assert links == [], "a link leads to a folder that others do not have"
