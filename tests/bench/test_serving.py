@@ -18,6 +18,7 @@ from bench.serving import clients, demo, load, page, peft_batches, tasks
 from bench.serving.clients import TOKENS, Request
 from prefixcore.serving.client import Client
 from tests import tiny
+from tests.serving.fake_openai import running
 
 
 def test_every_task_asks_the_same_countries_and_shows_only_trained_ones() -> None:
@@ -79,14 +80,8 @@ def serving(asked: Asked) -> Iterator[str]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as address:
+        yield address
 
 
 def test_a_round_sends_each_request_as_often_and_no_more_at_once_than_there_are_clients() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,10 +186,17 @@ def serving(stack: Stack) -> Iterator[str]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    with running(server) as address:
+        yield address
+
+
+@contextmanager
+def running(server: socketserver.BaseServer) -> Iterator[str]:
+    """The address of a server that answers in a thread of its own, for the block."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
@@ -198,7 +206,6 @@ def serving(stack: Stack) -> Iterator[str]:
 @contextmanager
 def saying(raw: bytes) -> Iterator[str]:
     """The address of something that answers every connection with these bytes."""
-    import socketserver
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -207,14 +214,8 @@ def saying(raw: bytes) -> Iterator[str]:
 
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with running(server) as address:
+        yield address
 
 
 def http_answer(body: str, status: str = "200 OK") -> bytes:
