@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
-from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes, positive
+from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes, positive, warnings_as_lines
 from .failures import UserError, user_errors
 from .output import check_open, results, say, to_json
 
@@ -101,8 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = open_model(arguments)
     failures = user_errors(AdapterError, AuditError, DataError, ValueError, TypeError, NotImplementedError)
     too_deep = user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep")
-    with failures, too_deep, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with failures, too_deep, warnings_as_lines():
         report = audit(
             model,
             tokenizer,
@@ -119,9 +117,6 @@ def run(arguments: argparse.Namespace) -> int:
             name=arguments.probe.stem,
             show_progress=None,
         )
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            say(f"warning: {warning.message}")
     page, data = report.write(out)
     say(f"page     {page}\njson     {data}")
     results(to_json(report.data, indent=1) if arguments.json else "\n".join(report.data["summary"]))

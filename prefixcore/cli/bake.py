@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 
-from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes
+from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes, warnings_as_lines
 from .failures import UserError, user_errors
-from .output import check_open, results, say, to_json
+from .output import check_open, results, to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..hf import bake
 
-    with (
-        user_errors(AdapterError, ValueError, TypeError, NotImplementedError),
-        warnings.catch_warnings(record=True) as caught,
-    ):
-        warnings.simplefilter("always", UserWarning)
+    with user_errors(AdapterError, ValueError, TypeError, NotImplementedError), warnings_as_lines():
         baked = bake(
             model,
             arguments.adapter,
@@ -68,9 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
             inputs=arguments.prompt,
             strict=not arguments.force,
         )
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            say(f"warning: {warning.message}")
     if arguments.json:
         results(to_json({"out": str(baked.path), "method": baked.method, **vars(baked.comparison)}))
     else:

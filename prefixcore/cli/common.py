@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ something the user can mend (one line on standard error). `INTERRUPTED`: stopped
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--dtype` and `--device`."""
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="folder of a transformers model, or its id")
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, required: bool = True, said: str = "folder of a transformers model, or its id"
+) -> None:
+    """`--model`, `--dtype` and `--device`; `said`: the help of the first."""
+    parser.add_argument("--model", required=required, metavar="DIR_OR_ID", help=said)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as they are stored)"
     )
@@ -45,13 +49,19 @@ def load_adapter(model: Any, folder: Path, *, trainable: bool = False, force: bo
     """`prefixcore.load`, whose warnings are lines on standard error."""
     from ..hf import load
 
+    with warnings_as_lines():
+        return load(model, folder, trainable=trainable, strict=not force)
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """A block after which each warning that is meant for users is a line on standard error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        handle = load(model, folder, trainable=trainable, strict=not force)
+        yield
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             say(f"warning: {warning.message}")
-    return handle
 
 
 def positive(text: str) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any
 
-from .common import DTYPES, OK, open_model
+from .common import DTYPES, OK, open_model, warnings_as_lines
 from .failures import UserError, user_errors
 from .output import check_open, results, say, table
 
@@ -54,12 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"expected --model, the model that the adapter is for: {FORMATS[name].title} does not say enough of it"
         )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_as_lines():
         _read(arguments) if arguments.origin else _write(arguments)
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            say(f"warning: {warning.message}")
     return OK
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import DTYPES, FOUND_WRONG, OK, load_adapter, open_model
+from .common import FOUND_WRONG, OK, add_model_arguments, load_adapter, open_model
 from .failures import UserError, user_errors
 from .output import check_open, results, say, table, to_json
 
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore verify`."""
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of an adapter")
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="compare with this base model")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of its weights (default: as they are stored)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto, a GPU if there is one)")
+    add_model_arguments(parser, required=False, said="compare with this base model")
     parser.add_argument(
         "--data",
         type=Path,
