@@ -123,7 +123,7 @@ def tensor_init(
     for index, (shape, (key, value)) in enumerate(zip(layers, pairs, strict=True)):
         for name, tensor, dim in (("key", key, shape.key_dim), ("value", value, shape.value_dim)):
             check_tensor(f"{name} of layer entry {index}", tensor, (shape.num_kv_heads, tokens, dim))
-        checked.append((_fp32_copy(key), _fp32_copy(value)))
+        checked.append((fp32_copy(key), fp32_copy(value)))
     return checked
 
 
@@ -137,7 +137,8 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: holds a number that is NaN or infinite")
 
 
-def _fp32_copy(tensor: Tensor) -> Tensor:
+def fp32_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy in fp32, without a graph."""
     return tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
 
 
@@ -162,7 +163,7 @@ def vocab_init(weight: Tensor, num_virtual_tokens: int, seed: int | None = None)
         torch.Size([4, 32])
     """
     ids = vocab_ids(weight.shape[0], num_virtual_tokens, seed)
-    return _fp32_copy(weight.detach()[ids.to(weight.device)])
+    return fp32_copy(weight.detach()[ids.to(weight.device)])
 
 
 def fit_ids(ids: Sequence[int], num_virtual_tokens: int | None) -> list[int]:

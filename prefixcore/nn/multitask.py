@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MultitaskPromptTuningConfig
-from .initialization import check_tensor, seeded
+from .initialization import check_tensor, fp32_copy, seeded
 
 _STD = 0.02
 """Of the random factors, as in PEFT."""
@@ -76,9 +76,9 @@ class MultitaskPrompt(nn.Module):
             rows = _STD * torch.randn(self.num_tasks, config.num_ranks, hidden_size)
         if source is not None and config.source_init in ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK"):
             cols, rows = _of_source(config, source, cols.shape, rows.shape)
-        self.embedding = nn.Parameter(_copied(initial))
-        self.prefix_task_cols = nn.Parameter(_copied(cols))
-        self.prefix_task_rows = nn.Parameter(_copied(rows))
+        self.embedding = nn.Parameter(fp32_copy(initial))
+        self.prefix_task_cols = nn.Parameter(fp32_copy(cols))
+        self.prefix_task_rows = nn.Parameter(fp32_copy(rows))
 
     def forward(self, tasks: Tensor | None = None) -> Tensor:
         """The prompts `[tasks, P, E]`, differentiable; with `tasks`, indices `[B]`, only those, `[B, P, E]`."""
@@ -113,7 +113,3 @@ def _of_source(
         check_tensor(f"{name} of the source", tensor, (1, *shape[1:]))
         found.append(tensor.expand(shape))
     return found[0], found[1]
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)

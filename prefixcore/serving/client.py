@@ -109,7 +109,7 @@ class Client:
             ServingError: the server refuses or fails, or there is none.
         """
         answer = self.ask("POST", "/v1/completions", _request(model, options, prompt=_prompt(prompt)))
-        choices = sorted(_choices(answer), key=lambda choice: choice.get("index", 0))
+        choices = sorted(choices_of(answer), key=lambda choice: choice.get("index", 0))
         texts = [_text(choice.get("text")) for choice in choices]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -124,7 +124,7 @@ class Client:
     def chat(self, model: str, messages: str | Sequence[dict[str, Any]], **options: Any) -> str:
         """The answer to messages, or to one text of the user's."""
         answer = self.ask("POST", "/v1/chat/completions", _request(model, options, messages=_messages(messages)))
-        return _text((_choices(answer)[0].get("message") or {}).get("content") or "")
+        return _text((choices_of(answer)[0].get("message") or {}).get("content") or "")
 
     def stream_chat(self, model: str, messages: str | Sequence[dict[str, Any]], **options: Any) -> Iterator[str]:
         """The same, piece by piece as it comes."""
@@ -237,7 +237,8 @@ def _messages(messages: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
 
 
-def _choices(answer: Any) -> list[dict[str, Any]]:
+def choices_of(answer: Any) -> list[dict[str, Any]]:
+    """The choices of an answer, at least one; ServingError: it has none."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise ServingError(f"expected an answer with choices, got {_shown(answer)}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .client import Client, ServingError
+from .client import Client, ServingError, choices_of
 
 _PLAIN = {"top_p": 1, "frequency_penalty": 0, "presence_penalty": 0}
 _VLLM = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0, "return_token_ids": True}
@@ -108,7 +108,7 @@ def attempt(ask: Callable[..., Answered], model: str, prompt: str) -> Answered |
 
 
 def _completion(answer: Any) -> Answered:
-    choice = _choice(answer)
+    choice = choices_of(answer)[0]
     text = choice.get("text")
     if not isinstance(text, str):
         raise ServingError(f"expected a text in the answer, got {str(answer)[:200]}")
@@ -118,20 +118,13 @@ def _completion(answer: Any) -> Answered:
 
 
 def _chat(answer: Any) -> Answered:
-    choice = _choice(answer)
+    choice = choices_of(answer)[0]
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else None
     found = choice.get("logprobs")
     content = found.get("content") if isinstance(found, dict) else None
     values = [one.get("logprob") for one in content] if isinstance(content, list) else None
     return _answered(text or "", choice, answer, values)
-
-
-def _choice(answer: Any) -> dict[str, Any]:
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise ServingError(f"expected an answer with choices, got {str(answer)[:200]}")
-    return choices[0]
 
 
 def _answered(text: str, choice: dict[str, Any], answer: Any, values: Any) -> Answered:
