@@ -27,7 +27,7 @@ help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
 	@echo "make audit-demo   audit the demo's adapters, trained first if need be, into bench/demo/out/audit/ (ten minutes on two"
 	@echo "             cores); ARGS=--keep puts the page into bench/demo/"
-	@echo "make serve-demo   three prefixes behind one unmodified vLLM, asked at once and validated (six minutes, and three more"
+	@echo "make serve-demo   three prefixes behind one unmodified vLLM, asked at once and validated (four minutes, and two more"
 	@echo "             the first time)"
 	@echo "make test    run the tests (about seven minutes on two cores); make test-all: also those marked slow, which compile"
 	@echo "             for GPUs, watch memory with sanitizers and try more random cases; make test-slow: these alone"
