@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from ..hf.attention import attend_to_prefix_and_sequence
-from ..hf.mask import prefix_mask
-from ..hf.patch import frozen_run
-from ..hf.positions import argument_names
-from ..hf.prefix import PrefixCall
+from ..hf.attention.interface import attend_to_prefix_and_sequence
+from ..hf.attention.mask import prefix_mask
+from ..hf.attention.patch import frozen_run
+from ..hf.attention.prefix import PrefixCall
+from ..hf.model.signature import argument_names
 from .errors import NotMeasuredError
 from .virtual import VirtualTokens
 

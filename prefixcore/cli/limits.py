@@ -26,7 +26,7 @@ def stated_positions(model: Any) -> int | None:
 
 def learned_positions(model: Any) -> int | None:
     """How many positions the model can be run with; None: it computes them, without a limit."""
-    from ..hf.position_table import position_limit
+    from ..hf.positions.position_table import position_limit
 
     return position_limit(model)
 

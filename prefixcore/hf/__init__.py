@@ -1,12 +1,12 @@
 """Prefixes and soft prompts on transformers models: attach, train, generate, save, load, detach."""
 
 from .attaching import attach
-from .baking import Baked, bake
-from .converting import export_adapter, import_adapter
+from .baking.baking import Baked, bake
+from .baking.converting import export_adapter, import_adapter
+from .batch.packing import PackedCollator
 from .families import FAMILIES
 from .handle import Handle, attached
 from .loading import load
-from .packing import PackedCollator
 from .peft import Accelerated, accelerate
 from .prompt_bank import PromptBank
 

@@ -22,21 +22,21 @@ from ..nn import (
     PTuningConfig,
     SoftPrompt,
 )
-from .attached import AnyPrompt, Attached
-from .attention import LAYER
-from .bank import Bank
-from .beside_peft import warn_of_frozen_peft
+from .attention.discover import AttentionCall, discover, find_backbone
+from .attention.interface import LAYER
+from .attention.patch import ATTACHMENT, MODULE
+from .attention.refusals import warn_of_dropout
+from .bank.attached import AnyPrompt, Attached
+from .bank.bank import Bank
+from .bank.beside_peft import warn_of_frozen_peft
+from .bank.heads import find_heads
 from .checkpoint import install
-from .devices import device_of, without_values
-from .discover import AttentionCall, discover, find_backbone
 from .families import is_known, known_families, text_config
 from .handle import Handle
-from .heads import find_heads
 from .initialize import initial_prefix, initial_prompt
-from .model_inputs import OTHER, SEQUENCE, head_of
-from .patch import ATTACHMENT, MODULE
-from .position_table import position_limit
-from .refusals import warn_of_dropout
+from .model.devices import device_of, without_values
+from .positions.model_inputs import OTHER, SEQUENCE, head_of
+from .positions.position_table import position_limit
 from .verify import check_causal, check_reads_last, own_words, verify_prefix, verify_soft_prompt
 
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ..adapters import Manifest, write_adapter
 from ..adapters.files import CHECKPOINT
 from ..adapters.whole import whole_module
-from .patch import MODULE
+from .attention.patch import MODULE
 
 if TYPE_CHECKING:
-    from .bank import Bank
+    from .bank.bank import Bank
 
 _METHOD = "save_pretrained"
 _NOT_SAVED = "_keys_to_ignore_on_save"

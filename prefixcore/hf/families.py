@@ -5,7 +5,7 @@ the same text. A model of another family is attached too, after it has passed th
 (`prefixcore.hf.verify`).
 
 A record holds what a model cannot be asked at run time, and what tests and documentation are held to. The rest is
-found by running the model (`prefixcore.hf.discover`) or by looking at its modules, for any family.
+found by running the model (`prefixcore.hf.attention.discover`) or by looking at its modules, for any family.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def known_families() -> str:
 def position_limit(model: Any) -> int | None:
     """How many positions a model of a known family has learned; None: it computes them, or its family is not known.
 
-    `prefixcore.hf.position_table` finds out those of any model.
+    `prefixcore.hf.positions.position_table` finds out those of any model.
     """
     family = family_of(model)
     return text_config(model).max_position_embeddings if family and family.positions == LEARNED else None

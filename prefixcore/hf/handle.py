@@ -14,16 +14,16 @@ from ..adapters import Manifest, write_adapter
 from ..nn import Config, CPTPrompt, LayerShape, Prefix
 from ..ops import which_backend
 from ..ops.select import Choice
-from .attached import AnyPrompt, Attached
-from .bank import Bank
-from .beside_peft import train_together
+from .attention.patch import ATTACHMENT
+from .bank.attached import AnyPrompt, Attached
+from .bank.bank import Bank
+from .bank.beside_peft import train_together
+from .bank.heads import Heads
 from .checkpoint import uninstall
-from .devices import device_of
 from .families import is_known
-from .heads import Heads
-from .patch import ATTACHMENT
-from .positions import argument_names
-from .undone import UndoneAfterBlock
+from .model.devices import device_of
+from .model.signature import argument_names
+from .model.undone import UndoneAfterBlock
 
 
 class Handle(UndoneAfterBlock):

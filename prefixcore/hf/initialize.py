@@ -26,11 +26,11 @@ from ..nn import (
     vocab_ids,
 )
 from ..nn.initialization import check_tensor
-from .devices import device_of
-from .discover import record
+from .attention.discover import record
+from .attention.patch import frozen_run
 from .families import text_config
-from .patch import frozen_run
-from .position_table import position_limit
+from .model.devices import device_of
+from .positions.position_table import position_limit
 
 
 def initial_prefix(

@@ -19,12 +19,12 @@ from ..adapters.module import build_module
 from ..adapters.reading import AdapterHeader, read
 from ..adapters.storage import naming
 from ..nn import CPTPrompt, Prefix
-from .attached import AnyPrompt
 from .attaching import attach_prefix, attach_soft_prompt, check_model, find_attention_layers, find_hidden_size
-from .cpt_calls import prompt_of_examples
-from .discover import AttentionCall
+from .attention.discover import AttentionCall
+from .bank.attached import AnyPrompt
+from .bank.cpt_calls import prompt_of_examples
+from .bank.heads import check_heads
 from .handle import Handle
-from .heads import check_heads
 from .initialize import initial_prompt
 
 

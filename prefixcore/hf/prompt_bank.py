@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from ..adapters.weights import is_named
 from ..nn import Config, CPTConfig, Prefix, PrefixTuningConfig
-from .attached import Attached
 from .attaching import (
     check_config,
     check_model,
@@ -20,14 +19,15 @@ from .attaching import (
     make_prefix,
     make_prompt,
 )
-from .bank import Bank
-from .beside_peft import warn_of_frozen_peft
+from .attention.refusals import warn_of_dropout
+from .bank.attached import Attached
+from .bank.bank import Bank
+from .bank.beside_peft import warn_of_frozen_peft
 from .checkpoint import install, uninstall
-from .devices import device_of
 from .handle import Handle
 from .loading import Target
-from .refusals import warn_of_dropout
-from .undone import UndoneAfterBlock
+from .model.devices import device_of
+from .model.undone import UndoneAfterBlock
 
 
 class PromptBank(UndoneAfterBlock):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
-from .attached import Attached
-from .bank import Bank
-from .devices import device_of
-from .discover import AttentionCall, record
+from .attention.discover import AttentionCall, record
+from .attention.patch import frozen_run
+from .bank.attached import Attached
+from .bank.bank import Bank
 from .families import AS_DECODER, known_families, text_config
-from .model_inputs import SEQUENCE, found_to_read_ids, head_of, plain_ids, reads_ids, stand_in
-from .patch import frozen_run
+from .model.devices import device_of
+from .positions.model_inputs import SEQUENCE, found_to_read_ids, head_of, plain_ids, reads_ids, stand_in
 
 _TEXT, _CONTINUATION, _NEW = 3, 4, 2
 """How many tokens become virtual ones, how many follow them, and how many are generated."""

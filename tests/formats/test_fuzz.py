@@ -13,7 +13,7 @@ import torch
 import prefixcore
 from prefixcore.adapters import AdapterError
 from prefixcore.adapters.formats import FORMATS, PREFIX, Facts
-from prefixcore.hf.converting import facts_of
+from prefixcore.hf.baking.converting import facts_of
 
 from .conftest import FIXTURES
 

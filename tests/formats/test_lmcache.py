@@ -35,7 +35,7 @@ def test_a_chunk_for_each_256_tokens(model: Any, tmp_path: Path) -> None:
     make_adapter(model, config, tmp_path / "long")
     writer = FORMATS["lmcache"]
     from prefixcore.adapters.formats import contents_of, lmcache
-    from prefixcore.hf.converting import facts_of
+    from prefixcore.hf.baking.converting import facts_of
 
     contents = contents_of(read_adapter(tmp_path / "long"))
     before, lmcache.CHUNK = lmcache.CHUNK, 32

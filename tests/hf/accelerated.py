@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import prefixcore
-import prefixcore.hf.attention
+import prefixcore.hf.attention.interface
 import prefixcore.hf.peft.soft_prompt
 
 from .models import make, padded
@@ -82,7 +82,7 @@ def count_ops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return lambda *arguments, **options: calls.append(name) or op(*arguments, **options)
 
     for module, name in (
-        (prefixcore.hf.attention, "prefix_attention"),
+        (prefixcore.hf.attention.interface, "prefix_attention"),
         (prefixcore.hf.peft.soft_prompt, "soft_embedding"),
     ):
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))

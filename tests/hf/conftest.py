@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefixcore.hf import prompt_calls
+from prefixcore.hf.bank import prompt_calls
 
 
 @pytest.fixture(params=["once", "in each row"])

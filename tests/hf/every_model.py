@@ -19,7 +19,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
-from prefixcore.hf.model_inputs import has_axes, reads_ids, stand_in
+from prefixcore.hf.positions.model_inputs import has_axes, reads_ids, stand_in
 
 from .tiny_models import every_class, make
 

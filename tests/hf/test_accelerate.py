@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import prefixcore
-import prefixcore.hf.attention
+import prefixcore.hf.attention.interface
 import prefixcore.hf.peft.soft_prompt
 
 from .accelerated import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import prefixcore
-import prefixcore.hf.attention
+import prefixcore.hf.attention.interface
 import prefixcore.hf.peft.soft_prompt
 from prefixcore.hf import attached
 

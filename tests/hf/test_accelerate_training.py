@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import prefixcore
-import prefixcore.hf.attention
+import prefixcore.hf.attention.interface
 import prefixcore.hf.peft.soft_prompt
 
 from .accelerated import METHODS, _of_length, assert_close, count_ops, gradients, inputs, step, with_peft

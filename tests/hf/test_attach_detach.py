@@ -13,8 +13,8 @@ import transformers
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from prefixcore.hf import FAMILIES as KNOWN
-from prefixcore.hf import prefix_calls
-from prefixcore.hf.patch import Patch
+from prefixcore.hf.attention.patch import Patch
+from prefixcore.hf.bank import prefix_calls
 
 from .models import FAMILIES, VOCABULARY, Tokenizer, assert_same, make, padded, state, tokens
 

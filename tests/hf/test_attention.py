@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import prefixcore
 from prefixcore import PrefixTuningConfig
-from prefixcore.hf.attention import ATTENTION, LAYER, Layer, prefix_attention_forward
+from prefixcore.hf.attention.interface import ATTENTION, LAYER, Layer, prefix_attention_forward
 
 from .models import FAMILIES, KNOWN, make, padded, tokens, window_of
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore.adapters import AdapterError, adapter_digest, read_adapter, read_record
-from prefixcore.hf import baking
+from prefixcore.hf.baking import baking
 from prefixcore.nn import CPTConfig, CPTPrompt
 from tests import tiny
 

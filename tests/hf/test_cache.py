@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefixcore.hf.cache import cache_argument, cache_output
+from prefixcore.hf.positions.cache import cache_argument, cache_output
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

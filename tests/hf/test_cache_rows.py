@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from prefixcore import PrefixTuningConfig, PromptBank, PromptTuningConfig
-from prefixcore.hf import prompt_calls
+from prefixcore.hf.bank import prompt_calls
 
 from . import tiny_models
 from .models import make, padded, tokens

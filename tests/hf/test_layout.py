@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixcore.hf.layout import Layout
+from prefixcore.hf.batch.layout import Layout
 
 
 @st.composite

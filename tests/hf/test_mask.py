@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
-from prefixcore.hf import attention
+from prefixcore.hf.attention import interface as attention
 
 from .models import make, padded, tokens, window_of
 

@@ -9,7 +9,7 @@ import torch
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
-from prefixcore.hf.position_table import position_limit
+from prefixcore.hf.positions.position_table import position_limit
 
 from .tiny_models import every_class, make
 

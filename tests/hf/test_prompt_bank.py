@@ -283,7 +283,7 @@ def test_adapters_of_a_bank_are_trained_together(tmp_path: Path) -> None:
 
 def test_hundreds_in_a_budget_of_memory(tmp_path: Path) -> None:
     """On the CPU nothing is copied; a device that holds shapes alone shows what would be, and what gives way."""
-    from prefixcore.hf.residency import Residency
+    from prefixcore.hf.bank.residency import Residency
 
     model, ids = make("llama"), tokens(3, 4)
     handles = []

@@ -118,11 +118,11 @@ def _accelerated(peft_model: Any) -> Any:
 
 def _count_ops() -> None:
     """Counts the calls of our two ops."""
-    import prefixcore.hf.attention
+    import prefixcore.hf.attention.interface
     import prefixcore.hf.peft.soft_prompt
 
     for module, name in (
-        (prefixcore.hf.attention, "prefix_attention"),
+        (prefixcore.hf.attention.interface, "prefix_attention"),
         (prefixcore.hf.peft.soft_prompt, "soft_embedding"),
     ):
         setattr(module, name, _counted(name, getattr(module, name)))

@@ -1,6 +1,6 @@
 """Formats of others, one file each, behind one small protocol: `Format`. None of them is ever unpickled.
 
-`FORMATS` has them by their names. `prefixcore.hf.converting` reads and writes them for a model.
+`FORMATS` has them by their names. `prefixcore.hf.baking.converting` reads and writes them for a model.
 """
 
 from .adapterhub import AdapterHub

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..active import activate
 from ..attaching import check_model, is_tested
-from ..discover import discover, find_backbone
+from ..attention.discover import discover, find_backbone
+from ..attention.patch import frozen_run
+from ..attention.refusals import warn_of_dropout
 from ..families import text_config
-from ..patch import frozen_run
-from ..refusals import warn_of_dropout
+from ..model.active import activate
 from .accelerated import ACCELERATED, Accelerated
 from .checkpointing import checkpointing_hidden
 from .methods import check_peft_model, is_prefix, method

@@ -9,11 +9,11 @@ import torch
 
 from ...ops import which_backend
 from ...ops.select import Choice
-from ..active import activate
+from ..batch.tasks import TASK_IDS
 from ..families import is_known
-from ..positions import past_length, query_length
-from ..tasks import TASK_IDS
-from ..undone import UndoneAfterBlock
+from ..model.active import activate
+from ..model.undone import UndoneAfterBlock
+from ..positions.positions import past_length, query_length
 from .checkpointing import checkpointing_hidden
 from .methods import active_config, is_prefix, method
 from .prefix import PeftBank

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...nn import LayerShape, split_layers
-from ..active import is_active
-from ..attached import Attached
-from ..bank import Bank
-from ..disabled import is_disabled
-from ..discover import AttentionCall
-from ..prefix import KeyValue
+from ..attention.disabled import is_disabled
+from ..attention.discover import AttentionCall
+from ..attention.prefix import KeyValue
+from ..bank.attached import Attached
+from ..bank.bank import Bank
+from ..model.active import is_active
 from .checkpointing import checkpoint_without_reentrance
 from .encoder import flat_prefix
 from .methods import active_config

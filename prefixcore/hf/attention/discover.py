@@ -1,0 +1,200 @@
+"""Which attention modules of a model reach transformers' attention interface, and what their heads look like.
+
+Nothing is guessed from names or configurations: the model reads a few tokens through a recording attention function.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from ...nn import LayerShape
+from ..families import AS_DECODER, known_families, text_config
+from ..model.devices import device_of
+from ..model.signature import argument_names
+from .interface import ATTENTION, PREFIXES, prefix_attention_forward
+from .mask import prefix_mask
+from .patch import frozen_run
+from .prefix import PrefixCall
+
+RECORDING = "prefixcore_recording"
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Values of `config.layer_types` that mean attention; others are linear attention, state spaces, convolutions."""
+
+_KNOWN_ARGUMENTS = {
+    "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cu_seq_lens_q",
+    "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "past_key_values", "cache_position",
+    "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch",
+}  # fmt: skip
+"""Arguments of an attention call that the op honours, or that do not concern it."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call of a forward.
+
+    Attributes:
+        module, name: the attention module and its name in the model.
+        num_heads: H.
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], as attention sees them.
+        kwargs: the other arguments.
+    """
+
+    module: nn.Module
+    name: str
+    num_heads: int
+    key: Tensor
+    value: Tensor
+    kwargs: dict[str, Any]
+
+    @property
+    def shape(self) -> LayerShape:
+        """Hkv, D and Dv."""
+        return LayerShape(self.key.shape[1], self.key.shape[3], self.value.shape[3])
+
+
+_calls: ContextVar[list[tuple[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]]] | None] = ContextVar(
+    "prefixcore_calls", default=None
+)
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    calls = _calls.get()
+    if calls is not None:
+        calls.append((module, query, key, value, kwargs))
+    kwargs = {**kwargs, PREFIXES: PrefixCall([])}
+    return prefix_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(RECORDING, _record)
+AttentionMaskInterface.register(RECORDING, prefix_mask)
+
+
+def record(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
+    """The attention calls of one forward over `input_ids` [B, T], in order; the model is left as it was.
+
+    Keys and values are those that attention sees: after the rotary embedding, not repeated for the query heads.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    token = _calls.set([])
+    try:
+        with frozen_run(model, RECORDING):
+            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+        calls = _calls.get() or []
+    finally:
+        _calls.reset(token)
+    return [
+        AttentionCall(module, names[module], query.shape[1], key, value, kwargs)
+        for module, query, key, value, kwargs in calls
+    ]
+
+
+def discover(model: PreTrainedModel) -> list[AttentionCall]:
+    """The self-attention layers of the text decoder, in order, each checked to be one that a prefix fits.
+
+    Raises:
+        NotImplementedError: no layer, not every layer, or a layer in a way that is not understood.
+    """
+    model_class = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(
+            f"{model_class} is an encoder-decoder; prefixes are for decoders so far ({known_families()})"
+        )
+    calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
+    if not calls:
+        raise NotImplementedError(
+            f"{model_class} does not run its attention through transformers' attention interface, so a prefix cannot "
+            "reach it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: "
+            f"{known_families()}"
+        )
+    config = text_config(model)
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    expected = sum(layer_type in _ATTENTION_LAYERS for layer_type in layer_types)
+    modules = {call.module for call in calls}
+    if len(modules) != expected or len(calls) != expected:
+        raise NotImplementedError(
+            f"{model_class} has {expected} attention layers, but {len(modules)} attention modules were reached in "
+            f"{len(calls)} calls; a prefix must reach each layer once. Known families: {known_families()}"
+        )
+    for call in calls:
+        _check_call(call, model.can_generate() and getattr(config, "is_decoder", None) is False)
+    _check_windows(config, [call.kwargs.get("sliding_window") for call in calls])
+    return calls
+
+
+def _check_call(call: AttentionCall, may_be_decoder: bool) -> None:
+    """Raises NotImplementedError for attention that `prefix_attention` does not compute."""
+    unknown = {
+        name
+        for name, value in call.kwargs.items()
+        if value is not None and value is not False and name not in _KNOWN_ARGUMENTS
+    }
+    if unknown:
+        raise NotImplementedError(
+            f"{call.name} calls attention with {', '.join(sorted(unknown))}, which prefix attention does not know"
+        )
+    is_causal = call.kwargs.get("is_causal")
+    if not (getattr(call.module, "is_causal", True) if is_causal is None else is_causal):
+        hint = f". {AS_DECODER}" if may_be_decoder else ""
+        raise NotImplementedError(
+            f"{call.name} is not causal; prefixes are for decoders so far ({known_families()}){hint}"
+        )
+    if call.num_heads % call.shape.num_kv_heads:
+        raise NotImplementedError(
+            f"{call.name} has {call.num_heads} query heads on {call.shape.num_kv_heads} key heads, an uneven group"
+        )
+
+
+def _check_windows(config: Any, windows: list[int | None]) -> None:
+    """Raises NotImplementedError unless each attention call is passed the window that its layer is configured with.
+
+    `prefixcore.hf.attention.mask` reads the configuration and leaves a sliding window to attention, which reads its
+    arguments.
+    """
+    window = getattr(config, "sliding_window", None)
+    layer_types = [each for each in getattr(config, "layer_types", None) or () if each in _ATTENTION_LAYERS]
+    layer_types = layer_types or ["sliding_attention"] * len(windows)
+    configured = [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+    for layer, (expected, found) in enumerate(zip(configured, windows, strict=True)):
+        if expected != found:
+            raise NotImplementedError(
+                f"attention layer {layer} of {config.model_type} should have the sliding window {expected}, but tells "
+                f"its attention function {found}; known families: {known_families()}"
+            )
+
+
+def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrainedModel:
+    """The innermost model that holds every one of these layers and takes positions.
+
+    Raises:
+        NotImplementedError: none takes `position_ids`.
+    """
+    paths = [call.name.split(".") for call in calls]
+    common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))
+    for end in range(common, -1, -1):
+        module = model.get_submodule(".".join(paths[0][:end]))
+        if isinstance(module, PreTrainedModel) and "position_ids" in argument_names(module):
+            return module
+    raise NotImplementedError(
+        f"{type(model).__name__} takes no position_ids, so the sequence cannot be placed after the prefix; "
+        f"known families: {known_families()}"
+    )
+
+
+def check_reached(backbone: PreTrainedModel, layers: list[nn.Module]) -> None:
+    """Raises NotImplementedError unless the attention of `backbone` was switched to prefix attention."""
+    configs: list[Any] = [backbone.config, *(layer.config for layer in layers if hasattr(layer, "config"))]
+    for config in configs:
+        if config._attn_implementation != ATTENTION:
+            raise NotImplementedError(
+                f"{type(backbone).__name__} keeps its attention implementation {config._attn_implementation!r}; "
+                f"known families: {known_families()}"
+            )

@@ -1,0 +1,261 @@
+"""Adapters from and to the formats of others: what a format needs of the model is found out here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...adapters import AdapterError, Manifest, check_target, read_adapter, write_adapter
+from ...adapters.errors import shown
+from ...adapters.files import find_adapter
+from ...adapters.formats import FORMATS, PREFIX, PROMPT, Contents, Facts, Format, Written, contents_of
+from ...adapters.formats.files import read_bytes
+from ...adapters.writing import check_apart
+from ...nn import LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
+from ..attaching import check_model
+from ..families import text_config
+from ..loading import Target, load
+from .rotary import turn
+
+
+def find_format(name: str) -> Format:
+    """The format of that name; AdapterError: there is none."""
+    if name not in FORMATS:
+        raise AdapterError(f"format: expected one of {', '.join(FORMATS)}, got {shown(name)}")
+    return FORMATS[name]
+
+
+def export_adapter(
+    adapter: str | Path | Sequence[str | Path],
+    format: str,
+    path: str | Path,
+    *,
+    model: PreTrainedModel | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
+    """Writes the virtual tokens of an adapter in a format of others.
+
+    Args:
+        adapter: its folder, ours or one that PEFT wrote; for "tensorrt-llm" also several, one task each.
+        format: a name of `prefixcore.adapters.formats.FORMATS`.
+        path: the file or folder to write, which must not be there.
+        model: the model, where the format counts positions in another way ("adapters").
+        dtype: of the numbers.
+
+    Returns:
+        What the adapter has and the format does not hold, in words.
+
+    Raises:
+        AdapterError: the adapter cannot be read, the format cannot hold it, or something is at `path`.
+
+    Examples:
+        >>> with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4)) as handle:
+        ...     folder = handle.save("capitals", task="country -> capital")
+        >>> prefixcore.export_adapter("capitals", "vllm", "capitals.pt")
+        ['manifest (task, base model, provenance)']
+        >>> torch.load("capitals.pt", weights_only=True).shape
+        torch.Size([4, 32])
+    """
+    target, kind = Path(path), find_format(format)
+    _check_free(target)
+    folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    read = [read_adapter(folder) for folder in folders]
+    contents = [contents_of(each, find_adapter(Path(folder))) for each, folder in zip(read, folders, strict=True)]
+    for folder, each in zip(folders, contents, strict=True):
+        _check_kind(folder, each, kind)
+    facts = Facts() if model is None else facts_of(model, needs_layers=kind.needs_model)
+    written = kind.write(_joined(contents, kind), facts, dtype)
+    _put(target, written)
+    lost = list(written.lost)
+    if any(each.manifest is not None for each in read):
+        lost.append("manifest (task, base model, provenance)")
+    if kind.name != "peft":
+        if any(each.heads for each in read):
+            lost.append("heads that were trained along (modules_to_save): without them the outputs are others")
+        if any(getattr(each.config, "virtual_token_ids", None) is not None for each in read):
+            lost.append("where in the text the virtual tokens stand (virtual_token_ids)")
+    return lost
+
+
+def import_adapter(
+    source: str | Path,
+    format: str,
+    directory: str | Path,
+    *,
+    model: PreTrainedModel,
+    task: str | None = None,
+    task_id: int | None = None,
+) -> Path:
+    """Writes an adapter's folder from a file or folder in a format of others, checked against the model.
+
+    Args:
+        source: the file or folder.
+        format: a name of `prefixcore.adapters.formats.FORMATS`.
+        directory: the folder to write.
+        model: the model that it was made for, with nothing attached; foreign formats rarely name one.
+        task: what it does, in words; for the manifest.
+        task_id: of a table of several tasks, which one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the source is not of this format, damaged, or for another model.
+
+    Examples:
+        >>> torch.save(torch.randn(4, 32), "prompt.pt")
+        >>> folder = prefixcore.import_adapter("prompt.pt", "vllm", "prompt", model=model, task="country -> capital")
+        >>> with prefixcore.load(model, folder) as handle:
+        ...     print(handle)
+        Handle(prompt on LlamaForCausalLM, 4 virtual tokens, 0 trainable)
+    """
+    kind, origin = find_format(format), Path(source)
+    check_target(Path(directory).absolute())
+    check_apart(origin, Path(directory))
+    check_model(model)
+    record = {"converted_from": {"format": kind.name, "name": origin.name, "sha256": _digest(origin)}}
+    if kind.name == "peft":
+        with load(model, origin) as handle:
+            return handle.save(directory, task=task, record=record)
+    target = Target(model)
+    contents = kind.read(origin, facts_of(model, needs_layers=PREFIX in kind.kinds))
+    module: Prefix | SoftPrompt
+    shapes: list[LayerShape] | None = None
+    if contents.prefix is not None:
+        module = _prefix(origin, contents, [call.shape for call in target.attention_layers[0]])
+        shapes = list(module.shapes)
+    else:
+        module = _prompt(origin, contents, target.hidden_size, task_id)
+    manifest = Manifest.create(
+        model, module.config, shapes, task=task, training={"converted_from": kind.name, "source": origin.name}
+    )
+    return write_adapter(directory, module=module, config=module.config, manifest=manifest, record=record)
+
+
+def facts_of(model: PreTrainedModel, *, needs_layers: bool = True) -> Facts:
+    """What formats may need to know of a model."""
+    config, target = text_config(model), Target(model)
+    shapes = [call.shape for call in target.attention_layers[0]] if needs_layers else None
+    embed: Any = model.get_input_embeddings()
+    return Facts(
+        shapes=shapes,
+        hidden_size=embed.weight.shape[1],
+        num_attention_heads=getattr(config, "num_attention_heads", None),
+        model_type=config.model_type,
+        class_name=type(model).__name__,
+        name=getattr(model.config, "name_or_path", None) or None,
+        turn=lambda pairs, by: turn(model, pairs, by),
+    )
+
+
+def _check_kind(folder: str | Path, contents: Contents, kind: Format) -> None:
+    if contents.kind in kind.kinds:
+        return
+    if contents.kind == PROMPT:
+        hint = "bake it first: prefixcore bake ADAPTER --model M --out DIR makes an equal prefix"
+    else:
+        hint = "keys and values of layers are no embeddings; train a soft prompt (--method prompt) for it"
+    raise AdapterError(f"{folder}: {kind.title} holds a {kind.kinds[0]}, and this is a {contents.kind}: {hint}")
+
+
+def _joined(contents: list[Contents], kind: Format) -> Contents:
+    """One `Contents`: of several adapters the soft prompts as tasks."""
+    if len(contents) == 1:
+        return contents[0]
+    if kind.name != "tensorrt-llm":
+        raise AdapterError(
+            f"{kind.title} holds one adapter, got {len(contents)}; only tensorrt-llm has several in a table"
+        )
+    prompts = [each.prompts for each in contents if each.prompts is not None]
+    shapes = [list(each.shape[1:]) for each in prompts]
+    if any(shape != shapes[0] for shape in shapes):
+        raise AdapterError(f"tasks of a prompt table have one shape [P, E], got {shown(shapes)}")
+    return Contents(prompts=torch.cat(prompts))
+
+
+def _prefix(origin: Path, contents: Contents, shapes: list[LayerShape]) -> Prefix:
+    """The module of a prefix that fits the model's layers."""
+    assert contents.prefix is not None
+    layers = list(range(len(shapes))) if contents.layers is None else contents.layers
+    if len(layers) != len(contents.prefix):
+        raise AdapterError(
+            f"{origin}: it has a prefix for {len(contents.prefix)} layers, but the model has {len(layers)} attention "
+            "layers"
+        )
+    for layer, (key, value) in zip(layers, contents.prefix, strict=True):
+        found = LayerShape(key.shape[0], key.shape[2], value.shape[2])
+        if found != shapes[layer]:
+            raise AdapterError(
+                f"{origin}: the prefix of layer {layer} is for {found}, but the model has {shapes[layer]}"
+            )
+    config = PrefixTuningConfig(
+        init=contents.prefix, layers=contents.layers, num_frozen_tokens=contents.num_frozen_tokens
+    )
+    return Prefix([shapes[layer] for layer in layers], config, contents.prefix)
+
+
+def _prompt(origin: Path, contents: Contents, hidden_size: int, task_id: int | None) -> SoftPrompt:
+    """The module of a soft prompt that fits the model's embeddings."""
+    prompts = contents.prompts
+    assert prompts is not None
+    if len(prompts) > 1 and task_id is None:
+        raise AdapterError(
+            f"{origin}: it has {len(prompts)} tasks and an adapter is for one: say which, task_id=0 to "
+            f"{len(prompts) - 1} (--task-id)"
+        )
+    number = task_id or 0
+    if not 0 <= number < len(prompts):
+        raise AdapterError(f"{origin}: task_id is {number}, but its tasks are 0 to {len(prompts) - 1}")
+    if prompts.shape[2] != hidden_size:
+        raise AdapterError(
+            f"{origin}: its virtual tokens have {prompts.shape[2]} numbers, but the model's embeddings have "
+            f"{hidden_size}"
+        )
+    return SoftPrompt(hidden_size, PromptTuningConfig(init=prompts[number]), prompts[number])
+
+
+def _digest(source: Path) -> str:
+    """The SHA-256 of a file, or of a folder's files by their names."""
+    try:
+        paths = [source] if not source.is_dir() else sorted(path for path in source.iterdir() if path.is_file())
+    except OSError as error:
+        raise AdapterError(f"{source}: cannot be read: {error.strerror or error}") from error
+    if source.is_dir():
+        lines = [f"{path.name} {hashlib.sha256(read_bytes(path)).hexdigest()}\n" for path in paths]
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(read_bytes(source)).hexdigest()
+
+
+def _check_free(target: Path) -> None:
+    """Raises AdapterError if something is there: files of others are never replaced."""
+    if os.path.lexists(target):
+        raise AdapterError(f"{target}: is there already; give another name, or remove it")
+
+
+def _put(target: Path, written: Written) -> None:
+    """Writes a file or a folder beside its place, and gives it its name as a whole."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.parent / f".{target.name}.writing-{secrets.token_hex(4)}"
+    try:
+        if set(written.files) == {""}:
+            new.write_bytes(written.files[""])
+        else:
+            new.mkdir()
+            for name, data in written.files.items():
+                (new / name).write_bytes(data)
+        _check_free(target)
+        os.rename(new, target)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new, ignore_errors=True)
+        else:
+            new.unlink(missing_ok=True)

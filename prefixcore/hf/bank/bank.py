@@ -1,0 +1,392 @@
+"""What is attached to a model: a bank of adapters, of which each row of a batch sees its own, or none.
+
+Also where there is one adapter, which then is every row's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...nn import CPTPrompt
+from ...ops import which_backend
+from ..attention.disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
+from ..attention.discover import AttentionCall, check_reached
+from ..attention.interface import ATTENTION, PREFIXES, NoArgumentsError
+from ..attention.patch import ATTACHMENT, Patch, frozen_run
+from ..attention.prefix import KeyValue, PrefixCall
+from ..batch.tasks import (
+    TASK_IDS,
+    Rows,
+    Task,
+    generated_tasks,
+    generating,
+    parse_task_ids,
+)
+from ..families import has_windows, is_known, text_config
+from ..model.active import activate, is_active
+from ..model.devices import device_of
+from ..model.signature import argument_names, as_keywords, takes_keywords
+from ..positions.cache import cache_argument, get_label, label_to_continue
+from ..positions.model_inputs import has_axes, has_stand_ins, plain_ids, restarts
+from ..positions.position_table import position_limit
+from ..positions.positions import batch_rows, shift_positions
+from ..prompts.prompt_embeddings import is_inserted
+from .attached import Attached
+from .beside_peft import check_not_frozen
+from .cpt_calls import TYPES, take_answers_loss
+from .prefix_calls import ROWS, RowPrefixes, decode
+from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
+from .residency import Residency
+
+
+class Bank:
+    """The adapters on a model, and the calls of the model that they take part in.
+
+    Args:
+        model: the model as the user knows it.
+
+    Attributes:
+        model: the model.
+        adapters: what is attached, by name; under None the only one.
+        limit: positions that the model has learned; None: it computes them.
+        patch: what was changed in the model, to be put back.
+        decoder: the text decoder inside that holds the attention layers; or why there is none that virtual tokens
+            reach, in words.
+        layers: its attention layers.
+        names: the arguments of the forwards that are wrapped, by their modules.
+        checkpointable: the modules that say whether gradient checkpointing is on.
+        only_full_attention: whether every layer lets each token see all that come before it.
+        hands_on_arguments: whether its layers get the arguments of its call.
+        residency: the copies of frozen adapters on the model's device.
+        stays: whether the bank stays on the model when nothing is attached any longer.
+        moves_with_padding: whether padding on the left changes what the model computes; None: not tried yet.
+        is_reached: whether the decoder's attention is ours. A soft prompt switches it when a call first needs that.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.adapters: dict[str | None, Attached] = {}
+        self.limit = position_limit(model)
+        self.patch = Patch(model)
+        self.decoder: PreTrainedModel | str = "it is not known"
+        self.layers: list[nn.Module] = []
+        self.is_reached = False
+        self.hands_on_arguments = True
+        self.residency = Residency()
+        self.stays = False
+        self.moves_with_padding: bool | None = None
+        self._next_task = 0
+        self.names = {module: argument_names(module) for module in {model, model.base_model}}
+        self.checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.only_full_attention = _only_full_attention(model)
+        try:
+            self.freeze()
+            self.patch.wrap_forward(model, self.call_model)
+            if model.base_model is not model:
+                self.patch.wrap_forward(model.base_model, self.call_base_model)
+            self.patch.wrap_method("generate", self.call_generate)
+            self.patch.wrap_method("init_continuous_batching", self.refuse_continuous_batching)
+            setattr(model, ATTACHMENT, self)
+        except BaseException:
+            self.patch.undo()
+            raise
+
+    # -- what is attached
+
+    def freeze(self) -> None:
+        """Turns off the gradients of the model."""
+        self.patch.freeze()
+
+    def register(self, adapter: Attached) -> None:
+        """Makes the module of an adapter one of the model's, so that `state_dict` and `.to(...)` include it."""
+        if adapter.is_kept:
+            self.patch.add_module(adapter.module, adapter.name)
+
+    def set_decoder(self, decoder: PreTrainedModel | str, calls: Sequence[AttentionCall]) -> None:
+        """Says where the attention layers are, or why they cannot be reached."""
+        self.decoder, self.layers = decoder, [call.module for call in calls]
+
+    def reach(self) -> None:
+        """Lets the decoder's attention run through ours, once."""
+        if self.is_reached or isinstance(self.decoder, str):
+            return
+        decoder = self.decoder
+        self.patch.set_attention(decoder, ATTENTION)
+        check_reached(decoder, self.layers)
+        self.patch.number_layers(self.layers, True)
+        self.hands_on_arguments = is_known(self.model) or self._find_handed_on(decoder)
+        self.patch.number_layers(self.layers, self.hands_on_arguments)
+        if decoder not in self.patch.forwards:
+            self.names[decoder] = argument_names(decoder)
+            self.patch.wrap_forward(decoder, self.call_decoder)
+        self.is_reached = True
+
+    def _find_handed_on(self, decoder: PreTrainedModel) -> bool:
+        """Whether each attention layer gets the arguments that the decoder is called with."""
+        if not takes_keywords(decoder):
+            return False
+        recorded: dict[int, KeyValue] = {}
+        ids = plain_ids(self.model, 1)
+        with frozen_run(self.model), suppress(NoArgumentsError):
+            decoder(input_ids=ids, use_cache=False, **{PREFIXES: PrefixCall([], recorded=recorded)})
+        return len(recorded) == len(self.layers)
+
+    def add(self, adapter: Attached) -> Attached:
+        """Attaches an adapter."""
+        adapter.first_task, self._next_task = self._next_task, self._next_task + adapter.num_tasks
+        try:
+            if adapter.is_prefix:
+                self.reach()
+            self.register(adapter)
+        except BaseException:
+            if not self.adapters and not self.stays:
+                self.patch.undo()
+            raise
+        self.adapters[adapter.name] = adapter
+        return adapter
+
+    def remove(self, adapter: Attached) -> None:
+        """Detaches an adapter; with the last one the model is put back to what it was, unless the bank stays."""
+        if self.adapters.get(adapter.name) is adapter:
+            del self.adapters[adapter.name]
+            self.patch.remove_module(adapter.name)
+            self.residency.drop(adapter.uid)
+        if not self.adapters and not self.stays:
+            self.patch.undo()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model still carries this bank."""
+        return self.model.__dict__.get(ATTACHMENT) is self
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments that a call of the model has in addition."""
+        has_types = any(isinstance(adapter.module, CPTPrompt) for adapter in list(self.adapters.values()))
+        return [TASK_IDS, TYPES] if has_types else [TASK_IDS]
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether gradient checkpointing is on somewhere in the model."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.checkpointable)
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the running thread computes as if nothing were attached."""
+        return is_disabled(self.patch)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside, the running thread computes as if nothing were attached, with the attention that the model had."""
+        return disable(self.patch)
+
+    def find_task(self, task_id: Any) -> Task | None:
+        """The task of a number, a name or a pair of a name and a number; None and -1: none.
+
+        Raises:
+            ValueError, TypeError: nothing of this name or number is attached.
+        """
+        if task_id is None or task_id == -1:
+            return None
+        name, index = task_id if isinstance(task_id, tuple) else (task_id, 0)
+        if isinstance(name, str) and name in self.adapters and 0 <= index < self.adapters[name].num_tasks:
+            return Task(self.adapters[name], index)
+        if isinstance(name, int) and not isinstance(name, bool):
+            for adapter in list(self.adapters.values()):  # another thread may add and remove
+                if adapter.first_task <= name < adapter.first_task + adapter.num_tasks:
+                    return Task(adapter, name - adapter.first_task)
+        raise ValueError(f"task_ids: {task_id!r} is not attached; there are {self._described()}, and -1 or None")
+
+    def _described(self) -> str:
+        found = []
+        for name, a in list(self.adapters.items()):
+            numbers = str(a.first_task) if a.num_tasks == 1 else f"{a.first_task} to {a.first_task + a.num_tasks - 1}"
+            found.append(numbers if name is None else f"{name!r} ({numbers})")
+        return ", ".join(found) or "none"
+
+    # -- calls
+
+    def call_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model."""
+        if self.is_disabled:
+            return self._call_bare(self.model, forward, args, kwargs)
+        kwargs = as_keywords(self.names[self.model], args, kwargs)
+        explicit = kwargs.get(TASK_IDS) is not None or generated_tasks(self.patch) is not None
+        rows = self.pop_rows(kwargs)
+        if self.model is self.decoder:
+            forward = partial(decode, self, forward)
+        if rows.placed:
+            forward = place_prompts_in_text(self, forward, kwargs, rows)
+        computed: dict[Task, Any] = {}
+        prompts: dict[Task, Tensor] = {}
+        answers = None
+        if rows.prompts:
+            answers = take_answers_loss(kwargs, rows)
+            computed, prompts = place_prompts(self, kwargs, rows, in_rows=answers is not None)
+        if computed or explicit or len(self.adapters) > 1:
+            kwargs[ROWS] = RowPrefixes(rows, computed)
+        if prompts or self._continues_after_prompts(kwargs, rows):
+            return call_with_prompts(self, forward, kwargs, rows, prompts, answers)
+        if self.stays and not self.is_reached and is_known(self.model) and not has_axes(self.model):
+            shift_positions(kwargs, 0, None)  # counted from the mask, as where a row has virtual tokens
+        if torch.compiler.is_compiling():
+            return forward(**kwargs)
+        # Models without **kwargs (Bloom, Falcon, GPT-J, Mamba) do not hand the rows on to the model without a head.
+        with activate(self.patch):
+            return forward(**kwargs)
+
+    def _continues_after_prompts(self, kwargs: dict[str, Any], rows: Rows) -> bool:
+        """Whether the cache of a call holds soft prompts, be it only as padding of the rows that were selected."""
+        cache = cache_argument(kwargs)
+        label = get_label(cache)
+        if label is None or not label.slots:
+            return False
+        return label_to_continue(cache, rows.keys(batch_rows(kwargs))) is not None
+
+    def call_generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model's generate: its rows' tasks are those of all calls of the model inside.
+
+        They do not travel with the arguments, which generate hands on to an assistant model too.
+        """
+        task_ids = kwargs.pop(TASK_IDS, None)
+        with generating(self.patch, task_ids):
+            return generate(*args, **kwargs)
+
+    def refuse_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The start of continuous batching, by whichever method: NotImplementedError."""
+        if self.is_disabled:
+            return start(*args, **kwargs)
+        raise NotImplementedError(
+            "continuous batching (generate_batch) keeps pages of keys and values that only transformers' own attention "
+            "reads, so virtual tokens would not be seen: call generate on padded batches (with task_ids for different "
+            "adapters), or detach first"
+        )
+
+    def call_base_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model without its head, from the model or by itself."""
+        base: Any = self.model.base_model
+        if self.is_disabled:
+            return self._call_bare(base, forward, args, kwargs)
+        kwargs = as_keywords(self.names[base], args, kwargs)
+        if base is self.decoder:
+            return decode(self, forward, **kwargs)
+        self.check_inserted(base, kwargs)
+        return forward(**kwargs)
+
+    def call_decoder(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the decoder, from the model or by itself."""
+        assert isinstance(self.decoder, PreTrainedModel)
+        if self.is_disabled:
+            return self._call_bare(self.decoder, forward, args, kwargs)
+        return decode(self, forward, **as_keywords(self.names[self.decoder], args, kwargs))
+
+    def _call_bare(
+        self, module: PreTrainedModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A disabled call of `module`: the decoder gets the attention to use, where ours was put in."""
+        kwargs.pop(TASK_IDS, None)
+        name = other_attention(module.config) if module is self.decoder and self.is_reached else None
+        if name is not None and module.config._attn_implementation == ATTENTION and self.hands_on_arguments:
+            kwargs[OTHER_ATTENTION] = name
+        return forward(*args, **kwargs)
+
+    def pop_rows(self, kwargs: dict[str, Any]) -> Rows:
+        """The tasks of the rows of a call."""
+        task_ids = kwargs.pop(TASK_IDS, None)
+        if task_ids is not None:
+            what = "rows" if kwargs.get("cu_seq_lens_q") is None else "packed sequences"
+            hint = partial(_packing_hint, kwargs)
+            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, what, hint=hint)
+        task_ids = generated_tasks(self.patch)  # before the cache's, which have to be the same
+        if task_ids is not None:
+            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, is_expanded=True)
+        label = get_label(cache_argument(kwargs))
+        rows = None if label is None else self._rows_here(label.rows)
+        if rows is not None:
+            return rows
+        # A bank of many may have one just now; a wrapper that loses task_ids must not be taken for a call without.
+        if len(self.adapters) > 1 or self.stays or any(a.num_tasks > 1 for a in list(self.adapters.values())):
+            raise ValueError(
+                f"several tasks are attached: say which one each row is for, task_ids=[...], one a row (with -1 or "
+                f"None for none), or one for all; there are {self._described()}. A column task_ids of a dataset holds "
+                "numbers: Trainer's collator leaves texts out (PackedCollator does not)"
+            )
+        return Rows([Task(adapter) for adapter in self.adapters.values()])
+
+    def _rows_here(self, rows: Rows) -> Rows | None:
+        """The rows of a cache, perhaps of a model that this one is a copy of; None: something else is attached here."""
+        here = {adapter.uid: adapter for adapter in list(self.adapters.values())}
+        if any(task.adapter.uid not in here for task in rows.tasks):
+            return None
+        return Rows([Task(here[task.adapter.uid], task.number) for task in rows.tasks], rows.index)
+
+    def evaluate(self, adapter: Attached) -> Any:
+        """What the module makes, without a graph where none is wanted."""
+        if torch.is_grad_enabled() and self.model.training:
+            check_not_frozen(self, adapter)
+        if torch.is_grad_enabled() and adapter.trains:
+            return adapter.module()
+        if torch.compiler.is_compiling():
+            return _detach(adapter.module())
+        with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
+            values = _detach(adapter.module())
+            return values if adapter.is_kept else self.residency.get(adapter.uid, values, device_of(self.model))
+
+    # -- soft prompts
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether packed batches can be given with a soft prompt, and attention has a kernel for them.
+
+        The model keeps its own attention until the first packed batch, so its dtype and device may still change.
+        """
+        if isinstance(self.decoder, str):
+            return False
+        try:
+            choice = which_backend("prefix_attention", device_of(self.decoder), self.decoder.dtype)
+        except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
+            return False
+        return choice.name != "reference" or choice.why == "forced"
+
+    def check_inserted(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+        """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
+        if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
+            return
+        if has_stand_ins(self.model.get_input_embeddings()) or is_active(self.patch):
+            return
+        cache = cache_argument(kwargs)
+        if all(a.is_prefix for a in self.adapters.values()) or get_label(cache) is not None:
+            return
+        raise RuntimeError(
+            f"{type(module).__name__} was called without the soft prompt, which is put in when the model that it is "
+            f"attached to ({type(self.model).__name__}) is called"
+        )
+
+
+def _detach(values: Any) -> Any:
+    return values.detach() if isinstance(values, Tensor) else [(key.detach(), value.detach()) for key, value in values]
+
+
+def _packing_hint(kwargs: dict[str, Any]) -> str:
+    """What to do where sequences are packed, but only positions say so."""
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, Tensor) or kwargs.get("cu_seq_lens_q") is not None or torch.compiler.is_compiling():
+        return ""
+    if positions.shape[-1] < 2 or not restarts(positions):
+        return ""
+    return (
+        ": position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where each "
+        "sequence begins, which one task a sequence needs (PackedCollator gives it)"
+    )
+
+
+def _only_full_attention(model: PreTrainedModel) -> bool:
+    """Whether every layer lets each token see all that come before it."""
+    layer_types = getattr(text_config(model), "layer_types", None) or []
+    return not has_windows(model) and set(layer_types) <= {"full_attention"}

@@ -1,0 +1,180 @@
+"""A call of the decoder: its layers get the prefixes of the rows, and positions move behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ..attention.interface import PREFIXES
+from ..attention.prefix import KeyValue, LayerPrefixes, PrefixCall, running, stack
+from ..attention.refusals import refuse_attention_weights, refuse_other_attention, refuse_reentrant_checkpointing
+from ..batch.packing import is_empty_mask, set_empty_mask
+from ..batch.tasks import Rows, Task
+from ..model.devices import device_of
+from ..positions.cache import (
+    CacheLabel,
+    cache_argument,
+    cache_output,
+    close_cache,
+    label_to_continue,
+    open_cache,
+    set_label,
+)
+from ..positions.positions import batch_rows, shift_positions
+from ..prompts.prompt_arguments import tokens
+
+if TYPE_CHECKING:
+    from .bank import Bank
+
+ROWS = "prefixcore_rows"
+"""The argument by which a model's call hands the rows' tasks, a `RowPrefixes`, to the decoder inside."""
+
+
+class RowPrefixes:
+    """What a model's call hands to the decoder inside.
+
+    Attributes:
+        rows: the tasks of the rows.
+        computed: the prefixes that soft prompts have been turned into.
+    """
+
+    __slots__ = ("rows", "computed")
+
+    def __init__(self, rows: Rows, computed: dict[Task, LayerPrefixes | None]) -> None:
+        self.rows, self.computed = rows, computed
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks that rows see as a prefix, in the order of the stack."""
+        return [task for task in self.rows.tasks if task.adapter.is_prefix or task in self.computed]
+
+    def length(self, task: Task) -> int:
+        """How many virtual tokens of a task are in its prefix."""
+        layers = self.computed.get(task)
+        first = None if layers is None else layers[0]
+        return task.num_virtual_tokens if first is None else first[0].shape[1]
+
+
+def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
+    """A call of the decoder, whose layers get their prefixes."""
+    decoder: Any = bank.decoder
+    given: RowPrefixes | None = kwargs.pop(ROWS, None)
+    from_model = given is not None
+    if given is None:
+        bank.check_inserted(decoder, kwargs)
+        given = RowPrefixes(bank.pop_rows(kwargs), {})
+    if not bank.is_reached:
+        return forward(**kwargs)
+    refuse_other_attention(decoder)
+    tasks = given.tasks
+    if given.rows.tasks:
+        refuse_attention_weights(decoder, kwargs)
+    if tasks and decoder.training and torch.is_grad_enabled():
+        refuse_reentrant_checkpointing(bank.checkpointable)
+    num_rows, cache = batch_rows(kwargs), cache_argument(kwargs)
+    keys = given.rows.keys(num_rows)
+    label = label_to_continue(cache, keys)
+    call = _prefixes_of_call(bank, given, tasks, num_rows, label, tokens(kwargs).device)
+    if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
+        set_empty_mask(kwargs)
+    if tasks or from_model:
+        lengths = label.order if label is not None else {task.key: given.length(task) for task in tasks}
+        counts = [lengths.get(key, 0) if key else 0 for key in keys]
+        shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit)
+    open_cache(cache)
+    try:
+        output = _forward(bank, forward, kwargs, call)
+    finally:
+        close_cache(cache)
+    cache = cache_output(output) if cache is None else cache
+    if label is None and tasks and isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
+        set_label(cache, CacheLabel(keys, given.rows, lengths, call.detached(), [0] * num_rows))
+        close_cache(cache)
+    return output
+
+
+def _forward(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], call: PrefixCall) -> Any:
+    """A forward of the decoder, whose layers find the prefixes of `call`."""
+    if bank.hands_on_arguments:
+        return forward(**kwargs, **{PREFIXES: call})
+    decoder: Any = bank.decoder
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            f"{type(decoder).__name__} hands no arguments on to its layers, so sequences cannot be packed: pad them "
+            "into rows of their own"
+        )
+    if decoder.training and torch.is_grad_enabled() and bank.checkpoints:
+        raise NotImplementedError(
+            f"{type(decoder).__name__} hands no arguments on to its layers, so gradient checkpointing, which repeats "
+            "them in the backward, would leave the prefix out: turn it off"
+        )
+    with running(call):
+        return forward(**kwargs)
+
+
+def _shift(bank: Bank, counts: list[int], kwargs: dict[str, Any]) -> int | Tensor:
+    """By how much the positions of each row move: one number for all, or [B, 1], packed [1, T]."""
+    if len(set(counts)) <= 1:
+        return counts[0] if counts else 0
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    device = tokens(kwargs).device
+    shift = torch.tensor(counts, device=device)
+    return shift[:, None] if cu_seqlens is None else shift.repeat_interleave(cu_seqlens.diff().to(device))[None]
+
+
+def _prefixes_of_call(
+    bank: Bank, given: RowPrefixes, tasks: list[Task], num_rows: int, label: CacheLabel | None, device: torch.device
+) -> PrefixCall:
+    """The prefixes that the call's layers see; those of the cache, where it holds a sequence behind them.
+
+    Evaluated anew for each sequence, so that a change of the parameters by whatever means is seen.
+    """
+    if not tasks:
+        return PrefixCall([])
+    trains = torch.is_grad_enabled() and any(task.adapter.trains for task in tasks)
+    if label is not None and label.prefixes is not None and not trains:
+        return label.prefixes_for(given.rows.keys(num_rows))
+    prefixes = [given.computed.get(task) or _prefix_of(bank, task) for task in tasks]
+    index = given.rows.of(tasks, num_rows)
+    if len(tasks) == 1 and min(index, default=0) >= 0:
+        return PrefixCall(prefixes[0])
+    return stack(prefixes, index, device)
+
+
+def _prefix_of(bank: Bank, task: Task) -> LayerPrefixes:
+    """The keys and values of a task: differentiable where it trains and gradients are recorded."""
+    adapter = task.adapter
+    if adapter.layers is None:  # a soft prompt whose sequence goes on from a cache, now with gradients
+        return compute_once(bank, prompt_of(bank, task))
+    by_layer: LayerPrefixes = [None] * len(bank.layers)
+    for layer, pair in zip(adapter.layers, bank.evaluate(adapter), strict=True):
+        by_layer[layer] = pair
+    return by_layer
+
+
+def prompt_of(bank: Bank, task: Task) -> Tensor:
+    """The embeddings [P, E] of a task."""
+    values = bank.evaluate(task.adapter)
+    return values[task.number] if values.dim() == 3 else values
+
+
+def compute_once(bank: Bank, prompt: Tensor) -> LayerPrefixes:
+    """The keys and values that the layers compute for a soft prompt [P, E] at positions 0 to P-1."""
+    decoder: Any = bank.decoder
+    embed: Any = bank.model.get_input_embeddings()
+    prompt = prompt.to(device=device_of(embed), dtype=embed.weight.dtype)
+    recorded: dict[int, KeyValue] = {}
+    forward = bank.patch.forwards[decoder].original
+    inputs = {"inputs_embeds": prompt[None].clone(), "use_cache": False}  # CTRL scales what it is given in place
+    _forward(bank, forward, inputs, PrefixCall([], recorded=recorded))
+    return [_of_one_dtype(*recorded[layer]) for layer in range(len(bank.layers))]
+
+
+def _of_one_dtype(key: Tensor, value: Tensor) -> KeyValue:
+    """They differ under autocast: rotation is in float32."""
+    dtype = torch.promote_types(key.dtype, value.dtype)
+    return key.to(dtype), value.to(dtype)
