@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import AdapterError, shown
 from .files import MANIFEST_FILE, PEFT_FILE, find_adapter
@@ -26,6 +26,7 @@ LONGEST_NAME = 52
 """Characters of a name that `add` gives: what a request to a server can name."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LINK = "a link, and no folder of its own; it is not followed: prefixcore add copies what it leads to"
 _SCORES = ("exact_match", "accuracy", "f1")
 """Metrics that are shown before others, the first that there is."""
 
@@ -153,8 +154,7 @@ class Registry:
         Raises:
             AdapterError: there is none; the message lists those that there are.
         """
-        plain = isinstance(name, str) and name not in ("", ".", "..") and not name.startswith(".")
-        entry = self._read(name, False) if plain and not {"/", "\\", "\0"} & set(name) else None
+        entry = self._read(name, False) if is_entry_name(name) else None
         if entry is None:
             names = [each.name for each in self.entries()] if self.directory.is_dir() else []
             listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
@@ -286,12 +286,23 @@ class Registry:
                 self._log.take_away(old.name)
 
 
+def is_entry_name(name: Any) -> TypeGuard[str]:
+    """Whether an entry may have this name: a folder's in the registry, and no path that leads elsewhere."""
+    if not isinstance(name, str) or not name or name.startswith(".") or {"/", "\\", "\0"} & set(name):
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a character, as JSON can hold it
+        return False
+    return True
+
+
 def _read_entry(path: Path, whole: bool) -> Entry | None:
     try:
         if not os.path.lexists(path):
             return None
         if path.is_symlink():
-            return Entry(path.name, path, problem="a link, and no folder of its own; it is not followed")
+            return Entry(path.name, path, problem=_LINK)
         if not path.is_dir():
             return Entry(path.name, path, problem="is not a folder")
         size = sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(path) if e.is_file(follow_symlinks=False))

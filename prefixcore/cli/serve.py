@@ -120,7 +120,7 @@ def check_adapters(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     from transformers import AutoTokenizer
 
     from ..serving.before_start import choose_placeholder, describe_model
-    from ..serving.front_adapters import ServedAdapters
+    from ..serving.catalog import Catalog
     from ..serving.vllm_command import served_name
 
     with user_errors(Exception, what=f"--model {arguments.model} cannot be opened"):
@@ -130,7 +130,7 @@ def check_adapters(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     if not 0 <= placeholder < len(tokenizer):
         raise UserError(f"--placeholder {placeholder} is no token; expected one from 0 to {len(tokenizer) - 1}")
     base = served_name(arguments.model)
-    adapters = ServedAdapters(folder, model)
+    adapters = Catalog(folder, model)
     served, problems = adapters.served(), adapters.problems()
     names = [adapter.name for adapter in served]
     if base in names:

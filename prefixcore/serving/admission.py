@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters import AdapterError
-from .catalog import Catalog
+from .catalog import Catalog, Served
 from .salt import SCHEME, parse_salt
 
 logger = logging.getLogger("vllm.prefixcore")
@@ -24,14 +24,13 @@ class Load:
 
     Attributes:
         request_id: the request's.
-        name, digest: the adapter's.
+        adapter: whose it is.
         start, stop: which of its virtual tokens; those before are in blocks that were cached.
         blocks: the blocks of the request, from its first token to `stop`.
     """
 
     request_id: str
-    name: str
-    digest: str
+    adapter: Served
     start: int
     stop: int
     blocks: list[int]
@@ -54,11 +53,9 @@ class Step:
 
 @dataclass
 class _Verdict:
-    """What was decided of a request; `reason` is why it is refused."""
+    """What was decided of a request; `reason` is why it is refused, and `served` is what it gets if not."""
 
-    name: str = ""
-    digest: str = ""
-    num_virtual_tokens: int = 0
+    served: Served | None = None
     reason: str = ""
     first_block: int | None = None
 
@@ -90,7 +87,7 @@ class Admission:
         verdict = self._verdict(request)
         if verdict is None:
             return 0
-        return 1 if verdict.reason else max(0, verdict.num_virtual_tokens - computed)
+        return 1 if verdict.served is None else max(0, verdict.served.num_virtual_tokens - computed)
 
     def allocated(self, request: Any, blocks: list[int], external: int) -> None:
         """A request has its blocks, and `external` of its tokens are expected in them."""
@@ -100,27 +97,29 @@ class Admission:
         verdict.first_block = blocks[0] if blocks else None
         if external == 0:
             return
-        if verdict.reason:
+        served = verdict.served
+        if served is None:
             self._step.refused.append(request.request_id)
             return
-        stop = verdict.num_virtual_tokens
+        stop = served.num_virtual_tokens
         needed = -(-stop // self.block_size)
-        load = Load(request.request_id, verdict.name, verdict.digest, stop - external, stop, list(blocks[:needed]))
-        self._step.loads.append(load)
+        self._step.loads.append(Load(request.request_id, served, stop - external, stop, list(blocks[:needed])))
 
     def scheduled(self, request_id: str, computed: int) -> None:
         """A request computes its next tokens after `computed` that it has: a second look at what was declared."""
         verdict = self._verdicts.get(request_id)
-        if verdict is None or (not verdict.reason and computed >= verdict.num_virtual_tokens):
+        if verdict is None:
+            return
+        served = verdict.served
+        if served is not None and computed >= served.num_virtual_tokens:
             return
         if request_id not in self._leaking:
             logger.error(
-                "prefixcore: request %s for the adapter %r was scheduled without its prefix (%d of %d tokens); it is "
+                "prefixcore: request %s for %s was scheduled without its prefix (%d tokens of it); it is "
                 "ended. Please report this: vLLM has a way to schedule requests that this connector does not know",
                 request_id,
-                verdict.name,
+                "an adapter that it cannot have" if served is None else f"the adapter {served.name!r}",
                 computed,
-                verdict.num_virtual_tokens,
             )
         self._leaking.add(request_id)
 
@@ -154,14 +153,14 @@ class Admission:
         try:
             salt = parse_salt(request.cache_salt)
             assert salt is not None
-            tokens = self.catalog.look_up(salt.name, salt.digest)
+            served = self.catalog.look_up(salt.name, salt.digest)
         except (AdapterError, ValueError) as error:
             return _Verdict(reason=str(error))
         except Exception as error:  # whatever it is, it is this request's alone: raised here it would end the server
             logger.exception("prefixcore: request %s", request.request_id)
             return _Verdict(reason=f"{type(error).__name__}: {error}")
-        reason = refusal(request, tokens, self.placeholder)
-        return _Verdict(salt.name, salt.digest, tokens, f"adapter {salt.name!r}: {reason}" if reason else "")
+        reason = refusal(request, served.num_virtual_tokens, self.placeholder)
+        return _Verdict(reason=f"adapter {salt.name!r}: {reason}") if reason else _Verdict(served)
 
 
 def refusal(request: Any, num_virtual_tokens: int, placeholder: int) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +110,6 @@ class PrefixConnector(KVConnectorBase_V1):
         parallel = self._config.parallel_config.tensor_parallel_size
         heads = self._config.model_config.get_total_num_kv_heads()
         self._loader = Loader(
-            Path(self._settings.adapters),
             layers,
             local_heads(heads, parallel, get_tensor_model_parallel_rank() if parallel > 1 else 0),
             self._block_size,

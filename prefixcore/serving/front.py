@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from typing import Any
 
+from ..adapters import AdapterError
 from . import asgi
 from .asgi import Answer, App, Receive, Scope, Send
-from .front_adapters import Served, ServedAdapters
+from .catalog import Catalog, Served
 from .front_answers import Answered, to_json
 from .front_listing import listing, model_names, unknown_model
 from .front_requests import (
@@ -49,12 +51,12 @@ class Front:
 
     Examples:
         >>> from prefixcore.serving.front import Front
-        >>> from prefixcore.serving.front_adapters import ServedAdapters
+        >>> from prefixcore.serving.catalog import Catalog
         >>> async def vllm(scope, receive, send): ...
-        >>> app = Front(vllm, ServedAdapters("."))
+        >>> app = Front(vllm, Catalog("."))
     """
 
-    def __init__(self, app: App, adapters: ServedAdapters | None = None, placeholder: int | None = None) -> None:
+    def __init__(self, app: App, adapters: Catalog | None = None, placeholder: int | None = None) -> None:
         self.app = app
         self._adapters, self._placeholder = adapters, placeholder
 
@@ -79,7 +81,7 @@ class Front:
             await self._refuse(scope, send, refusal)
 
     @property
-    def adapters(self) -> ServedAdapters:
+    def adapters(self) -> Catalog:
         """What is served."""
         assert self._adapters is not None
         return self._adapters
@@ -144,7 +146,7 @@ class Front:
             scope, again = asgi.with_body(scope, receive, bare)
             await self.app(scope, again, send)
             return
-        adapter = await asyncio.to_thread(self.adapters.find, name)
+        adapter = await asyncio.to_thread(self._find, name)
         if path not in (COMPLETIONS, CHAT):
             raise Refusal(
                 f"{path} is not offered for adapters, such as {name!r}; use {COMPLETIONS} or {CHAT}",
@@ -153,6 +155,25 @@ class Front:
             )
         check_request(body, path)
         await self._answer(scope, receive, send, path, body, adapter)
+
+    def _find(self, name: str) -> Served:
+        """The adapter of this name.
+
+        Raises:
+            Refusal: 404: there is none; 400: it cannot be served.
+        """
+        try:
+            return self.adapters.find(name)
+        except AdapterError as error:
+            if not self.adapters.holds(name):
+                raise Refusal(
+                    f"there is no adapter {name!r}", status=404, param="model", code="model_not_found"
+                ) from error
+            # A client is told what is wrong, and not where the server keeps its files.
+            why = str(error).replace(f"{self.adapters.registry.directory}{os.sep}", "")
+            raise Refusal(
+                f"the adapter {name!r} cannot be served: {why}", param="model", code="adapter_not_servable"
+            ) from error
 
     def _is_adapter(self, scope: Scope, name: object) -> bool:
         """Whether a model's name is that of an adapter, and not of a model of vLLM's own, which goes first."""
@@ -199,7 +220,7 @@ class Front:
             if not answers.is_held:
                 return
             # Whoever replaces the adapter between our look and the connector's makes it fail: once more, with the new.
-            now = await asyncio.to_thread(self.adapters.find, adapter.name)
+            now = await asyncio.to_thread(self._find, adapter.name)
             if now.digest == adapter.digest:
                 await answers.release()
                 return
@@ -208,7 +229,7 @@ class Front:
     def _explain(self, adapter: Served) -> str:
         """Why vLLM has failed a request for an adapter, as far as can be seen from here."""
         try:
-            now = self.adapters.find(adapter.name)
+            now = self._find(adapter.name)
         except Refusal as refusal:
             return refusal.message
         if now.digest != adapter.digest:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from .front_adapters import Served
+from .catalog import Served
 
 _DATA = b"data:"
 
@@ -29,7 +29,7 @@ class Answered:
         """An answer, or a chunk of a streamed one, as the adapter's own; changed in place.
 
         Examples:
-            >>> from prefixcore.serving.front_adapters import Served
+            >>> from prefixcore.serving.catalog import Served
             >>> from prefixcore.serving.front_answers import Answered
             >>> answered = Answered(Served("capitals", "0" * 64, num_virtual_tokens=20))
             >>> usage = {"prompt_tokens": 23, "completion_tokens": 4, "total_tokens": 27}

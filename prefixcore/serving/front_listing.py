@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .asgi import Scope
-from .front_adapters import Served
+from .catalog import Served
 from .openai_errors import Refusal
 
 _MOST_NAMED = 50
@@ -20,7 +20,7 @@ def listing(models: Any, adapters: Iterable[Served]) -> list[dict[str, Any]]:
         adapters: what is served besides.
 
     Examples:
-        >>> from prefixcore.serving.front_adapters import Served
+        >>> from prefixcore.serving.catalog import Served
         >>> from prefixcore.serving.front_listing import listing
         >>> base = {"data": [{"id": "base", "max_model_len": 2048}]}
         >>> [card["id"] for card in listing(base, [Served("capitals", "0" * 64, 20)])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .front_adapters import Served
+from .catalog import Served
 from .openai_errors import Refusal
 from .salt import SCHEME, make_salt
 
@@ -113,7 +113,7 @@ def with_adapter(
         placeholder: the token id that stands P times before each.
 
     Examples:
-        >>> from prefixcore.serving.front_adapters import Served
+        >>> from prefixcore.serving.catalog import Served
         >>> from prefixcore.serving.front_requests import COMPLETIONS, with_adapter
         >>> capitals = Served("capitals", "0" * 64, num_virtual_tokens=2)
         >>> with_adapter({"model": "capitals", "prompt": "Peru ->"}, COMPLETIONS, capitals, [[7, 8]], 0)["prompt"]

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .asgi import Message, Send, sized
-from .front_adapters import Served
+from .catalog import Served
 from .front_answers import Answered, Lines, to_json
 from .openai_errors import Refusal
 

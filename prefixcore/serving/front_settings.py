@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .asgi import Scope
-from .front_adapters import ServedAdapters
+from .catalog import Catalog
 from .openai_errors import Refusal
 from .settings import Settings
 
@@ -20,7 +20,7 @@ class FrontSettings:
         placeholder: the token id that stands for a virtual token.
     """
 
-    adapters: ServedAdapters
+    adapters: Catalog
     placeholder: int
 
 
@@ -45,4 +45,4 @@ def connector_settings(scope: Scope) -> FrontSettings:
     settings = Settings.parse(transfer.kv_connector_extra_config)
     model = config.model_config
     served = ServedModel.describe(model.hf_text_config, model_layers(model), checkpoint_folder(config))
-    return FrontSettings(ServedAdapters(settings.adapters, served), settings.placeholder)
+    return FrontSettings(Catalog(settings.adapters, served), settings.placeholder)

@@ -68,7 +68,6 @@ class Loader:
     """Writes prefixes into a worker's cache.
 
     Args:
-        directory: the registry.
         layers: the model's layers, by their number.
         heads: those of a prefix that this worker holds.
         block_size: tokens of a block.
@@ -78,14 +77,13 @@ class Loader:
 
     def __init__(
         self,
-        directory: Path,
         layers: Sequence[CacheLayer],
         heads: slice,
         block_size: int,
         dtype: torch.dtype,
         limit: int,
     ) -> None:
-        self.directory, self.layers, self.heads = directory, layers, heads
+        self.layers, self.heads = layers, heads
         self.block_size, self.dtype = block_size, dtype
         self.kept = HostCache(limit)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefixcore")
@@ -101,7 +99,7 @@ class Loader:
         self._leaked.update(step.leaked)
         waiting = [*self._waiting, *step.loads]
         self._waiting = [load for load in waiting if not self._attempt(load)]
-        wanted = {load.digest for load in self._waiting}
+        wanted = {load.adapter.digest for load in self._waiting}
         self._reading = {digest: future for digest, future in self._reading.items() if digest in wanted}
 
     def take_results(self) -> tuple[set[str], set[str]]:
@@ -122,7 +120,7 @@ class Loader:
     def _attempt(self, load: Load) -> bool:
         """Whether a load is over, done or failed; else it is being read."""
         try:
-            prefix = self.kept.get(load.digest) or self._read(load)
+            prefix = self.kept.get(load.adapter.digest) or self._read(load)
             if prefix is None:
                 return False
             self._write(load, prefix)
@@ -135,24 +133,24 @@ class Loader:
         return True
 
     def _fail(self, load: Load, reason: str) -> None:
-        logger.error("prefixcore: request %s for the adapter %r fails: %s", load.request_id, load.name, reason)
+        logger.error("prefixcore: request %s for the adapter %r fails: %s", load.request_id, load.adapter.name, reason)
         self._failed.add(load.request_id)
 
     def _read(self, load: Load) -> HostPrefix | None:
         """The prefix that the thread has read, or None while it is reading."""
-        future = self._reading.get(load.digest)
+        future = self._reading.get(load.adapter.digest)
         if future is None:
-            future = self._reading[load.digest] = self._reader.submit(self._timed, load)
+            future = self._reading[load.adapter.digest] = self._reader.submit(self._timed, load)
         if not future.done():
             return None
         prefix = future.result()
-        self.kept.put(load.digest, prefix)
+        self.kept.put(load.adapter.digest, prefix)
         return prefix
 
     def _timed(self, load: Load) -> HostPrefix:
         start = time.perf_counter()
-        folder = self.directory / load.name
-        prefix = read_prefix(folder, load.digest, len(self.layers), self.heads, self.dtype)
+        folder = load.adapter.folder
+        prefix = read_prefix(folder, load.adapter.digest, len(self.layers), self.heads, self.dtype)
         for number, ((key, value), layer) in enumerate(zip(prefix.pairs, self.layers, strict=True)):
             found = LayerShape(key.shape[1], key.shape[2], value.shape[2])
             if found != layer.shape or key.shape[0] != load.stop:
@@ -161,7 +159,7 @@ class Loader:
                     f"{found}"
                 )
         took = 1e3 * (time.perf_counter() - start)
-        logger.info("prefixcore: read %s: %d bytes in %.0f ms", load.name, prefix.num_bytes, took)
+        logger.info("prefixcore: read %s: %d bytes in %.0f ms", load.adapter.name, prefix.num_bytes, took)
         return prefix
 
     def _write(self, load: Load, prefix: HostPrefix) -> None:

@@ -58,12 +58,7 @@ class ServedModel:
         return cls(layers, {"class": architectures[0], **facts}, checkpoint or None)
 
     def check(self, header: AdapterHeader) -> None:
-        """Raises AdapterError unless the adapter is a prefix for every layer of this model."""
-        if header.config.method != "prefix":
-            raise AdapterError(
-                f"it is of the method {header.config.method!r}, whose virtual tokens are embeddings: make it a prefix "
-                "with `prefixcore bake`, then put that into the registry"
-            )
+        """Raises AdapterError unless the adapter, a prefix, is for every layer of this model."""
         if header.heads:
             raise AdapterError(
                 f"it brings modules along that were trained with it ({', '.join(sorted(header.heads))}), which vLLM "

@@ -10,20 +10,22 @@ import pytest
 
 from prefixcore.adapters import AdapterError
 from prefixcore.serving.admission import Admission, Load
+from prefixcore.serving.catalog import Served
 from prefixcore.serving.salt import make_salt
 
 DIGEST = "ab" * 32
+KNOWN = Served("known", DIGEST, 5)
 
 
 class Shelf:
     """A catalog with one adapter, "known", of five virtual tokens."""
 
-    def look_up(self, name: str, digest: str) -> int:
+    def look_up(self, name: str, digest: str) -> Served:
         if name == "broken":
             raise OSError("no such device")
         if name != "known":
             raise AdapterError(f"there is no adapter {name!r}")
-        return 5
+        return KNOWN
 
 
 def admission() -> Admission:
@@ -53,7 +55,7 @@ def test_a_prefix_is_loaded_into_the_first_blocks() -> None:
     assert ours.external_tokens(asked, 0) == 5
     ours.allocated(asked, [7, 3, 5], 5)
     step = ours.take_step()
-    assert step.loads == [Load("r", "known", DIGEST, 0, 5, [7, 3])]
+    assert step.loads == [Load("r", KNOWN, 0, 5, [7, 3])]
     assert ours.take_step().loads == []
 
 
@@ -61,7 +63,7 @@ def test_what_is_cached_is_not_loaded_again() -> None:
     ours, asked = admission(), request()
     assert ours.external_tokens(asked, 4) == 1
     ours.allocated(asked, [7, 3], 1)
-    assert ours.take_step().loads == [Load("r", "known", DIGEST, 4, 5, [7, 3])]
+    assert ours.take_step().loads == [Load("r", KNOWN, 4, 5, [7, 3])]
     assert ours.external_tokens(asked, 8) == 0
     ours.allocated(asked, [7, 3], 0)
     assert ours.take_step().loads == []

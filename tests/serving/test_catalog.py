@@ -1,10 +1,13 @@
-"""The registry as the scheduler sees it: each adapter as it is at the moment of the request."""
+"""The registry as a server sees it: each adapter as it is at the moment of the request."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from prefixcore.serving.served_model import ServedModel
 from tests import tiny
 
 from . import registry as helper
+from . import shelf
 
 
 def test_an_adapter_comes_is_replaced_and_goes(tmp_path: Path) -> None:
@@ -26,9 +30,9 @@ def test_an_adapter_comes_is_replaced_and_goes(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"no adapter is named 'capitals'; there are none"):
         catalog.look_up("capitals", "0" * 64)
     old = helper.add(registry, "capitals", model, 5)
-    assert catalog.look_up("capitals", old) == 5
+    assert catalog.look_up("capitals", old).num_virtual_tokens == 5
     new = helper.add(registry, "capitals", model, 7)
-    assert catalog.look_up("capitals", new) == 7
+    assert catalog.look_up("capitals", new).num_virtual_tokens == 7
     with pytest.raises(AdapterError, match="was replaced or altered"):
         catalog.look_up("capitals", old)
     shutil.rmtree(registry / "capitals")
@@ -41,8 +45,63 @@ def test_a_folder_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     digest = helper.add(registry, "capitals", model)
     catalog = Catalog(registry, served)
     catalog.look_up("capitals", digest)
-    monkeypatch.setattr(catalog_module, "read_header", None)
-    assert catalog.look_up("capitals", digest) == 5
+    catalog.find("capitals")
+    for reader in ("read_header", "read"):
+        monkeypatch.setattr(catalog_module, reader, None)
+    assert catalog.look_up("capitals", digest).num_virtual_tokens == 5
+    assert catalog.find("capitals").digest == digest
+
+
+def test_the_numbers_are_read_for_the_front_alone(tmp_path: Path) -> None:
+    """The scheduler does not wait for a disk; a prefix that is damaged in its numbers fails where it is loaded."""
+    model, registry, served = helper.make(tmp_path)
+    digest = helper.add(registry, "capitals", model)
+    shelf.damage(registry / "capitals")
+    catalog = Catalog(registry, served)
+    assert catalog.look_up("capitals", digest).digest == digest
+    with pytest.raises(AdapterError, match="SHA-256"):
+        catalog.find("capitals")
+    with pytest.raises(AdapterError, match="SHA-256"):  # known to be damaged, it is admitted no more
+        catalog.look_up("capitals", digest)
+    assert list(catalog.problems()) == ["capitals"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "../adapters/capitals", "a/b", "a\\b", "a\0b", "x" * 5000, "\ud800", 7]
+)
+def test_names_of_nothing(tmp_path: Path, name: Any) -> None:
+    model, registry, served = helper.make(tmp_path)
+    helper.add(registry, "capitals", model)
+    catalog = Catalog(registry, served)
+    assert not catalog.holds(name)
+    with pytest.raises(AdapterError, match="no adapter is named"):
+        catalog.find(name)
+
+
+def test_many_threads_read_what_has_changed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, registry, served = helper.make(tmp_path)
+    digest = helper.add(registry, "capitals", model)
+    catalog, reads, read = Catalog(registry, served), [], catalog_module.read
+    catalog.look_up("capitals", digest)
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        reads.append(arguments)
+        time.sleep(0.05)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(catalog_module, "read", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(catalog.find, ["capitals"] * 8))
+    assert {each.digest for each in found} == {digest}
+    assert len(reads) == 1
+
+
+def test_a_registry_that_is_gone(tmp_path: Path) -> None:
+    _, registry, served = helper.make(tmp_path)
+    catalog = Catalog(registry, served)
+    registry.rmdir()
+    assert catalog.served() == []
+    assert catalog.problems() == {}
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "prefixcore_manifest.json"])
@@ -78,7 +137,7 @@ def test_other_weights_are_noticed_in_the_checkpoint(tmp_path: Path) -> None:
     foreign = helper.add(registry, "foreign", other)
     with pytest.raises(AdapterError, match="other weights than the one the adapter was trained for"):
         catalog.look_up("foreign", foreign)
-    assert catalog.look_up("own", helper.add(registry, "own", model)) == 5
+    assert catalog.look_up("own", helper.add(registry, "own", model)).num_virtual_tokens == 5
 
 
 def test_the_checkpoint_may_have_another_dtype_and_several_files(tmp_path: Path) -> None:
@@ -88,7 +147,7 @@ def test_the_checkpoint_may_have_another_dtype_and_several_files(tmp_path: Path)
     assert len(list((tmp_path / "halves").glob("*.safetensors"))) > 1
     served = ServedModel.describe(model.config, helper.SHAPES, tmp_path / "halves")
     assert served.checkpoint is not None
-    assert Catalog(registry, served).look_up("capitals", digest) == 5
+    assert Catalog(registry, served).look_up("capitals", digest).num_virtual_tokens == 5
 
 
 def test_names_that_differ_by_the_decoder(tmp_path: Path) -> None:
@@ -101,14 +160,14 @@ def test_names_that_differ_by_the_decoder(tmp_path: Path) -> None:
     compared = served.compare({"samples": {}, **_manifest(registry / "capitals")})
     assert not compared.differences
     assert not compared.unchecked
-    assert Catalog(registry, served).look_up("capitals", digest) == 5
+    assert Catalog(registry, served).look_up("capitals", digest).num_virtual_tokens == 5
 
 
 def test_without_a_checkpoint_the_architecture_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, registry, _ = helper.make(tmp_path)
     served = ServedModel.describe(model.config, helper.SHAPES, None)
     assert "checked by its architecture alone" in caplog.text
-    assert Catalog(registry, served).look_up("a", helper.add(registry, "a", model)) == 5
+    assert Catalog(registry, served).look_up("a", helper.add(registry, "a", model)).num_virtual_tokens == 5
     model.config.architectures = ["QwenForCausalLM"]
     served = ServedModel.describe(model.config, helper.SHAPES, None)
     with pytest.raises(AdapterError, match=r"base_model\.class"):
@@ -120,7 +179,7 @@ def test_a_folder_of_peft_alone(tmp_path: Path) -> None:
     model, registry, served = helper.make(tmp_path)
     helper.add(registry, "capitals", model)
     os.remove(registry / "capitals" / "prefixcore_manifest.json")
-    assert Catalog(registry, served).look_up("capitals", adapter_digest(registry / "capitals")) == 5
+    assert Catalog(registry, served).look_up("capitals", adapter_digest(registry / "capitals")).num_virtual_tokens == 5
 
 
 def _manifest(folder: Path) -> dict[str, object]:

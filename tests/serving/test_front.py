@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from prefixcore.adapters import Registry
+from prefixcore.serving.catalog import Catalog
 from prefixcore.serving.front import Front
-from prefixcore.serving.front_adapters import ServedAdapters
 from prefixcore.serving.salt import parse_salt
 from tests.serving import shelf
 from tests.serving.fake_vllm import BASE, FakeVllm, Reply, call, ids_of
@@ -39,7 +39,7 @@ class Server:
 
     def __init__(self, registry: Path, **options: Any) -> None:
         self.vllm = FakeVllm(**options)
-        self.adapters = ServedAdapters(registry)
+        self.adapters = Catalog(registry)
         self.app = Front(self.vllm, self.adapters, PLACEHOLDER)
 
     def post(self, path: str, headers: dict[str, str] | None = None, **body: Any) -> Reply:
@@ -313,7 +313,7 @@ def test_a_server_that_cannot_render_is_told_what_it_lacks(registry: Path) -> No
         else:
             await FakeVllm()(scope, receive, send)
 
-    reply = call(Front(old, ServedAdapters(registry), 0), "POST", COMPLETIONS, {"model": "capitals", "prompt": "x"})
+    reply = call(Front(old, Catalog(registry), 0), "POST", COMPLETIONS, {"model": "capitals", "prompt": "x"})
     assert reply.status == 500
     assert "--enable-scale-out" in reply.error["message"]
 

@@ -16,7 +16,7 @@ import pytest
 
 from prefixcore.serving import launch
 from prefixcore.serving.before_start import choose_placeholder, describe_model
-from prefixcore.serving.front_adapters import ServedAdapters
+from prefixcore.serving.catalog import Catalog
 from prefixcore.serving.vllm_command import LaunchError, find_vllm, vllm_command, vllm_environment
 from tests import tiny
 from tests.cli.fixtures import prefixcore
@@ -115,10 +115,10 @@ def test_the_placeholder_is_no_token_that_a_prompt_begins_with() -> None:
 
 
 def test_the_model_is_described_by_its_files(place: Path, tmp_path: Path) -> None:
-    served = ServedAdapters(place / "adapters", describe_model(str(place / "tiny")))
+    served = Catalog(place / "adapters", describe_model(str(place / "tiny")))
     assert [adapter.name for adapter in served.served()] == ["capitals"]
     tiny.model(seed=1).save_pretrained(tmp_path / "other")
-    problems = ServedAdapters(place / "adapters", describe_model(str(tmp_path / "other"))).problems()
+    problems = Catalog(place / "adapters", describe_model(str(tmp_path / "other"))).problems()
     assert "other weights" in problems["capitals"]
 
 

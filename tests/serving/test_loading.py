@@ -14,6 +14,7 @@ from torch import Tensor
 from prefixcore.adapters import read_adapter
 from prefixcore.nn import LayerShape
 from prefixcore.serving.admission import Load, Step
+from prefixcore.serving.catalog import Served
 from prefixcore.serving.heads import local_heads
 from prefixcore.serving.host_cache import HostCache, HostPrefix
 from prefixcore.serving.loading import Loader
@@ -35,8 +36,12 @@ class Layer:
         self.key[slots], self.value[slots] = key.float(), value.float()
 
 
-def loader(registry: Path, layers: list[Any], heads: slice = slice(0, 2), **options: Any) -> Loader:
-    return Loader(registry, layers, heads, BLOCK, **{"dtype": torch.float32, "limit": 2**20, **options})
+def loader(layers: list[Any], heads: slice = slice(0, 2), **options: Any) -> Loader:
+    return Loader(layers, heads, BLOCK, **{"dtype": torch.float32, "limit": 2**20, **options})
+
+
+def load(request_id: str, folder: Path, digest: str, start: int, stop: int, blocks: list[int]) -> Load:
+    return Load(request_id, Served(folder.name, digest, stop, folder=folder), start, stop, blocks)
 
 
 def run(subject: Loader, step: Step) -> tuple[set[str], set[str]]:
@@ -59,8 +64,8 @@ def test_the_numbers_are_in_their_slots(tmp_path: Path) -> None:
     model, registry, _ = helper.make(tmp_path)
     digest = helper.add(registry, "capitals", model, 5)
     layers = [Layer(), Layer()]
-    subject = loader(registry, layers)
-    assert run(subject, Step([Load("r", "capitals", digest, 0, 5, [4, 2])])) == ({"r"}, set())
+    subject = loader(layers)
+    assert run(subject, Step([load("r", registry / "capitals", digest, 0, 5, [4, 2])])) == ({"r"}, set())
     slots = [16, 17, 18, 19, 8]
     for layer, (key, value) in zip(layers, read_adapter(registry / "capitals").tensors, strict=True):
         assert torch.equal(layer.key[slots], key.transpose(0, 1))
@@ -73,8 +78,8 @@ def test_only_what_is_not_cached_is_written(tmp_path: Path) -> None:
     model, registry, _ = helper.make(tmp_path)
     digest = helper.add(registry, "capitals", model, 5)
     layers = [Layer(), Layer()]
-    subject = loader(registry, layers)
-    run(subject, Step([Load("r", "capitals", digest, 4, 5, [4, 2])]))
+    subject = loader(layers)
+    run(subject, Step([load("r", registry / "capitals", digest, 4, 5, [4, 2])]))
     assert layers[0].key.isnan().all(-1).all(-1).sum() == BLOCKS * BLOCK - 1
     assert not layers[0].key[8].isnan().any()
     subject.close()
@@ -104,8 +109,8 @@ def test_a_worker_writes_its_own_heads(tmp_path: Path, rank: int) -> None:
     model, registry, _ = helper.make(tmp_path)
     digest = helper.add(registry, "capitals", model, 5)
     layers = [Layer(1), Layer(1)]
-    subject = loader(registry, layers, local_heads(2, 2, rank), dtype=torch.bfloat16)
-    assert run(subject, Step([Load("r", "capitals", digest, 0, 5, [0, 1])])) == ({"r"}, set())
+    subject = loader(layers, local_heads(2, 2, rank), dtype=torch.bfloat16)
+    assert run(subject, Step([load("r", registry / "capitals", digest, 0, 5, [0, 1])])) == ({"r"}, set())
     key = read_adapter(registry / "capitals").tensors[1][0][rank]
     assert torch.equal(layers[1].key[:5, 0], key.bfloat16().float())
     subject.close()
@@ -116,12 +121,12 @@ def test_failures_are_each_requests_own(tmp_path: Path, caplog: pytest.LogCaptur
     good, broken = helper.add(registry, "good", model), helper.add(registry, "broken", model)
     file = registry / "broken" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-    subject = loader(registry, [Layer(), Layer()])
+    subject = loader([Layer(), Layer()])
     loads = [
-        Load("1", "good", good, 0, 5, [0, 1]),
-        Load("2", "broken", broken, 0, 5, [2, 3]),
-        Load("3", "good", "0" * 64, 0, 5, [2, 3]),
-        Load("4", "nowhere", good[::-1], 0, 5, [2, 3]),
+        load("1", registry / "good", good, 0, 5, [0, 1]),
+        load("2", registry / "broken", broken, 0, 5, [2, 3]),
+        load("3", registry / "good", "0" * 64, 0, 5, [2, 3]),
+        load("4", registry / "nowhere", good[::-1], 0, 5, [2, 3]),
     ]
     assert run(subject, Step(loads, refused=["5"])) == ({"1"}, {"2", "3", "4", "5"})
     for reason in ("SHA-256", "was replaced or altered", "nowhere"):
@@ -132,8 +137,8 @@ def test_failures_are_each_requests_own(tmp_path: Path, caplog: pytest.LogCaptur
 def test_a_model_of_other_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, registry, _ = helper.make(tmp_path)
     digest = helper.add(registry, "capitals", model)
-    subject = loader(registry, [Layer(4), Layer(4)])
-    assert run(subject, Step([Load("r", "capitals", digest, 0, 5, [0, 1])])) == (set(), {"r"})
+    subject = loader([Layer(4), Layer(4)])
+    assert run(subject, Step([load("r", registry / "capitals", digest, 0, 5, [0, 1])])) == (set(), {"r"})
     assert "layer 0: expected 5 tokens of" in caplog.text
     subject.close()
 
@@ -141,11 +146,11 @@ def test_a_model_of_other_shapes(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_an_adapter_is_read_once_for_many_requests(tmp_path: Path) -> None:
     model, registry, _ = helper.make(tmp_path)
     digest = helper.add(registry, "capitals", model)
-    subject = loader(registry, [Layer(), Layer()])
-    loads = [Load(str(i), "capitals", digest, 0, 5, [0, 1]) for i in range(3)]
+    subject = loader([Layer(), Layer()])
+    loads = [load(str(i), registry / "capitals", digest, 0, 5, [0, 1]) for i in range(3)]
     assert run(subject, Step(loads)) == ({"0", "1", "2"}, set())
     shutil.rmtree(registry)
-    assert run(subject, Step([Load("4", "capitals", digest, 0, 5, [0, 1])])) == ({"4"}, set())
+    assert run(subject, Step([load("4", registry / "capitals", digest, 0, 5, [0, 1])])) == ({"4"}, set())
     subject.close()
 
 
