@@ -1,7 +1,7 @@
 """`python -m bench.serving.load`: throughput and time to first token, beside a text prompt and beside PEFT.
 
-One server, rounds taken in turn: each way of asking once, then each again. `--out FILE` keeps the figures; `render`
-rewrites the table and the picture of `bench/serving/README.md` from them.
+One server, rounds taken in turn: each way of asking once, then each again. `--peft` measures PEFT alone, over one
+adapter and over many, which takes as long as all else together. `bench.serving.page` renders what both have found.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .clients import Load, Request
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "load.json"
+PEFT_RESULTS = HERE / "results" / "peft.json"
 CLIENTS = (1, 8, 32)
 REQUESTS = {1: 2, 8: 8, 32: 32}
 """How many requests a round sends, by the number of clients."""
@@ -60,15 +61,11 @@ def long_text(task: tasks.Task) -> str:
 
 def ways(url: str, base: str, peft: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, Way]:
     """Each way of asking, by what the table calls it."""
-    asked, task = questions(), tasks.all_tasks()[0]
+    task = tasks.all_tasks()[0]
 
     def served(models: Sequence[str], text: str = "") -> Way:
-        requests = [Request(models[i % len(models)], text + question) for i, question in enumerate(asked * MANY)]
+        requests = requests_for(models, text)
         return lambda number, count: clients.drive(url, requests, number, count)
-
-    def batches(models: Sequence[str]) -> Way:
-        requests = [Request(models[i % len(models)], question) for i, question in enumerate(asked * MANY)]
-        return lambda number, count: peft_batches.drive(peft, tokenizer, requests, number, count)
 
     return {
         "no prompt": served([base]),
@@ -76,8 +73,27 @@ def ways(url: str, base: str, peft: Any, tokenizer: Any, names: Sequence[str]) -
         f"{MANY} adapters": served(names),
         "text prompt of the adapter's length": served([base], task.text),
         f"text prompt, {LONG_TEXT_EXAMPLES} examples": served([base], long_text(task)),
-        "transformers with PEFT, 1 adapter": batches(names[:1]),
+        **peft_ways(peft, tokenizer, names[:1]),
     }
+
+
+def peft_ways(peft: Any, tokenizer: Any, *several: Sequence[str]) -> dict[str, Way]:
+    """Asking PEFT over so many adapters, for each list of names."""
+
+    def batches(models: Sequence[str]) -> Way:
+        requests = requests_for(models)
+        return lambda number, count: peft_batches.drive(peft, tokenizer, requests, number, count)
+
+    return {f"transformers with PEFT, {_adapters(len(names))}": batches(names) for names in several}
+
+
+def requests_for(models: Sequence[str], text: str = "") -> list[Request]:
+    """Every question after `text`, each of the next model in turn."""
+    return [Request(models[i % len(models)], text + question) for i, question in enumerate(questions() * MANY)]
+
+
+def _adapters(number: int) -> str:
+    return f"{number} adapter{'s' if number > 1 else ''}"
 
 
 def measure(found: dict[str, Way], rounds: int, announce: Callable[[str], None]) -> list[Figure]:
@@ -122,36 +138,62 @@ def many(model: Any, source: Path, folder: Path) -> list[str]:
 def run(out: Path, rounds: int, python: str) -> None:
     """Train what is not there, start the server, measure, and write the figures."""
     announce = Progress()
+    model, tokenizer, base, names = prepare(announce)
+    folder = HERE / "out" / "many"
+    peft = peft_batches.load(model, [folder / names[0]])
+    announce("starting the server")
+    with server.start(base, folder, python, HERE / "out" / "vllm.log", announce) as served:
+        found = ways(served.url, base.name, peft, tokenizer, names)
+        figures = measure(found, rounds, announce)
+    write(out, figures, rounds, find_vllm(python))
+    announce(f"figures in {out}")
+
+
+def run_peft(out: Path, rounds: int) -> None:
+    """PEFT over one adapter and over many, in turn; and write the figures."""
+    announce = Progress()
+    model, tokenizer, _, names = prepare(announce)
+    peft = peft_batches.load(model, [HERE / "out" / "many" / name for name in names])
+    figures = measure(peft_ways(peft, tokenizer, names[:1], names), rounds, announce)
+    write(out, figures, rounds)
+    announce(f"figures in {out}")
+
+
+def prepare(announce: Callable[[str], None]) -> tuple[Any, Any, Path, list[str]]:
+    """The model, its tokenizer, its folder, and the names of the adapters in `out/many`."""
     model, tokenizer = base_model.load()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     base = shown(base_model.converted_model())
     trained = adapters.train(base, tasks.all_tasks()[:1], HERE / "out", announce)
     folder = HERE / "out" / "many"
     announce(f"{MANY} adapters in {folder}")
-    names = many(model, trained / "capitals", folder)
-    peft = peft_batches.load(model, [folder / names[0]])
-    announce("starting the server")
-    with server.start(base, folder, python, HERE / "out" / "vllm.log", announce) as served:
-        found = ways(served.url, base.name, peft, tokenizer, names)
-        figures = measure(found, rounds, announce)
+    return model, tokenizer, base, many(model, trained / "capitals", folder)
+
+
+def write(out: Path, figures: Sequence[Figure], rounds: int, vllm: str | None = None) -> None:
+    """Keeps the figures, and what they were measured on."""
     out.parent.mkdir(parents=True, exist_ok=True)
     stamp = {**machine.stamp(), "tokens_an_answer": clients.TOKENS, "requests": REQUESTS, "rounds": rounds}
-    stamp["versions"]["vllm"] = find_vllm(python)
+    if vllm is not None:
+        stamp["versions"]["vllm"] = vllm
     text = json.dumps({"stamp": stamp, "figures": [asdict(figure) for figure in figures]}, indent=1)
     out.write_text(text + "\n", encoding="utf-8")
-    announce(f"figures in {out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.serving.load", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"where the figures go (default: {RESULTS}, or {PEFT_RESULTS})")
+    parser.add_argument("--peft", action="store_true", help="measure PEFT alone, over one adapter and over many")
     parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (default: 7)")
     parser.add_argument("--python", default=sys.executable, help="the Python that vLLM is installed in")
     options = parser.parse_args(arguments)
     server.end_with_us()
     try:
-        run(options.out, options.rounds, options.python)
+        if options.peft:
+            run_peft(options.out or PEFT_RESULTS, options.rounds)
+        else:
+            run(options.out or RESULTS, options.rounds, options.python)
     except (base_model.DemoError, LaunchError) as error:
         print(f"load: {error}", file=sys.stderr)
         return 1
