@@ -23,6 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=positive, default=8000, help="default: 8000")
     parser.add_argument(
+        "--bake",
+        action="store_true",
+        help="bake what is no prefix, such as soft prompts, once, on the CPU; the folder of adapters is only read",
+    )
+    parser.add_argument(
+        "--baked", type=Path, metavar="DIR", help="where --bake puts the prefixes (default: beside DIR, as DIR.baked)"
+    )
+    parser.add_argument(
         "--allow-problems",
         action="store_true",
         help="start although some adapters cannot be served; who asks for one of them is told why",
@@ -39,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start-timeout", type=positive, default=1800, metavar="SECONDS", help="that vLLM may take (default: 1800)"
     )
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="the Python that has vLLM")
-    parser.add_argument("--dry-run", action="store_true", help="check all, print vLLM's command and do not start it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check (and bake) all, print vLLM's command and do not start it"
+    )
     parser.add_argument("vllm", nargs="*", metavar="-- ARGUMENT", help="whatever follows -- goes to vLLM")
 
 
@@ -53,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     _interrupt.tell("the server is not started")
     with user_errors(LaunchError):
         check_vllm(arguments.python)
-        placeholder, names = check_adapters(arguments)
+        baked = where_to_bake(arguments)
+        placeholder, names = check_adapters(arguments, baked)
         command = vllm_command(
             arguments.model,
             arguments.adapters,
@@ -61,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             port=arguments.port,
             placeholder=placeholder,
             unverified_models=arguments.unverified_model,
+            baked=baked if baked is not None and baked.is_dir() else None,  # nothing had to be baked
             python=arguments.python,
             arguments=arguments.vllm,
         )
@@ -102,8 +114,37 @@ def check_vllm(python: str) -> None:
         say(f"warning: this is vLLM {version}; prefixcore's connector and front are tested with {TESTED}")
 
 
-def check_adapters(arguments: argparse.Namespace) -> tuple[int, list[str]]:
+def where_to_bake(arguments: argparse.Namespace) -> Path | None:
+    """The folder for baked prefixes; None: nothing is to be baked."""
+    from ..serving.baked import baked_folder
+
+    if not arguments.bake:
+        if arguments.baked is not None:
+            raise UserError("--baked is where --bake puts prefixes, and --bake is not given")
+        return None
+    return (arguments.baked or baked_folder(arguments.adapters)).absolute()
+
+
+def bake_adapters(arguments: argparse.Namespace, baked: Path) -> dict[str, str]:
+    """Bakes what a server cannot take; what could not be baked, by name, and why."""
+    from ..adapters import AdapterError, Registry
+    from ..serving.baked import bake_registry
+    from .common import open_model, warnings_as_lines
+
+    def model() -> Any:
+        # In float32, as exact as it can be; on the CPU, for a GPU is to be empty when vLLM starts.
+        return open_model(argparse.Namespace(model=arguments.model, dtype="float32", device="cpu"))[0]
+
+    with user_errors(AdapterError), warnings_as_lines():
+        return bake_registry(Registry(arguments.adapters), baked, model, say)
+
+
+def check_adapters(arguments: argparse.Namespace, baked: Path | None) -> tuple[int, list[str]]:
     """The placeholder, and the names that will be served.
+
+    Args:
+        arguments: of the command.
+        baked: where what is no prefix is baked to; None: it is not baked.
 
     Raises:
         UserError: no such model or folder, or an adapter that cannot be served, by name.
@@ -130,8 +171,11 @@ def check_adapters(arguments: argparse.Namespace) -> tuple[int, list[str]]:
     if not 0 <= placeholder < len(tokenizer):
         raise UserError(f"--placeholder {placeholder} is no token; expected one from 0 to {len(tokenizer) - 1}")
     base = served_name(arguments.model)
-    adapters = Catalog(folder, model)
+    unbaked = {} if baked is None else bake_adapters(arguments, baked)
+    with user_errors(ValueError):
+        adapters = Catalog(folder, model, baked if baked is not None and baked.is_dir() else None)
     served, problems = adapters.served(), adapters.problems()
+    problems |= {name: why for name, why in unbaked.items() if name in problems}
     names = [adapter.name for adapter in served]
     if base in names:
         names.remove(base)
@@ -147,5 +191,6 @@ def check_adapters(arguments: argparse.Namespace) -> tuple[int, list[str]]:
         say(f"warning: there is no adapter in {folder} yet; those put there are served without a restart")
     for adapter in served:
         task = f", {adapter.task}" if adapter.task else ""
+        task += f", baked into {adapter.folder}" if adapter.baked_from else ""
         say(f"adapter {adapter.name}: {adapter.num_virtual_tokens} virtual tokens, digest {adapter.digest[:12]}{task}")
     return placeholder, [base, *names]

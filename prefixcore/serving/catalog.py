@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from ..adapters import AdapterError, Entry, Registry
 from ..adapters.reading import AdapterHeader, read, read_header
 from ..adapters.registry import is_entry_name
+from .baked import find_baked
 from .salt import make_salt
 
 
@@ -25,6 +26,7 @@ class Served:
         task: what it does, in a person's words.
         created: when its folder was written, in seconds since 1970.
         folder: where the prefix lies.
+        baked_from: the digest of what stands in the registry, where the prefix was baked from that.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Served:
     task: str | None = None
     created: int = 0
     folder: Path = Path()
+    baked_from: str | None = None
 
 
 class BaseModel(Protocol):
@@ -60,9 +63,10 @@ class Catalog:
     Args:
         directory: the registry.
         model: the model that is served; None: whether an adapter fits it is not asked here.
+        baked: a folder of prefixes that were baked from what the registry holds; None: there is none.
 
     Raises:
-        AdapterError: the directory is a file, or itself an adapter.
+        AdapterError: a directory is a file, or itself an adapter.
 
     Examples:
         >>> from prefixcore.serving.catalog import Catalog
@@ -72,8 +76,9 @@ class Catalog:
         [('capitals', 4)]
     """
 
-    def __init__(self, directory: str | Path, model: BaseModel | None = None) -> None:
+    def __init__(self, directory: str | Path, model: BaseModel | None = None, baked: str | Path | None = None) -> None:
         self.registry, self.model = Registry(directory), model
+        self.baked = None if baked is None else Registry(baked)
         self._checked: dict[str, _Checked] = {}
         self._lock = threading.Lock()
 
@@ -106,15 +111,20 @@ class Catalog:
         Raises:
             AdapterError: there is none, or it cannot be served; the message says why and how to mend it.
         """
-        entry = self.registry.find(name)
+        given = self.registry.find(name)
+        baked = None if self.baked is None else find_baked(self.baked, given)
+        entry = baked or given
         if entry.problem is not None:
             raise AdapterError(f"{entry.path}: {entry.problem}")
-        known = self._known(entry, whole)
+        known = self._known(name, entry, whole)
         if known is None:
             with self._lock:  # many requests for one that has just changed read it once
-                known = self._known(entry, whole)
+                known = self._known(name, entry, whole)
                 if known is None:
-                    known = self._checked[name] = _Checked(entry, whole, self._check(entry, whole))
+                    found = self._check(name, entry, whole)
+                    if baked is not None and isinstance(found, Served):
+                        found = replace(found, baked_from=given.digest)
+                    known = self._checked[name] = _Checked(entry, whole, found)
         if isinstance(known.found, AdapterError):
             raise AdapterError(str(known.found))
         return known.found
@@ -140,13 +150,13 @@ class Catalog:
         except AdapterError as error:
             return str(error)
 
-    def _known(self, entry: Entry, whole: bool) -> _Checked | None:
-        known = self._checked.get(entry.name)
+    def _known(self, name: str, entry: Entry, whole: bool) -> _Checked | None:
+        known = self._checked.get(name)
         if known is None or known.entry is not entry or (whole and not known.is_whole):
             return None
         return known
 
-    def _check(self, entry: Entry, whole: bool) -> Served | AdapterError:
+    def _check(self, name: str, entry: Entry, whole: bool) -> Served | AdapterError:
         def fits(header: AdapterHeader) -> None:
             if header.config.method != "prefix":
                 raise AdapterError(_why_no_prefix(entry.path, header.config.method))
@@ -161,7 +171,7 @@ class Catalog:
                 header, digest = read_header(entry.path)
                 fits(header)
                 config, manifest = header.config, header.manifest
-            make_salt(entry.name, digest or "")
+            make_salt(name, digest or "")
             created = int(entry.path.stat().st_mtime)
         except ValueError as error:
             problem = str(error)
@@ -171,7 +181,7 @@ class Catalog:
         assert config.num_virtual_tokens is not None
         assert digest is not None
         task = manifest.task if manifest else None
-        return Served(entry.name, digest, config.num_virtual_tokens, task, created, entry.path)
+        return Served(name, digest, config.num_virtual_tokens, task, created, entry.path)
 
 
 def _why_no_prefix(folder: Path, method: str) -> str:

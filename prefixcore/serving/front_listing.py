@@ -42,6 +42,7 @@ def listing(models: Any, adapters: Iterable[Served]) -> list[dict[str, Any]]:
                     "parent": base.get("id"),
                     "max_model_len": length - adapter.num_virtual_tokens if isinstance(length, int) else None,
                     "digest": adapter.digest,
+                    "baked_from": adapter.baked_from,
                     "num_virtual_tokens": adapter.num_virtual_tokens,
                     "task": adapter.task,
                 }

@@ -64,6 +64,7 @@ def start(
     port: int | None = None,
     placeholder: int = PLACEHOLDER,
     unverified_models: bool = False,
+    baked: Path | None = None,
     python: str = sys.executable,
     arguments: Sequence[str] = (),
     log: str | Path | None = None,
@@ -77,7 +78,7 @@ def start(
         adapters: the registry.
         host: where it listens.
         port: where it listens; None: a port that is free.
-        placeholder, unverified_models, python, arguments: as of `vllm_command`.
+        placeholder, unverified_models, baked, python, arguments: as of `vllm_command`.
         log: a file for what vLLM prints; None: a temporary one, whose end stands in the error where it fails.
         timeout: seconds that it may take to start.
         say: told how far it is.
@@ -100,6 +101,7 @@ def start(
         port=port,
         placeholder=placeholder,
         unverified_models=unverified_models,
+        baked=baked,
         python=python,
         arguments=arguments,
     )

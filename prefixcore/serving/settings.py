@@ -17,6 +17,7 @@ class Settings:
 
     Attributes:
         adapters: the registry, a folder of adapters. It may change while the server runs.
+        baked: a folder of prefixes that `prefixcore serve --bake` has baked from the registry's soft prompts.
         placeholder: the token id that stands for a virtual token in a prompt.
         host_cache_bytes: how much memory each worker keeps prefixes in, those that were not used for longest leave it.
         unverified_models: whether a model of a family is served that has not been compared with transformers.
@@ -26,6 +27,7 @@ class Settings:
     placeholder: int = PLACEHOLDER
     host_cache_bytes: int = 2**30
     unverified_models: bool = False
+    baked: Path | None = None
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> Settings:
@@ -46,10 +48,14 @@ class Settings:
         folder = extra.get("adapters")
         if not isinstance(folder, str) or not Path(folder).is_dir():
             raise ValueError(f"kv_connector_extra_config.adapters: expected a folder of adapters, got {folder!r}")
+        baked = extra.get("baked")
+        if baked is not None and (not isinstance(baked, str) or not Path(baked).is_dir()):
+            raise ValueError(f"kv_connector_extra_config.baked: expected a folder of baked prefixes, got {baked!r}")
         for name in ("placeholder", "host_cache_bytes"):
             value = extra.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"kv_connector_extra_config.{name}: expected an integer from 0, got {value!r}")
         if not isinstance(extra.get("unverified_models", False), bool):
             raise ValueError("kv_connector_extra_config.unverified_models: expected true or false")
-        return cls(**{**extra, "adapters": Path(folder).absolute()})
+        folders = {"adapters": Path(folder).absolute(), "baked": None if baked is None else Path(baked).absolute()}
+        return cls(**{**extra, **folders})

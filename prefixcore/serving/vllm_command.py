@@ -70,6 +70,7 @@ def vllm_command(
     port: int = 8000,
     placeholder: int = PLACEHOLDER,
     unverified_models: bool = False,
+    baked: Path | None = None,
     python: str = sys.executable,
     arguments: Sequence[str] = (),
 ) -> list[str]:
@@ -81,6 +82,7 @@ def vllm_command(
         host, port: where it listens.
         placeholder: the token id that stands for a virtual token.
         unverified_models: whether a model of a family that has not been compared with transformers is served.
+        baked: a folder of prefixes that `bake_registry` has baked; None: soft prompts are refused.
         python: the Python that has vLLM.
         arguments: more of vLLM's own.
 
@@ -98,6 +100,8 @@ def vllm_command(
         if name in given:
             raise LaunchError(f"{name} cannot be given to vLLM here: {why}")
     extra = {"adapters": str(adapters.absolute()), "placeholder": placeholder, "unverified_models": unverified_models}
+    if baked is not None:
+        extra["baked"] = str(baked.absolute())
     connector = {
         "kv_connector": "PrefixConnector",
         "kv_role": "kv_consumer",

@@ -26,11 +26,17 @@ def write(
         return handle.save(folder, task=f"task {seed}")
 
 
-def soft_prompt(folder: Path, tokens: int = 3) -> Path:
-    """A soft prompt for the tiny model."""
-    config = prefixcore.PromptTuningConfig(num_virtual_tokens=tokens, init="random")
-    with prefixcore.attach(tiny.model(), config) as handle:
-        return handle.save(folder)
+def soft_prompt(folder: Path, tokens: int = 3, *, seed: int = 0, model: Any = None) -> Path:
+    """A soft prompt for the tiny model, of random numbers that are as large as its embeddings."""
+    model = tiny.model() if model is None else model
+    config = prefixcore.PromptTuningConfig(num_virtual_tokens=tokens, init="random", seed=seed)
+    with prefixcore.attach(model, config) as handle:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in handle.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.mul_(model.get_input_embeddings().weight.std())
+        return handle.save(folder, task=f"asked {seed}")
 
 
 def replace(folder: Path, **options: Any) -> None:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefixcore.adapters import Registry
 from prefixcore.serving import launch
+from prefixcore.serving.baked import bake_registry
 from prefixcore.serving.before_start import choose_placeholder
 from prefixcore.serving.client import Client, ServingError
 from prefixcore.serving.validate_reference import Reference
@@ -32,6 +34,7 @@ TEMPLATE = (
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Peru?"}]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
 VIRTUAL = {"capitals": 17, "sums": 5, "long": 150}
+"""The prefixes; a soft prompt, `asked`, stands beside them."""
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512")
 
 
@@ -65,7 +68,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tokenizer.save_pretrained(folder / "tiny-llama")
     for seed, (name, tokens) in enumerate(VIRTUAL.items(), start=1):
         shelf.write(folder / "adapters" / name, seed=seed, tokens=tokens, model=model)
-    adapters = {name: folder / "adapters" / name for name in VIRTUAL}
+    shelf.soft_prompt(folder / "adapters" / "asked", 6, seed=4, model=model)
+    assert not bake_registry(Registry(folder / "adapters"), folder / "baked", lambda: model)
+    adapters = {name: folder / "adapters" / name for name in (*VIRTUAL, "asked")}
     return SimpleNamespace(folder=folder, tokenizer=tokenizer, reference=Reference(model, tokenizer, adapters))
 
 
@@ -73,7 +78,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def server(place: Any) -> Iterator[Any]:
     placeholder = choose_placeholder(place.tokenizer)
     with launch.start(
-        place.folder / "tiny-llama", place.folder / "adapters", placeholder=placeholder, arguments=OPTIONS
+        place.folder / "tiny-llama",
+        place.folder / "adapters",
+        placeholder=placeholder,
+        baked=place.folder / "baked",
+        arguments=OPTIONS,
     ) as server:
         yield server
 
@@ -93,11 +102,11 @@ def without_end(ids: list[int]) -> list[int]:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny-llama", "capitals", "long", "sums"]
+    assert [model.id for model in client.models.list()] == ["tiny-llama", "asked", "capitals", "long", "sums"]
     assert client.models.retrieve("sums").owned_by == "prefixcore"
 
 
-@pytest.mark.parametrize("name", ["capitals", "sums", "long", "tiny-llama"])
+@pytest.mark.parametrize("name", ["capitals", "sums", "long", "asked", "tiny-llama"])
 def test_completions_of_every_kind(client: openai.OpenAI, place: Any, name: str) -> None:
     texts = ["Peru ->", "x", "the quick brown fox " * 9]
     ids = [place.reference.ids(text) for text in texts]
@@ -154,7 +163,7 @@ def test_chat(client: openai.OpenAI, place: Any, name: str, tools: Any) -> None:
 def test_all_at_once_and_twice(client: openai.OpenAI, place: Any) -> None:
     """Several adapters and none in the same batches, on the same texts, so that cached blocks are hit."""
     texts = [f"text {number} " * 20 for number in range(4)]
-    jobs = [(name, text) for text in texts for name in ("capitals", "sums", "long", "tiny-llama")] * 2
+    jobs = [(name, text) for text in texts for name in ("capitals", "sums", "long", "asked", "tiny-llama")] * 2
 
     def ask(job: tuple[str, str]) -> list[int]:
         made: Any = client.completions.create(
@@ -170,7 +179,7 @@ def test_all_at_once_and_twice(client: openai.OpenAI, place: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "words", "request_"),
     [
-        (openai.NotFoundError, "There are: tiny-llama, capitals", {"model": "rivers"}),
+        (openai.NotFoundError, "There are: tiny-llama, asked, capitals", {"model": "rivers"}),
         (openai.BadRequestError, "echo makes vLLM compute", {"echo": True, "logprobs": 1}),
         (openai.BadRequestError, "prompt_logprobs makes vLLM", {"extra_body": {"prompt_logprobs": 1}}),
         (openai.BadRequestError, "names an adapter", {"extra_body": {"cache_salt": "prefixcore:sums:" + "0" * 64}}),
@@ -217,7 +226,7 @@ def test_our_own_client(server: Any, place: Any) -> None:
     assert ours.generate("sums", ["2 + 3 =", "2 + 3 ="], max_tokens=8) == [text, text]
     assert "".join(ours.stream("sums", "2 + 3 =", max_tokens=8)) == text
     assert ours.chat("sums", "Peru?", max_tokens=4) == "".join(ours.stream_chat("sums", "Peru?", max_tokens=4))
-    with pytest.raises(ServingError, match="There are: tiny-llama, capitals") as raised:
+    with pytest.raises(ServingError, match="There are: tiny-llama, asked, capitals") as raised:
         ours.generate("rivers", "x")
     assert raised.value.status == 404
 
