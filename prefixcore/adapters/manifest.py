@@ -140,11 +140,13 @@ class Manifest:
             provenance: `license`, `intended_use`, `data`, `metrics`, `split`, `training`, `seed`, as the attributes.
 
         Raises:
-            TypeError, ValueError: a task that is no text; layer shapes that do not fit `config`; a field of the
-                provenance that is not what it stands for.
+            TypeError, ValueError: a task that is no text, or says nothing; layer shapes that do not fit `config`; a
+                field of the provenance that is not what it stands for.
         """
         if not isinstance(task, (str, type(None))):
             raise TypeError(f"task: expected a text or None, got {type(task).__name__}")
+        if task is not None and not task.strip():
+            raise AdapterError(f"task: expected what it does, in words, or None, got {task[:40]!r}")
         if unknown := sorted(set(provenance) - (set(FIELDS) - {"date", "derived_from"})):
             raise TypeError(f"{unknown[0]}: no field of the manifest that can be given")
         check_provenance(provenance)

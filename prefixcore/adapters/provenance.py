@@ -52,6 +52,21 @@ def check_provenance(values: Mapping[str, Any]) -> None:
     _check_ancestors(values.get("derived_from"))
 
 
+def is_of_text_alone(manifest: Manifest) -> bool:
+    """Whether the record says that an adapter was baked from a text, and that nothing was trained before or after.
+
+    What `bake` writes of the way it went stands in `training`, each name with `baked_` in front; a training writes its
+    own settings there, and leaves `baked_method` out.
+    """
+    made = manifest.training or {}
+    return (
+        made.get("baked_method") == "text"
+        and is_sha256(made.get("baked_text_sha256"))
+        and all(name.startswith("baked_") for name in made)
+        and not manifest.derived_from
+    )
+
+
 def inherited(manifest: Manifest, source: Manifest | None, *, same_values: bool) -> Manifest:
     """`manifest` with what still holds of the adapter that its values were loaded from, where it says nothing itself.
 

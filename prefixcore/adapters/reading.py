@@ -41,6 +41,7 @@ from .record import CURVE, RECORD, load_record
 from .replace import identity, is_being_replaced, recover
 from .storage import LONGEST_JSON, check_bytes, describe, load_bytes, load_json, naming, parse_json
 from .tensors import TensorFile
+from .trained_for import read_base_model
 
 _READS = 100
 
@@ -58,6 +59,7 @@ class AdapterHeader:
         layer_shapes: the shape of each of them.
         hidden_size: E of a soft prompt; None for a prefix.
         heads: the shapes of the tensors of `modules_to_save`, by their names in the model.
+        base_model: the `fingerprint` of the model that it was trained for; None: no file of the folder knows it.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class AdapterHeader:
     manifest: Manifest | None
     peft_config: dict[str, Any] | None
     heads: dict[str, list[int]] = field(default_factory=dict)
+    base_model: dict[str, Any] | None = None
 
 
 Fits = Callable[[AdapterHeader], object]
@@ -315,6 +318,8 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         heads = head_shapes(model_file, claimed)
         model_file.check_shapes(shapes | {HEAD + name: shape for name, shape in heads.items()})
         header = replace(header_of(folder, manifest, peft_config), heads=heads)
+        if manifest is None:
+            header = replace(header, base_model=read_base_model(model_file.path, model_file.metadata))
         digest = None
         if fields is not None:
             with naming(folder / MANIFEST_FILE):
@@ -397,4 +402,5 @@ def header_of(folder: Path, manifest: Manifest | None, peft_config: dict[str, An
         if peft_config is None:
             hidden_size = manifest.hidden_size
     layers = list(range(len(layer_shapes))) if manifest is None or manifest.layers is None else manifest.layers
-    return AdapterHeader(config, layers, layer_shapes, hidden_size, manifest, peft_config)
+    base_model = None if manifest is None else manifest.base_model
+    return AdapterHeader(config, layers, layer_shapes, hidden_size, manifest, peft_config, base_model=base_model)

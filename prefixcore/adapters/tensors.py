@@ -193,6 +193,7 @@ class TensorFile:
         metadata = fields.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._broken("__metadata__ is no object of strings")
+        self.metadata: dict[str, str] = metadata
         entries = sorted((self._entry(name, value) for name, value in fields.items()), key=lambda e: (e.start, e.stop))
         end = 0
         for entry in entries:  # neither holes nor overlaps: each byte of the file is a number of one tensor

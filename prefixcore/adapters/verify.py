@@ -19,6 +19,7 @@ from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, SIGNATURE_FILE, STATE_F
 from .fingerprint import compare_fingerprints, fingerprint
 from .manifest import Manifest
 from .peft import HEAD, head_shapes
+from .provenance import is_of_text_alone
 from .reading import check_listed, claimed_config, claimed_shapes, header_of, read_folder
 from .replace import identity
 from .signing import check_signature
@@ -28,7 +29,7 @@ from .tensors import TensorFile
 _TRIES = 3
 """How often a folder that is replaced while it is read is read again."""
 
-PASSED, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
+PASSED, FAILED, UNCHECKED, NOT_APPLICABLE = "ok", "FAILED", "not checked", "not applicable"
 
 NOT_SAID = "not said"
 """Detail of a check that fails because the manifest leaves a field empty."""
@@ -46,7 +47,7 @@ class Check:
 
     Attributes:
         name: of the check.
-        outcome: "ok", "FAILED" or "not checked".
+        outcome: "ok", "FAILED", "not checked", or "not applicable" to the way in which the adapter was made.
         detail: in words.
 
     Examples:
@@ -77,7 +78,8 @@ def verify_adapter(
     """Checks all of an adapter, and goes on after what fails: `failed` says of each check whether it did.
 
     `manifest`, `digest`, `files`, `tensors`, `peft`, `loads`; that `task`, `base_model`, `license`, `intended_use`,
-    `data`, `metrics`, `training`, `seed`, `libraries` and `date` are said; `model`, where there is one to compare with;
+    `data`, `metrics`, `training`, `seed`, `libraries` and `date` are said, but for `data`, `metrics` and `seed` of a
+    prefix that was baked from a text alone, which had no training; `model`, where there is one to compare with;
     `signature`, where there is one or a key.
 
     Args:
@@ -88,6 +90,7 @@ def verify_adapter(
 
     Raises:
         AdapterError: no such folder.
+        TypeError: `model` is none, but its name, say.
 
     Examples:
         >>> from prefixcore.adapters import verify_adapter
@@ -96,6 +99,11 @@ def verify_adapter(
         >>> {check.name: check.outcome for check in verify_adapter(folder, model=model)}["model"]
         'ok'
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected the base model itself, as AutoModelForCausalLM.from_pretrained(...) opens it, got "
+            f"{shown(model)}; or verify on the command line: prefixcore verify ADAPTER --model DIR_OR_ID"
+        )
     folder = find_adapter(Path(directory))
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder")
@@ -127,11 +135,17 @@ class _Unchecked(Exception):
     """A check has nothing to look at; the message says why."""
 
 
+class _NotApplicable(Exception):
+    """A check asks for what an adapter that was made in this way cannot have; the message says why."""
+
+
 def _run(name: str, check: Callable[[], str]) -> Check:
     try:
         return Check(name, PASSED, check())
     except _Unchecked as error:
         return Check(name, UNCHECKED, str(error))
+    except _NotApplicable as error:
+        return Check(name, NOT_APPLICABLE, str(error))
     except AdapterError as error:
         return Check(name, FAILED, str(error))
     except OSError as error:
@@ -241,6 +255,9 @@ class _Folder:
     def check_said(self, name: str) -> str:
         value = self._known(name)
         if value is None or value == {} or (isinstance(value, str) and not value.strip()):
+            if name in ("data", "metrics", "seed") and self.manifest is not None and is_of_text_alone(self.manifest):
+                text = (self.manifest.training or {})["baked_text_sha256"]
+                raise _NotApplicable(f"nothing was trained: it is baked from a text alone, of SHA-256 {text}")
             raise AdapterError(NOT_SAID)
         if name == "task":
             tasks = getattr(self._config(), "num_tasks", 1)

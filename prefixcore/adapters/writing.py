@@ -125,7 +125,13 @@ def write_adapter(
     )
     with naming(target / MANIFEST_FILE):
         files[MANIFEST_FILE] = to_json(manifest.to_dict())
-    replace_folder(target, files, check=read_folder)
+    try:
+        replace_folder(target, files, check=read_folder)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        why = f"the adapter cannot be written ({error.strerror}); give a folder where files can be made"
+        raise OSError(error.errno, why, str(target)) from error
     return target
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes, warnings_as_lines
 from .failures import UserError, user_errors
 from .output import check_open, results, to_json
+from .train_provenance import author_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_force_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the prefix to")
-    parser.add_argument("--task", help="what it does, in words (default: as the adapter says)")
+    parser.add_argument("--task", type=author_text, help="what it does, in words (default: as the adapter says)")
+    parser.add_argument(
+        "--license", type=author_text, metavar="TEXT", help="what others may do with it, such as CC-BY-4.0"
+    )
+    parser.add_argument("--intended-use", type=author_text, metavar="TEXT", help="what it is for, and what not")
     parser.add_argument("--task-id", type=int, metavar="N", help="of the prompts of several tasks, which one")
     parser.add_argument(
         "--bos",
@@ -60,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
             bos=arguments.bos,
             task=arguments.task,
             task_id=arguments.task_id,
+            license=arguments.license,
+            intended_use=arguments.intended_use,
             inputs=arguments.prompt,
             strict=not arguments.force,
         )

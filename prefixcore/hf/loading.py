@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import AdapterError, Manifest, compare_fingerprints, fingerprint
 from ..adapters.errors import printable
-from ..adapters.files import MANIFEST_FILE, STATE_FILE, find_adapter
+from ..adapters.files import MANIFEST_FILE, MODEL_FILE, STATE_FILE, find_adapter
 from ..adapters.fingerprint import find_differences
 from ..adapters.module import build_module
 from ..adapters.reading import AdapterHeader, read
@@ -139,11 +139,13 @@ class Target:
 
     def check(self, header: AdapterHeader) -> None:
         """Raises AdapterError unless the adapter is for this model."""
-        if header.manifest is not None:
-            if "modules_to_save" in header.manifest.config:  # version 0.1.0 had none, and counted every module
+        if header.base_model is not None:
+            if (
+                header.manifest is None or "modules_to_save" in header.manifest.config
+            ):  # version 0.1.0 had none, and counted every module
                 self.leave_out = header.config.head_names
-            with naming(self.folder / MANIFEST_FILE):
-                self._compare(header.manifest.base_model)
+            with naming(self.folder / (MODEL_FILE if header.manifest is None else MANIFEST_FILE)):
+                self._compare(header.base_model)
         with naming(self.folder):
             self.heads = check_heads(self.model, header.heads)
         if header.hidden_size is None:

@@ -72,8 +72,8 @@ class ServedModel:
         for layer, (shape, expected) in enumerate(zip(header.layer_shapes, self.layers, strict=True)):
             if shape != expected:
                 raise AdapterError(f"the prefix of layer {layer} is for {shape}, but the model has {expected}")
-        if header.manifest is not None:
-            found = self.compare(header.manifest.base_model)
+        if header.base_model is not None:
+            found = self.compare(header.base_model)
             if found.differences:
                 raise AdapterError("; ".join(found.differences))
             if found.unchecked:

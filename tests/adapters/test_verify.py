@@ -250,3 +250,24 @@ def test_files_that_are_none(name, adapter):
         else:
             (adapter / name).symlink_to("/dev/zero" if what == "device" else "nothing")
         assert failed(adapter) & {"manifest", "files"}
+
+
+def test_a_name_is_no_model(original):
+    with pytest.raises(TypeError, match=r"expected the base model itself.*got 'my-model'.*prefixcore verify ADAPTER"):
+        verify_adapter(original, model="my-model")
+
+
+def test_a_training_that_says_little_is_no_text(adapter):
+    """What leaves data, metrics and seed out has to have been baked from a text, by its own record."""
+    text = {"baked_method": "text", "baked_text_sha256": "ab" * 32, "baked_bos": False}
+    unsaid = {"data": None, "metrics": None, "split": None, "seed": None}
+    for training, derived_from, expected in (
+        (text, None, set()),
+        ({"baked_method": "text"}, None, {"data", "metrics", "seed"}),
+        ({**text, "baked_method": "prompt"}, None, {"data", "metrics", "seed"}),
+        ({**text, "steps": 60}, None, {"data", "metrics", "seed"}),
+        (text, [{"digest": "cd" * 32, "date": None, "data": None}], {"data", "metrics", "seed"}),
+        (None, None, {"data", "metrics", "seed", "training"}),
+    ):
+        change(adapter, training=training, derived_from=derived_from, **unsaid)
+        assert failed(redo(adapter, files=False)) == expected, training

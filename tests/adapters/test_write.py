@@ -251,3 +251,14 @@ def test_a_record_that_could_not_be_read_is_not_written(record, expected, llama,
 def test_no_folder_has_no_record_that_is_empty(tmp_path):
     with pytest.raises(AdapterError, match="nowhere: no such folder"):
         read_record(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("task", ["", " \n"])
+def test_a_task_that_says_nothing(task, llama):
+    with pytest.raises(AdapterError, match="task: expected what it does, in words, or None"):
+        Manifest.create(llama, CONFIGS["prompt"], task=task)
+
+
+def test_where_nothing_can_be_written(llama):
+    with pytest.raises(OSError, match=r"the adapter cannot be written \(.+\); give a folder where.*'/proc/x'"):
+        save(Path("/proc/x"), "prompt", llama, LLAMA)

@@ -55,6 +55,23 @@ def test_a_text(bake, tmp_path):
     assert bake("--text-file", tmp_path / "text")[1] == out
 
 
+def test_a_text_is_verified_as_what_nothing_was_trained_for(bake, prefixcore, tmp_path):
+    said = ["--task", "swap", "--license", "MIT", "--intended-use", "A test."]
+    assert bake("--text", "ab -> ba\\n", *said)[0] == 0
+    code, out, err = prefixcore("verify", tmp_path / "out")
+    assert (code, err) == (0, "")
+    lines = [line for line in out.splitlines() if line.startswith("not applicable")]
+    assert [line.split()[2] for line in lines] == ["data", "metrics", "seed"]
+    assert "nothing was trained: it is baked from a text alone, of SHA-256 " in lines[0]
+
+
+def test_a_trained_one_that_is_baked_has_to_say_what_it_was_trained_on(bake, prefixcore, prompt, tmp_path):
+    assert bake(prompt)[0] == 0
+    code, _, err = prefixcore("verify", tmp_path / "out")
+    assert code == 1
+    assert "failed: license, intended_use, data, metrics, seed" in err
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -66,6 +83,7 @@ def test_a_text(bake, tmp_path):
         (["--text", "a", "--text-file", "b"], "two texts; give one"),
         (["--text-file", "nowhere"], "nowhere: No such file"),
         (["--text", "a" * 200], "leave no room: the model was made for 128"),
+        (["--text", "a", "--task", " "], "expected a text, got an empty one"),
         (["--text", "a", "--bos"], "no token that begins a text"),
     ],
 )

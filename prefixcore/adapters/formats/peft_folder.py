@@ -10,7 +10,8 @@ from ...nn import MultitaskPrompt
 from ..errors import AdapterError
 from ..files import MODEL_FILE, PEFT_FILE
 from ..module import Adapter, build_module
-from ..reading import read_adapter
+from ..reading import read_adapter, read_header
+from ..trained_for import with_base_model
 from .files import read_bytes
 from .record import PREFIX, PROMPT, Contents, Facts, Written
 
@@ -24,7 +25,10 @@ class PeftFolder:
     is_folder = True
     needs_model = False
     layout = "folder: adapter_config.json, adapter_model.safetensors with prompt_embeddings"
-    lost = "manifest, record, reparameterization; refused: a prefix in some layers alone, a soft prompt in the text"
+    lost = (
+        "manifest (the base model's fingerprint goes along), record, reparameterization; refused: a prefix in some "
+        "layers alone, a soft prompt in the text"
+    )
 
     def read(self, source: Path, facts: Facts) -> Contents:
         """The virtual tokens of an adapter's folder, PEFT's or ours."""
@@ -42,7 +46,12 @@ class PeftFolder:
                 f"{folder}: PEFT cannot hold it: a prefix in some layers alone or of several shapes, or a soft prompt "
                 "that stands in the text"
             )
-        return Written({name: read_bytes(folder / name) for name in (PEFT_FILE, MODEL_FILE)})
+        files = {name: read_bytes(folder / name) for name in (PEFT_FILE, MODEL_FILE)}
+        header, _ = read_header(folder)
+        # Version 0.1.0 counted the heads too, which nothing but its manifest tells.
+        if header.base_model is not None and (header.manifest is None or "modules_to_save" in header.manifest.config):
+            files[MODEL_FILE] = with_base_model(files[MODEL_FILE], header.base_model)
+        return Written(files)
 
 
 def contents_of(adapter: Adapter, folder: Path | None = None) -> Contents:

@@ -84,6 +84,8 @@ def bake(
     bos: bool | None = None,
     task: str | None = None,
     task_id: int | None = None,
+    license: str | None = None,
+    intended_use: str | None = None,
     inputs: Sequence[str] = (),
     strict: bool = True,
 ) -> Baked:
@@ -102,6 +104,8 @@ def bake(
             without that token if so. None: the tokenizer has none, else it is asked for.
         task: what it does, in words; None: as the adapter says.
         task_id: of several tasks' prompts, which one.
+        license: what others may do with it; None: as the adapter says.
+        intended_use: what it is for, and what not; None: as the adapter says.
         inputs: texts to compare on; empty: a few of ordinary tokens.
         strict: as of `load`.
 
@@ -153,7 +157,8 @@ def bake(
     module = _plain_prefix(source, len(target.attention_layers[0]))
     with _attach(target, module, source.layers, source.found) as handle:
         comparison = check.compare(lambda ids: _logits(model, ids))
-        _write(directory, handle, module, source, comparison, task, tokenizer)
+        author = {"task": task, "license": license, "intended_use": intended_use}
+        _write(directory, handle, module, source, comparison, author, tokenizer)
     return Baked(Path(directory), virtual, comparison, source.method)
 
 
@@ -297,7 +302,7 @@ def _write(
     module: Prefix,
     source: _Source,
     comparison: Comparison,
-    task: str | None,
+    author: Mapping[str, str | None],
     tokenizer: Any,
 ) -> Path:
     """Writes the prefix, with what still holds of what it was baked from."""
@@ -317,10 +322,10 @@ def _write(
         handle.model,
         module.config,
         list(module.shapes),
-        task=task,
         tokenizer=tokenizer,
         forced=handle.forced,
         **measured,
+        **author,
     )
     if tokenizer is None and before is not None:
         manifest = replace(manifest, tokenizer=before.tokenizer)

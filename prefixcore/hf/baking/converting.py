@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ...adapters.errors import shown
 from ...adapters.files import find_adapter
 from ...adapters.formats import FORMATS, PREFIX, PROMPT, Contents, Facts, Format, Written, contents_of
 from ...adapters.formats.files import read_bytes
+from ...adapters.reading import read_header
 from ...adapters.writing import check_apart
 from ...nn import LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from ..attaching import check_model
@@ -76,7 +78,7 @@ def export_adapter(
     _put(target, written)
     lost = list(written.lost)
     if any(each.manifest is not None for each in read):
-        lost.append("manifest (task, base model, provenance)")
+        lost.append(f"manifest (task, {'' if kind.name == 'peft' else 'base model, '}provenance)")
     if kind.name != "peft":
         if any(each.heads for each in read):
             lost.append("heads that were trained along (modules_to_save): without them the outputs are others")
@@ -108,7 +110,8 @@ def import_adapter(
         The folder.
 
     Raises:
-        AdapterError: the source is not of this format, damaged, or for another model.
+        AdapterError: the source is not of this format, damaged, or for another model, as far as it says; PEFT's
+            files do where `export_adapter` wrote them.
 
     Examples:
         >>> torch.save(torch.randn(4, 32), "prompt.pt")
@@ -124,6 +127,7 @@ def import_adapter(
     record = {"converted_from": {"format": kind.name, "name": origin.name, "sha256": _digest(origin)}}
     if kind.name == "peft":
         with load(model, origin) as handle:
+            _warn_of_other_name(origin, model)
             return handle.save(directory, task=task, record=record)
     target = Target(model)
     contents = kind.read(origin, facts_of(model, needs_layers=PREFIX in kind.kinds))
@@ -138,6 +142,18 @@ def import_adapter(
         model, module.config, shapes, task=task, training={"converted_from": kind.name, "source": origin.name}
     )
     return write_adapter(directory, module=module, config=module.config, manifest=manifest, record=record)
+
+
+def _warn_of_other_name(folder: Path, model: PreTrainedModel) -> None:
+    """Warns where all that PEFT's files know of the base model, its name, is another one than the model's."""
+    header, _ = read_header(find_adapter(folder))
+    named, here = (header.peft_config or {}).get("base_model_name_or_path"), getattr(model.config, "name_or_path", None)
+    if header.base_model is None and named and here and Path(named).name != Path(here).name:
+        warnings.warn(
+            f"{folder}: its files say that it is for {shown(named)} and know none of that model's weights; the adapter "
+            f"is written as one for {shown(here)}, whose shapes fit",
+            stacklevel=3,
+        )
 
 
 def facts_of(model: PreTrainedModel, *, needs_layers: bool = True) -> Facts:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import httpx
 from .engines import transfer_config
 from .world import World
 
-PATIENCE = 300.0
+PATIENCE = 900.0
 """Seconds that a server may take to start, on cores that others use too."""
 
 
@@ -48,7 +50,9 @@ class Server:
         command += ["--kv-transfer-config", json.dumps(transfer_config(world, **(extra or {}))), *options]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         self.client = httpx.Client(base_url=self.url, timeout=120)
         self._wait()
 
@@ -59,11 +63,18 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.client.close()
+        self._end()
+
+    def _end(self) -> None:
+        """Ends the server with its engine and workers, which outlive it where it is killed."""
         self.process.terminate()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def _wait(self) -> None:
@@ -77,7 +88,7 @@ class Server:
             except httpx.TransportError:
                 pass
             time.sleep(0.5)
-        self.process.kill()
+        self._end()
         raise RuntimeError(f"the server did not start within {PATIENCE:g} seconds: {self.log.read_text()[-3000:]}")
 
     def complete(self, request: dict[str, Any], tokens: int = 16, *, stream: bool = False, **more: Any) -> list[int]:
