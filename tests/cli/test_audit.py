@@ -110,3 +110,42 @@ def test_the_task_s_own_probes_are_no_other_task(audit, data, tmp_path):
     assert (code, out) == (2, "")
     assert "other: all its prompts are probes of the adapter's own task" in err
     assert not (tmp_path / "swap-audit.html").exists()
+
+
+HOSTILE = """<script>alert(1)</script><img src=x onerror="a()">\"'&amp;</title>{{ 7*7 }}%s$x_\x1b[2J\x07\u202e\r"""
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "x" * 10240], ids=["markup and control characters", "10 kB"])
+def test_whatever_an_adapter_says_of_itself_is_shown_as_text(audit, tmp_path, text):
+    from html.parser import HTMLParser
+
+    from prefixcore import PromptTuningConfig, attach
+    from tests import tiny
+
+    name = text[:80].replace("/", "_")
+    with attach(tiny.model(), PromptTuningConfig(num_virtual_tokens=2, init="random")) as handle:
+        folder = handle.save(tmp_path / name, task=text, license=text, intended_use=text, training={"note": text})
+    files = [tmp_path / f"{kind} {name}.jsonl" for kind in ("probe", "other")]
+    for file, sign in zip(files, ("->", "="), strict=True):
+        lines = [{"prompt": f"{text[:50]}{each} {sign}", "completion": each} for each in ("ab", "cd", "ef", "gh")]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--other", files[1], "--examples", files[1], "--instruction", text[:60], "--out", "pages"]
+    code, out, err = audit(*options, folder=folder, probe=files[0])
+    assert code == 0, err
+    assert all(c.isprintable() or c == "\n" for c in out + err)
+    assert max(map(len, (out + err).splitlines())) < 2500
+    page = (tmp_path / "pages" / "audit.html").read_text()
+    assert all(c.isprintable() or c in "\n\xa0" for c in page)
+    assert "x" * 2000 not in page
+    tags, attributes = set(), []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, found):
+            tags.add(tag)
+            attributes.extend(found)
+
+    Parser().feed(page)
+    assert not tags & {"script", "iframe", "object", "embed", "link"}
+    assert not [name for name, _ in attributes if name.startswith("on")]
+    assert all(value.startswith("data:image/") for name, value in attributes if name == "src")
+    assert json.loads((tmp_path / "pages" / "audit.json").read_text())["subject"]["task"] == text
