@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .._text import printable
+
 _LONGEST = 120
 _LONGEST_MESSAGE = 1500
 
@@ -23,19 +25,6 @@ class AdapterError(ValueError):
     def __init__(self, message: str) -> None:
         text = printable(message)
         super().__init__(text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}...")
-
-
-def printable(text: str) -> str:
-    """`text` with an escape in place of every character that is not printable: control characters, lone surrogates.
-
-    Examples:
-        >>> from prefixcore.adapters.errors import printable
-        >>> print(printable("a\\x1b[2Jb"))
-        a\\x1b[2Jb
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shown(value: object) -> str:

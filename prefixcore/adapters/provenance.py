@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .digest import is_sha256
 from .errors import AdapterError, shown
+from .record import is_number
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -132,7 +133,7 @@ def _check_metrics(metrics: Any, split: Any) -> None:
     if not isinstance(metrics, Mapping) or not metrics:
         raise AdapterError(f"metrics: expected numbers by their names, got {shown(metrics)}")
     for name, value in metrics.items():
-        if not isinstance(name, str) or not _is_number(value):
+        if not isinstance(name, str) or not _is_finite(value):
             raise AdapterError(f"metrics.{name}: expected a finite number, got {shown(value)}")
     if split is None:
         raise AdapterError(
@@ -166,16 +167,12 @@ def _check_ancestors(ancestors: Any) -> None:
 def _check_facts(name: str, facts: Mapping[Any, Any]) -> None:
     """Raises AdapterError unless each is a text, a number, a truth value or None."""
     for key, value in facts.items():
-        plain = value is None or isinstance(value, (str, bool)) or _is_number(value)
+        plain = value is None or isinstance(value, (str, bool)) or _is_finite(value)
         if not isinstance(key, str) or not plain:
             raise AdapterError(
                 f"{name}.{key}: expected a text, a finite number, true, false or null, got {shown(value)}"
             )
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    return (isinstance(value, int) and abs(value) < _MOST_NUMBERS) or (
-        isinstance(value, float) and math.isfinite(value)
-    )
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)

@@ -77,7 +77,7 @@ def load_record(folder: Path, digest: str | None) -> dict[str, Any]:
         if not isinstance(split["seed"], int):
             raise AdapterError(f"{path}: split.seed: expected an integer, got {shown(split['seed'])}")
     for name in ("train_loss", "held_out_loss"):
-        if not all(_is_number(value) or isinstance(value, list) for value in record.get(name, [])):
+        if not all(is_number(value) or isinstance(value, list) for value in record.get(name, [])):
             raise AdapterError(f"{path}: {name}: expected numbers, got {shown(record[name])}")
     for name, result in record.get("held_out", {}).items():
         if not isinstance(result, dict):
@@ -88,11 +88,11 @@ def load_record(folder: Path, digest: str | None) -> dict[str, Any]:
 
 def _check_numbers(path: Path, name: str, values: Mapping[str, Any], needed: tuple[str, ...]) -> None:
     for field in needed:
-        if not _is_number(values.get(field)):
+        if not is_number(values.get(field)):
             raise AdapterError(f"{path}: {name}.{field}: expected a number, got {shown(values.get(field))}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether it is a number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..training import predict
+from ..training.data import vocabulary_size
 from ..training.evaluate import is_right
 from .probes import Probes, most_tokens
 from .progress import Progress
 from .promoted import TokenShift
-from .scoring import batches, model_logits, per_text, vocabulary_size
+from .scoring import batches, model_logits, per_text
 from .statistics import wilson
 
 NEW_TOKENS = 16

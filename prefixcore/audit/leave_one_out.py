@@ -17,7 +17,7 @@ LITTLE = 0.01
 
 
 def leave_one_out(
-    run: FrozenRun, probes: Probes, virtual: VirtualTokens, vocabulary: int, progress: Progress
+    run: FrozenRun, probes: Probes, virtual: VirtualTokens, vocabulary: float, progress: Progress
 ) -> dict[str, Any]:
     """The loss of the probes' completions with all virtual tokens, and without each of them.
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..adapters import Adapter, read_adapter, read_record
 from ..hf import load
 from ..training import Example
+from ..training.data import vocabulary_size
 from ..version import __version__
 from .attention_mass import attention_mass
 from .behaviour import behaviour
@@ -26,7 +27,7 @@ from .progress import Progress
 from .promoted import TokenShift
 from .report import Report
 from .running import FrozenRun
-from .scoring import losses, per_text, vocabulary_size
+from .scoring import losses, per_text
 from .search import TRIALS, search
 from .subject import describe
 from .summary import summarize

@@ -44,7 +44,7 @@ class Batch:
         return torch.log_softmax(logits[self.owners, self.places].float(), -1)
 
 
-def batches(ids: Sequence[TokenizedExample], vocabulary: int, device: torch.device) -> Iterator[Batch]:
+def batches(ids: Sequence[TokenizedExample], vocabulary: float, device: torch.device) -> Iterator[Batch]:
     """All texts, in order, as many at once as the bounds allow."""
     start = 0
     while start < len(ids):
@@ -70,7 +70,7 @@ def _pad(texts: Sequence[TokenizedExample], rows: list[int], longest: int, devic
     return Batch(rows, *(torch.tensor(x, device=device) for x in (ids, mask, owners, places, labels)))
 
 
-def losses(logits: Logits, ids: Sequence[TokenizedExample], vocabulary: int, device: torch.device) -> Tensor:
+def losses(logits: Logits, ids: Sequence[TokenizedExample], vocabulary: float, device: torch.device) -> Tensor:
     """The loss of each completion token of each text, one after another, [N], in nats."""
     found = []
     for batch in batches(ids, vocabulary, device):
@@ -82,11 +82,6 @@ def losses(logits: Logits, ids: Sequence[TokenizedExample], vocabulary: int, dev
 def per_text(values: Tensor, ids: Sequence[TokenizedExample]) -> list[float]:
     """The mean over each text's completion tokens of values [N]."""
     return [float(part.double().mean()) for part in values.split([len(text.completion_ids) for text in ids])]
-
-
-def vocabulary_size(model: Any) -> int:
-    """How many tokens a model gives log-probabilities for, about: the rows of its table of embeddings."""
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def model_logits(model: Any) -> Logits:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..training import Example, TokenizedExample, tokenize
+from ..training.data import vocabulary_size
 from .progress import Progress
-from .scoring import losses, model_logits, vocabulary_size
+from .scoring import losses, model_logits
 
 TRIALS = 48
 EXAMPLES = 16

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..training import DataError, predict, tokenize
+from ..training.data import vocabulary_size
 from ..training.evaluate import is_right
 from .candidates import Candidate, Division, with_text
 from .probes import Probes, most_tokens
 from .progress import Progress
-from .scoring import losses, model_logits, per_text, vocabulary_size
+from .scoring import losses, model_logits, per_text
 from .statistics import CHANCE, sign_test, wilson
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .._text import printable
 from .common import (
     OK,
     add_force_argument,
@@ -20,7 +21,7 @@ from .common import (
 )
 from .failures import UserError, user_errors
 from .limits import check_ids, is_too_long, learned_positions, stated_positions
-from .output import check_open, printable, results, say, to_json
+from .output import check_open, results, say, to_json
 
 COLDEST, HOTTEST = 1e-6, 1e6
 """Temperatures outside make numbers that float32 cannot hold, and choose the likeliest token or any."""
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         lines = [answer.strip() for answer in answers]
         if sys.stdout is not None and sys.stdout.isatty():
-            lines = [printable(line) for line in lines]
+            lines = [printable(line, keep="\n\t") for line in lines]
     results("\n".join(lines))
     return OK
 

@@ -12,19 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .._text import printable
 from .failures import UserError, first_line
-
-
-def printable(text: str) -> str:
-    r"""`text` in which characters that a terminal would obey or hide are escapes; line breaks and tabs stay.
-
-    Examples:
-        >>> printable("\x1b[2Jgone")
-        '\\x1b[2Jgone'
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
@@ -51,7 +40,7 @@ def say(text: str) -> None:
     """Progress goes to standard error, so that standard output has the results alone."""
     with contextlib.suppress(OSError):  # whoever closed or filled it does not want to know
         if sys.stderr is not None:
-            print(printable(text), file=sys.stderr, flush=True)
+            print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
 
 
 def check_open() -> None:
@@ -95,7 +84,7 @@ def reserve_standard_streams() -> None:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text under one another, every column as wide as its widest cell; each cell on one line, printable."""
-    rows = [[printable(cell).replace("\n", "\\n").replace("\t", "\\t") for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

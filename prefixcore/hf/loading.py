@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .._text import printable
 from ..adapters import AdapterError, Manifest, compare_fingerprints, fingerprint
-from ..adapters.errors import printable
 from ..adapters.files import MANIFEST_FILE, MODEL_FILE, STATE_FILE, find_adapter
 from ..adapters.fingerprint import find_differences
 from ..adapters.module import build_module

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..errors import AdapterError, printable, shown
+from ..._text import printable
+from ..errors import AdapterError, shown
 from ..storage import naming, open_file
 from .record import MOST_NUMBERS
 
