@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from ..layout import as_gradient, heads_last
 from ..problem import AttentionProblem, is_off
+from .recording import empty
 
 _aten = torch.ops.aten
 _NO_DROPOUT = 0.0
@@ -137,7 +138,7 @@ def _in_layout_of(query: Tensor, x: Tensor) -> Tensor:
 
 def _unused_seed(p: AttentionProblem) -> Tensor:
     """Stands where dropout would have its random state. Nothing reads it; its dtype spares a conversion."""
-    return torch.empty((), dtype=torch.int64, device=p.query.device)
+    return empty(like=p.query, dtype=torch.int64)
 
 
 def _cudnn_forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,12 @@ from .kernels.forward import launch_forward
 from .kernels.grad_keys import launch_grad_keys
 from .kernels.grad_prefix import launch_grad_prefix
 from .kernels.grad_query import launch_grad_query
+from .recording import empty
 
 
 def outputs(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Memory for output and log-sum-exp."""
-    return empty_heads_last(p.query, p.value_dim), p.query.new_empty(p.query.shape[:3], dtype=torch.float32)
+    return empty_heads_last(p.query, p.value_dim), empty(*p.query.shape[:3], like=p.query, dtype=torch.float32)
 
 
 def forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,7 @@ def decode(p: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 def unwanted(p: AttentionProblem) -> list[Tensor]:
     """What the op returns for gradients that nobody wants: five empty tensors."""
-    return [p.query.new_empty(0, dtype=dtype) for dtype in (*[p.query.dtype] * 3, *[torch.float32] * 2)]
+    return [empty(0, like=p.query, dtype=dtype) for dtype in (*[p.query.dtype] * 3, *[torch.float32] * 2)]
 
 
 def no_gradient(p: AttentionProblem, needs_query: bool, needs_sequence: bool, needs_prefix: bool) -> tuple[Tensor, ...]:

@@ -168,8 +168,8 @@ def launch_decode(p: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     visible = min(p.keys, p.window + p.queries - 1) if p.window else p.keys
     own_splits, own_share = _splits(visible, own_tiles * p.kv_heads * p.batch, own.block_n)
     splits = prefix_splits + own_splits
-    partial_out = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-    partial_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=out.device)
+    partial_out = launch.empty(splits, *out.shape, like=out, dtype=torch.float32)
+    partial_lse = launch.empty(splits, *lse.shape, like=out, dtype=torch.float32)
 
     arguments = launch.arguments(p)
     del arguments["cu_seqlens"]

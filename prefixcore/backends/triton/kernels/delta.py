@@ -43,7 +43,7 @@ def compute_delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None) -> Ten
     the log-sum-exp's own gradient adds `p * grad_lse` to d(score), which is the same as a smaller delta.
     """
     batch, heads, queries, dim = out.shape
-    result = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
+    result = launch.empty(batch, heads, queries, like=out, dtype=torch.float32)
     launch.launch(
         delta_kernel, triton.cdiv(queries, _BLOCK_M) * batch * heads, launch.Blocks(_BLOCK_M, 0, 4, 1), out,
         grad_out=launch.view(grad_out), out=launch.view(out),

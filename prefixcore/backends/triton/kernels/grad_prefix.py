@@ -124,7 +124,7 @@ def reduce_partials(partials: Tensor) -> Tensor:
     """`partials.sum(0)`, in the order of the first dimension."""
     if partials.shape[0] == 1:
         return partials[0]
-    total = torch.empty_like(partials[0])
+    total = launch.empty(*partials.shape[1:], like=partials)
     launch.launch(
         reduce_kernel, triton.cdiv(total.numel(), _REDUCED), launch.Blocks(_REDUCED, 0, 4, 1), partials,
         partials=partials, total=total, count=total.numel(), splits=partials.shape[0], BLOCK=_REDUCED,
@@ -144,7 +144,7 @@ def launch_grad_prefix(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta
     query_splits, sequence_splits = _splits(p, blocks, folded)
     splits, tiles = query_splits * sequence_splits, triton.cdiv(capacity, blocks.block_n)
     grads = [
-        torch.empty(splits, entries, kv_heads, capacity, dim, dtype=torch.float32, device=p.query.device)
+        launch.empty(splits, entries, kv_heads, capacity, dim, like=p.query, dtype=torch.float32)
         for dim in (p.head_dim, p.value_dim)
     ]
     arguments, constants = launch.arguments(p), launch.constants(p, blocks)

@@ -96,7 +96,7 @@ def launch_grad_short_prefix(
     share = triton.cdiv(in_all, splits)
     splits = triton.cdiv(in_all, share)
     grads = [
-        torch.empty(splits, 1, p.kv_heads, p.virtual_tokens, p.head_dim, dtype=torch.float32, device=p.query.device)
+        launch.empty(splits, 1, p.kv_heads, p.virtual_tokens, p.head_dim, like=p.query, dtype=torch.float32)
         for _ in range(2)
     ]
     arguments, constants = launch.arguments(p), launch.constants(p, blocks)

@@ -11,6 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import AttentionProblem
+from .. import recording
+from ..recording import call, empty
+
+__all__ = ["call", "empty"]  # passed on to the kernels' launchers
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether Triton's interpreter runs the kernels. It does bfloat16 arithmetic on raw bits, so tiles become float32."""
@@ -229,9 +233,15 @@ def blocks_for(kernel: str, p: AttentionProblem) -> Blocks:
 
 
 def launch(kernel: Any, programs: int, blocks: Blocks, on: Tensor, **arguments: Any) -> None:
-    """Runs `programs` programs of `kernel` on the device of `on`, if there are any."""
+    """Runs `programs` programs of `kernel` on the device of `on`, if there are any.
+
+    Tensors stand among the arguments themselves or in their tuples, as views of what `empty` gave or of the op's own
+    arguments. All else is a constant of the signature.
+    """
     if programs == 0:
         return
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(on):
-        kernel[(programs,)](**arguments, **options)
+        compiled = kernel[(programs,)](**arguments, **options)
+    if recording.here.recorder is not None:
+        recording.here.recorder.launched(kernel, compiled, programs, arguments)

@@ -85,7 +85,7 @@ def sum_kernel(
 def gather(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
     """The rows [..., E] that the ids [...] name, in the dtype of `weight` [V, E]; both tables with contiguous rows."""
     hidden = weight.shape[1]
-    out = weight.new_empty(*input_ids.shape, hidden)
+    out = launch.empty(*input_ids.shape, hidden, like=weight)
     if out.numel():
         ids, blocks = input_ids.contiguous(), _blocks(hidden)
         launch.launch(
@@ -100,7 +100,7 @@ def gather(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
 def grad_virtual(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
     """The gradient [N, E] of the virtual tokens, float32, from that of the output [..., E]."""
     hidden = grad.shape[-1]
-    total = grad.new_empty(num_virtual, hidden, dtype=torch.float32)
+    total = launch.empty(num_virtual, hidden, like=grad, dtype=torch.float32)
     if total.numel():
         rows, blocks = grad.contiguous().view(-1, hidden), _blocks(hidden)
         ids, places = input_ids.flatten().sort(stable=True)
