@@ -139,8 +139,9 @@ class NinjaBuild(build_ext):
                 objects.append(f"kernels_{isa}.o")
                 n.build(objects[-1], "cxx", str(CSRC / "cpu" / "kernels.cpp"),
                         variables={"flags": " ".join([*flags, f"-DPREFIXCORE_ISA={isa}"])})  # fmt: skip
-            for source in (CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "embedding" / "ids.cpp", CSRC / "binding.cpp"):
-                objects.append(f"{source.stem}.o")
+            for source in (CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "embedding" / "ids.cpp", CSRC / "binding.cpp",
+                           *sorted((CSRC / "launch").glob("*.cpp"))):  # fmt: skip
+                objects.append(f"launch_{source.stem}.o" if source.parent.name == "launch" else f"{source.stem}.o")
                 n.build(objects[-1], "cxx", str(source), variables={"flags": " ".join(includes)})
             for source in cuda_sources:
                 objects.append(f"cuda_{source.stem}.o")
@@ -149,7 +150,7 @@ class NinjaBuild(build_ext):
                 objects.append("cuda_binding.o")
                 n.build(objects[-1], "cxx", str(CSRC / "cuda" / "binding.cpp"),
                         variables={"flags": " ".join([*includes, f"-I{_cuda_home(nvcc)}/include"])})  # fmt: skip
-            libraries = f"-L{torch_root}/lib -ltorch_cpu -lc10"
+            libraries = f"-L{torch_root}/lib -ltorch_cpu -lc10 -ldl -lpthread"
             if cuda_sources:  # the static runtime: the library loads where CUDA is not installed
                 libraries += f" -L{_cuda_home(nvcc)}/lib64 -L{_cuda_home(nvcc)}/lib -lcudart_static -ldl -lrt -lpthread"
             name = "-install_name,@rpath/_kernels.so" if sys.platform == "darwin" else "-soname,_kernels.so"

@@ -7,8 +7,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
@@ -41,5 +43,34 @@ PYBIND11_MODULE(_host, m) {
         return info;
       },
       "What was compiled in, by which compiler, against which torch.");
+  m.def("plan_wanted", prefixcore_plan_wanted,
+        "The ticket of the last call on this thread whose signature was unknown, once; 0 if it was known.");
+  m.def(
+      "plan_keep",
+      [](int64_t ticket, const std::vector<int64_t>& words) {
+        const char* problem = nullptr;
+        const int64_t number =
+            prefixcore_plan_keep(ticket, words.data(), static_cast<int64_t>(words.size()), &problem);
+        if (problem != nullptr) throw py::value_error(problem);
+        return number;
+      },
+      py::arg("ticket"), py::arg("words"),
+      "Keeps a plan for the signature of a ticket (without words: that there is none); returns its number.");
+  m.def("plan_failure", [] { return std::string(prefixcore_plan_failure()); },
+        "Why the last replay on this thread failed, once; empty if it did not.");
+  m.def(
+      "plans",
+      [] {
+        std::vector<prefixcore_kept_plan> plans(static_cast<size_t>(prefixcore_plans(nullptr, 0)));
+        const auto count = prefixcore_plans(plans.data(), static_cast<int64_t>(plans.size()));
+        plans.resize(std::min(plans.size(), static_cast<size_t>(count)));
+        std::vector<std::tuple<int64_t, int64_t, bool>> out;
+        for (const auto& plan : plans) out.emplace_back(plan.number, plan.hits, plan.has_plan != 0);
+        return out;
+      },
+      "`(number, hits, has_plan)` of each signature that is known, the last used first.");
+  m.def("plans_limit", prefixcore_plans_limit, "How many signatures are known at most.");
+  m.def("plans_set_limit", prefixcore_plans_set_limit, py::arg("limit"), "Sets that number.");
+  m.def("plans_forget", prefixcore_plans_forget, "Forgets all plans.");
   m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Hardware threads of this machine.");
 }

@@ -12,5 +12,26 @@ def runnable_isas() -> list[str]:
 def build_info() -> dict[str, str]:
     """What was compiled in, by which compiler, against which torch."""
 
+def plan_wanted() -> int:
+    """The ticket of the last call on this thread whose signature was unknown, once; 0 if it was known."""
+
+def plan_keep(ticket: int, words: list[int]) -> int:
+    """Keeps a plan for the signature of a ticket (without words: that there is none); returns its number."""
+
+def plan_failure() -> str:
+    """Why the last replay on this thread failed, once; empty if it did not."""
+
+def plans() -> list[tuple[int, int, bool]]:
+    """`(number, hits, has_plan)` of each signature that is known, the last used first."""
+
+def plans_limit() -> int:
+    """How many signatures are known at most."""
+
+def plans_set_limit(limit: int) -> None:
+    """Sets that number."""
+
+def plans_forget() -> None:
+    """Forgets all plans."""
+
 def hardware_threads() -> int:
     """Hardware threads of this machine."""

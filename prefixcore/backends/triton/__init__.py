@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import checks, library, nvidia
 from ..problem import DIFFERENTIABLE, TENSORS, AttentionProblem
 from ..protocol import mismatch
-from . import choose
+from . import calls, choose, replay
 from .choose import PATHS, use_path
 
 __all__ = [
@@ -82,6 +82,12 @@ def describe() -> str:
 
 def prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
     """`torch.ops.prefixcore.prefix_attention` for CUDA tensors."""
+    if replay.applies(fields[0]):
+        return replay.run("prefix_attention", _prefix_attention, fields)
+    return _prefix_attention(*fields)
+
+
+def _prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
     p = AttentionProblem(*fields)
     checks.check_attention(p)
     p = _readable(p)
@@ -97,10 +103,16 @@ def prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
         return single.decode(p) if path.name == "decode" else single.forward(p)
 
 
-def prefix_attention_backward(
+def prefix_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`torch.ops.prefixcore.prefix_attention_backward` for CUDA tensors; computes what is wanted alone."""
+    if replay.applies(arguments[0]):
+        return replay.run("prefix_attention_backward", _prefix_attention_backward, arguments)
+    return _prefix_attention_backward(*arguments)
+
+
+def _prefix_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """`torch.ops.prefixcore.prefix_attention_backward` for CUDA tensors; computes what is wanted alone."""
     *fields, needs_query, needs_sequence, needs_prefix = arguments
     p = AttentionProblem(*fields)
     checks.check_attention(p)
@@ -129,6 +141,12 @@ def prefix_attention_backward(
 
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
     """`torch.ops.prefixcore.soft_embedding` for CUDA tensors, where CUDA was not compiled in."""
+    if replay.applies(weight):
+        return replay.run("soft_embedding", _soft_embedding, (input_ids, weight, virtual))
+    return _soft_embedding(input_ids, weight, virtual)
+
+
+def _soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
     checks.check_embedding(input_ids, weight, virtual)
     _check_device(weight)
     with torch.cuda.device_of(weight):
@@ -139,6 +157,13 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
 
 def soft_embedding_backward(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
     """`torch.ops.prefixcore.soft_embedding_backward` for CUDA tensors, where CUDA was not compiled in."""
+    arguments = (grad, input_ids, vocabulary, num_virtual)
+    if replay.applies(grad):
+        return replay.run("soft_embedding_backward", _soft_embedding_backward, arguments)
+    return _soft_embedding_backward(*arguments)
+
+
+def _soft_embedding_backward(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: int) -> Tensor:
     checks.check_embedding_backward(grad, input_ids, vocabulary, num_virtual)
     with torch.cuda.device_of(grad):
         from .kernels.soft_embedding import grad_virtual
@@ -170,6 +195,7 @@ def register(dispatch_key: str = "CUDA") -> torch.library.Library:
     implementations = torch.library.Library("prefixcore", "IMPL")
     implementations.impl("prefix_attention", prefix_attention, dispatch_key)
     implementations.impl("prefix_attention_backward", prefix_attention_backward, dispatch_key)
+    implementations.impl("call_of_plan", calls.run, dispatch_key)
     if not (dispatch_key == "CUDA" and library.CUDA_ARCHITECTURES):  # the dispatcher keeps one kernel for each key
         implementations.impl("soft_embedding", soft_embedding, dispatch_key)
         implementations.impl("soft_embedding_backward", soft_embedding_backward, dispatch_key)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..forced import Forced
 from ..problem import AttentionProblem
-from . import fused_attention
+from . import fused_attention, recording
 from .fused_attention import FusedAttention
 
 PATHS = ("merged", "single", "decode")
@@ -29,6 +29,7 @@ MERGED_KEYS = 512
 """Below so many keys, a second launch costs more than PyTorch's fused attention saves."""
 
 _forced = Forced("path", os.environ.get("PREFIXCORE_GPU_PATH"))
+recording.depends_on("the forced path", lambda: _forced.name)
 
 
 class Path(NamedTuple):

@@ -22,11 +22,13 @@ from torch.nn.attention import SDPBackend
 
 from ..layout import as_gradient, heads_last
 from ..problem import AttentionProblem, is_off
-from .recording import empty
+from .recording import depends_on, empty
 
 _aten = torch.ops.aten
 _NO_DROPOUT = 0.0
 _active_flash: Callable[[], str | None] = getattr(attention, "current_flash_attention_impl", lambda: None)
+
+depends_on("which FlashAttention is behind PyTorch's op", _active_flash)
 
 # PyTorch's experiment with cuDNN's ragged layout stores the log-sum-exp in an order of its own.
 _CUDNN_LAYOUT_IS_KNOWN = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") != "1"

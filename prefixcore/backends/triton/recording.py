@@ -30,8 +30,8 @@ class Recorder(Protocol):
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], /) -> Any:
         """Calls `function`, takes it down and returns what it returns."""
 
-    def launched(self, kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any], /) -> None:
-        """Takes down that `programs` programs of a Triton kernel have been launched with these arguments."""
+    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any], /) -> None:
+        """Launches `programs` programs of a Triton kernel and takes it down."""
 
 
 class _Here(threading.local):
@@ -68,4 +68,14 @@ def depends_on(name: str, read: Callable[[], Any]) -> None:
 
     It is read at every call: quick.
     """
+    global _readers
     _state[name] = read
+    _readers = tuple(_state.values())
+
+
+_readers: tuple[Callable[[], Any], ...] = ()
+
+
+def state() -> tuple[Callable[[], Any], ...]:
+    """What reads the switches that `depends_on` names."""
+    return _readers

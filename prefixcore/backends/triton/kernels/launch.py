@@ -242,6 +242,7 @@ def launch(kernel: Any, programs: int, blocks: Blocks, on: Tensor, **arguments: 
         return
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(on):
-        compiled = kernel[(programs,)](**arguments, **options)
-    if recording.here.recorder is not None:
-        recording.here.recorder.launched(kernel, compiled, programs, arguments)
+        if recording.here.recorder is None:
+            kernel[(programs,)](**arguments, **options)
+        else:
+            recording.here.recorder.launch(kernel, programs, arguments, options)
