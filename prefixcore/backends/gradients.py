@@ -22,6 +22,18 @@ _any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 _ops = torch.ops.prefixcore
 
 
+shortcut: Callable[[str, tuple[Any, ...]], Any] | None = None
+"""Asked with an op's name and arguments before the dispatcher: its results, or None. Set while plans are replayed."""
+
+
+def _run(name: str, op: Any, arguments: tuple[Any, ...]) -> Any:
+    """`op(*arguments)` below autograd."""
+    with _below_autograd():
+        if shortcut is not None and (out := shortcut(name, arguments)) is not None:
+            return out
+        return op(*arguments)
+
+
 def _apply(function: type[Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`, without what it first does for `torch.func`: a fifth of a small call."""
     if torch._C._are_functorch_transforms_active():
@@ -49,16 +61,16 @@ def prefix_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     op = _ops.prefix_attention_backward.default
     if torch.is_grad_enabled() and _any_requires_grad(*arguments):
         return _NoSecondDerivative.apply(op, *arguments)
-    with _below_autograd():
-        return op(*arguments)
+    result: tuple[Tensor, ...] = _run("prefix_attention_backward", op, arguments)
+    return result
 
 
 def soft_embedding_backward(*arguments: Any) -> Tensor:
     op = _ops.soft_embedding_backward.default
     if torch.is_grad_enabled() and _any_requires_grad(*arguments):
         return _NoSecondDerivative.apply(op, *arguments)
-    with _below_autograd():
-        return op(*arguments)
+    result: Tensor = _run("soft_embedding_backward", op, arguments)
+    return result
 
 
 class _PrefixAttention(Function):
@@ -69,8 +81,7 @@ class _PrefixAttention(Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor,
         p: AttentionProblem,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        with _below_autograd():
-            out, lse = _ops.prefix_attention.default(*p)
+        out, lse = _run("prefix_attention", _ops.prefix_attention.default, p)
         ctx.save_for_backward(*p.tensors, out, lse)
         ctx.options = p.options
         ctx.set_materialize_grads(False)
@@ -102,15 +113,14 @@ def prefix_attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     differentiable = p.differentiable
     if torch.is_grad_enabled() and _any_requires_grad(*differentiable):
         return _apply(_PrefixAttention, *differentiable, p)
-    with _below_autograd():
-        return _ops.prefix_attention.default(*p)
+    result: tuple[Tensor, Tensor] = _run("prefix_attention", _ops.prefix_attention.default, p)
+    return result
 
 
 class _SoftEmbedding(Function):
     @staticmethod
     def forward(ctx: Any, input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
-        with _below_autograd():
-            out = _ops.soft_embedding.default(input_ids, weight, virtual)
+        out: Tensor = _run("soft_embedding", _ops.soft_embedding.default, (input_ids, weight, virtual))
         ctx.save_for_backward(input_ids)
         ctx.vocabulary, ctx.num_virtual = weight.shape[0], virtual.shape[0]
         return out
@@ -127,8 +137,8 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     """As `prefix_attention`."""
     if torch.is_grad_enabled() and _any_requires_grad(weight, virtual):
         return _apply(_SoftEmbedding, input_ids, weight, virtual)
-    with _below_autograd():
-        return _ops.soft_embedding.default(input_ids, weight, virtual)
+    result: Tensor = _run("soft_embedding", _ops.soft_embedding.default, (input_ids, weight, virtual))
+    return result
 
 
 AUTOGRAD: dict[str, Callable[..., Any]] = {

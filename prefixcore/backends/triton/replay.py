@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import library
+from .. import gradients, library
 from . import calls, recording
 from .plan import LaunchReader, PlanRecorder
 from .plan_words import Call, Kernel, NotKept, Plan
@@ -68,18 +68,24 @@ _refused: Counter[tuple[str, str]] = Counter()  # op and reason
 def is_on() -> bool:
     """Whether plans are recorded and replayed."""
     if _switch.on is None:
-        _switch.on = _asked()
-    return _switch.on
+        _turn(_asked())
+    return bool(_switch.on)
+
+
+def _turn(on: bool | None) -> None:
+    _switch.on = on
+    gradients.shortcut = _shortcut if on else None
 
 
 @contextmanager
 def use_replay(on: bool) -> Iterator[None]:
     """Replays plans, or does not, inside a `with` block; for the whole process while it runs."""
-    before, _switch.on = _switch.on, bool(on)
+    before = is_on()
+    _turn(bool(on))
     try:
         yield
     finally:
-        _switch.on = before
+        _turn(before)
 
 
 # --- what plans depend on beside the call's arguments -------------------------------------------------
@@ -116,6 +122,18 @@ def state() -> int:
 def applies(x: Tensor) -> bool:
     """Whether a call on the device of `x` may have a plan."""
     return is_on() and (x.is_cuda or _switch.read_launch is not None)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_modes: Callable[[], int] = _c._len_torch_dispatch_stack
+
+
+def _shortcut(name: str, arguments: tuple[Any, ...]) -> Any:
+    """`replayed`, for eager code: spares it the dispatcher's way into Python. Not where somebody else looks on."""
+    x = arguments[0]
+    if type(x) not in _PLAIN or not (x.is_cuda or _switch.read_launch is not None) or _modes():
+        return None
+    return replayed(name, arguments)
 
 
 def replayed(name: str, arguments: tuple[Any, ...]) -> Any:

@@ -1,7 +1,7 @@
 """A stand-in for NVIDIA's driver (`driver.cpp`), for tests of replay where there is no GPU.
 
-CPU tensors stand for device tensors. A kernel that plans launch has a number here; launching it has Triton's interpreter
-run it, on the memory and with the numbers that stand in the parameters: replayed results have real values.
+CPU tensors stand for device tensors. A kernel that plans launch has a number here; launching it has Triton's
+interpreter run it, on the memory and with the numbers that stand in the parameters: replayed results have real values.
 """
 
 from __future__ import annotations
