@@ -40,7 +40,7 @@ def add(function: Callable[..., Any], arguments: Sequence[Any], keywords: dict[s
 def _plain(function: Callable[..., Any], constants: list[Any], places: list[int], keywords: dict[str, Any]) -> _Run:
     def run(tensors: Sequence[Tensor]) -> Any:
         arguments = constants.copy()
-        for place, x in zip(places, tensors, strict=True):
+        for place, x in zip(places, tensors, strict=False):  # one more where it takes none
             arguments[place] = x
         return function(*arguments, **keywords)
 
@@ -50,7 +50,7 @@ def _plain(function: Callable[..., Any], constants: list[Any], places: list[int]
 def _nested(function: Callable[..., Any], constants: list[Any], places: list[int], structure: Any) -> _Run:
     def run(tensors: Sequence[Tensor]) -> Any:
         leaves = constants.copy()
-        for place, x in zip(places, tensors, strict=True):
+        for place, x in zip(places, tensors, strict=False):
             leaves[place] = x
         arguments, keywords = pytree.tree_unflatten(leaves, structure)
         return function(*arguments, **keywords)

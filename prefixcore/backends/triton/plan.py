@@ -101,6 +101,9 @@ class PlanRecorder(TorchDispatchMode):
         results = calls.tensors_of(result)
         if not results:
             raise NotKept(f"{name} looks at what is in a tensor")
+        if all(x.is_meta for x in results):  # looked at for their strides, and never for what is in them
+            self._alive += results
+            return
         if name in _ALLOCATIONS:
             for x in results:
                 self._allocated(x)
@@ -113,9 +116,9 @@ class PlanRecorder(TorchDispatchMode):
     def _call(self, name: str, function: Callable[..., Any], arguments: Any, keywords: Any, result: Any) -> None:
         number, tensors = calls.add(function, arguments, keywords)
         self._numbers.append(number)
-        if not tensors:
-            raise NotKept(f"{name} is called without a tensor")
         views = tuple(self._as_view(x) for x in tensors)
+        if not views:  # the dispatcher finds its way by a tensor: any will do
+            views = (View(next(v for v, x in self._made.items() if x.device == self._device)),)
         made = []
         for x in calls.tensors_of(result):
             if self._share(x, tensors):  # another handle of what is a value already
@@ -127,9 +130,6 @@ class PlanRecorder(TorchDispatchMode):
         self._steps.append(Call(name, number, views, tuple(made)))
 
     def _allocated(self, x: Tensor) -> None:
-        if x.device.type == "meta":  # looked at for its strides, and never for what is in it
-            self._alive.append(x)
-            return
         if x.device != self._device:
             raise NotKept(f"memory on {x.device}")
         value = self._new_value(x)
@@ -190,6 +190,9 @@ class PlanRecorder(TorchDispatchMode):
                     views = tuple(self._as_view(x) for x in results)
             except NotKept as problem:
                 self._problem = str(problem)
+        self._of.clear()  # whoever still has the recorder holds no memory by it
+        self._made.clear()
+        self._alive.clear()
         if self._problem is None and any(view.value < self._arguments for view in views):
             self._problem = "it returns an argument"
         if self._problem is not None:

@@ -80,7 +80,7 @@ def _turn(on: bool | None) -> None:
 @contextmanager
 def use_replay(on: bool) -> Iterator[None]:
     """Replays plans, or does not, inside a `with` block; for the whole process while it runs."""
-    before = is_on()
+    before = _switch.on
     _turn(bool(on))
     try:
         yield

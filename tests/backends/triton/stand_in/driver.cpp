@@ -99,10 +99,28 @@ int32_t cuModuleGetFunction(void** function, void* module, const char*) {
   return 0;
 }
 
-int32_t cuFuncGetAttribute(int* value, int, void*) {
-  *value = 0;
+int32_t cuFuncGetAttribute(int* value, int attribute, void*) {
+  *value = attribute == 0 ? 1024 : 0;  // threads a block; no static shared memory, no local memory
   return 0;
 }
+
+int32_t cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+
+int32_t cuCtxGetDevice(int* device) {
+  *device = 0;
+  return 0;
+}
+
+int32_t cuCtxGetLimit(uint64_t* limit, int) {
+  *limit = 0;
+  return 0;
+}
+
+int32_t cuTensorMapEncodeTiled() { return 1; }
+int32_t cuOccupancyMaxActiveClusters() { return 1; }
 
 int32_t cuFuncSetAttribute(void*, int, int) { return 0; }
 int32_t cuFuncSetCacheConfig(void*, int) { return 0; }
