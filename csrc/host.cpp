@@ -8,7 +8,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -47,17 +49,22 @@ PYBIND11_MODULE(_host, m) {
         "The ticket of the last call on this thread whose signature was unknown, once; 0 if it was known.");
   m.def(
       "plan_keep",
-      [](int64_t ticket, const std::vector<int64_t>& words) {
+      [](const py::int_& ticket, const py::bytes& words) {
+        const std::string_view bytes = words;
+        std::vector<int64_t> copy(bytes.size() / sizeof(int64_t));
+        std::memcpy(copy.data(), bytes.data(), copy.size() * sizeof(int64_t));
         const char* problem = nullptr;
         const int64_t number =
-            prefixcore_plan_keep(ticket, words.data(), static_cast<int64_t>(words.size()), &problem);
+            prefixcore_plan_keep(ticket.cast<int64_t>(), copy.data(), static_cast<int64_t>(copy.size()), &problem);
         if (problem != nullptr) throw py::value_error(problem);
         return number;
       },
       py::arg("ticket"), py::arg("words"),
-      "Keeps a plan for the signature of a ticket (without words: that there is none); returns its number.");
-  m.def("plan_failure", [] { return std::string(prefixcore_plan_failure()); },
-        "Why the last replay on this thread failed, once; empty if it did not.");
+      "Keeps a plan, in 64-bit words, for the signature of a ticket (no words: there is none); returns its "
+      "number.");
+  m.def(
+      "plan_failure", [] { return std::string(prefixcore_plan_failure()); },
+      "Why the last replay on this thread failed, once; empty if it did not.");
   m.def(
       "plans",
       [] {
@@ -70,7 +77,9 @@ PYBIND11_MODULE(_host, m) {
       },
       "`(number, hits, has_plan)` of each signature that is known, the last used first.");
   m.def("plans_limit", prefixcore_plans_limit, "How many signatures are known at most.");
-  m.def("plans_set_limit", prefixcore_plans_set_limit, py::arg("limit"), "Sets that number.");
+  m.def(
+      "plans_set_limit", [](const py::int_& limit) { prefixcore_plans_set_limit(limit.cast<int64_t>()); },
+      py::arg("limit"), "Sets that number.");
   m.def("plans_forget", prefixcore_plans_forget, "Forgets all plans.");
   m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); }, "Hardware threads of this machine.");
 }

@@ -15,8 +15,8 @@ def build_info() -> dict[str, str]:
 def plan_wanted() -> int:
     """The ticket of the last call on this thread whose signature was unknown, once; 0 if it was known."""
 
-def plan_keep(ticket: int, words: list[int]) -> int:
-    """Keeps a plan for the signature of a ticket (without words: that there is none); returns its number."""
+def plan_keep(ticket: int, words: bytes) -> int:
+    """Keeps a plan, in 64-bit words, for the signature of a ticket (no words: there is none); returns its number."""
 
 def plan_failure() -> str:
     """Why the last replay on this thread failed, once; empty if it did not."""

@@ -1,5 +1,6 @@
-// The ops `replay_*`: they take the arguments of the op of that name and the number of a state, and return what the plan
-// of that signature computes; undefined tensors where there is none, and Python goes the ordinary way (`replay.py`).
+// The ops `replay_*`: they take the arguments of the op of that name and the number of a state, and return what the
+// plan of that signature computes; undefined tensors where there is none, and Python goes the ordinary way
+// (`replay.py`).
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -20,10 +21,20 @@ struct Op {
 };
 
 constexpr Op kOps[] = {
-    {"tttttoooooobwww" "w", 2},           // prefix_attention
-    {"tott" "tttttoooooobwww" "bbb" "w", 5},  // prefix_attention_backward
-    {"ttt" "w", 1},                       // soft_embedding
-    {"ttww" "w", 1},                      // soft_embedding_backward
+    {"tttttoooooobwww"
+     "w",
+     2},  // prefix_attention
+    {"tott"
+     "tttttoooooobwww"
+     "bbb"
+     "w",
+     5},  // prefix_attention_backward
+    {"ttt"
+     "w",
+     1},  // soft_embedding
+    {"ttww"
+     "w",
+     1},  // soft_embedding_backward
 };
 
 thread_local int64_t missed_ticket = 0;

@@ -33,7 +33,8 @@ struct Driver {
     const char* stand_in = std::getenv("PREFIXCORE_STAND_IN_DRIVER");  // of the tests; nothing else sets it
     const char* name = stand_in != nullptr ? stand_in : "libcuda.so.1";
     void* library = dlopen(name, RTLD_LAZY | RTLD_LOCAL);
-    if (library == nullptr) throw std::runtime_error(std::string("prefixcore: expected NVIDIA's driver, got ") + dlerror());
+    if (library == nullptr)
+      throw std::runtime_error(std::string("prefixcore: expected NVIDIA's driver, got ") + dlerror());
     look_up(library, "cuLaunchKernel", launch_kernel);
     look_up(library, "cuGetErrorString", get_error_string);
     look_up(library, "cuCtxGetCurrent", get_context);
@@ -43,7 +44,8 @@ struct Driver {
     look_up(library, "prefixcore_stand_in_stream", stand_in_stream);
     if (launch_kernel == nullptr || get_context == nullptr || set_context == nullptr || get_device == nullptr ||
         retain_context == nullptr)
-      throw std::runtime_error(std::string("prefixcore: expected NVIDIA's driver in ") + name + ", got another library");
+      throw std::runtime_error(std::string("prefixcore: expected NVIDIA's driver in ") + name +
+                               ", got another library");
   }
 
   void check(Result result) const {

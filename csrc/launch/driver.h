@@ -15,7 +15,8 @@ struct Target {
   void* stream = nullptr;
 };
 
-// The target for tensors on such a device. CPU tensors have one in tests alone, where a stand-in takes the driver's place.
+// The target for tensors on such a device. CPU tensors have one in tests alone, where a stand-in takes the driver's
+// place.
 Target target_for(bool cuda, int32_t device);
 
 // Runs `kernel`; `addresses` are those of the plan's values. std::runtime_error with the driver's words if it fails.

@@ -22,7 +22,8 @@ class Reader {
 
   int32_t value(int32_t values) {
     const int64_t n = word();
-    if (n < 0 || n >= values) throw std::invalid_argument("a plan: expected one of its values, got " + std::to_string(n));
+    if (n < 0 || n >= values)
+      throw std::invalid_argument("a plan: expected one of its values, got " + std::to_string(n));
     return static_cast<int32_t>(n);
   }
 

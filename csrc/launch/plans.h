@@ -32,8 +32,8 @@ Found find(const Signature& signature);
 // A ticket for whoever records the plan of this signature.
 int64_t ask_for(const Signature& signature);
 
-// Keeps `plan` (nullptr: that there is none) for the signature of a ticket; returns the number of the entry, 0 if nobody
-// asked with this ticket.
+// Keeps `plan` (nullptr: that there is none) for the signature of a ticket; returns the number of the entry, 0 if
+// nobody asked with this ticket.
 int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan);
 
 // Takes the plan of an entry away: it has failed.

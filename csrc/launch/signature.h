@@ -24,7 +24,8 @@ inline bool holds(AtenTensorHandle t, int64_t dim, const int64_t* sizes, const i
     if (__builtin_mul_overflow(sizes[d] - 1, strides[d], &step) || __builtin_add_overflow(last, step, &last))
       return false;
   }
-  if (__builtin_mul_overflow(last + 1, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), &needed)) return false;
+  if (__builtin_mul_overflow(last + 1, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), &needed))
+    return false;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t, &bytes));
   return needed <= bytes;
 }

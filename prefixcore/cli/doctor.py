@@ -1,4 +1,4 @@
-"""Say what was compiled, which backend each op would use and why, and how a GPU would share out the work."""
+"""Say what was compiled, which backend each op would use and why, how a GPU would share out work, and what is kept."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [("op", "device", "dtype", "backend", "why")]
     rows += explain()
     built, facts = build_facts()
-    tables: list[Sequence[Sequence[str]]] = [[*library_facts(), *facts, *gpu_facts()], rows]
+    tables: list[Sequence[Sequence[str]]] = [[*library_facts(), *facts, *gpu_facts(), *replay_facts()], rows]
     if paths := gpu_paths():
         tables.append([("problem", "pass", "path", "why"), *paths])
+    tables += replay_tables()
     results("\n\n".join(table(each) for each in tables))
     return OK if built else 1
 
@@ -77,6 +78,47 @@ def gpu_facts() -> list[tuple[str, str]]:
         rows.append((f"GPU {index}", f"{facts.name}, compute capability {facts.major}.{facts.minor}, {memory}"))
     cudnn = torch.backends.cudnn.version()
     return [*rows, ("CUDA", f"{torch.version.cuda} in torch; cuDNN {cudnn}")]
+
+
+def replay_facts() -> list[tuple[str, str]]:
+    """Whether plans of GPU calls are replayed; if so, whether that works here, and how many this process has kept."""
+    import torch
+
+    from ..backends import library, triton
+    from ..backends.triton import replay
+    from ..backends.triton.replay_check import tried
+
+    if not library.BUILT:
+        return []
+    try:
+        on = replay.is_on()
+    except ValueError as error:
+        return [("replay of GPU calls", str(error))]
+    how = f"on; {replay.SWITCH}=0 turns it off" if on else f"off; {replay.SWITCH}=1 turns it on"
+    rows = [("replay of GPU calls", how)]
+    if on and not triton.refuses("prefix_attention", "cuda", torch.float32):
+        rows += [(f"  {name}", said) for name, said in tried(torch.device("cuda"), torch.float32)]
+    if on:
+        kept = replay.kept()
+        times = sum(plan.replays for plan in kept)
+        rows.append(("  plans kept", f"{len(kept)} of at most {replay.limit()}, replayed {times} times"))
+    return rows
+
+
+def replay_tables() -> list[list[tuple[str, ...]]]:
+    """The plans that are kept in this process, and why others are not; nothing where there are none."""
+    from ..backends import library
+    from ..backends.triton import replay
+
+    if not library.BUILT:
+        return []
+    tables: list[list[tuple[str, ...]]] = []
+    if kept := replay.kept():
+        rows = [(plan.op, plan.signature, plan.steps, str(plan.replays)) for plan in kept]
+        tables.append([("plan of", "tensors and options", "steps", "replays"), *rows])
+    if refused := replay.not_kept():
+        tables.append([("not kept", "why", "times"), *((op, why, str(times)) for op, why, times in refused)])
+    return tables
 
 
 def gpu_paths() -> list[tuple[str, str, str, str]]:

@@ -26,10 +26,11 @@ from ..problem import DIFFERENTIABLE, TENSORS, AttentionProblem
 from ..protocol import mismatch
 from . import calls, choose, replay
 from .choose import PATHS, use_path
+from .replay import use_replay
 
 __all__ = [
     "NAME", "PATHS", "describe", "prefix_attention", "prefix_attention_backward", "refuses", "soft_embedding",
-    "soft_embedding_backward", "use_path",
+    "soft_embedding_backward", "use_path", "use_replay",
 ]  # fmt: skip
 
 NAME = "triton"

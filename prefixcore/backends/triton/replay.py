@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ SWITCH = "PREFIXCORE_REPLAY"
 
 
 def _asked() -> bool:
-    word = os.environ.get(SWITCH, "")
+    word = os.environ.get("PREFIXCORE_REPLAY", "")
     if word not in ("", "0", "1"):
         raise ValueError(f"{SWITCH}: expected 0 or 1, got {word!r}")
     return BY_DEFAULT if word == "" else word == "1"
@@ -173,7 +174,7 @@ def _record(name: str, path: Callable[..., Any], arguments: tuple[Any, ...], tic
             out = path(*arguments)
         try:
             plan, numbers = recorder.plan([out] if isinstance(out, Tensor) else out)
-            words = plan.words()
+            words = array("q", plan.words()).tobytes()
         except NotKept as reason:
             _refused[name, str(reason)] += 1
             return out
@@ -185,7 +186,7 @@ def _record(name: str, path: Callable[..., Any], arguments: tuple[Any, ...], tic
         return out
     finally:
         if not kept:
-            host.plan_keep(ticket, [])
+            host.plan_keep(ticket, b"")
 
 
 def _distinct(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,7 +5,9 @@ Where there is no GPU, `stand_in` takes the driver's place and Triton's interpre
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor
 
 import prefixcore
-from prefixcore.backends import gradients, library
+from prefixcore.backends import gradients, library, triton
 from prefixcore.backends.problem import attention_problem
-from prefixcore.backends.triton import recording, replay, use_path
+from prefixcore.backends.triton import recording, replay, replay_check, use_path
 from prefixcore.backends.triton.plan_words import Memory
+from prefixcore.cli import doctor
 from tests.backends.triton import stand_in
 from tests.device import DEVICE, triton_backend
 from tests.ops.problems import Problem, check, run
@@ -505,3 +508,35 @@ def test_a_replay_allocates_what_the_ordinary_way_does(plans: stand_in.Interpret
             prefixcore.prefix_attention(**tensors)
         steps = next(iter(reversed(replay._plans.values())))[2].steps
         assert sum(isinstance(step, Memory) for step in steps) == forward, path
+
+
+# --- what a person sees ----------------------------------------------------------------------------------
+
+
+def test_doctor_tries_it_and_lists_what_is_kept(
+    plans: stand_in.Interpreted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it looks where a GPU is: the CPU stands for it."""
+    monkeypatch.setattr(replay_check, "_PROBLEMS", {"decoding": (1, 3)})
+    monkeypatch.setattr(triton, "refuses", lambda op, device, dtype: None)
+    monkeypatch.setattr(doctor, "gpu_paths", list)
+    monkeypatch.setattr(torch, "device", lambda name: DEVICE)
+    _run_recorded(NOT_KEPT["looks at a value"][0], torch.ones(3))
+    assert doctor.run(argparse.Namespace()) == 0
+    out = capsys.readouterr().out
+    for line in (
+        r"replay of GPU calls +on; PREFIXCORE_REPLAY=0 turns it off",
+        r"  decoding +the same bits as the ordinary way \(2 replays\)",
+        r"  plans kept +2 of at most 512, replayed 2 times",
+        r"prefix_attention +\[2,4,1,64\] float32 .* decode_kernel, decode_kernel, merge_kernel +1",
+        r"soft_embedding_backward +aten::_local_scalar_dense looks at what is in a tensor +1",
+    ):
+        assert re.search(line, out), (line, out)
+
+
+def test_doctor_sees_a_replay_that_is_wrong(plans: stand_in.Interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_check, "_PROBLEMS", {"decoding": (1, 3)})
+    monkeypatch.setattr(plans, "run", lambda launch: None)  # launches that do nothing
+    with stand_in.on_launch(lambda launch: None, plans.count):
+        ((_, said),) = replay_check.tried(DEVICE, torch.float32)
+    assert said.startswith("differs from the ordinary way")

@@ -2,8 +2,7 @@
 
 Triton compiles for a GPU that is not there, the stand-in takes launches and does nothing, tensors are the CPU's: what
 is left is Python, PyTorch and this package. Interleaved, medians: the ordinary way, by its plan, and PyTorch's own
-attention
-on the CPU for orientation, of sizes whose arithmetic is nothing. The counts are of `sys.setprofile`.
+attention on the CPU for orientation, of sizes whose arithmetic is nothing. The counts are of `sys.setprofile`.
 """
 
 from __future__ import annotations
