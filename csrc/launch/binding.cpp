@@ -66,7 +66,7 @@ std::vector<AtenTensorHandle> find_and_replay(int64_t op, const std::vector<Tens
     return replay(*found.plan, tensors, addresses, tensors[0]);
   } catch (const std::exception& error) {  // the ordinary way then fails with the true error, or does not
     failure = error.what();
-    refuse(found.number);
+    failed(found.number);
     return {};
   }
 }

@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kLimit = 512;
 constexpr size_t kMostTickets = 64;  // more than threads record at once: whoever asked and never came back is forgotten
 
+constexpr int64_t kMostFailures = 3;
+
 struct Kept {
   Signature signature;
   Entry entry;
@@ -105,11 +107,14 @@ int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan) {
   return s.last_entry;
 }
 
-void refuse(int64_t number) {
+void failed(int64_t number) {
   Store& s = store();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  for (Kept& kept : s.by_use)
-    if (kept.entry.number == number) kept.entry.plan = nullptr;
+  for (Kept& kept : s.by_use) {
+    if (kept.entry.number != number) continue;
+    --kept.entry.hits;
+    if (++kept.entry.failures == kMostFailures) kept.entry.plan = nullptr;
+  }
 }
 
 void forget_all() {

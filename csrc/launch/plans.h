@@ -17,7 +17,7 @@ using Signature = std::vector<int64_t>;
 // What is known of a signature. A refused one has no plan: its calls go by Python.
 struct Entry {
   int64_t number = 0;  // of this entry, never used twice
-  int64_t hits = 0;
+  int64_t hits = 0, failures = 0;
   std::shared_ptr<const Plan> plan;
 };
 
@@ -36,8 +36,8 @@ int64_t ask_for(const Signature& signature);
 // nobody asked with this ticket.
 int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan);
 
-// Takes the plan of an entry away: it has failed.
-void refuse(int64_t number);
+// Tells that a replay of an entry has failed, as for want of memory. An entry that fails again and again loses its plan.
+void failed(int64_t number);
 
 void forget_all();
 void set_limit(int64_t limit);

@@ -40,6 +40,7 @@ class PlanRecorder(TorchDispatchMode):
         self._arguments = self._values = len(tensors)
         self._steps: list[Step] = []
         self._numbers: list[int] = []  # of calls
+        self.kernels: list[Any] = []  # what Triton has compiled
         self._of: dict[int, tuple[int, int]] = {}  # id of a tensor -> its value, and how many bytes into it it begins
         self._made: dict[int, Tensor] = {}  # values, as they were made
         self._alive: list[Tensor] = []  # so that no id is used twice
@@ -92,6 +93,7 @@ class PlanRecorder(TorchDispatchMode):
 
     def _launch(self, kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any]) -> None:
         self._steps.append(self._read_launch(kernel, compiled, programs, arguments, self._address))
+        self.kernels.append(compiled)
 
     def _op(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = func.name().split(".")[0]

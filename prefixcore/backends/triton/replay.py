@@ -60,9 +60,17 @@ class Kept(NamedTuple):
     replays: int
 
 
+class _Known(NamedTuple):
+    op: str
+    signature: str
+    plan: Plan
+    calls: list[int]
+    kernels: list[Any]  # Triton's, so that they stay loaded
+
+
 _ops: dict[str, tuple[Any, int]] = {}  # by name: the op that replays it, and how many results it has
 _lock = threading.Lock()
-_plans: dict[int, tuple[str, str, Plan, list[int]]] = {}  # by the number that the C++ gave: op, signature, plan, calls
+_plans: dict[int, _Known] = {}  # by the number that the C++ gave
 _refused: Counter[tuple[str, str]] = Counter()  # op and reason
 
 
@@ -125,14 +133,15 @@ def applies(x: Tensor) -> bool:
     return is_on() and (x.is_cuda or _switch.read_launch is not None)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 _modes: Callable[[], int] = _c._len_torch_dispatch_stack
 
 
 def _shortcut(name: str, arguments: tuple[Any, ...]) -> Any:
     """`replayed`, for eager code: spares it the dispatcher's way into Python. Not where somebody else looks on."""
-    x = arguments[0]
-    if type(x) not in _PLAIN or not (x.is_cuda or _switch.read_launch is not None) or _modes():
+    if not (arguments[0].is_cuda or _switch.read_launch is not None):
+        return None
+    if _modes() or not _PLAIN.issuperset(map(type, arguments)):
         return None
     return replayed(name, arguments)
 
@@ -181,7 +190,7 @@ def _record(name: str, path: Callable[..., Any], arguments: tuple[Any, ...], tic
         with _lock:
             number = host.plan_keep(ticket, words)
             kept = True
-            _plans[number] = name, _describe(arguments), plan, numbers
+            _plans[number] = _Known(name, _describe(arguments), plan, numbers, recorder.kernels)
             _drop_what_is_gone(host)
         return out
     finally:
@@ -203,7 +212,7 @@ def _drop_what_is_gone(host: Any) -> None:
     """Plans that the C++ has let go, and what their calls hold."""
     alive = {number for number, _, _ in host.plans()}
     for number in [n for n in _plans if n not in alive]:
-        calls.forget(_plans.pop(number)[3])
+        calls.forget(_plans.pop(number).calls)
 
 
 def _describe(arguments: tuple[Any, ...]) -> str:
@@ -225,9 +234,9 @@ def kept() -> list[Kept]:
     found = []
     for number, hits, _ in library.host().plans():
         if number in _plans:
-            op, signature, plan, _calls = _plans[number]
-            steps = [step.name for step in plan.steps if isinstance(step, Call | Kernel)]
-            found.append(Kept(op, signature, ", ".join(steps), hits))
+            known = _plans[number]
+            steps = [step.name for step in known.plan.steps if isinstance(step, Call | Kernel)]
+            found.append(Kept(known.op, known.signature, ", ".join(steps), hits))
     return found
 
 
@@ -245,8 +254,8 @@ def forget() -> None:
     """Forgets all plans."""
     with _lock:
         library.host().plans_forget()
-        for _, _, _, numbers in _plans.values():
-            calls.forget(numbers)
+        for known in _plans.values():
+            calls.forget(known.calls)
         _plans.clear()
         _refused.clear()
 

@@ -339,6 +339,14 @@ def test_a_replay_that_fails_goes_the_ordinary_way_and_says_so(
         _run_recorded(path, torch.zeros(3))
     working[0] = True
     assert torch.equal(_run_recorded(path, torch.zeros(3)), torch.ones(3))
+    assert [plan.replays for plan in replay.kept()] == [1], "it was short of memory, and is not any more"
+    working[0] = False
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="out of memory, say"):
+            _run_recorded(path, torch.zeros(3))
+    working[0] = True
+    assert torch.equal(_run_recorded(path, torch.zeros(3)), torch.ones(3))
+    assert [has_plan for _, _, has_plan in library.host().plans()] == [False], "nobody tries for ever"
     assert any("its replay failed" in why for _, why, _ in replay.not_kept())
     capfd.readouterr()
 
@@ -506,7 +514,7 @@ def test_a_replay_allocates_what_the_ordinary_way_does(plans: stand_in.Interpret
     for path, forward in (("single", 2), ("decode", 4)):
         with use_path(path):
             prefixcore.prefix_attention(**tensors)
-        steps = next(iter(reversed(replay._plans.values())))[2].steps
+        steps = next(iter(reversed(replay._plans.values()))).plan.steps
         assert sum(isinstance(step, Memory) for step in steps) == forward, path
 
 
