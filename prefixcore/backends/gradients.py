@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .layout import free_strides
 from .problem import AttentionProblem
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -95,9 +96,10 @@ class _PrefixAttention(Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         query, key, value, prefix_key, prefix_value, _ = ctx.needs_input_grad
-        grads = prefix_attention_backward(
-            grad_out, grad_lse, out, lse, *tensors, *ctx.options, query, key or value, prefix_key or prefix_value
-        )
+        with free_strides():
+            grads = prefix_attention_backward(
+                grad_out, grad_lse, out, lse, *tensors, *ctx.options, query, key or value, prefix_key or prefix_value
+            )
         return (
             grads[0] if query else None,
             grads[1] if key else None,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 
@@ -30,3 +34,25 @@ def empty_gradient(x: Tensor) -> Tensor:
 def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """`grad` laid out as `empty_gradient(x)` is: itself where it is so already."""
     return grad.contiguous() if _heads_outside(x) else heads_last(grad)
+
+
+class _Here(threading.local):
+    free: bool = False
+
+
+_here = _Here()
+
+
+@contextmanager
+def free_strides() -> Iterator[None]:
+    """A block in which gradients may have any strides: autograd takes them as they are, compiled code does not."""
+    before, _here.free = _here.free, True
+    try:
+        yield
+    finally:
+        _here.free = before
+
+
+def strides_are_free() -> bool:
+    """Whether this thread is inside `free_strides`: then a gradient may be a view of something larger."""
+    return _here.free

@@ -94,14 +94,11 @@ def _prefix_attention(*fields: Any) -> tuple[Tensor, Tensor]:
     p = _readable(p)
     _check_device(p.query)
     with torch.cuda.device_of(p.query):
-        from . import merged, single
+        from . import paths, single
 
         if p.query.numel() == 0:
             return single.outputs(p)
-        path = choose.forward(p)
-        if path.fused is not None:
-            return merged.forward(p, path.fused)
-        return single.decode(p) if path.name == "decode" else single.forward(p)
+        return paths.forward(p, choose.forward(p))
 
 
 def prefix_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -120,24 +117,17 @@ def _prefix_attention_backward(
     checks.check_outputs(p, grad_out, grad_lse, out, lse)
     p = _readable(p)
     with torch.cuda.device_of(p.query):
-        from . import merged, single
-        from .kernels.delta import compute_delta
+        from . import paths, single
 
         if p.query.numel() == 0:
             return single.no_gradient(p, needs_query, needs_sequence, needs_prefix)
-        grad_out, out, lse = _rows(grad_out), _rows(out), lse.contiguous()
-        path = choose.backward(p, all_three=needs_query and needs_sequence, grad_lse=grad_lse is not None)
-        if path.fused is not None:
-            return merged.backward(p, path.fused, grad_out, out, lse, needs_prefix=needs_prefix)
-        grads = single.unwanted(p)
-        delta = compute_delta(grad_out, out, grad_lse)
-        if needs_query:
-            grads[0] = single.grad_query(p, grad_out, lse, delta)
-        if needs_sequence:
-            grads[1:3] = single.grad_sequence(p, grad_out, lse, delta)
-        if needs_prefix:
-            grads[3:] = single.grad_prefix(p, grad_out, lse, delta)
-    return tuple(grads)
+        path = choose.backward(
+            p, all_three=needs_query and needs_sequence, grad_lse=grad_lse is not None, needs_prefix=needs_prefix
+        )
+        return paths.backward(
+            p, path, _rows(grad_out), grad_lse, _rows(out), lse.contiguous(), needs_query=needs_query,
+            needs_sequence=needs_sequence, needs_prefix=needs_prefix,
+        )  # fmt: skip
 
 
 def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """Which path computes a problem: the rules, small enough to read, with the reason in words.
 
-* `merged`: PyTorch's fused attention on the sequence, ours on the prefix (`merged.py`);
-* `single`: one launch of our own kernels, which can do everything (`single.py`);
-* `decode`: the same for few queries, the keys split among the processors.
+From the first rule to the last, which can do everything:
+
+* `decode`: few queries; our kernels, the keys split among the processors (`single.py`);
+* `fa4`: FlashAttention-4, where it is installed, over prefix and sequence side by side (`beside.py`);
+* `folded`: a long prefix by a vendor's fused attention, all rows at once; the sequence by one, or by us (`folded.py`);
+* `merged`: a vendor's fused attention on the sequence, our kernels on the prefix (`merged.py`);
+* `single`: one launch of our own kernels (`single.py`).
 
 `PREFIXCORE_GPU_PATH` forces one for the whole process, `use_path` for a block of code. A path that was forced
 and cannot do what it is asked raises; a backward that it has no answer for is done by the single path.
@@ -11,91 +15,278 @@ and cannot do what it is asked raises; a backward that it has no answer for is d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
+
 from ..forced import Forced
 from ..problem import AttentionProblem
-from . import fused_attention, recording
-from .fused_attention import FusedAttention
+from . import flash4, fused_attention, recording
+from .fused_attention import CUDNN, STAND_IN, FusedAttention, without_prefix
 
-PATHS = ("merged", "single", "decode")
+PATHS = ("merged", "folded", "fa4", "single", "decode")
 
-# Thresholds: where the numbers of launches and of busy processors suggest; not tuned on a device.
+# --- thresholds: all that a run on a GPU may change ---------------------------------------------------
+
 DECODE_QUERIES = 16
 """Up to so many queries, there are more processors than blocks of queries: the keys are split instead."""
+
 MERGED_KEYS = 512
-"""Below so many keys, a second launch costs more than PyTorch's fused attention saves."""
+"""Below so many keys, a second launch costs more than PyTorch's fused attention saves. Not tuned on a device."""
+
+FA4_KEYS = 1024
+"""From so many keys on, FlashAttention-4 over both is quicker. On an H200, forward and backward over cuDNN without a
+prefix, P = 64: at T = 2048 1.16, and 1.21 with our kernels on the prefix; at T = 512 1.59 and 1.50."""
+
+FA4_PACKED = 512
+"""Packed rows are laid side by side only from so many tokens a sequence on: each gets a prefix of its own. Not tuned on
+a device."""
+
+FOLDED_PREFIX = ((64, 1024), (128, 320), (256, 1024))
+"""From how many virtual tokens on a vendor does the prefix, for head dims up to the first number. On an H200
+(B, H, Hkv, T, D = 8, 32, 8, 2048, 128, forward and backward over cuDNN without a prefix) our kernels take 1.21 at
+P = 64 and 2.01 at 512, folded into cuDNN's 1.52 and 1.61: the lines cross at 260. Both costs go with the number of
+queries, so T does not matter: at T = 8192 and P = 512 it is 1.32 and 1.19. No other head dim was measured that far."""
+
+FOLDED_VENDORS = (CUDNN.name, flash4.FLASH4.name, STAND_IN.name)
+"""Whose kernels are worth it. FlashAttention-2's is not on an H200 (half the rate of cuDNN's; 4.72 for 3.66 with our
+kernels at P = 2048), and was not measured on anything older."""
+
+REPEATABLE = (fused_attention.FLASH.name, flash4.FLASH4.name, STAND_IN.name)
+"""Whose gradients of keys and values have the same bits on every run, as those of a prefix must.
+
+FlashAttention-2 (PyTorch's): a block of keys belongs to one thread block, which walks over the queries in order, and
+heads are added by a sum of PyTorch's; its atomic additions are the queries' gradients alone. FlashAttention-4: told to
+be deterministic. cuDNN: not known. The graph that PyTorch has it build accumulates the gradient of the queries alone,
+and its deterministic variant changes nothing else, but its engines are closed, PyTorch calls it not deterministic, and
+no run on a GPU has compared the bits. Where one has (`test_on_device.py`, with `use_path("folded")`), name it here."""
 
 _forced = Forced("path", os.environ.get("PREFIXCORE_GPU_PATH"))
 recording.depends_on("the forced path", lambda: _forced.name)
 
 
 class Path(NamedTuple):
-    """A path's name, in words why it is the one, and whose kernel does the sequence's part if it is merged."""
+    """A path's name, in words why it is the one, and whose kernels do the sequence and the prefix, where not ours."""
 
     name: str
     why: str
     fused: FusedAttention | None = None
+    prefix: FusedAttention | None = None
+
+
+class Pass(NamedTuple):
+    """What is asked for: the forward, or a backward.
+
+    `all_three`: query, key and value all want a gradient, which is what a fused attention computes;
+    `prefix`: the prefix wants one; `grad_lse`: the log-sum-exp has been used as well as the output.
+    """
+
+    training: bool = False
+    all_three: bool = True
+    prefix: bool = True
+    grad_lse: bool = False
+
+
+_FORWARD = Pass()
+
+# --- the rules ----------------------------------------------------------------------------------------
+
+# Each says which path it takes, or in words why it does not: what the path cannot do, and then whether it is worth it.
+# Where the path is forced, its worth is not asked.
+
+
+def _decode(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
+    if p.cu_seqlens is not None:
+        return "the rows are packed"
+    if what.training:
+        return "decode has no backward"
+    if p.queries > DECODE_QUERIES and not forced:
+        return f"{p.queries} queries, more than {DECODE_QUERIES}"
+    return Path("decode", f"{p.queries} queries, no more than {DECODE_QUERIES}")
+
+
+def _fa4(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
+    if reason := _no_fused_backward(what):
+        return reason
+    if not p.virtual_tokens:
+        return "there is no prefix"
+    if p.window:
+        return "there is a sliding window, which would hide the prefix"
+    if reason := flash4.cannot(p):
+        return reason
+    if p.keys < FA4_KEYS and not forced:
+        return f"{p.keys} keys, fewer than {FA4_KEYS}"
+    if p.cu_seqlens is not None and p.keys < FA4_PACKED * p.sequences and not forced:
+        return f"packed sequences of fewer than {FA4_PACKED} tokens each"
+    return Path("fa4", "FlashAttention-4 does prefix and sequence side by side")
+
+
+def _folded(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
+    if what.grad_lse:
+        return "a gradient of the log-sum-exp comes in, which no fused attention takes"
+    if reason := cannot_fold(p):
+        return reason
+    least = next((tokens for dim, tokens in FOLDED_PREFIX if p.head_dim <= dim), 0)
+    if p.virtual_tokens < least and not forced:
+        return f"{p.virtual_tokens} virtual tokens, fewer than {least}"
+    if p.keys < MERGED_KEYS and not forced:
+        return f"{p.keys} keys, fewer than {MERGED_KEYS}"
+    vendor, reason = _for_the_prefix(p, what)
+    if vendor is None:
+        return reason
+    if vendor.name not in FOLDED_VENDORS and not forced:
+        return f"{vendor.name} is not quicker than our own kernels on the prefix"
+    if what.training and what.prefix and vendor.name not in REPEATABLE and not forced:
+        return f"{vendor.name}'s gradients are not known to have the same bits on every run"
+    fused = _for_the_sequence(p, what)[0] if what.all_three and p.keys >= MERGED_KEYS else None
+    return Path("folded", f"{vendor.name} does the prefix, {fused.name if fused else 'our kernels'} the sequence",
+                fused, vendor)  # fmt: skip
+
+
+def _merged(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
+    if reason := _no_fused_backward(what):
+        return reason
+    if p.keys < MERGED_KEYS and not forced:
+        return f"{p.keys} keys, fewer than {MERGED_KEYS}"
+    fused, reason = _for_the_sequence(p, what)
+    return reason if fused is None else Path("merged", reason, fused)
+
+
+_RULES: dict[str, Callable[[AttentionProblem, Pass, bool], Path | str]] = {
+    "decode": _decode,
+    "fa4": _fa4,
+    "folded": _folded,
+    "merged": _merged,
+    "single": lambda p, what, forced: Path("single", "it can do everything"),
+}
 
 
 def forward(p: AttentionProblem) -> Path:
     """The path of the forward. ValueError if one was forced that cannot do it."""
-    if _forced.name is not None:
-        return _force(p)
-    if p.queries <= DECODE_QUERIES and p.cu_seqlens is None:
-        return Path("decode", f"{p.queries} queries, no more than {DECODE_QUERIES}")
-    return _merged_or_single(p, training=False)
+    return _choose(p, _FORWARD) if _forced.name is None else _force(p, _FORWARD)
 
 
-def backward(p: AttentionProblem, *, all_three: bool, grad_lse: bool) -> Path:
+def backward(p: AttentionProblem, *, all_three: bool, grad_lse: bool, needs_prefix: bool = True) -> Path:
     """The path of the backward.
 
     `all_three`: query, key and value all want a gradient, which is what PyTorch's fused attention computes;
-    `grad_lse`: the log-sum-exp has been used as well as the output.
+    `grad_lse`: the log-sum-exp has been used as well as the output; `needs_prefix`: the prefix wants a gradient.
     """
-    if _forced.name not in (None, *PATHS):
-        _force(p)
-    if _forced.name not in (None, "merged"):
-        return Path("single", "forced" if _forced.name == "single" else f"{_forced.name} has no backward")
-    if grad_lse:
-        return Path("single", "a gradient of the log-sum-exp comes in, which no fused attention takes")
-    if not all_three:
-        return Path("single", "not all of query, key and value want a gradient")
-    return _merged_or_single(p, training=True)
+    what = Pass(training=True, all_three=all_three, prefix=needs_prefix, grad_lse=grad_lse)
+    if _forced.name is None:
+        return _choose(p, what)
+    try:
+        return _force(p, what)
+    except _CannotBeForced as error:
+        return Path("single", f"forced, and {error.reason}")
 
 
-def _merged_or_single(p: AttentionProblem, training: bool) -> Path:
-    if p.keys < MERGED_KEYS and _forced.name is None:
-        return Path("single", f"{p.keys} keys, fewer than {MERGED_KEYS}")
-    kernel, reason = _fused_attention(p, training)
+def considered(p: AttentionProblem, what: Pass = _FORWARD) -> list[tuple[str, str]]:
+    """Every path up to the one that is taken, by the rules alone, with what speaks against it or for it."""
+    rows = []
+    for name, rule in _RULES.items():
+        answer = rule(p, what, False)
+        rows.append((name, answer if isinstance(answer, str) else answer.why))
+        if isinstance(answer, Path):
+            break
+    return rows
+
+
+def _choose(p: AttentionProblem, what: Pass) -> Path:
+    reason = ""
+    for rule in _RULES.values():
+        answer = rule(p, what, False)
+        if isinstance(answer, Path):
+            return answer._replace(why=reason) if answer.name == "single" else answer  # what spoke against merged
+        reason = answer
+    raise AssertionError("the last rule can do everything")
+
+
+# --- whose kernels ------------------------------------------------------------------------------------
+
+
+def _no_fused_backward(what: Pass) -> str | None:
+    if what.grad_lse:
+        return "a gradient of the log-sum-exp comes in, which no fused attention takes"
+    return None if what.all_three else "not all of query, key and value want a gradient"
+
+
+def _for_the_sequence(p: AttentionProblem, what: Pass) -> tuple[FusedAttention | None, str]:
+    """Whose kernel can do the sequence's part, and that in words; or None and why nobody's.
+
+    PyTorch's own where they can, FlashAttention-4 where not: windows, softcap, packed rows, chunks after a cache.
+    """
+    reason = fused_attention.cannot(p)
+    kernel = None if reason else fused_attention.preferred(p, training=what.training)
+    if kernel is None and flash4.cannot(p) is None:
+        kernel = flash4.FLASH4
+    if kernel is not None:
+        return kernel, f"{kernel.name} does the sequence"
+    return None, reason or _no_kernel_for(p.query.dtype)
+
+
+def _for_the_prefix(p: AttentionProblem, what: Pass) -> tuple[FusedAttention | None, str]:
+    """Whose kernel can do a prefix as one for all rows, and that in words; or None and why nobody's."""
+    part = _one_row_of_the_prefix(p)
+    reason = fused_attention.cannot(part)
+    kernel = None if reason else fused_attention.preferred(part, training=what.training)
+    if (kernel is None or kernel.name not in FOLDED_VENDORS) and flash4.cannot(part) is None:
+        kernel = flash4.FLASH4_REPEATABLE
     if kernel is None:
-        return Path("single", reason)
-    return Path("merged", reason, kernel)
+        return None, reason or _no_kernel_for(p.query.dtype)
+    return kernel, f"{kernel.name} does the prefix"
 
 
-def _fused_attention(p: AttentionProblem, training: bool) -> tuple[FusedAttention | None, str]:
-    """Whose kernel can do the sequence's part, and that in words; or None and why nobody's."""
-    if reason := fused_attention.cannot(p):
-        return None, reason
-    kernel = fused_attention.preferred(p, training=training)
-    if kernel is None:
-        return None, f"PyTorch has no fused kernel with a log-sum-exp for {str(p.query.dtype).removeprefix('torch.')}"
-    return kernel, f"{kernel.name} does the sequence"
+def cannot_fold(p: AttentionProblem) -> str | None:
+    """Why no vendor can do the prefix of `p` as one for all rows, in words; None if one may."""
+    if not p.virtual_tokens:
+        return "there is no prefix"
+    if p.prefix_index is not None:
+        return "rows name their own entry of a bank"
+    if p.prefix_lengths is not None:
+        return "how long the prefix is stands on the GPU"
+    return None
 
 
-def _force(p: AttentionProblem) -> Path:
-    if _forced.name not in PATHS:
-        raise ValueError(f"unknown path {_forced.name!r} (PREFIXCORE_GPU_PATH): use one of {PATHS}")
-    if _forced.name == "decode" and p.cu_seqlens is not None:
-        raise ValueError("the decode path was forced, but the rows are packed; stop forcing it, or force 'single'")
-    if _forced.name != "merged":
-        return Path(_forced.name, "forced")
-    kernel, reason = _fused_attention(p, training=False)
-    if kernel is None:
-        raise ValueError(f"the merged path was forced, but {reason}; stop forcing it, or force 'single'")
-    return Path("merged", f"forced; {reason}", kernel)
+def _one_row_of_the_prefix(p: AttentionProblem) -> AttentionProblem:
+    """What is asked of a vendor about the prefix's part: the queries of one row stand for those of all."""
+    prefix_key, prefix_value = (x.reshape(-1, *x.shape[-3:]).narrow(0, 0, 1) for x in (p.prefix_key, p.prefix_value))
+    if prefix_key.dtype != p.query.dtype:  # only what it will be is asked for, nothing is computed
+        prefix_key, prefix_value = (torch.empty_like(x, dtype=p.query.dtype) for x in (prefix_key, prefix_value))
+    return prefix_part(p, p.query.narrow(0, 0, 1), prefix_key, prefix_value)
+
+
+def prefix_part(
+    p: AttentionProblem, query: torch.Tensor, prefix_key: torch.Tensor, prefix_value: torch.Tensor
+) -> AttentionProblem:
+    """Attention of `query` [1, H, any, D] over a prefix [1, Hkv, P, D], as if it were a sequence of its own."""
+    part = without_prefix(p)._replace(query=query, key=prefix_key, value=prefix_value, is_causal=False)
+    return part._replace(padding=None, mask=None, sinks=None, cu_seqlens=None, sliding_window=0)
+
+
+def _no_kernel_for(dtype: torch.dtype) -> str:
+    return f"PyTorch has no fused kernel with a log-sum-exp for {str(dtype).removeprefix('torch.')}"
+
+
+# --- forcing ------------------------------------------------------------------------------------------
+
+
+class _CannotBeForced(ValueError):
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"the {name} path was forced, but {reason}; stop forcing it, or force 'single'")
+        self.reason = reason
+
+
+def _force(p: AttentionProblem, what: Pass) -> Path:
+    name = _forced.name
+    if name not in _RULES:
+        raise ValueError(f"unknown path {name!r} (PREFIXCORE_GPU_PATH): use one of {PATHS}")
+    answer = _RULES[name](p, what, True)
+    if isinstance(answer, str):
+        raise _CannotBeForced(name, answer)
+    return answer._replace(why=f"forced; {answer.why}" if answer.name in ("merged", "folded", "fa4") else "forced")
 
 
 @contextmanager

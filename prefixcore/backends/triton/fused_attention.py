@@ -12,7 +12,7 @@ PyTorch's never gets a mask, so in what it computes every query sees a key, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class FusedAttention(NamedTuple):
     """A fused attention: `forward(p)` gives the sequence's own output and log-sum-exp [B, H, T], natural and float32;
     `backward(p, grad_out, out, lse)` the gradients of query, key and value, from the merged output and log-sum-exp.
 
-    Outputs are laid out as [B, T, H, D], gradients as their tensors are.
+    Outputs are laid out as [B, T, H, D], gradients as their tensors are. Prefix and sinks of `p` are not looked at.
     """
 
     name: str
@@ -46,8 +46,8 @@ class FusedAttention(NamedTuple):
     backward: Callable[[AttentionProblem, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-class _Rule(NamedTuple):
-    """What PyTorch's may be given as one field of the record, and what speaks against all else, in words."""
+class Rule(NamedTuple):
+    """What a kernel may be given as one field of the record, and what speaks against all else, in words."""
 
     field: str
     allows: Callable[[AttentionProblem], bool]
@@ -61,18 +61,18 @@ _OURS = ("prefix_key", "prefix_value", "prefix_index", "prefix_lengths", "sinks"
 """The fields that our own kernels add to the sequence's part: PyTorch's never see them."""
 
 _RULES = (
-    _Rule("cu_seqlens", lambda p: p.cu_seqlens is None, "the rows are packed"),
-    _Rule("mask", lambda p: p.mask is None, "there is a mask over queries and keys"),
-    _Rule("padding", lambda p: p.padding is None, "there is a padding mask"),
-    _Rule("sliding_window", lambda p: not p.window, "there is a sliding window"),
-    _Rule("softcap", lambda p: p.softcap == 0, "there is a softcap"),
-    _Rule("value", lambda p: p.value_dim == p.head_dim, "keys and values have different head dims"),
-    _Rule("query", lambda p: p.head_dim % 8 == 0 and p.head_dim <= 256,
+    Rule("cu_seqlens", lambda p: p.cu_seqlens is None, "the rows are packed"),
+    Rule("mask", lambda p: p.mask is None, "there is a mask over queries and keys"),
+    Rule("padding", lambda p: p.padding is None, "there is a padding mask"),
+    Rule("sliding_window", lambda p: not p.window, "there is a sliding window"),
+    Rule("softcap", lambda p: p.softcap == 0, "there is a softcap"),
+    Rule("value", lambda p: p.value_dim == p.head_dim, "keys and values have different head dims"),
+    Rule("query", lambda p: p.head_dim % 8 == 0 and p.head_dim <= 256,
           "the head dim is no multiple of 8, or more than 256"),
-    _Rule("key", lambda p: bool(p.query.numel() and p.key.numel()), "there is nothing to attend"),
-    _Rule("query", lambda p: all(_is_aligned(x) for x in (p.query, p.key, p.value)),
+    Rule("key", lambda p: bool(p.query.numel() and p.key.numel()), "there is nothing to attend"),
+    Rule("query", lambda p: all(is_aligned(x) for x in (p.query, p.key, p.value)),
           "rows do not begin at multiples of 16 bytes"),
-    _Rule("is_causal", lambda p: not (p.is_causal and 1 < p.queries != p.keys),
+    Rule("is_causal", lambda p: not (p.is_causal and 1 < p.queries != p.keys),
           "it is causal over more keys than queries, which PyTorch aligns top-left"),
 )  # fmt: skip
 
@@ -81,21 +81,34 @@ ALLOWED = frozenset((*_PASSED_ON, *_OURS, *(rule.field for rule in _RULES)))
 
 
 def cannot(p: AttentionProblem) -> str | None:
-    """What about the sequence's part of `p` is beyond every fused attention, in words; None if nothing is."""
+    """What about the sequence's part of `p` is beyond PyTorch's fused attention, in words; None if nothing is."""
+    return objection(p, _RULES, ALLOWED, "PyTorch's fused attention")
+
+
+def objection(p: AttentionProblem, rules: Sequence[Rule], allowed: Set[str], whose: str) -> str | None:
+    """What speaks first against giving `p` to a kernel that follows these rules, in words; None if nothing does."""
     for field in p._fields:
-        if field not in ALLOWED and not is_off(getattr(p, field)):
-            return f"there is a {field}, which PyTorch's fused attention is not known to take"
-    for rule in _RULES:
+        if field not in allowed and not is_off(getattr(p, field)):
+            return f"there is a {field}, which {whose} is not known to take"
+    for rule in rules:
         if not rule.allows(p):
             return rule.otherwise
     return None
 
 
-def _is_aligned(x: Tensor) -> bool:
+def is_aligned(x: Tensor) -> bool:
     """Whether wide loads can read its rows. PyTorch's choice of a kernel does not ask."""
     wide = 16 // x.element_size()
     strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
     return x.storage_offset() % wide == 0 and all(stride % wide == 0 for stride in strides)
+
+
+def without_prefix(p: AttentionProblem) -> AttentionProblem:
+    """The sequence's part of `p`."""
+    return p._replace(
+        prefix_key=p.prefix_key.narrow(-2, 0, 0), prefix_value=p.prefix_value.narrow(-2, 0, 0), prefix_index=None,
+        prefix_lengths=None,
+    )  # fmt: skip
 
 
 def preferred(p: AttentionProblem, *, training: bool) -> FusedAttention | None:

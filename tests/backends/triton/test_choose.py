@@ -81,8 +81,8 @@ def test_rows_that_wide_loads_cannot_read_are_not_for_fused_attention() -> None:
     assert fused_attention.cannot(problem()._replace(query=rows(136))) is None
     assert choose.forward(problem()._replace(query=rows(132))).name == "single"
     assert fused_attention.cannot(problem()._replace(query=rows(132))) == "rows do not begin at multiples of 16 bytes"
-    assert fused_attention._is_aligned(torch.empty(64, 128, device="meta")[:, 4:68])
-    assert not fused_attention._is_aligned(torch.empty(64, 128, device="meta")[:, 2:66])
+    assert fused_attention.is_aligned(torch.empty(64, 128, device="meta")[:, 4:68])
+    assert not fused_attention.is_aligned(torch.empty(64, 128, device="meta")[:, 2:66])
 
 
 @pytest.fixture
