@@ -4,4 +4,25 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("triton") else ["test_merged.py", "test_registration.py", "test_soft_embedding.py"]
+import pytest
+
+from tests.device import DEVICE
+
+_NEEDS_TRITON = ("flash4", "folded", "merged", "registration", "soft_embedding")
+collect_ignore = [] if find_spec("triton") else [f"test_{name}.py" for name in _NEEDS_TRITON]
+
+
+@pytest.fixture
+def with_flash4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-4 is installed: on a GPU itself, or the test is skipped; elsewhere what stands in for it."""
+    from prefixcore.backends.triton import flash4
+
+    from . import flash4_stand_in
+
+    if DEVICE.type == "cuda":
+        if reason := flash4.unavailable(DEVICE):
+            pytest.skip(reason)
+        return
+    monkeypatch.setattr(flash4, "installed", lambda: flash4_stand_in.VERSION)
+    monkeypatch.setattr(flash4, "_loaded", lambda: (flash4_stand_in, ""))
+    flash4_stand_in.asked.clear()

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from prefixcore.backends.problem import AttentionProblem, attention_problem
 from prefixcore.backends.triton.kernels import (
+    beside,
     decode,
     delta,
     forward,
@@ -35,6 +36,7 @@ from prefixcore.backends.triton.kernels import (
     grad_query,
     grad_short_prefix,
     launch,
+    merge,
     soft_embedding,
 )
 
@@ -94,6 +96,9 @@ CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bool mask, bidirectional": (problem(mask=torch.bool, is_causal=False), SINGLE[:3]),
     "packed, bank": (problem(packed=True, bank=True), SINGLE[:4]),
     "bank": (problem(bank=True), ("decode",)),
+    "bf16 128, beside a vendor's": (problem(), ("merge", "beside")),
+    "packed, bank, sinks, beside a vendor's": (problem(packed=True, bank=True, sinks=True), ("merge", "beside")),
+    "bf16 80, bank, float32 prefix, beside a vendor's": (problem(80, bank=True, prefix_dtype=FP32), ("beside",)),
     "bf16 4096, float32 virtual tokens": (problem(prefix_dtype=FP32), ("soft_embedding",)),
     "fp32 63": (problem(63, FP32), ("soft_embedding",)),
 }  # fmt: skip
@@ -116,6 +121,14 @@ def call(name: str, p: AttentionProblem) -> None:
         decode.launch_decode(p, out, lse)
     elif name == "delta":
         delta.compute_delta(out, out, lse)
+    elif name == "merge":
+        merge.launch_merge(out, lse, out, lse, p.sinks)
+        merge.launch_add(out, out)
+    elif name == "beside":
+        spans = beside.launch_spans(p)
+        laid = beside.launch_lay(p, spans)
+        beside.launch_take(p, spans, *laid, torch.empty_like(p.key), torch.empty_like(p.value))
+        beside.launch_sum(p, spans, *laid)
     elif name == "soft_embedding":  # of the problem's dtypes, its hidden size 32 heads, or one that is odd
         hidden = p.head_dim * (1 if p.head_dim % 2 else 32)
         ids, weight = torch.arange(9), torch.empty(7, hidden, dtype=p.query.dtype)

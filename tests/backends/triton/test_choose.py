@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 from prefixcore.backends.problem import AttentionProblem, attention_problem
-from prefixcore.backends.triton import choose, fused_attention, use_path
+from prefixcore.backends.triton import choose, flash4, fused_attention, use_path
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_what_no_fused_attention_is_given(tensors: dict[str, tuple[int, ...]], w
 
 
 def test_of_every_field_something_is_said() -> None:
-    assert set(AttentionProblem._fields) == fused_attention.ALLOWED
+    assert set(AttentionProblem._fields) == fused_attention.ALLOWED == flash4.ALLOWED
 
 
 @pytest.mark.parametrize("off", [None, 0, False, 0.0])
@@ -221,14 +221,87 @@ def test_the_backward() -> None:
 
 
 @pytest.mark.parametrize("forced", choose.PATHS)
-def test_a_path_can_be_forced(forced: str) -> None:
+def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch, forced: str) -> None:
+    monkeypatch.setattr(flash4, "unavailable", lambda _: None)
     with use_path(forced):
         path = choose.forward(problem(T=64))
         assert path.name == forced
         assert path.why.startswith("forced")
         backward = choose.backward(problem(T=64), all_three=True, grad_lse=False)
-        assert backward.name == ("merged" if forced == "merged" else "single")
+        assert backward.name == ("single" if forced == "decode" else forced)
+        assert backward.why.startswith("forced")
+        backward = choose.backward(problem(T=64), all_three=True, grad_lse=True)
+        assert backward.name == "single"
     assert choose.forward(problem(T=64)).why != "forced"
+
+
+FOLDED: dict[str, tuple[dict[str, Any], str]] = {
+    "long enough": ({"P": 320}, "cuDNN does the prefix, cuDNN the sequence"),
+    "a window": ({"P": 512, "window": 100}, "cuDNN does the prefix, our kernels the sequence"),
+    "a chunk after a cache": ({"P": 512, "T": 1024}, "cuDNN does the prefix, our kernels the sequence"),
+    "another head dim": ({"P": 1024, "D": 64}, "cuDNN does the prefix"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_long_prefixes_are_for_vendors(case: str) -> None:
+    arguments, why = FOLDED[case]
+    path = choose.forward(problem(**{"S": 2048, **arguments}))
+    assert path.name == "folded"
+    assert why in path.why
+    assert path.prefix is fused_attention.CUDNN
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [({"P": 319}, "319 virtual tokens, fewer than 320"), ({"P": 512, "D": 64}, "fewer than 1024"),
+     ({"P": 512, "T": 511}, "511 keys, fewer than 512"), ({"P": 512, "softcap": 3.0}, "softcap"),
+     ({"P": 0}, "no prefix")],
+)  # fmt: skip
+def test_what_is_not_folded(arguments: dict[str, Any], why: str) -> None:
+    assert choose.forward(problem(**arguments)).name != "folded"
+    assert why in dict(choose.considered(problem(**arguments)))["folded"]
+
+
+def test_only_a_prefix_that_all_rows_share_is_folded() -> None:
+    index, one = (torch.zeros(count, dtype=torch.long, device="cuda") for count in (2, 1))
+    for options, why in (
+        ({"prefix_index": index}, "their own entry"), ({"prefix_lengths": one}, "stands on the GPU"),
+    ):  # fmt: skip
+        assert choose.forward(problem(P=512, **options)).name == "merged"
+        assert why in dict(choose.considered(problem(P=512, **options)))["folded"]
+
+
+def test_a_prefix_gets_its_gradient_only_from_kernels_that_repeat_it(
+    monkeypatch: pytest.MonkeyPatch, pytorch_prefers: Any
+) -> None:
+    """In deterministic mode PyTorch has no cuDNN itself; of the others some are not worth it."""
+
+    def backward(**options: Any) -> choose.Path:
+        return choose.backward(problem(P=512), **{"all_three": True, "grad_lse": False, **options})
+
+    assert backward().name == "merged"
+    assert backward(needs_prefix=False).name == "folded"
+    training = choose.Pass(training=True)
+    assert "same bits on every run" in dict(choose.considered(problem(P=512), training))["folded"]
+    with use_path("folded"):
+        assert backward().name == "folded"
+    monkeypatch.setattr(choose, "REPEATABLE", (*choose.REPEATABLE, "cuDNN"))
+    path = backward()
+    assert (path.name, path.fused, path.prefix) == ("folded", fused_attention.CUDNN, fused_attention.CUDNN)
+    path = backward(all_three=False)
+    assert (path.name, path.fused) == ("folded", None)
+    assert backward(grad_lse=True).name == "single"
+    pytorch_prefers(SDPBackend.FLASH_ATTENTION)
+    assert backward().name == "merged"
+    assert "not quicker than our own" in dict(choose.considered(problem(P=512)))["folded"]
+
+
+def test_what_is_considered_ends_with_what_is_taken() -> None:
+    assert [name for name, _ in choose.considered(problem(T=1, S=4096))] == ["decode"]
+    assert [name for name, _ in choose.considered(problem())] == ["decode", "fa4", "folded", "merged"]
+    assert [name for name, _ in choose.considered(problem(T=64))][-1] == "single"
+    assert sorted(choose._RULES) == sorted(choose.PATHS)
 
 
 def test_forcing_what_cannot_be_done(pytorch_prefers: Any) -> None:

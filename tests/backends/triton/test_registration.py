@@ -15,7 +15,7 @@ import prefixcore
 from prefixcore.backends import nvidia, triton
 from prefixcore.backends.problem import attention_problem
 from prefixcore.backends.protocol import DTYPES
-from prefixcore.backends.triton import choose, merged, single, use_path
+from prefixcore.backends.triton import beside, choose, folded, merged, single, use_path
 from tests.device import DEVICE, NAME, triton_backend
 from tests.ops.problems import Problem
 
@@ -100,9 +100,15 @@ def test_shapes_of_fake_cuda_tensors(monkeypatch: pytest.MonkeyPatch, heads_last
 
 
 @pytest.mark.parametrize("path", choose.PATHS)
-def test_the_path_that_was_chosen_runs(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_the_path_that_was_chosen_runs(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, path: str
+) -> None:
+    if path == "fa4":
+        request.getfixturevalue("with_flash4")
     ran: list[str] = []
-    for module, name in ((merged, "forward"), (single, "forward"), (single, "decode")):
+    for module, name in (
+        (merged, "forward"), (folded, "forward"), (beside, "forward"), (single, "forward"), (single, "decode"),
+    ):  # fmt: skip
         real = getattr(module, name)
 
         def watched(*arguments: Any, real: Any = real, what: tuple[Any, str] = (module, name)) -> Any:
@@ -112,10 +118,10 @@ def test_the_path_that_was_chosen_runs(monkeypatch: pytest.MonkeyPatch, path: st
         monkeypatch.setattr(module, name, watched)
     tensors, _ = Problem(T=5).tensors()
     with triton_backend(), use_path(path):
-        if path == "merged" and DEVICE.type == "cuda":
+        if path in ("merged", "folded", "fa4") and DEVICE.type == "cuda":
             tensors = {name: x.bfloat16() for name, x in tensors.items()}
         prefixcore.prefix_attention(**tensors)
-    assert ran == [path]
+    assert ran[0] == {"fa4": "beside"}.get(path, path)
 
 
 @pytest.mark.parametrize("problem", [Problem(B=0), Problem(T=0), Problem(T=0, S=5), Problem(B=0, N=2, index=True)])

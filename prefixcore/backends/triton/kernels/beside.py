@@ -26,7 +26,7 @@ from . import launch
 from .sequences import clamp, prefix_of
 from .tiles import at
 
-_ROWS = 16
+_ROWS = 32
 """Rows a program."""
 _SUMMED = 4
 """Rows a program where it sums over the sequences: a short prefix has few of them."""
@@ -188,7 +188,7 @@ def sum_rows(
     dims = tl.arange(0, BLOCK)
     fits = dims[None, :] < DIM
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for number in range(0, sizes.sequences):
+    for number in tl.range(0, sizes.sequences, loop_unroll_factor=4):  # so that several loads are under way
         entry, length = prefix_of(number, bank, sizes)
         batch, slot = number, token
         if PACKED:
