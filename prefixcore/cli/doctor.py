@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .common import OK
 from .output import results, table
 
-LIBRARIES = ("torch", "transformers", "peft", "safetensors", "accelerate", "vllm", "triton")
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "accelerate", "vllm", "triton", "flash-attn-4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,16 +132,17 @@ def gpu_paths() -> list[tuple[str, str, str, str]]:
     if triton.refuses("prefix_attention", "cuda", torch.bfloat16):
         return []
     rows = []
-    for name, (queries, keys, window, dtype) in {
-        "training, T = 2048, bfloat16": (2048, 2048, 0, torch.bfloat16),
-        "the same in float32": (2048, 2048, 0, torch.float32),
-        "the same with a sliding window": (2048, 2048, 1024, torch.bfloat16),
-        "training, T = 128, bfloat16": (128, 128, 0, torch.bfloat16),
-        "decoding, 2048 keys in the cache": (1, 2048, 0, torch.bfloat16),
+    for name, (queries, keys, tokens, window, dtype) in {
+        "training, T = 2048, P = 64, bfloat16": (2048, 2048, 64, 0, torch.bfloat16),
+        "the same in float32": (2048, 2048, 64, 0, torch.float32),
+        "the same with a sliding window": (2048, 2048, 64, 1024, torch.bfloat16),
+        "training, T = 2048, P = 2048, bfloat16": (2048, 2048, 2048, 0, torch.bfloat16),
+        "training, T = 128, bfloat16": (128, 128, 64, 0, torch.bfloat16),
+        "decoding, 2048 keys in the cache": (1, 2048, 64, 0, torch.bfloat16),
     }.items():
         head = torch.empty(128, dtype=dtype, device="cuda")  # one row stands for all: nothing is computed
         query, key = head.expand(8, 32, queries, -1), head.expand(8, 8, keys, -1)
-        prefix = head.expand(8, 64, -1)
+        prefix = head.expand(8, tokens, -1)
         p = attention_problem(query, key, key, prefix, prefix, sliding_window=window)
         path = choose.forward(p)
         rows.append((name, "forward", path.name, path.why))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import as_gradient
+from ..layout import as_gradient, strides_are_free
 from ..problem import AttentionProblem
 from . import recording
 from .fused_attention import FusedAttention, Rule, is_aligned, objection, without_prefix
@@ -89,6 +89,9 @@ def unavailable(device: torch.device) -> str | None:
             return f"FlashAttention-4 is for Hopper and Blackwell, and the GPU has compute capability {major}.{minor}"
     return _loaded()[1] or None
 
+
+recording.depends_on("FlashAttention-4", lambda: installed())
+recording.depends_on("strides of gradients", strides_are_free)
 
 # --- what it may be given -----------------------------------------------------------------------------
 
