@@ -8,7 +8,7 @@ import pytest
 
 from tests.device import DEVICE
 
-_NEEDS_TRITON = ("flash4", "folded", "merged", "registration", "soft_embedding")
+_NEEDS_TRITON = ("beside", "flash4", "folded", "merged", "registration", "soft_embedding")
 collect_ignore = [] if find_spec("triton") else [f"test_{name}.py" for name in _NEEDS_TRITON]
 
 
