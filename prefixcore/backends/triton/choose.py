@@ -138,7 +138,7 @@ def _folded(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
         return reason
     if vendor.name not in FOLDED_VENDORS and not forced:
         return f"{vendor.name} is not quicker than our own kernels on the prefix"
-    if what.training and what.prefix and vendor.name not in REPEATABLE and not forced:
+    if what.training and what.prefix and not forced and not _repeats(vendor):
         return f"{vendor.name}'s gradients are not known to have the same bits on every run"
     fused = _for_the_sequence(p, what)[0] if what.all_three and p.keys >= MERGED_KEYS else None
     return Path("folded", f"{vendor.name} does the prefix, {fused.name if fused else 'our kernels'} the sequence",
@@ -237,6 +237,13 @@ def _for_the_prefix(p: AttentionProblem, what: Pass) -> tuple[FusedAttention | N
     if kernel is None:
         return None, reason or _no_kernel_for(p.query.dtype)
     return kernel, f"{kernel.name} does the prefix"
+
+
+def _repeats(vendor: FusedAttention) -> bool:
+    """Whether a vendor's gradients have the same bits on every run, if it is what its name says: a user may have put
+    another FlashAttention behind PyTorch's op."""
+    replaced = vendor is fused_attention.FLASH and fused_attention._active_flash() is not None
+    return vendor.name in REPEATABLE and not replaced
 
 
 def cannot_fold(p: AttentionProblem) -> str | None:

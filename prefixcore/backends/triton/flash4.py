@@ -90,7 +90,6 @@ def unavailable(device: torch.device) -> str | None:
     return _loaded()[1] or None
 
 
-recording.depends_on("FlashAttention-4", lambda: installed())
 recording.depends_on("strides of gradients", strides_are_free)
 
 # --- what it may be given -----------------------------------------------------------------------------

@@ -293,7 +293,11 @@ def test_a_prefix_gets_its_gradient_only_from_kernels_that_repeat_it(
     assert (path.name, path.fused) == ("folded", None)
     assert backward(grad_lse=True).name == "single"
     pytorch_prefers(SDPBackend.FLASH_ATTENTION)
+    monkeypatch.setattr(choose, "FOLDED_VENDORS", ("FlashAttention",))
+    assert backward().name == "folded"
+    monkeypatch.setattr(fused_attention, "_active_flash", lambda: "FA4")  # of which PyTorch does not ask it
     assert backward().name == "merged"
+    monkeypatch.setattr(choose, "FOLDED_VENDORS", ())
     assert "not quicker than our own" in dict(choose.considered(problem(P=512)))["folded"]
 
 

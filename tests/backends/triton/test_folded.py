@@ -53,17 +53,17 @@ def output_alone(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("H", "Hkv", "heads_last"), [(4, 1, True), (6, 2, False), (3, 3, True)])
-@pytest.mark.parametrize("P", [2, 63])
-@pytest.mark.parametrize("T", [1, 3, 40])
+@pytest.mark.parametrize("P", [2, 33])
+@pytest.mark.parametrize("T", [1, 19])
 def test_shapes(taken: list[Any], T: int, P: int, H: int, Hkv: int, heads_last: bool, dtype: torch.dtype) -> None:
     check(Problem(T=T, P=P, H=H, Hkv=Hkv, dtype=dtype, heads_last=heads_last), attention=output_alone)
-    assert taken == [("folded", T == 40)]
+    assert taken == [("folded", T == 19)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [64, 80, 128, 256])
 def test_head_dims(taken: list[Any], D: int, dtype: torch.dtype) -> None:
-    check(Problem(B=2, T=20, P=20, H=2, Hkv=1, D=D, dtype=dtype, heads_last=True), attention=output_alone)
+    check(Problem(B=2, T=17, P=5, H=2, Hkv=1, D=D, dtype=dtype, heads_last=True), attention=output_alone)
     assert taken == [("folded", True)]
 
 
@@ -96,14 +96,14 @@ OURS_DO_THE_SEQUENCE: dict[str, dict[str, Any]] = {
 def test_options(taken: list[Any], option: str, dtype: torch.dtype) -> None:
     """What only our kernels can do to a sequence is no obstacle: the prefix is always seen whole."""
     options = VENDORS_DO_BOTH.get(option) or OURS_DO_THE_SEQUENCE[option]
-    check(Problem(**{"T": 20, "P": 20, "dtype": dtype, **options}), attention=output_alone)
+    check(Problem(**{"T": 17, "P": 6, "dtype": dtype, **options}), attention=output_alone)
     assert taken == [("folded", option in VENDORS_DO_BOTH)]
 
 
 @pytest.mark.parametrize("wanted", [("prefix_key", "prefix_value"), ("query",), ("key", "value"), ("query", "key"),
                                     ("query", "prefix_key"), ("value", "prefix_value")])  # fmt: skip
 def test_only_what_is_wanted(wanted: tuple[str, ...]) -> None:
-    problem = Problem(T=20, P=20, dtype=DTYPES[0])
+    problem = Problem(T=17, P=6, dtype=DTYPES[0])
     whole = run(problem, output_alone)
     tensors, _ = problem.tensors()
     leaves = {name: x.requires_grad_(name in wanted) for name, x in tensors.items()}
@@ -118,14 +118,14 @@ def test_only_what_is_wanted(wanted: tuple[str, ...]) -> None:
 
 
 def test_a_gradient_of_the_log_sum_exp_takes_the_single_path(taken: list[Any]) -> None:
-    check(Problem(T=20, P=20, dtype=DTYPES[0]))
+    check(Problem(T=17, P=6, dtype=DTYPES[0]))
     assert taken == [("single", False)]
 
 
 def test_what_is_written_is_laid_out_as_promised() -> None:
     """Compiled code relies on the strides that the fake kernels gave."""
     for heads_last in (False, True):
-        tensors, _ = Problem(T=20, P=20, dtype=DTYPES[0], heads_last=heads_last).tensors()
+        tensors, _ = Problem(T=17, P=6, dtype=DTYPES[0], heads_last=heads_last).tensors()
         p = attention_problem(**{name: x.requires_grad_() for name, x in tensors.items()})
         out, lse = torch.ops.prefixcore.prefix_attention(*p)
         grads = torch.ops.prefixcore.prefix_attention_backward(
