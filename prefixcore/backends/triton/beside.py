@@ -15,15 +15,6 @@ from . import flash4, single
 from .kernels.beside import launch_lay, launch_spans, launch_sum, launch_take
 
 
-def cannot(p: AttentionProblem) -> str | None:
-    """Why FlashAttention-4 cannot do prefix and sequence of `p` in one call, in words; None if it can."""
-    if not p.virtual_tokens:
-        return "there is no prefix"
-    if p.window:
-        return "there is a sliding window, which would hide the prefix"
-    return flash4.cannot(p)
-
-
 def forward(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     spans = launch_spans(p)

@@ -114,12 +114,12 @@ def _fa4(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
         return "there is no prefix"
     if p.window:
         return "there is a sliding window, which would hide the prefix"
-    if reason := flash4.cannot(p):
-        return reason
     if p.keys < FA4_KEYS and not forced:
         return f"{p.keys} keys, fewer than {FA4_KEYS}"
     if p.cu_seqlens is not None and p.keys < FA4_PACKED * p.sequences and not forced:
         return f"packed sequences of fewer than {FA4_PACKED} tokens each"
+    if reason := flash4.cannot(p):
+        return reason
     return Path("fa4", "FlashAttention-4 does prefix and sequence side by side")
 
 
