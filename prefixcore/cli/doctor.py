@@ -6,9 +6,13 @@ import argparse
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from .common import OK
 from .output import results, table
+
+if TYPE_CHECKING:
+    from ..backends.triton.choose import Path
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "accelerate", "vllm", "triton", "flash-attn-4")
 
@@ -144,9 +148,15 @@ def gpu_paths() -> list[tuple[str, str, str, str]]:
         query, key = head.expand(8, 32, queries, -1), head.expand(8, 8, keys, -1)
         prefix = head.expand(8, tokens, -1)
         p = attention_problem(query, key, key, prefix, prefix, sliding_window=window)
-        path = choose.forward(p)
-        rows.append((name, "forward", path.name, path.why))
+        rows.append((name, "forward", *_path(choose.forward(p), choose.considered(p))))
         if queries > 1:
             path = choose.backward(p, all_three=True, grad_lse=False)
-            rows.append((name, "backward", path.name, path.why))
+            rows.append((name, "backward", *_path(path, choose.considered(p, choose.Pass(training=True)))))
     return rows
+
+
+def _path(path: Path, considered: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Its name and why it is the one; of a long prefix that no vendor does, what speaks against that, too."""
+    folded = dict(considered).get("folded", "")
+    long = path.name == "merged" and "virtual tokens" not in folded
+    return path.name, f"{path.why}; not folded: {folded}" if long else path.why
