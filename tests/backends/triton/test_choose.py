@@ -12,8 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
+from prefixcore.backends import triton
 from prefixcore.backends.problem import AttentionProblem, attention_problem
 from prefixcore.backends.triton import choose, flash4, fused_attention, use_path
+from prefixcore.cli import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -299,6 +301,17 @@ def test_a_prefix_gets_its_gradient_only_from_kernels_that_repeat_it(
     assert backward().name == "merged"
     monkeypatch.setattr(choose, "FOLDED_VENDORS", ())
     assert "not quicker than our own" in dict(choose.considered(problem(P=512)))["folded"]
+
+
+def test_the_doctor_says_why_a_long_prefix_is_not_left_to_a_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "refuses", lambda *_: None)
+    rows = {(name, direction): (path, why) for name, direction, path, why in doctor.gpu_paths()}
+    long = "training, T = 2048, P = 2048, bfloat16"
+    assert rows[long, "forward"] == ("folded", "cuDNN does the prefix, cuDNN the sequence")
+    path, why = rows[long, "backward"]
+    assert path == "merged"
+    assert "; not folded: cuDNN's gradients are not known to have the same bits on every run" in why
+    assert rows["training, T = 2048, P = 64, bfloat16", "forward"] == ("merged", "cuDNN does the sequence")
 
 
 def test_what_is_considered_ends_with_what_is_taken() -> None:

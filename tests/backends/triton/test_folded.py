@@ -117,6 +117,28 @@ def test_only_what_is_wanted(wanted: tuple[str, ...]) -> None:
             assert leaves[name].grad is None
 
 
+@pytest.mark.parametrize("vendors", [(), choose.REPEATABLE], ids=["forward alone", "both ways"])
+def test_unforced(monkeypatch: pytest.MonkeyPatch, taken: list[Any], vendors: tuple[str, ...]) -> None:
+    """Where a vendor's gradients may vary, what it has done forward is differentiated by the merged path."""
+    monkeypatch.setattr(choose, "FOLDED_PREFIX", ((256, 3),))
+    monkeypatch.setattr(choose, "REPEATABLE", vendors)
+    monkeypatch.setattr(choose, "FOLDED_VENDORS", (*choose.FOLDED_VENDORS, "FlashAttention"))
+    forwards: list[str] = []
+    choice = choose.forward
+
+    def watched(*arguments: Any) -> choose.Path:
+        path = choice(*arguments)
+        forwards.append(path.name)
+        return path
+
+    monkeypatch.setattr(choose, "forward", watched)
+    with use_path(None):
+        check(Problem(T=20, P=6, B=3, dtype=DTYPES[0]), attention=output_alone)
+    assert "folded" in forwards
+    if not ON_A_GPU:
+        assert taken == [("folded" if vendors else "merged", True)]
+
+
 def test_a_gradient_of_the_log_sum_exp_takes_the_single_path(taken: list[Any]) -> None:
     check(Problem(T=17, P=6, dtype=DTYPES[0]))
     assert taken == [("single", False)]
