@@ -29,6 +29,7 @@ from prefixcore.backends.problem import AttentionProblem, attention_problem
 from prefixcore.backends.triton.kernels import (
     beside,
     decode,
+    decode_once,
     delta,
     forward,
     grad_keys,
@@ -53,9 +54,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def problem(
     D: int = 128, dtype: torch.dtype = BF16, Dv: int | None = None, mask: torch.dtype | None = None,
     padding: bool = False, sinks: bool = False, packed: bool = False, bank: bool = False, is_causal: bool = True,
-    window: int = 0, softcap: float = 0.0, prefix_dtype: torch.dtype | None = None, P: int = 16,
+    window: int = 0, softcap: float = 0.0, prefix_dtype: torch.dtype | None = None, P: int = 16, B: int = 2,
 ) -> AttentionProblem:  # fmt: skip
-    B, H, Hkv, T, N = 1 if packed else 2, 4, 2, 32, 3
+    B, H, Hkv, T, N = 1 if packed else B, 4, 2, 32, 3
     Dv = Dv or D
 
     def heads_last(count: int, dim: int) -> torch.Tensor:
@@ -75,8 +76,18 @@ def problem(
     )  # fmt: skip
 
 
-EVERY = ("forward", "from_state", "grad_query", "prefix_only", "grad_keys", "grad_prefix", "decode", "delta")
-SINGLE = ("forward", "grad_query", "grad_keys", "grad_prefix", "decode")
+EVERY = (
+    "forward",
+    "from_state",
+    "grad_query",
+    "prefix_only",
+    "grad_keys",
+    "grad_prefix",
+    "decode",
+    "delta",
+    "decode_once",
+)
+SINGLE = ("forward", "grad_query", "grad_keys", "grad_prefix", "decode", "decode_once")
 
 CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bf16 128": (problem(), EVERY),
@@ -90,15 +101,16 @@ CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bf16 80, values of 96, float32 prefix": (problem(80, Dv=96, prefix_dtype=FP32), SINGLE),
     "bf16 256, float32 prefix": (problem(256, prefix_dtype=FP32), SINGLE[:2]),
     "window, softcap": (problem(window=8, softcap=20.0), SINGLE),
-    "additive mask, padding, sinks": (problem(mask=BF16, padding=True, sinks=True), (*SINGLE[:3], "decode")),
+    "additive mask, padding, sinks": (problem(mask=BF16, padding=True, sinks=True), (*SINGLE[:3], "decode", "decode_once")),
     "everything at once": (
-        problem(window=8, softcap=20.0, sinks=True, mask=BF16, padding=True), (*SINGLE[:3], "decode")),
+        problem(window=8, softcap=20.0, sinks=True, mask=BF16, padding=True), (*SINGLE[:3], "decode", "decode_once")),
     "bool mask, bidirectional": (problem(mask=torch.bool, is_causal=False), SINGLE[:3]),
     "packed, bank": (problem(packed=True, bank=True), SINGLE[:4]),
     "bank": (problem(bank=True), ("decode",)),
     "bf16 128, beside a vendor's": (problem(), ("merge", "beside")),
     "packed, bank, sinks, beside a vendor's": (problem(packed=True, bank=True, sinks=True), ("merge", "beside")),
     "bf16 80, bank, float32 prefix, beside a vendor's": (problem(80, bank=True, prefix_dtype=FP32), ("beside",)),
+    "bank of a crowd": (problem(bank=True, B=8), ("decode_once",)),
     "bf16 4096, float32 virtual tokens": (problem(prefix_dtype=FP32), ("soft_embedding",)),
     "fp32 63": (problem(63, FP32), ("soft_embedding",)),
 }  # fmt: skip
@@ -119,6 +131,11 @@ def call(name: str, p: AttentionProblem) -> None:
         grad_short_prefix.launch_grad_short_prefix(p, out, out, lse, torch.empty_like(p.query))
     elif name == "decode":
         decode.launch_decode(p, out, lse)
+    elif name == "decode_once":
+        longer = {name: torch.cat([getattr(p, name)] * 8, -2) for name in ("prefix_key", "prefix_value")}
+        one = p._replace(query=p.query[:, :, :1], mask=None if p.mask is None else p.mask[:, :, :1], **longer)
+        for decode_once.SHARED_KEYS, decode_once.KEYS_PER_SPLIT in ((1, 16), (10**9, 16), (10**9, 10**9)):
+            decode_once.launch_decode_once(one, out[:, :, :1], lse[:, :, :1])
     elif name == "delta":
         delta.compute_delta(out, out, lse)
     elif name == "merge":
@@ -178,6 +195,8 @@ def compiled(case: str, name: str, architecture: int) -> Iterator[tuple[str, dic
         needs = remember(lambda: kernel.run(grid=(1,), warmup=True, **arguments, **options), needed)
         label = f"sm_{architecture}, {case}: {kernel.__name__}"
         label += "".join(f", {flag}" for flag in ("PREFIX_ONLY", "FROM_STATE") if arguments.get(flag))
+        if kernel.__name__ == "decode_once_kernel":
+            label += ", shared" if arguments["SHARED_M"] else ", split" if arguments["counters"] is not None else ""
         label += ", of the prefix" if kernel.__name__ == "decode_kernel" and arguments["PREFIX"] else ""
         found.append((label, needs))
 
@@ -208,9 +227,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {RECORDED.name}")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--architectures", type=int, nargs="*", default=ARCHITECTURES, metavar="SM", help="such as 90")
     parser.add_argument("--only", default="", help="part of 'case: launcher'")
     arguments = parser.parse_args()
-    found = measure(arguments.jobs, only=arguments.only)
+    found = measure(arguments.jobs, tuple(arguments.architectures), only=arguments.only)
     if arguments.only and arguments.write:  # the others stay as they are on record
         found["kernels"] = dict(sorted((json.loads(RECORDED.read_text())["kernels"] | found["kernels"]).items()))
     text = json.dumps(found, indent=1)

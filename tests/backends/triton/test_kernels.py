@@ -25,7 +25,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="its tensors are on the CPU, and a GPU is under test")
 
 if INTERPRETED:
-    from prefixcore.backends.triton.kernels import decode, forward, grad_keys, grad_prefix, grad_query, launch
+    from prefixcore.backends.triton.kernels import (
+        decode,
+        decode_once,
+        forward,
+        grad_keys,
+        grad_prefix,
+        grad_query,
+        launch,
+    )
     from prefixcore.backends.triton.kernels.delta import compute_delta
 
 
@@ -35,6 +43,8 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(launch, "blocks_for", lambda kernel, p: launch.Blocks(16, 16, 4, 1))
         monkeypatch.setattr(launch, "PROGRAMS", 8)
         monkeypatch.setattr(decode, "KEYS_PER_SPLIT", 16)
+        monkeypatch.setattr(decode_once, "KEYS_PER_SPLIT", 32)
+        monkeypatch.setattr(decode_once, "SHARED_KEYS", 8)
         monkeypatch.setattr(grad_prefix, "TILES_PER_SPLIT", 1)
 
 
@@ -90,10 +100,11 @@ def check_forward(p: AttentionProblem, expected: Expected) -> tuple[Tensor, Tens
 
 
 def check_decode(p: AttentionProblem, expected: Expected) -> None:
-    out, lse = poisoned(expected.out, p.query.dtype), poisoned(expected.lse, torch.float32)
-    decode.launch_decode(p, out, lse)
-    close("decoded out", out, expected.out, p.query.dtype)
-    close("decoded lse", lse, expected.lse, p.query.dtype)
+    for launcher in (decode.launch_decode, decode_once.launch_decode_once):
+        out, lse = poisoned(expected.out, p.query.dtype), poisoned(expected.lse, torch.float32)
+        launcher(p, out, lse)
+        close(f"{launcher.__name__}'s out", out, expected.out, p.query.dtype)
+        close(f"{launcher.__name__}'s lse", lse, expected.lse, p.query.dtype)
 
 
 def check_backward(p: AttentionProblem, expected: Expected, out: Tensor, lse: Tensor) -> None:

@@ -1,0 +1,338 @@
+"""Few queries over many keys, in one launch: the keys are split among programs, and the last of them merges.
+
+Two kinds of program stand in one grid:
+* a *shared* program reads some keys of a prefix, once for all batch rows that see it: their queries are one tile of
+  the matrix product (Juravsky et al., arXiv:2402.05099, section 3.1);
+* an *own* program reads some keys of one batch row, for the queries of one group of heads. Where the prefix is short,
+  or few rows share it, there are no shared programs: the prefix is the first of each row's keys.
+
+Where one program has all keys of its queries it writes the output. Otherwise each leaves its output and log-sum-exp in
+scratch, and adds one to its owner's counter (`counters`): an owner is one group's queries of one batch row. Whoever
+brings it to its full count, which depends on shapes alone, merges all of the owner's splits in their order (Dao et al.,
+Flash-Decoding, 2023), so that the bits do not depend on who came last, and puts the counter back to zero.
+
+A store is seen by the one that merges: the barrier orders a program's stores before its `atomic_add`, which releases
+them to the GPU and acquires what the others released. Scratch is allocated a call, in the order of its stream.
+
+What bounds it is memory: each key and value is read once, for a dozen operations a byte. Little's law asks for some
+25 KiB under way on each of an H200's 132 multiprocessors (4.2 TB/s times 800 ns); a tile of 64 keys of 128 is 32 KiB of
+keys and values, and a program prefetches one to two tiles. So two programs fit each multiprocessor and either is
+enough. A grid of `4 * PROGRAMS` programs, eight a multiprocessor, evens out the end, when some are idle: less than one
+part in eight. The shared programs come first: their arithmetic, 64 queries a key, is hidden behind the own programs'
+reads, and it is the own programs that merge, each its few queries, rather than a shared one those of all its rows.
+The scratch is a float32 output a split, 3 % of what is read at 256 keys of 128 in bfloat16 and four heads a group, and
+stays in the L2 cache.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: E741  (l is the sum's name in the papers)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import AttentionProblem
+from . import launch
+from .counters import zeroed_counters
+from .decode_merge import Rows, arrive, merge, store_partial, store_rows
+from .online_softmax import Keys, empty_state, update, update_sink
+from .ranges import in_tiles
+from .scores import Mask, ScoreMod, padding_of
+from .sequences import prefix_length, prefix_of
+from .tiles import INFINITY, Strided, head_of, load_tile
+
+KEYS_PER_SPLIT = 256  # fewer than this are not worth a split of their own, if there is enough to do
+SHARED_KEYS = 256  # of a prefix of fewer virtual tokens each batch row reads its own copy, from the L2 cache
+_MERGED = 16  # numbers that a thread reads at a time: their addresses take twice the registers
+
+
+class Work(NamedTuple):
+    """How the work is shared out.
+
+    Attributes:
+        batches: Batch rows.
+        units: Owners a batch row has for each key/value head.
+        unit: Queries of an owner, folded as (group, time).
+        own_splits: Splits of an owner's own keys.
+        own_share: Keys of such a split.
+        shared: Shared programs, which come first.
+        shared_tiles: Tiles of owners, as many as fit, whose queries a shared program has.
+        shared_splits: Splits of an entry of the bank.
+        shared_share: Virtual tokens of such a split.
+        arrivals: How many programs add to an owner's counter.
+    """
+
+    batches: Any
+    units: Any
+    unit: Any
+    own_splits: Any
+    own_share: Any
+    shared: Any
+    shared_tiles: Any
+    shared_splits: Any
+    shared_share: Any
+    arrivals: Any
+
+
+@triton.jit
+def rows_of_owner(batch, kv_head, unit, sizes, work, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The queries of an owner. Their batch row and head are there also where the query does not exist."""
+    lane = tl.arange(0, BLOCK)
+    folded = unit * work.unit + lane
+    exists = (lane < work.unit) & (folded < GROUP * sizes.queries)
+    h = kv_head * GROUP + folded // sizes.queries % GROUP
+    return Rows(lane * 0 + batch, h, folded % sizes.queries, exists)
+
+
+@triton.jit
+def rows_of_tile(tile, kv_head, first, size, sizes, work, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a tile of `size` queries, with as many whole owners as fit, those from `first` on."""
+    lane = first + tl.arange(0, BLOCK)
+    fit = size // work.unit
+    owner = tile * fit + lane // work.unit  # of this key/value head
+    b = owner // work.units
+    folded = owner % work.units * work.unit + lane % work.unit
+    exists = (lane // work.unit < fit) & (b < work.batches) & (folded < GROUP * sizes.queries)
+    return Rows(b, kv_head * GROUP + folded // sizes.queries % GROUP, folded % sizes.queries, exists)
+
+
+@triton.jit
+def own_program(
+    program, out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding, mask, sinks, sizes,
+    scoring, window, work, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr, PREFIX: tl.constexpr, MERGED_M: tl.constexpr, MERGED_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys of one owner. PREFIX: those of the prefix are the first of them."""
+    unit, split = program % work.units, program // work.units % work.own_splits
+    kv_head = program // (work.units * work.own_splits) % sizes.kv_heads
+    batch = program // (work.units * work.own_splits * sizes.kv_heads)
+    rows = rows_of_owner(batch, kv_head, unit, sizes, work, GROUP, BLOCK_M)
+    i, exists = rows.i, rows.exists  # [BLOCK_M]
+    wide_b, wide_h, wide_i = rows.b.to(tl.int64), rows.h.to(tl.int64), i.to(tl.int64)
+    offsets = wide_b * query.batch_stride + wide_h * query.head_stride + wide_i * query.row_stride
+    q = load_tile(Strided(query.data, 1), offsets, exists, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
+
+    acc, m, l = empty_state(BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
+    origin = batch * 0
+    begin = split * work.own_share
+    end = begin + work.own_share
+    if PREFIX:
+        entry, length = prefix_of(batch, bank, sizes)
+        first, last = tl.minimum(begin, length), tl.minimum(end, length)
+        keys = Keys(
+            padding=None,
+            key=head_of(prefix_key, entry, kv_head, origin),
+            value=head_of(prefix_value, entry, kv_head, origin),
+            tiles=in_tiles(first, first, last, last, BLOCK_N),
+            score_mod=ScoreMod(scoring, mask=None, shift=0, window=None),
+        )
+        acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL=False)
+        begin = tl.maximum(begin - sizes.virtual_tokens, 0)
+        end = tl.maximum(end - sizes.virtual_tokens, 0)
+    shift = sizes.keys - sizes.queries
+    if window is not None:
+        hidden = tl.maximum(shift - window + 1, 0)
+        begin += hidden
+        end += hidden
+    end = tl.minimum(end, sizes.keys)
+    begin = tl.minimum(begin, end)
+    whole_begin, whole_end = begin, end
+    if CAUSAL:
+        whole_end = tl.minimum(end, shift + 1)
+    if window is not None:
+        whole_begin = tl.maximum(begin, sizes.keys - window)
+    mask_at = None
+    if mask is not None:
+        base = mask.data + wide_b * mask.batch_stride + wide_h * mask.head_stride  # [BLOCK_M]
+        mask_at = Mask(base[:, None], mask.row_stride, mask.key_stride, sizes.queries, sizes.keys)
+    keys = Keys(
+        padding=padding_of(padding, batch, origin),
+        key=head_of(key, batch, kv_head, origin),
+        value=head_of(value, batch, kv_head, origin),
+        tiles=in_tiles(begin, whole_begin, whole_end, end, BLOCK_N),
+        score_mod=ScoreMod(scoring, mask_at, shift, window),
+    )
+    acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL)
+
+    if scratch is None:
+        if sinks is not None:
+            acc, m, l = update_sink(acc, m, l, tl.load(sinks + rows.h))
+        sees = l != 0  # or NaN, which is left to be seen
+        divisor = tl.where(sees, l, 1.0)
+        log_sum_exp = tl.where(sees, m + tl.log2(divisor), -INFINITY)
+        store_rows(out, lse, rows, acc / divisor[:, None], log_sum_exp, VALUE_DIM)
+    else:
+        store_partial(scratch, work.shared_splits + split, rows, acc, m, l, sizes, work, GROUP, VALUE_DIM)
+        owner = (batch * sizes.kv_heads + kv_head) * work.units + unit
+        if arrive(counters + owner, None, work.arrivals):
+            owned = rows_of_owner(batch, kv_head, unit, sizes, work, GROUP, MERGED_M)
+            merge(out, lse, scratch, owned, bank, sinks, sizes, work, GROUP, VALUE_DIM, BLOCK_DV, MERGED_SPLITS)
+            tl.store(counters + owner, 0)
+
+
+@triton.jit
+def shared_program(
+    program, out, lse, scratch, counters, query, prefix_key, prefix_value, bank, sinks, sizes, scoring, work,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr,
+    MERGED_M: tl.constexpr, MERGED_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One split of an entry of the bank, for the queries of a tile of owners."""
+    tile, split = program % work.shared_tiles, program // work.shared_tiles % work.shared_splits
+    kv_head = program // (work.shared_tiles * work.shared_splits) % sizes.kv_heads
+    entry = program // (work.shared_tiles * work.shared_splits * sizes.kv_heads)
+    rows = rows_of_tile(tile, kv_head, 0, BLOCK_M, sizes, work, GROUP, BLOCK_M)
+    b, h, i, exists = rows.b, rows.h, rows.i, rows.exists  # [BLOCK_M]
+    sees_entry = exists
+    if bank.prefix_index is not None:
+        named = tl.load(bank.prefix_index + b, mask=exists, other=-1)
+        sees_entry = (named >= 0) & (tl.minimum(named, sizes.entries - 1) == entry)
+    if tl.max(sees_entry.to(tl.int32), 0) > 0:
+        offsets = (
+            b.to(tl.int64) * query.batch_stride + h.to(tl.int64) * query.head_stride + i.to(tl.int64) * query.row_stride
+        )
+        q = load_tile(Strided(query.data, 1), offsets, sees_entry, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
+        origin = entry * 0
+        length = prefix_length(entry, bank, sizes)
+        begin = tl.minimum(split * work.shared_share, length)
+        end = tl.minimum(begin + work.shared_share, length)
+        keys = Keys(
+            padding=None,
+            key=head_of(prefix_key, entry, kv_head, origin),
+            value=head_of(prefix_value, entry, kv_head, origin),
+            tiles=in_tiles(begin, begin, end, end, BLOCK_N),
+            score_mod=ScoreMod(scoring, mask=None, shift=0, window=None),
+        )
+        acc, m, l = empty_state(BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
+        acc, m, l = update(acc, m, l, q, i, keys, HEAD_DIM, VALUE_DIM, BLOCK_N, CAUSAL=False)
+        store_partial(scratch, split, Rows(b, h, i, sees_entry), acc, m, l, sizes, work, GROUP, VALUE_DIM)
+
+    # Also where nothing was to do: how many arrive must not depend on what is in a tensor.
+    fit = BLOCK_M // work.unit
+    place = tl.arange(0, THREADS)  # one owner a thread, though few are so many
+    owner = tile * fit + place
+    leads = (place < fit) & (owner < work.batches * work.units)  # [THREADS]
+    counter = counters + (owner // work.units * sizes.kv_heads + kv_head) * work.units + owner % work.units
+    completed = arrive(counter, leads, work.arrivals)  # [THREADS]
+    if tl.max(completed.to(tl.int32), 0) > 0:
+        for first in range(0, BLOCK_M, MERGED_M):
+            owned = rows_of_tile(tile, kv_head, first, BLOCK_M, sizes, work, GROUP, MERGED_M)
+            is_of = ((first + tl.arange(0, MERGED_M)) // work.unit)[:, None] == place[None, :]
+            mine = tl.max((is_of & completed[None, :]).to(tl.int32), 1) > 0  # [MERGED_M]
+            owned = Rows(owned.b, owned.h, owned.i, owned.exists & mine)
+            merge(out, lse, scratch, owned, bank, sinks, sizes, work, GROUP, VALUE_DIM, BLOCK_DV, MERGED_SPLITS)
+        tl.store(counter, 0, mask=completed)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sizes", "window", "batches", "units", "unit", "own_splits", "own_share", "shared", "shared_tiles",
+        "shared_splits", "shared_share", "arrivals",
+    ]
+)  # fmt: skip
+def decode_once_kernel(
+    out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding, mask, sinks, sizes, scoring,
+    window, batches, units, unit, own_splits, own_share, shared, shared_tiles, shared_splits, shared_share, arrivals,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, SHARED_M: tl.constexpr,
+    PREFIX: tl.constexpr, THREADS: tl.constexpr, MERGED_M: tl.constexpr, MERGED_SPLITS: tl.constexpr,
+    SHARED_MERGED_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program, shared or own. SHARED_M: queries of a shared program, or 0 where there are none."""
+    program = tl.program_id(0)
+    work = Work(
+        batches, units, unit, own_splits, own_share, shared, shared_tiles, shared_splits, shared_share, arrivals
+    )
+    if SHARED_M == 0:
+        own_program(
+            program, out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding, mask,
+            sinks, sizes, scoring, window, work, GROUP, CAUSAL, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M,
+            BLOCK_N, DTYPE, PREFIX, MERGED_M, MERGED_SPLITS,
+        )  # fmt: skip
+    elif program < shared:
+        shared_program(
+            program, out, lse, scratch, counters, query, prefix_key, prefix_value, bank, sinks, sizes, scoring, work,
+            GROUP, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, SHARED_M, BLOCK_N, DTYPE, THREADS, min(SHARED_M, 16), SHARED_MERGED_SPLITS,
+        )  # fmt: skip
+    else:
+        own_program(
+            program - shared, out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding,
+            mask, sinks, sizes, scoring, window, work, GROUP, CAUSAL, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M,
+            BLOCK_N, DTYPE, PREFIX, MERGED_M, MERGED_SPLITS,
+        )  # fmt: skip
+
+
+def launch_decode_once(p: AttentionProblem, out: Tensor, lse: Tensor) -> None:
+    """Writes `out` [B, H, T, Dv] and `lse` [B, H, T] as `forward.launch_forward` does; quick for a T of a few.
+
+    Not for packed sequences. The scratch is float32: a [B, H, T, Dv] for each split.
+    """
+    if p.cu_seqlens is not None:
+        raise ValueError("decode: expected one sequence in each batch row, got cu_seqlens: use forward.launch_forward")
+    if p.query.numel() == 0:
+        return
+    blocks = launch.blocks_for("decode_once", p)
+    work, block_m, shared_m = shared_out(p, blocks)
+    blocks = blocks._replace(block_m=block_m)
+    splits = work.shared_splits + work.own_splits
+    scratch = counters = None
+    if splits > 1:
+        rows = p.batch * p.heads * p.queries
+        scratch = launch.empty(splits * rows * (p.value_dim + 1), like=p.query, dtype=torch.float32)
+        counters = launch.call(zeroed_counters, p.query, p.batch * p.kv_heads * work.units)
+    merged_m, wide = triton.next_power_of_2(work.unit), launch.padded(p.value_dim)
+    arguments = launch.arguments(p)
+    del arguments["cu_seqlens"]
+    launch.launch(
+        decode_once_kernel, work.shared + p.batch * p.kv_heads * work.units * work.own_splits, blocks, p.query,
+        out=launch.view(out), lse=launch.view(lse), scratch=scratch, counters=counters,
+        sinks=launch.contiguous(p.sinks), SHARED_M=shared_m, PREFIX=p.virtual_tokens > 0 and not work.shared,
+        THREADS=32 * blocks.warps, MERGED_M=merged_m, MERGED_SPLITS=_merged_splits(merged_m * wide, blocks.warps),
+        SHARED_MERGED_SPLITS=_merged_splits(16 * wide, blocks.warps),
+        **work._asdict(), **arguments, **launch.constants(p, blocks),
+    )  # fmt: skip
+
+
+def _merged_splits(size: int, warps: int) -> int:
+    """How many splits of so many numbers are read at a time, so that their latencies overlap."""
+    return max(1, min(16, 32 * warps * _MERGED // size))
+
+
+def shared_out(p: AttentionProblem, blocks: launch.Blocks) -> tuple[Work, int, int]:
+    """`(work, block_m, shared_m)` by shapes alone: a tile is `block_m` queries of one owner, or `shared_m` of several.
+
+    `shared_m` is 0 where no prefix is shared.
+    """
+    queries, entries = p.group * p.queries, p.bank[0].shape[0]
+    block_m = min(max(16, triton.next_power_of_2(queries)), max(16, blocks.block_m))
+    unit = min(queries, block_m)
+    units = triton.cdiv(queries, unit)
+    owners, shared_m = p.batch * units, max(blocks.block_m, block_m)
+    tiles = triton.cdiv(owners, shared_m // unit)
+    # Reading an entry for a tile of rows pays where at least two rows would have read it themselves.
+    shares = p.virtual_tokens >= SHARED_KEYS and 2 * tiles * entries <= owners
+    own_keys = min(p.keys, p.window + p.queries - 1) if p.window else p.keys
+    if not shares:
+        own_keys += p.virtual_tokens
+    keys = p.kv_heads * (owners * own_keys + (tiles * p.virtual_tokens if shares else 0))
+    least = KEYS_PER_SPLIT if keys >= KEYS_PER_SPLIT * launch.PROGRAMS else KEYS_PER_SPLIT // 2
+    share = max(triton.cdiv(keys, 4 * launch.PROGRAMS), least)
+    own_splits, own_share = _splits(own_keys, share, blocks.block_n)
+    shared_splits, shared_share = _splits(p.virtual_tokens, share, blocks.block_n) if shares else (0, 0)
+    shared = tiles * shared_splits * p.kv_heads * entries
+    arrivals = own_splits + shared_splits * entries
+    work = Work(p.batch, units, unit, own_splits, own_share, shared, tiles, shared_splits, shared_share, arrivals)
+    return work, block_m, shared_m if shares else 0
+
+
+def _splits(keys: int, share: int, block_n: int) -> tuple[int, int]:
+    """`(splits, keys a split)`, equally many in each, of about `share`: one split where there are no keys."""
+    splits = max(1, triton.cdiv(keys, share))
+    share = triton.cdiv(triton.cdiv(max(keys, 1), splits), block_n) * block_n
+    return max(1, triton.cdiv(keys, share)), share
