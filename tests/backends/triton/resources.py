@@ -33,6 +33,7 @@ from prefixcore.backends.triton.kernels import (
     delta,
     forward,
     grad_keys,
+    grad_once,
     grad_prefix,
     grad_query,
     grad_short_prefix,
@@ -76,18 +77,9 @@ def problem(
     )  # fmt: skip
 
 
-EVERY = (
-    "forward",
-    "from_state",
-    "grad_query",
-    "prefix_only",
-    "grad_keys",
-    "grad_prefix",
-    "decode",
-    "delta",
-    "decode_once",
-)
-SINGLE = ("forward", "grad_query", "grad_keys", "grad_prefix", "decode", "decode_once")
+ONCE = ("decode_once", "grad_once")
+SINGLE = ("forward", "grad_query", "grad_keys", "grad_prefix", "decode", *ONCE)
+EVERY = (*SINGLE, "from_state", "prefix_only", "delta")
 
 CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bf16 128": (problem(), EVERY),
@@ -96,16 +88,17 @@ CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bf16 128, 64 virtual tokens": (problem(P=64), ("grad_short_prefix",)),
     "bf16 64, 64 virtual tokens": (problem(64, P=64), ("grad_short_prefix",)),
     "fp32 64": (problem(64, FP32), SINGLE),
-    "fp32 128": (problem(128, FP32), SINGLE[:4]),
-    "fp32 256": (problem(256, FP32), SINGLE[:3]),
+    "fp32 128": (problem(128, FP32), (*SINGLE[:4], *ONCE)),
+    "fp32 256": (problem(256, FP32), (*SINGLE[:3], *ONCE)),
     "bf16 80, values of 96, float32 prefix": (problem(80, Dv=96, prefix_dtype=FP32), SINGLE),
-    "bf16 256, float32 prefix": (problem(256, prefix_dtype=FP32), SINGLE[:2]),
+    "bf16 256, float32 prefix": (problem(256, prefix_dtype=FP32), (*SINGLE[:2], *ONCE)),
     "window, softcap": (problem(window=8, softcap=20.0), SINGLE),
-    "additive mask, padding, sinks": (problem(mask=BF16, padding=True, sinks=True), (*SINGLE[:3], "decode", "decode_once")),
+    "additive mask, padding, sinks": (
+        problem(mask=BF16, padding=True, sinks=True), (*SINGLE[:3], "decode", *ONCE)),
     "everything at once": (
-        problem(window=8, softcap=20.0, sinks=True, mask=BF16, padding=True), (*SINGLE[:3], "decode", "decode_once")),
-    "bool mask, bidirectional": (problem(mask=torch.bool, is_causal=False), SINGLE[:3]),
-    "packed, bank": (problem(packed=True, bank=True), SINGLE[:4]),
+        problem(window=8, softcap=20.0, sinks=True, mask=BF16, padding=True), (*SINGLE[:3], "decode", *ONCE)),
+    "bool mask, bidirectional": (problem(mask=torch.bool, is_causal=False), (*SINGLE[:3], *ONCE)),
+    "packed, bank": (problem(packed=True, bank=True), (*SINGLE[:4], "grad_once")),
     "bank": (problem(bank=True), ("decode",)),
     "bf16 128, beside a vendor's": (problem(), ("merge", "beside")),
     "packed, bank, sinks, beside a vendor's": (problem(packed=True, bank=True, sinks=True), ("merge", "beside")),
@@ -131,6 +124,9 @@ def call(name: str, p: AttentionProblem) -> None:
         grad_short_prefix.launch_grad_short_prefix(p, out, out, lse, torch.empty_like(p.query))
     elif name == "decode":
         decode.launch_decode(p, out, lse)
+    elif name == "grad_once":
+        grads = (torch.empty_like(x) for x in (p.query, p.key, p.value))
+        grad_once.launch_grad_once(p, out, out, lse, None, *grads, needs_prefix=True)
     elif name == "decode_once":
         longer = {name: torch.cat([getattr(p, name)] * 8, -2) for name in ("prefix_key", "prefix_value")}
         one = p._replace(query=p.query[:, :, :1], mask=None if p.mask is None else p.mask[:, :, :1], **longer)

@@ -30,6 +30,7 @@ if INTERPRETED:
         decode_once,
         forward,
         grad_keys,
+        grad_once,
         grad_prefix,
         grad_query,
         launch,
@@ -116,6 +117,19 @@ def check_backward(p: AttentionProblem, expected: Expected, out: Tensor, lse: Te
     prefix_grads = grad_prefix.launch_grad_prefix(p, grad_out, lse, d)
     for name, got in zip(expected.grads, (dq, dk, dv, *prefix_grads), strict=True):
         close(f"gradient of {name}", got, expected.grads[name], dtype)
+    check_grad_once(p, expected, out, lse)
+
+
+def check_grad_once(p: AttentionProblem, expected: Expected, out: Tensor, lse: Tensor) -> None:
+    grads = [poisoned(x, p.query.dtype) for x in (p.query, p.key, p.value)]
+    arguments = p, expected.grad_out, out, lse, expected.grad_lse
+    of_bank = grad_once.launch_grad_once(*arguments, *grads, needs_prefix=True)
+    assert of_bank is not None
+    for name, got in zip(expected.grads, (*grads, *of_bank), strict=True):
+        close(f"gradient of {name}, in one launch", got, expected.grads[name], p.query.dtype)
+    again = grad_once.launch_grad_once(*arguments, None, None, None, needs_prefix=True)
+    assert again is not None
+    assert all(torch.equal(x, y) for x, y in zip(again, of_bank, strict=True))
 
 
 def check_from_state(p: AttentionProblem, expected: Expected) -> None:

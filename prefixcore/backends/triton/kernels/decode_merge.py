@@ -1,7 +1,7 @@
 """What the programs of a decode leave for one another, and how the last of them adds it up.
 
-Each split s of an owner's keys leaves its output O_s and log-sum-exp lse_s. With L = log sum exp lse_s the merged output
-is sum exp(lse_s - L) O_s, added in the order of the splits (Dao et al., Flash-Decoding, 2023).
+Each split s of an owner's keys leaves its output O_s and log-sum-exp lse_s. With L = log sum exp lse_s the merged
+output is sum exp(lse_s - L) O_s, added in the order of the splits (Dao et al., Flash-Decoding, 2023).
 
 The scratch is [splits, B, H, T, Dv] outputs, then [splits, B, H, T] log-sum-exps in units of log 2, all in float32.
 """

@@ -48,6 +48,7 @@ from .tiles import INFINITY, Strided, head_of, load_tile
 
 KEYS_PER_SPLIT = 256  # fewer than this are not worth a split of their own, if there is enough to do
 SHARED_KEYS = 256  # of a prefix of fewer virtual tokens each batch row reads its own copy, from the L2 cache
+_SHARED_MERGED = 16  # queries that a shared program merges at a time
 _MERGED = 16  # numbers that a thread reads at a time: their addresses take twice the registers
 
 
@@ -103,8 +104,9 @@ def rows_of_tile(tile, kv_head, first, size, sizes, work, GROUP: tl.constexpr, B
 
 @triton.jit
 def own_program(
-    program, out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding, mask, sinks, sizes,
-    scoring, window, work, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    program, out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding, mask, sinks,
+    sizes, scoring, window, work,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PREFIX: tl.constexpr, MERGED_M: tl.constexpr, MERGED_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -237,12 +239,13 @@ def shared_program(
     ]
 )  # fmt: skip
 def decode_once_kernel(
-    out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding, mask, sinks, sizes, scoring,
-    window, batches, units, unit, own_splits, own_share, shared, shared_tiles, shared_splits, shared_share, arrivals,
+    out, lse, scratch, counters, query, key, value, prefix_key, prefix_value, bank, padding, mask, sinks, sizes,
+    scoring, window,
+    batches, units, unit, own_splits, own_share, shared, shared_tiles, shared_splits, shared_share, arrivals,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, SHARED_M: tl.constexpr,
     PREFIX: tl.constexpr, THREADS: tl.constexpr, MERGED_M: tl.constexpr, MERGED_SPLITS: tl.constexpr,
-    SHARED_MERGED_SPLITS: tl.constexpr,
+    SHARED_MERGED_M: tl.constexpr, SHARED_MERGED_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program, shared or own. SHARED_M: queries of a shared program, or 0 where there are none."""
     program = tl.program_id(0)
@@ -258,7 +261,8 @@ def decode_once_kernel(
     elif program < shared:
         shared_program(
             program, out, lse, scratch, counters, query, prefix_key, prefix_value, bank, sinks, sizes, scoring, work,
-            GROUP, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, SHARED_M, BLOCK_N, DTYPE, THREADS, min(SHARED_M, 16), SHARED_MERGED_SPLITS,
+            GROUP, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, SHARED_M, BLOCK_N, DTYPE, THREADS,
+            SHARED_MERGED_M, SHARED_MERGED_SPLITS,
         )  # fmt: skip
     else:
         own_program(
@@ -294,7 +298,7 @@ def launch_decode_once(p: AttentionProblem, out: Tensor, lse: Tensor) -> None:
         out=launch.view(out), lse=launch.view(lse), scratch=scratch, counters=counters,
         sinks=launch.contiguous(p.sinks), SHARED_M=shared_m, PREFIX=p.virtual_tokens > 0 and not work.shared,
         THREADS=32 * blocks.warps, MERGED_M=merged_m, MERGED_SPLITS=_merged_splits(merged_m * wide, blocks.warps),
-        SHARED_MERGED_SPLITS=_merged_splits(16 * wide, blocks.warps),
+        SHARED_MERGED_M=_SHARED_MERGED, SHARED_MERGED_SPLITS=_merged_splits(_SHARED_MERGED * wide, blocks.warps),
         **work._asdict(), **arguments, **launch.constants(p, blocks),
     )  # fmt: skip
 

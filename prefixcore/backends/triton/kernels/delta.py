@@ -4,15 +4,51 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .tiles import address, head_of, load_tile
+from .tiles import Strided, address, head_of, load_tile, offsets_of
 
 _BLOCK_M = 32
+
+
+class Upstream(NamedTuple):
+    """What comes into the backward: all of them [B, H, T] or [B, H, T, Dv], as `launch.View`.
+
+    Attributes:
+        grad_out: The gradient of the output.
+        lse: The log-sum-exp of prefix and sequence together.
+        delta: Of `compute_delta`; None: each tile of queries computes its own, from the next two.
+        out: The output, or None.
+        grad_lse: The gradient of the log-sum-exp, or None.
+    """
+
+    grad_out: Any
+    lse: Any
+    delta: Any
+    out: Any
+    grad_lse: Any
+
+
+@triton.jit
+def delta_of(upstream, batch, head, i, exists, do, VALUE_DIM: tl.constexpr):
+    """delta of the queries `i` whose gradients are `do` [len(i), BLOCK_DV]."""
+    if upstream.out is None:
+        at = upstream.delta.data + offsets_of(upstream.delta, batch, head, i)
+        delta = tl.load(at, mask=exists, other=0.0)
+    else:
+        at = offsets_of(upstream.out, batch, head, i)
+        o = load_tile(Strided(upstream.out.data, 1), at, exists, VALUE_DIM, do.shape[1], tl.float32)
+        delta = tl.sum(o * do.to(tl.float32), 1)
+        if upstream.grad_lse is not None:
+            at = upstream.grad_lse.data + offsets_of(upstream.grad_lse, batch, head, i)
+            delta -= tl.load(at, mask=exists, other=0.0)
+    return delta
 
 
 @triton.jit(do_not_specialize=["heads", "queries"])

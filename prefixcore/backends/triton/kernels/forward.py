@@ -28,7 +28,7 @@ def forward_kernel(
     DTYPE: tl.constexpr, PREFIX: tl.constexpr, FROM_STATE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head."""
-    batch, kv_head, head, tile = tile_of_program(tiles, sizes, GROUP)
+    batch, kv_head, head, tile = tile_of_program(tl.program_id(0), tiles, sizes, GROUP)
     sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_M)
     if first >= sequence.queries:
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...problem import AttentionProblem
 from . import launch
+from .delta import Upstream, delta_of
 from .grad_tile import add_queries
 from .ranges import queries_seeing, tile_count, tile_indices
 from .scores import ScoreMod, mask_of, padding_of
@@ -25,17 +26,19 @@ class Queries(NamedTuple):
 
     Attributes:
         query: One head's [T, D], `Strided`.
-        grad_out: One head's [T, Dv], `Strided`.
-        lse: [T], `Strided`.
-        delta: [T], `Strided`.
+        batch: Its batch row, and
+        head: its number, and
+        start: where its sequence starts, to find in
+        upstream: what comes into the backward, a `delta.Upstream`.
         tiles: The queries that see any of the keys, `ranges.Tiles`.
         score_mod: A `scores.ScoreMod`.
     """
 
     query: Any
-    grad_out: Any
-    lse: Any
-    delta: Any
+    batch: Any
+    head: Any
+    start: Any
+    upstream: Any
     tiles: Any
     score_mod: Any
 
@@ -57,27 +60,24 @@ def add_all_queries(
             if EDGE:
                 keep = exists
             q = load_tile(queries.query, i, keep, HEAD_DIM, k.shape[1], k.dtype)  # [BLOCK_M, BLOCK_D]
-            do = load_tile(queries.grad_out, i, keep, VALUE_DIM, v.shape[1], k.dtype)  # [BLOCK_M, BLOCK_DV]
-            delta = tl.load(address(queries.delta, i), mask=exists, other=0.0)  # [BLOCK_M]
-            lse = load_log_sum_exp(queries.lse, i, exists)  # [BLOCK_M]
+            do_head = head_of(queries.upstream.grad_out, queries.batch, queries.head, queries.start)
+            do = load_tile(do_head, i, keep, VALUE_DIM, v.shape[1], k.dtype)  # [BLOCK_M, BLOCK_DV]
+            at = queries.start + i
+            delta = delta_of(queries.upstream, queries.batch, queries.head, at, exists, do, VALUE_DIM)  # [BLOCK_M]
+            lse_head = head_of(queries.upstream.lse, queries.batch, queries.head, queries.start)
+            lse = load_log_sum_exp(lse_head, i, exists)  # [BLOCK_M]
             dk, dv, _ds = add_queries(dk, dv, k, v, q, do, lse, delta, i, j, None, queries.score_mod, CAUSAL, EDGE)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sizes", "window", "tiles", "scale"])
-def grad_keys_kernel(
-    grad_key, grad_value, grad_out, lse, delta, query, key, value, cu_seqlens, padding, mask, sizes, scoring, window,
-    tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def write_grad_keys(
+    batch, kv_head, sequence, first, grad_key, grad_value, upstream, query, key, value, padding, mask, scoring, window,
+    scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys of one key/value head. Early tiles come first: the most queries see them."""
-    program = tl.program_id(0)
-    tile, kv_head = program % tiles, program // tiles % sizes.kv_heads
-    batch = program // (tiles * sizes.kv_heads)
-    sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_N)
-    if first >= sequence.keys:
-        return
+    """Writes the gradients of the BLOCK_N keys and values from `first` on, of one key/value head."""
     start = sequence.start
     last = tl.minimum(first + BLOCK_N, sequence.keys)
     shift = sequence.keys - sequence.queries
@@ -98,9 +98,10 @@ def grad_keys_kernel(
         score_mod = ScoreMod(scoring, mask_of(mask, batch, head, sequence), shift, window)
         queries = Queries(
             query=head_of(query, batch, head, start),
-            grad_out=head_of(grad_out, batch, head, start),
-            lse=head_of(lse, batch, head, start),
-            delta=head_of(delta, batch, head, start),
+            batch=batch,
+            head=head,
+            start=start,
+            upstream=upstream,
             tiles=seeing,
             score_mod=score_mod,
         )
@@ -109,6 +110,27 @@ def grad_keys_kernel(
     dv = tl.where(keep[:, None], dv, 0.0)
     store_tile(head_of(grad_key, batch, kv_head, start), j, exists, dk, HEAD_DIM)
     store_tile(head_of(grad_value, batch, kv_head, start), j, exists, dv, VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=["sizes", "window", "tiles", "scale"])
+def grad_keys_kernel(
+    grad_key, grad_value, grad_out, lse, delta, query, key, value, cu_seqlens, padding, mask, sizes, scoring, window,
+    tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key/value head. Early tiles come first: the most queries see them."""
+    program = tl.program_id(0)
+    tile, kv_head = program % tiles, program // tiles % sizes.kv_heads
+    batch = program // (tiles * sizes.kv_heads)
+    sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_N)
+    if first >= sequence.keys:
+        return
+    upstream = Upstream(grad_out, lse, delta, out=None, grad_lse=None)
+    write_grad_keys(
+        batch, kv_head, sequence, first, grad_key, grad_value, upstream, query, key, value, padding, mask, scoring,
+        window, scale, GROUP, CAUSAL, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N, DTYPE,
+    )  # fmt: skip
 
 
 def launch_grad_keys(

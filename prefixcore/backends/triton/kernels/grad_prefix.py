@@ -16,31 +16,29 @@ from torch import Tensor
 
 from ...problem import AttentionProblem
 from . import launch
+from .delta import Upstream, delta_of
 from .grad_tile import add_queries
 from .scores import ScoreMod
 from .sequences import packed_span, prefix_length, prefix_of
-from .tiles import Strided, head_of, load_log_sum_exp, load_tile, store_tile
+from .tiles import Strided, head_of, load_log_sum_exp, load_tile, offsets_of, store_tile
 
 _REDUCED = 1024
 TILES_PER_SPLIT = 4  # fewer tiles of queries than this are not worth a partial sum
 
 
-@triton.jit(do_not_specialize=["sizes", "tiles", "query_splits", "sequence_splits", "batch", "scale"])
-def grad_prefix_kernel(
-    grad_key, grad_value, grad_out, lse, delta, query, prefix_key, prefix_value, bank, cu_seqlens, sizes, scoring,
-    tiles, query_splits, sequence_splits, batch, scale, GROUP: tl.constexpr, FOLDED: tl.constexpr,
+@triton.jit
+def write_grad_prefix(
+    tile, kv_head, entry, split, grad_key, grad_value, upstream, query, prefix_key, prefix_value, bank, cu_seqlens,
+    sizes, scoring, query_splits, sequence_splits, batch, scale, GROUP: tl.constexpr, FOLDED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N virtual tokens of one entry and key/value head, one split of the queries.
+    """Writes what one split of the queries gives to BLOCK_N virtual tokens of an entry and key/value head.
 
+    `grad_key` and `grad_value` are where the split's gradients [N, Hkv, P, D] and [N, Hkv, P, Dv] begin.
     FOLDED: every sequence sees the one entry, and the queries of all are folded into one run, (batch, group, time).
     Otherwise the queries of each sequence are a run of their own, (group, time).
     """
-    program = tl.program_id(0)
-    tile, kv_head = program % tiles, program // tiles % sizes.kv_heads
-    entry = program // (tiles * sizes.kv_heads) % sizes.entries
-    split = program // (tiles * sizes.kv_heads * sizes.entries)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     length = prefix_length(entry, bank, sizes)
     counts = j < length
@@ -74,24 +72,45 @@ def grad_prefix_kernel(
         for first in range(begin, end, BLOCK_M):
             folded = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
             exists = folded < end
-            b = (first_batch + folded // (GROUP * queries)).to(tl.int64)
-            h = (kv_head * GROUP + folded // queries % GROUP).to(tl.int64)
-            t = (start + folded % queries).to(tl.int64)
-            q_at = b * query.batch_stride + h * query.head_stride + t * query.row_stride  # [BLOCK_M]
+            b = first_batch + folded // (GROUP * queries)
+            h = kv_head * GROUP + folded // queries % GROUP
+            t = start + folded % queries
+            q_at = offsets_of(query, b, h, t)  # [BLOCK_M]
             q = load_tile(Strided(query.data, 1), q_at, exists, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
-            do_at = b * grad_out.batch_stride + h * grad_out.head_stride + t * grad_out.row_stride
-            do = load_tile(Strided(grad_out.data, 1), do_at, exists, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_M, BLOCK_DV]
-            lse_at = b * lse.batch_stride + h * lse.head_stride + t * lse.row_stride
-            delta_at = b * delta.batch_stride + h * delta.head_stride + t * delta.row_stride
-            delta_i = tl.load(delta.data + delta_at, mask=exists, other=0.0)  # [BLOCK_M]
-            lse_i = load_log_sum_exp(Strided(lse.data, 1), lse_at, exists)  # [BLOCK_M]
-            dk, dv, _ds = add_queries(dk, dv, k, v, q, do, lse_i, delta_i, folded, j, None, score_mod, False, False)
+            do_at = offsets_of(upstream.grad_out, b, h, t)
+            do_rows = Strided(upstream.grad_out.data, 1)
+            do = load_tile(do_rows, do_at, exists, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_M, BLOCK_DV]
+            delta = delta_of(upstream, b, h, t, exists, do, VALUE_DIM)  # [BLOCK_M]
+            lse_at = offsets_of(upstream.lse, b, h, t)
+            lse = load_log_sum_exp(Strided(upstream.lse.data, 1), lse_at, exists)  # [BLOCK_M]
+            dk, dv, _ds = add_queries(dk, dv, k, v, q, do, lse, delta, folded, j, None, score_mod, False, False)
     dk = tl.where(counts[:, None], dk * scale, 0.0)
     dv = tl.where(counts[:, None], dv, 0.0)
-    place = ((split * sizes.entries + entry) * sizes.kv_heads + kv_head).to(tl.int64) * sizes.virtual_tokens
+    place = (entry * sizes.kv_heads + kv_head).to(tl.int64) * sizes.virtual_tokens
     exists = j < sizes.virtual_tokens
     store_tile(Strided(grad_key + place * HEAD_DIM, HEAD_DIM), j, exists, dk, HEAD_DIM)
     store_tile(Strided(grad_value + place * VALUE_DIM, VALUE_DIM), j, exists, dv, VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=["sizes", "tiles", "query_splits", "sequence_splits", "batch", "scale"])
+def grad_prefix_kernel(
+    grad_key, grad_value, grad_out, lse, delta, query, prefix_key, prefix_value, bank, cu_seqlens, sizes, scoring,
+    tiles, query_splits, sequence_splits, batch, scale, GROUP: tl.constexpr, FOLDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N virtual tokens of one entry and key/value head, one split of the queries."""
+    program = tl.program_id(0)
+    tile, kv_head = program % tiles, program // tiles % sizes.kv_heads
+    entry = program // (tiles * sizes.kv_heads) % sizes.entries
+    split = program // (tiles * sizes.kv_heads * sizes.entries)
+    before = (split * sizes.entries * sizes.kv_heads).to(tl.int64) * sizes.virtual_tokens
+    write_grad_prefix(
+        tile, kv_head, entry, split, grad_key + before * HEAD_DIM, grad_value + before * VALUE_DIM,
+        Upstream(grad_out, lse, delta, out=None, grad_lse=None), query, prefix_key, prefix_value, bank, cu_seqlens,
+        sizes, scoring, query_splits, sequence_splits, batch, scale, GROUP, FOLDED, HEAD_DIM, BLOCK_D, VALUE_DIM,
+        BLOCK_DV, BLOCK_M, BLOCK_N, DTYPE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
@@ -107,7 +126,7 @@ def reduce_kernel(partials, total, count, splits, BLOCK: tl.constexpr):
     tl.store(total + at, sum, mask=exists)
 
 
-def _splits(p: AttentionProblem, blocks: launch.Blocks, folded: bool) -> tuple[int, int]:
+def splits_of(p: AttentionProblem, blocks: launch.Blocks, folded: bool) -> tuple[int, int]:
     """`(query_splits, sequence_splits)`: as many programs as keep a device busy, no split of too few queries."""
     entries = p.bank[0].shape[0]
     programs = triton.cdiv(p.virtual_tokens, blocks.block_n) * p.kv_heads * entries
@@ -141,7 +160,7 @@ def launch_grad_prefix(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta
     blocks = launch.blocks_for("grad_prefix", p)
     entries, kv_heads, capacity, _ = p.bank[0].shape
     folded = p.prefix_index is None and p.cu_seqlens is None
-    query_splits, sequence_splits = _splits(p, blocks, folded)
+    query_splits, sequence_splits = splits_of(p, blocks, folded)
     splits, tiles = query_splits * sequence_splits, triton.cdiv(capacity, blocks.block_n)
     grads = [
         launch.empty(splits, entries, kv_heads, capacity, dim, like=p.query, dtype=torch.float32)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ...problem import AttentionProblem
 from . import launch
+from .delta import Upstream, delta_of
 from .online_softmax import Keys
 from .ranges import in_tiles, keys_seen, tile_count, tile_indices
 from .scores import ScoreMod, exists_unpadded, mask_of, padding_of, score
 from .sequences import locate, prefix_of, tile_of_program
-from .tiles import address, dot, head_of, load_log_sum_exp, load_tile, store_tile
+from .tiles import dot, head_of, load_log_sum_exp, load_tile, store_tile
 
 
 @triton.jit
@@ -50,27 +51,23 @@ def add_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["sizes", "window", "tiles", "scale"])
-def grad_query_kernel(
-    grad_query, grad_out, lse, delta, query, key, value, prefix_key, prefix_value, bank, cu_seqlens, padding, mask,
-    sizes, scoring, window, tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, PREFIX: tl.constexpr, PREFIX_ONLY: tl.constexpr,
+@triton.jit
+def write_grad_query(
+    batch, kv_head, head, sequence, first, grad_query, upstream, query, key, value, prefix_key, prefix_value, bank,
+    padding, mask, sizes, scoring, window, scale, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr, PREFIX: tl.constexpr, PREFIX_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head, as in the forward."""
-    batch, kv_head, head, tile = tile_of_program(tiles, sizes, GROUP)
-    sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_M)
-    if first >= sequence.queries:
-        return
+    """Writes the gradient of the BLOCK_M queries from `first` on, of one head. `upstream` is a `delta.Upstream`."""
     start = sequence.start
     last = tl.minimum(first + BLOCK_M, sequence.queries)
     i = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     exists = i < sequence.queries
     q = load_tile(head_of(query, batch, head, start), i, exists, HEAD_DIM, BLOCK_D, DTYPE)  # [BLOCK_M, BLOCK_D]
-    do = load_tile(head_of(grad_out, batch, head, start), i, exists, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_M, BLOCK_DV]
-    lse_head, delta_head = head_of(lse, batch, head, start), head_of(delta, batch, head, start)
-    delta_i = tl.load(address(delta_head, i), mask=exists, other=0.0)  # [BLOCK_M]
-    lse_i = load_log_sum_exp(lse_head, i, exists)  # [BLOCK_M]
+    do_head = head_of(upstream.grad_out, batch, head, start)
+    do = load_tile(do_head, i, exists, VALUE_DIM, BLOCK_DV, DTYPE)  # [BLOCK_M, BLOCK_DV]
+    delta_i = delta_of(upstream, batch, head, start + i, exists, do, VALUE_DIM)  # [BLOCK_M]
+    lse_i = load_log_sum_exp(head_of(upstream.lse, batch, head, start), i, exists)  # [BLOCK_M]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if PREFIX:
@@ -100,6 +97,26 @@ def grad_query_kernel(
     if PREFIX_ONLY:
         dq += load_tile(to, i, exists, HEAD_DIM, BLOCK_D, tl.float32)
     store_tile(to, i, exists, dq, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["sizes", "window", "tiles", "scale"])
+def grad_query_kernel(
+    grad_query, grad_out, lse, delta, query, key, value, prefix_key, prefix_value, bank, cu_seqlens, padding, mask,
+    sizes, scoring, window, tiles, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, PREFIX: tl.constexpr, PREFIX_ONLY: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head, as in the forward."""
+    batch, kv_head, head, tile = tile_of_program(tl.program_id(0), tiles, sizes, GROUP)
+    sequence, first = locate(tile, batch, cu_seqlens, sizes, BLOCK_M)
+    if first >= sequence.queries:
+        return
+    upstream = Upstream(grad_out, lse, delta, out=None, grad_lse=None)
+    write_grad_query(
+        batch, kv_head, head, sequence, first, grad_query, upstream, query, key, value, prefix_key, prefix_value, bank,
+        padding, mask, sizes, scoring, window, scale, CAUSAL, HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_DV, BLOCK_M, BLOCK_N,
+        DTYPE, PREFIX, PREFIX_ONLY,
+    )  # fmt: skip
 
 
 def launch_grad_query(

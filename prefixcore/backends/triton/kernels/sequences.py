@@ -23,13 +23,12 @@ class Sequence(NamedTuple):
 
 
 @triton.jit
-def tile_of_program(tiles, sizes, GROUP: tl.constexpr):
-    """`(batch, kv_head, head, tile)` of this program, where each head has `tiles` tiles of queries.
+def tile_of_program(program, tiles, sizes, GROUP: tl.constexpr):
+    """`(batch, kv_head, head, tile)` of a program, where each head has `tiles` tiles of queries.
 
     Late tiles come first: under a causal mask they see the most keys. The heads of a group, which read the same keys,
     are neighbours.
     """
-    program = tl.program_id(0)
     tile = tiles - 1 - program // GROUP % tiles
     kv_head = program // (GROUP * tiles) % sizes.kv_heads
     return program // (GROUP * tiles * sizes.kv_heads), kv_head, kv_head * GROUP + program % GROUP, tile

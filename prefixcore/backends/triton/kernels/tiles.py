@@ -34,6 +34,13 @@ def head_of(view, batch, head, start):
 
 
 @triton.jit
+def offsets_of(view, batch, head, index):
+    """How far queries or keys `index`, of heads and batch rows that may be vectors too, lie from `view.data`."""
+    first = batch.to(tl.int64) * view.batch_stride + head.to(tl.int64) * view.head_stride
+    return first + index.to(tl.int64) * view.row_stride
+
+
+@triton.jit
 def address(x, index):
     """Where the rows or elements `index` of `x` begin."""
     return x.base + index.to(tl.int64) * x.stride
