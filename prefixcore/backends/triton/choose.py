@@ -2,9 +2,11 @@
 
 From the first rule to the last, which can do everything:
 
-* `decode`: few queries; our kernels, the keys split among the processors (`single.py`);
+* `decode_once`: few queries; one launch of ours, which splits the keys among the processors and merges in place;
+* `decode`: the same in three launches (`single.py`);
 * `fa4`: FlashAttention-4, where it is installed, over prefix and sequence side by side (`beside.py`);
 * `folded`: a long prefix by a vendor's fused attention, all rows at once; the sequence by one, or by us (`folded.py`);
+* `short`: a short sequence's backward in one launch of ours, and one that adds up (`single.py`);
 * `merged`: a vendor's fused attention on the sequence, our kernels on the prefix (`merged.py`);
 * `single`: one launch of our own kernels (`single.py`).
 
@@ -26,15 +28,23 @@ from ..problem import AttentionProblem
 from . import flash4, fused_attention, recording
 from .fused_attention import CUDNN, STAND_IN, FusedAttention, without_prefix
 
-PATHS = ("merged", "folded", "fa4", "single", "decode")
+PATHS = ("merged", "folded", "fa4", "single", "decode", "decode_once", "short")
 
 # --- thresholds: all that a run on a GPU may change ---------------------------------------------------
+
+FEWER_LAUNCHES = os.environ.get("PREFIXCORE_FEWER_LAUNCHES", "0") == "1"
+"""Whether `decode_once` and `short` are chosen, not only forced: they are right in Triton's interpreter and compile for
+every architecture, and no GPU has run them yet. Where one has, this becomes True."""
 
 DECODE_QUERIES = 16
 """Up to so many queries, there are more processors than blocks of queries: the keys are split instead."""
 
 MERGED_KEYS = 512
 """Below so many keys, a second launch costs more than PyTorch's fused attention saves. Not tuned on a device."""
+
+SHORT_KEYS, SHORT_TOKENS = 512, 8192
+"""Up to so many keys, and so many tokens in a batch, the launches of a backward cost more than what they launch. At
+8 x 64 of SmolLM2-135M's shape an H200 takes 1.7 ms to launch seven, and .1 for their work."""
 
 FA4_KEYS = 1024
 """From so many keys on, FlashAttention-4 over both is quicker. On an H200, forward and backward over cuDNN without a
@@ -97,6 +107,24 @@ _FORWARD = Pass()
 # Where the path is forced, its worth is not asked.
 
 
+def _decode_once(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
+    if not (FEWER_LAUNCHES or forced):
+        return "decode in one launch is off: PREFIXCORE_FEWER_LAUNCHES=1 turns it on"
+    answer = _decode(p, what, forced)
+    return answer if isinstance(answer, str) else answer._replace(name="decode_once")
+
+
+def _short(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
+    if not what.training:
+        return Path("short", "forced") if forced else "the forward is one launch as it is"
+    if not (FEWER_LAUNCHES or forced):
+        return "a short sequence's backward in two launches is off: PREFIXCORE_FEWER_LAUNCHES=1 turns it on"
+    tokens = p.batch * p.queries
+    if not forced and (p.keys > SHORT_KEYS or tokens > SHORT_TOKENS):
+        return f"{p.keys} keys and {tokens} tokens, more than {SHORT_KEYS} or {SHORT_TOKENS}"
+    return Path("short", f"{p.keys} keys and {tokens} tokens, no more than {SHORT_KEYS} and {SHORT_TOKENS}")
+
+
 def _decode(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
     if p.cu_seqlens is not None:
         return "the rows are packed"
@@ -155,9 +183,11 @@ def _merged(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
 
 
 _RULES: dict[str, Callable[[AttentionProblem, Pass, bool], Path | str]] = {
+    "decode_once": _decode_once,
     "decode": _decode,
     "fa4": _fa4,
     "folded": _folded,
+    "short": _short,
     "merged": _merged,
     "single": lambda p, what, forced: Path("single", "it can do everything"),
 }

@@ -18,7 +18,7 @@ def forward(p: AttentionProblem, path: Path) -> tuple[Tensor, Tensor]:
         return folded.forward(p, path.prefix, path.fused)
     if path.fused is not None:
         return merged.forward(p, path.fused)
-    return single.decode(p) if path.name == "decode" else single.forward(p)
+    return single.FORWARD.get(path.name, single.forward)(p)
 
 
 def backward(
@@ -35,6 +35,11 @@ def backward(
         )  # fmt: skip
     if path.fused is not None:
         return merged.backward(p, path.fused, grad_out, out, lse, needs_prefix=needs_prefix)
+    if path.name == "short":
+        return single.grad_once(
+            p, grad_out, grad_lse, out, lse, needs_query=needs_query, needs_sequence=needs_sequence,
+            needs_prefix=needs_prefix,
+        )  # fmt: skip
     grads = single.unwanted(p)
     delta = compute_delta(grad_out, out, grad_lse)
     if needs_query:

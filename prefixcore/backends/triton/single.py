@@ -11,8 +11,10 @@ from torch import Tensor
 from ..layout import empty_gradient, empty_heads_last
 from ..problem import AttentionProblem
 from .kernels.decode import launch_decode
+from .kernels.decode_once import launch_decode_once
 from .kernels.forward import launch_forward
 from .kernels.grad_keys import launch_grad_keys
+from .kernels.grad_once import launch_grad_once
 from .kernels.grad_prefix import launch_grad_prefix
 from .kernels.grad_query import launch_grad_query
 from .recording import empty
@@ -35,6 +37,17 @@ def decode(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     out, lse = outputs(p)
     launch_decode(p, out, lse)
     return out, lse
+
+
+def decode_once(p: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """`decode` in one launch."""
+    out, lse = outputs(p)
+    launch_decode_once(p, out, lse)
+    return out, lse
+
+
+FORWARD = {"decode": decode, "decode_once": decode_once}
+"""The forwards that have a path of their own."""
 
 
 def unwanted(p: AttentionProblem) -> list[Tensor]:
@@ -70,6 +83,23 @@ def grad_sequence(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Ten
 def grad_prefix(p: AttentionProblem, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the prefix, in its own shape, float32."""
     return as_prefix(p, launch_grad_prefix(p, grad_out, lse, delta))
+
+
+def grad_once(
+    p: AttentionProblem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *,
+    needs_query: bool, needs_sequence: bool, needs_prefix: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """All five gradients in one launch, or two; empty tensors for those that are not needed."""
+    grads = unwanted(p)
+    wanted: list[Tensor | None] = [None, None, None]
+    if needs_query:
+        grads[0] = wanted[0] = empty_gradient(p.query)
+    if needs_sequence:
+        grads[1], grads[2] = wanted[1:] = empty_gradient(p.key), empty_gradient(p.value)
+    of_bank = launch_grad_once(p, grad_out, out, lse, grad_lse, *wanted, needs_prefix=needs_prefix)
+    if of_bank is not None:
+        grads[3:] = as_prefix(p, of_bank)
+    return tuple(grads)
 
 
 def as_prefix(p: AttentionProblem, of_bank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

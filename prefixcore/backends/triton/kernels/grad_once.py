@@ -173,7 +173,7 @@ def launch_grad_once(
     query_programs = 0 if grad_query is None else query_tiles * p.heads * p.batch
     key_programs = 0 if grad_key is None else key_tiles * kv_heads * p.batch
     prefix_tiles, query_splits, sequence_splits = triton.cdiv(capacity, blocks.block_n), 1, 1
-    splits, of_bank, to = 0, None, (None, None)
+    splits, of_bank, partials = 0, None, None
     counts = [entries * kv_heads * capacity * dim for dim in (p.head_dim, p.value_dim)]
     if needs_prefix:
         query_splits, sequence_splits = splits_of(p, blocks, folded)
@@ -182,10 +182,10 @@ def launch_grad_once(
             launch.empty(entries, kv_heads, capacity, p.head_dim, like=p.query, dtype=torch.float32),
             launch.empty(entries, kv_heads, capacity, p.value_dim, like=p.query, dtype=torch.float32),
         )
-        to = of_bank
         if splits > 1:
-            partials = launch.empty(splits * sum(counts), like=p.query, dtype=torch.float32)
-            to = (partials, partials[splits * counts[0] :])
+            both = launch.empty(splits * sum(counts), like=p.query, dtype=torch.float32)
+            partials = (both, both[splits * counts[0] :])
+    to = partials or of_bank or (None, None)
     prefix_programs = prefix_tiles * kv_heads * entries * splits
     launch.launch(
         grad_once_kernel, key_programs + prefix_programs + query_programs, blocks, p.query,
@@ -197,10 +197,10 @@ def launch_grad_once(
         query_splits=query_splits, sequence_splits=sequence_splits, query_tiles=query_tiles, FOLDED=folded,
         PREFIX=p.virtual_tokens > 0, **launch.arguments(p), **launch.constants(p, blocks),
     )  # fmt: skip
-    if splits > 1:
+    if partials and of_bank:
         launch.launch(
             reduce_both_kernel, sum(triton.cdiv(count, _REDUCED) for count in counts),
-            launch.Blocks(_REDUCED, 0, 4, 1), p.query, keys=to[0], values=to[1], grad_key=of_bank[0],
+            launch.Blocks(_REDUCED, 0, 4, 1), p.query, keys=partials[0], values=partials[1], grad_key=of_bank[0],
             grad_value=of_bank[1], key_count=counts[0], value_count=counts[1], splits=splits, BLOCK=_REDUCED,
         )  # fmt: skip
     return of_bank

@@ -187,7 +187,7 @@ _TABLE = {
         (64, 4): Blocks(16, 32, 4, 1), (128, 4): Blocks(16, 32, 4, 1), (256, 4): Blocks(16, 16, 8, 1),
     },
     "grad_once": {  # rows of what is summed over, then of whose gradient it is
-        (64, 2): Blocks(32, 64, 4, 2), (128, 2): Blocks(32, 64, 8, 2), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 2): Blocks(32, 32, 4, 2), (128, 2): Blocks(32, 32, 4, 2), (256, 2): Blocks(32, 32, 8, 1),
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(16, 16, 4, 1), (256, 4): Blocks(16, 16, 8, 1),
     },
     "decode_once": {  # block_m is that of a shared program: own ones have as few queries as there are
