@@ -18,7 +18,9 @@ def forward(p: AttentionProblem, path: Path) -> tuple[Tensor, Tensor]:
         return folded.forward(p, path.prefix, path.fused)
     if path.fused is not None:
         return merged.forward(p, path.fused)
-    return single.FORWARD.get(path.name, single.forward)(p)
+    if path.name == "decode_once":
+        return single.decode_once(p)
+    return single.decode(p) if path.name == "decode" else single.forward(p)
 
 
 def backward(

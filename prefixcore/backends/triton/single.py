@@ -46,10 +46,6 @@ def decode_once(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-FORWARD = {"decode": decode, "decode_once": decode_once}
-"""The forwards that have a path of their own."""
-
-
 def unwanted(p: AttentionProblem) -> list[Tensor]:
     """What the op returns for gradients that nobody wants: five empty tensors."""
     return [empty(0, like=p.query, dtype=dtype) for dtype in (*[p.query.dtype] * 3, *[torch.float32] * 2)]

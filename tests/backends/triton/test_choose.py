@@ -230,10 +230,10 @@ def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch, forced: str) -> N
         assert path.name == forced
         assert path.why.startswith("forced")
         backward = choose.backward(problem(T=64), all_three=True, grad_lse=False)
-        assert backward.name == ("single" if forced == "decode" else forced)
+        assert backward.name == ("single" if forced.startswith("decode") else forced)
         assert backward.why.startswith("forced")
         backward = choose.backward(problem(T=64), all_three=True, grad_lse=True)
-        assert backward.name == "single"
+        assert backward.name == ("short" if forced == "short" else "single")
     assert choose.forward(problem(T=64)).why != "forced"
 
 
@@ -315,8 +315,9 @@ def test_the_doctor_says_why_a_long_prefix_is_not_left_to_a_vendor(monkeypatch: 
 
 
 def test_what_is_considered_ends_with_what_is_taken() -> None:
-    assert [name for name, _ in choose.considered(problem(T=1, S=4096))] == ["decode"]
-    assert [name for name, _ in choose.considered(problem())] == ["decode", "fa4", "folded", "merged"]
+    assert [name for name, _ in choose.considered(problem(T=1, S=4096))] == ["decode_once", "decode"]
+    rules = ["decode_once", "decode", "fa4", "folded", "short", "merged"]
+    assert [name for name, _ in choose.considered(problem())] == rules
     assert [name for name, _ in choose.considered(problem(T=64))][-1] == "single"
     assert sorted(choose._RULES) == sorted(choose.PATHS)
 
@@ -346,3 +347,16 @@ def test_unknown_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     for ask in (lambda: choose.forward(problem()), lambda: choose.backward(problem(), all_three=True, grad_lse=False)):
         with pytest.raises(ValueError, match=r"unknown path 'both' \(PREFIXCORE_GPU_PATH\)"):
             ask()
+
+
+def test_fewer_launches_are_off_until_a_gpu_has_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, short = problem(T=1, S=4096), problem(T=64)
+    what: dict[str, Any] = {"all_three": False, "grad_lse": True}
+    assert not choose.FEWER_LAUNCHES
+    assert (choose.forward(few).name, choose.backward(short, **what).name) == ("decode", "single")
+    monkeypatch.setattr(choose, "FEWER_LAUNCHES", True)
+    assert (choose.forward(few).name, choose.backward(short, **what).name) == ("decode_once", "short")
+    assert choose.forward(short).name == "single"
+    assert choose.forward(problem(T=4, cu_seqlens=bools(3))).name == "single"
+    for long in (problem(T=choose.SHORT_KEYS + 1), problem(T=64)._replace(query=problem(T=8192).query)):
+        assert choose.backward(long, **what).name == "single"

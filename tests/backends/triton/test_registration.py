@@ -108,11 +108,12 @@ def test_the_path_that_was_chosen_runs(
     ran: list[str] = []
     for module, name in (
         (merged, "forward"), (folded, "forward"), (beside, "forward"), (single, "forward"), (single, "decode"),
+        (single, "decode_once"),
     ):  # fmt: skip
         real = getattr(module, name)
 
         def watched(*arguments: Any, real: Any = real, what: tuple[Any, str] = (module, name)) -> Any:
-            ran.append("decode" if what[1] == "decode" else what[0].__name__.rsplit(".", 1)[1])
+            ran.append(what[1] if what[1].startswith("decode") else what[0].__name__.rsplit(".", 1)[1])
             return real(*arguments)
 
         monkeypatch.setattr(module, name, watched)
@@ -121,7 +122,7 @@ def test_the_path_that_was_chosen_runs(
         if path in ("merged", "folded", "fa4") and DEVICE.type == "cuda":
             tensors = {name: x.bfloat16() for name, x in tensors.items()}
         prefixcore.prefix_attention(**tensors)
-    assert ran[0] == {"fa4": "beside"}.get(path, path)
+    assert ran[0] == {"fa4": "beside", "short": "single"}.get(path, path)
 
 
 @pytest.mark.parametrize("problem", [Problem(B=0), Problem(T=0), Problem(T=0, S=5), Problem(B=0, N=2, index=True)])
