@@ -16,6 +16,13 @@ cudaError_t launch(void (*kernel)(Problem), const Problem& problem, dim3 grid, i
   return cudaLaunchKernelEx(&config, kernel, problem);
 }
 
+// Of the current device.
+inline cudaError_t count_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device) : error;
+}
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace prefixcore::cuda

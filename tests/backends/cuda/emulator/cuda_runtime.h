@@ -33,6 +33,11 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 using cudaStream_t = void*;
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by the emulator"; }
 
+// One multiprocessor: whatever stays on it has several rounds to do.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;
@@ -118,6 +123,13 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T value, int distance) {
   return emulator::meet<T>(mask, value, [&](const T* brought, T* taken) {
     for (int i = 0; i < 32; ++i) taken[i] = brought[i < distance ? i : i - distance];
+  });
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return emulator::meet<T>(mask, value, [&](const T* brought, T* taken) {
+    for (int i = 0; i < 32; ++i) taken[i] = brought[from];
   });
 }
 
