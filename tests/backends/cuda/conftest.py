@@ -116,7 +116,7 @@ def nvcc_build(tmp_path_factory: pytest.TempPathFactory) -> NvccBuild:
     environment = {
         **os.environ, "CXX": stand_in(cxx(), compilers / "c++"),
         "PATH": f"{compilers}{os.pathsep}{os.environ['PATH']}",
-        "PREFIXCORE_CUDA": "1", "PREFIXCORE_CUDA_ARCHITECTURES": "80;90;100",
+        "PREFIXCORE_CUDA": "1", "PREFIXCORE_CUDA_ARCHITECTURES": "80;89;90;100;120",
         "PREFIXCORE_NVCC_FLAGS": "-Xptxas=-v",
     }  # fmt: skip
     output = run(

@@ -21,7 +21,7 @@ from .conftest import SOURCES, NvccBuild, run
 pytestmark = pytest.mark.slow
 
 RESOURCES = Path(__file__).with_name("resources.json")
-ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+ARCHITECTURES = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<architecture>sm_\d+)'\n(?:ptxas info.*\n)*?"
@@ -103,4 +103,4 @@ with FakeTensorMode(), torch.device("cuda"):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=nvcc_build.folder)
     assert result.returncode == 0, result.stderr
     assert "verriding" not in result.stderr, "the triton backend registered itself over the CUDA kernels"
-    assert result.stdout.split() == [str(nvcc_build.folder / "prefixcore" / "_kernels.so"), "80,90,100"]
+    assert result.stdout.split() == [str(nvcc_build.folder / "prefixcore" / "_kernels.so"), "80,89,90,100,120"]

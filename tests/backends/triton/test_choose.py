@@ -100,7 +100,7 @@ def test_head_dims_that_no_kernel_has_are_refused_in_words(launch: ModuleType) -
         launch.blocks_for("forward", problem(D=264))
 
 
-@pytest.mark.parametrize(("capability", "family"), [((8, 9), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 80)])
+@pytest.mark.parametrize(("capability", "family"), [((8, 9), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 120)])
 def test_blocks_fit_the_shared_memory(
     monkeypatch: pytest.MonkeyPatch, launch: ModuleType, capability: tuple[int, int], family: int
 ) -> None:

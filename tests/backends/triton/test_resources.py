@@ -46,18 +46,22 @@ MEASURED = ("grad_keys_kernel", "grad_prefix_kernel", "grad_short_prefix_kernel"
 """On sm_90 these may spill a little: on an H200 they take half the time of the fastest blocks that do not."""
 
 
+SPILLED = 16
+"""Bytes a thread: four registers, which the compiler lays away outside of the inner loop."""
+
+
 def test_nothing_spills(found: dict[str, Any]) -> None:
     """Spilled registers lie on the stack; no kernel has anything else there."""
     for name, needs in found["kernels"].items():
-        tolerated = 400 if name.startswith("sm_90") and name.endswith(MEASURED) else 0
+        tolerated = 400 if name.startswith("sm_90") and name.endswith(MEASURED) else SPILLED
         assert needs["stack"] <= tolerated, name
         assert needs["local"] == 0, name
 
 
 def test_shared_memory_fits(found: dict[str, Any]) -> None:
-    """sm_80's kernels also run on sm_86 and sm_89, which have the least: 99 KiB a block; later ones have 227."""
+    """sm_80's kernels also run on sm_86, which has the least with sm_89 and sm_120: 99 KiB a block; others have 227."""
     for name, needs in found["kernels"].items():
-        assert needs["shared"] <= (99 if name.startswith("sm_80") else 227) * 1024, name
+        assert needs["shared"] <= (99 if name.startswith(("sm_80", "sm_89", "sm_120")) else 227) * 1024, name
 
 
 def test_as_recorded(found: dict[str, Any]) -> None:
@@ -75,6 +79,6 @@ def test_what_was_compiled_once_is_remembered(tmp_path: Path) -> None:
         for folder in (tmp_path / "first", tmp_path / "second")
     )
     assert first == second
-    assert len(first["kernels"]) == 3
+    assert len(first["kernels"]) == 5
     assert list((tmp_path / "first").iterdir())
     assert not (tmp_path / "second").exists()

@@ -207,15 +207,19 @@ _FAMILIES = {
     ("grad_prefix", 90): {(64, 2): Blocks(64, 64, 4, 2), (128, 2): Blocks(64, 64, 4, 2)},
     ("grad_short_prefix", 90): {(64, 2): Blocks(64, 64, 4, 2), (128, 2): Blocks(32, 64, 4, 2)},
     ("decode_prefix", 90): {(128, 2): Blocks(64, 64, 4, 3)},
+    # Consumer Blackwell, whose compiler spills up to 48 bytes a thread of sm_80's blocks.
+    ("from_state", 120): {(128, 2): Blocks(64, 32, 4, 2)},
+    ("grad_query", 120): {(128, 2): Blocks(64, 32, 4, 2)},
+    ("decode_once", 120): {(128, 2): Blocks(32, 32, 4, 4)},
     ("grad_query", 100): {(128, 2): Blocks(64, 64, 8, 2)},
     ("grad_keys", 100): {(128, 2): Blocks(64, 64, 8, 1)},
 }
 
 
 def family(device: torch.device) -> int:
-    """80 (Ampere, Ada), 90 (Hopper) or 100 (Blackwell). Consumer Blackwell (12.x) has the shared memory of Ada."""
+    """80 (Ampere, Ada), 90 (Hopper), 100 (Blackwell) or 120 (consumer Blackwell, with the shared memory of Ada)."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return 80 if major >= 12 else min(max(major, 8), 10) * 10
+    return 120 if major >= 12 else min(max(major, 8), 10) * 10
 
 
 def blocks_for(kernel: str, p: AttentionProblem) -> Blocks:
@@ -229,7 +233,7 @@ def blocks_for(kernel: str, p: AttentionProblem) -> Blocks:
     size = (max(64, padded(widest)), p.query.element_size())
     chips = family(p.query.device)
     blocks = _FAMILIES.get((kernel, chips), {}).get(size) or _TABLE[kernel][size]
-    if chips == 80 and p.prefix_key.element_size() > size[1]:  # a float32 prefix takes twice the shared memory
+    if chips in (80, 120) and p.prefix_key.element_size() > size[1]:  # a float32 prefix takes twice the shared memory
         blocks = blocks._replace(block_n=max(16, blocks.block_n // 2))
     if p.mask is not None:  # its tile is as large as that of the scores, and takes as many registers
         block_n = max(16, blocks.block_n // 2) if p.softcap else blocks.block_n
