@@ -13,6 +13,7 @@ from . import machine, timing
 Measure = Callable[..., dict[str, Any]]
 
 
+@pytest.hookimpl(optionalhook=True)  # the GPU's suite does without pytest-benchmark
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """The stamp goes into the JSON beside what pytest-benchmark notes itself."""
     machine_info["prefixcore"] = machine.stamp()

@@ -63,7 +63,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit's short name, with `+changes` where tracked files differ from it."""
+    """The commit's short name, with `+changes` where tracked files differ from it.
+
+    A copy without its history is told by `PREFIXCORE_COMMIT` what it is a copy of.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -73,7 +76,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "prefixcore", "bench")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PREFIXCORE_COMMIT", "unknown")
 
 
 COMMIT = commit()  # of what is being measured: when this module is imported, since files may change meanwhile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from bench.attention_problem import PREFIX, SEQUENCE, Attention, Problem, solve
 from bench.gates import REFERENCE_TOLERANCE, gate
 from bench.reference.concatenated_sdpa import concatenated_sdpa, visible
 from bench.timing import Call
+from prefixcore.backends.triton import use_path
 
 from .device import DEVICE, HALF
 
@@ -86,16 +87,26 @@ def answers(problem: Problem, *, backward: bool) -> dict[str, Tensor]:
 
 
 def check(
-    problem: Problem, others: Mapping[str, Attention], *, backward: bool, ours: Attention = prefixcore.prefix_attention
+    problem: Problem,
+    others: Mapping[str, Attention],
+    *,
+    backward: bool,
+    ours: Attention = prefixcore.prefix_attention,
+    paths: Sequence[str] = (),
 ) -> float:
-    """The gate: of ours, whose greatest relative error is returned, and of `others`."""
+    """The gate: of ours, whose greatest relative error is returned, also by each of `paths`; and of `others`."""
     want = answers(problem, backward=backward)
-    error = 0.0
-    for who, attention in {"prefix_attention": ours, **others}.items():
+
+    def error(who: str, attention: Attention, tolerance: float) -> float:
         with torch.set_grad_enabled(backward):
             tensors = inputs(problem, gradients=backward)
             got = solve(attention, tensors, grad_out(problem) if backward else None)
-        mine = who == "prefix_attention"
-        worst = gate(who, got, want, (TOLERANCE if mine else REFERENCE_TOLERANCE)[HALF])
-        error = worst if mine else error
-    return error
+        return gate(who, got, want, tolerance)
+
+    worst = error("prefix_attention", ours, TOLERANCE[HALF])
+    for path in paths:
+        with use_path(path):
+            worst = max(worst, error(f"prefix_attention by the {path} path", ours, TOLERANCE[HALF]))
+    for who, attention in others.items():
+        error(who, attention, REFERENCE_TOLERANCE[HALF])
+    return worst

@@ -1,4 +1,4 @@
-"""What is measured on: ``PREFIXCORE_BENCH_DEVICE`` is ``cuda``, or ``interpreter`` for a rehearsal without a GPU."""
+"""What is measured on: `PREFIXCORE_BENCH_DEVICE` is `cuda`, or `interpreter` for a rehearsal without a GPU."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 REAL = NAME == "cuda"
 HALF = torch.bfloat16 if REAL else torch.float32
 """The dtype that is measured; a rehearsal computes in float32, which the interpreter knows best."""
+REPLAY = os.environ.get("PREFIXCORE_REPLAY", "0") == "1"
+"""Whether the Triton backend is asked to replay plans."""
+COMPILER = "inductor" if REAL else "aot_eager"
+"""Whose code `torch.compile` runs; a rehearsal traces as Inductor does and compiles nothing."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``prefix_attention`` in training: beside the same fused attention without any prefix, beside concatenating and
+"""`prefix_attention` in training: beside the same fused attention without any prefix, beside concatenating and
 masking, and beside compiled FlexAttention."""
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from bench.reference.bare_sdpa import bare_sdpa
 from bench.reference.flex import make_flex
 from bench.scale import SCALE, pick
 
+from . import paths
 from .attention import call, check, concatenated, inputs
-from .conftest import Measure
+from .conftest import LeftOut, Measure
 from .device import DEVICE, REAL
 
-TOY = Problem(1, 4, 2, 24, 16, 5, heads_last=True)
+TOY = Problem(1, 2, 1, 12, 16, 5, heads_last=True)
 ROWS = [Problem(8, 32, 8, 2048, 128, P, heads_last=True) for P in (64, 512, 2048, 8192)]
+LENGTHS = [Problem(8, 32, 8, T, 128, 64, heads_last=True) for T in (512, 1024, 4096)]
+OTHERS = [Problem(8, 32, 8, 2048, 128, 20, heads_last=True), Problem(8, 16, 16, 2048, 64, 64, heads_last=True),
+          Problem(2, 32, 8, 8192, 128, 512, heads_last=True)]  # fmt: skip
 MORE = [
-    Problem(8, 32, 8, 512, 128, 64, heads_last=True),
-    Problem(8, 16, 16, 2048, 64, 64, heads_last=True),
     Problem(1, 32, 8, 8192, 128, 64, heads_last=True),
     Problem(4, 16, 4, 2048, 256, 64, heads_last=True),
     Problem(64, 32, 8, 128, 128, 64, heads_last=True),
@@ -50,27 +52,28 @@ def path(problem: Problem, *, backward: bool) -> dict[str, str]:
 BOTH = [False, True]
 CASES = pick(
     smoke=[(TOY, backward) for backward in BOTH],
-    quick=[(ROWS[0], False), *((row, True) for row in ROWS)],
-    full=[(row, backward) for row in (*ROWS, *MORE) for backward in BOTH],
+    quick=[(ROWS[0], False), *((row, True) for row in (*ROWS, *LENGTHS, *OTHERS))],
+    full=[(row, backward) for row in (*ROWS, *LENGTHS, *OTHERS, *MORE) for backward in BOTH],
 )
+FLEX = (64, 2048)
+"""The prefixes that FlexAttention is measured with in a quick run: compiling it takes longer than all else here."""
 
 
 @pytest.mark.parametrize(("problem", "backward"), CASES, ids=lambda x: name(x) or ("fwd+bwd" if x else "fwd"))
-def test_training(measure: Measure, problem: Problem, backward: bool) -> None:
-    references = {"concatenated": concatenated(problem)}
-    if REAL and (SCALE == "full" or problem.P in (64, 2048)):  # compiling takes longer than all else here
-        references["flex"] = make_flex(problem.T, problem.P, device=DEVICE)
-    error = check(problem, references, backward=backward)
-    calls = {who: call(problem, attention, backward=backward) for who, attention in references.items()}
+def test_training(measure: Measure, left_out: LeftOut, problem: Problem, backward: bool) -> None:
+    others = {"concatenated": concatenated(problem)}
+    if REAL and (SCALE == "full" or (problem.P in FLEX and problem in ROWS)):
+        others["flex"] = make_flex(problem.T, problem.P, device=DEVICE)
+    ways = paths.possible(problem, left_out)
+    error = check(problem, others, backward=backward, paths=ways)
+    ours = call(problem, prefixcore.prefix_attention, backward=backward)
+    calls = {who: call(problem, attention, backward=backward) for who, attention in others.items()}
     calls["bare"] = call(problem, bare_sdpa, backward=backward, bare=True)
-    # Each query sees T / 2 keys on average, and P virtual tokens more.
-    goal = 1.08 if problem.P <= 64 else 1.03 + 1.2 * problem.P / (problem.T / 2)
     measure(
         "gpu attention",
         problem.case(backward=backward),
-        call(problem, prefixcore.prefix_attention, backward=backward),
-        calls,
-        {"bare": goal, "concatenated": 1 / 2.5, "flex": 1 / 1.5},
+        ours,
+        {**calls, **{paths.reference_name(way): paths.forced(way, ours) for way in ways}},
         relative_error=error,
         path=path(problem, backward=backward),
         peak=peaks(problem, backward=backward),

@@ -1,4 +1,4 @@
-"""``soft_embedding`` by its default kernels, beside a copy of as many bytes and beside embedding + concatenate."""
+"""`soft_embedding` by its default kernels, beside a copy of as many bytes and beside embedding + concatenate."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ def test_soft_embedding(measure: Measure, B: int, T: int, P: int, V: int, E: int
         {"B": B, "T": T, "P": P, "V": V, "E": E, "backward": backward},
         ours,
         {"output copied": lambda: target.copy_(grad), "embedding + cat": embedding_and_cat},
-        {"embedding + cat": 1.0, **({} if backward else {"copy": 0.9})},
         moves=2 * whole + (B * P * E * HALF.itemsize if backward else 0),
         relative_error=error,
         backend=backend.name,

@@ -1,0 +1,139 @@
+"""The parts of `make gpu`, in order of importance: what each runs, about how long it takes and when it is stopped.
+
+Times are of an H200 with sixteen cores, kernels not yet compiled. Only Python's own library is imported here: the
+environment of the rest is made by what reads this.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+REPLAY = "PREFIXCORE_REPLAY"
+DEVICE_TESTS = (
+    *(f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics")),
+    *(
+        f"tests/backends/triton/test_{name}.py"
+        for name in ("merged", "on_device", "registration", "choose", "soft_embedding")
+    ),
+)
+CUDA_TESTS = ("tests/backends/cuda/test_embedding.py",)
+FORCED_TESTS = ("tests/ops/test_attention_correct.py",)
+REHEARSED = ("tests/ops/test_attention_correct.py", "-k", "test_options and 75-torch.bfloat16")
+SANITIZED_CUDA = (*CUDA_TESTS, "-k", "test_backward")
+SANITIZED = (*(f"tests/backends/triton/test_{name}.py" for name in ("on_device", "merged", "soft_embedding")),
+             "-k", "out_of_range or (test_options and bfloat16) or by_default or dense_mask")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of a part, or for tests as many as there are cores.
+
+    Attributes:
+        name: what tells it from the part's other runs; empty where there is but one.
+        what: the tests, or the benchmark's file in bench/gpu/.
+        settings: environment variables.
+        path: the path of the Triton backend that is forced, if one is.
+    """
+
+    name: str
+    what: Sequence[str]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """What can be run alone.
+
+    Attributes:
+        name: as `PARTS` names it.
+        what: what it shows, in words.
+        seconds: about how long it takes.
+        limit: when it is stopped; what was measured until then is kept.
+        kind: tests, benchmark or sanitizer.
+        runs: one after the other.
+    """
+
+    name: str
+    what: str
+    seconds: int
+    limit: int
+    kind: str
+    runs: tuple[Run, ...]
+
+
+def benchmark(name: str, what: str, seconds: int, limit: int, *, replay: bool = False) -> Part:
+    """A part that measures by bench/gpu/test_NAME.py. `replay`: once more with plans replayed."""
+    file = (f"bench/gpu/test_{name.replace('-', '_')}.py",)
+    runs = (Run("", file, {REPLAY: "0"} if replay else {}),)
+    return Part(
+        name, what, seconds, limit, "benchmark", (*runs, Run("replay", file, {REPLAY: "1"})) if replay else runs
+    )
+
+
+PATHS = ("merged", "single", "decode", "folded", "fa4")
+"""Those that are forced one after the other, also those that a tree may lack: that is said, then, and not passed over."""
+
+PARTS = (
+    Part("tests", "the tests on the device, plans not replayed", 110, 240, "tests",
+         (Run("", DEVICE_TESTS, {REPLAY: "0"}),)),
+    benchmark("launching", "what a call costs the CPU, beside SDPA's", 30, 90, replay=True),
+    Part("tests-replay", "the tests on the device, plans replayed", 60, 200, "tests",
+         (Run("replay", DEVICE_TESTS, {REPLAY: "1"}),)),
+    benchmark("small-steps", "whole steps of SmolLM2-135M's shape, beside bare, PEFT and LoRA", 80, 200, replay=True),
+    benchmark("attention", "attention over P and T beside cuDNN without a prefix, each path forced", 100, 240),
+    benchmark("decode", "decoding over a shared prefix, as a share of a copy's rate", 15, 60),
+    benchmark("soft-embedding", "the lookup, as a share of a copy's rate", 10, 40),
+    benchmark("compiled", "steps under torch.compile, recompiles over ten lengths, CUDA graphs", 90, 240, replay=True),
+    benchmark("generation", "a token's time, eager and with a static cache compiled", 130, 300, replay=True),
+    Part("tests-paths", "the tests of correctness with each path forced", 60, 200, "tests",
+         tuple(Run(name, FORCED_TESTS, path=name) for name in PATHS)),
+    benchmark("steps", "whole steps of one and eight billion parameters, time and memory", 130, 400),
+    Part("sanitizer", "accesses out of bounds, races", 25, 90, "sanitizer", (Run("", SANITIZED),)),
+)  # fmt: skip
+
+
+def chosen(names: Sequence[str]) -> list[Part]:
+    """The parts of these names, in order of importance; all where there are none.
+
+    Raises:
+        ValueError: a name is none of a part.
+    """
+    known = {part.name: part for part in PARTS}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown part {', '.join(unknown)}; there are: {' '.join(known)}")
+    return [part for part in PARTS if not names or part.name in names]
+
+
+def lacking(run: Run) -> str | None:
+    """Why this tree cannot do `run`, in words, or None if it can."""
+    if run.settings.get(REPLAY) == "1" and not reads(REPLAY):
+        return f"this tree has no replay of plans (nothing reads {REPLAY})"
+    if run.path is not None and run.path not in paths():
+        return f"this tree has no path {run.path!r}"
+    return None
+
+
+def reads(variable: str) -> bool:
+    """Whether the package reads an environment variable of that name."""
+    return any(variable in file.read_text(encoding="utf-8") for file in (ROOT / "prefixcore").rglob("*.py"))
+
+
+def paths() -> Sequence[str]:
+    """The paths of the Triton backend in this tree."""
+    from prefixcore.backends.triton.choose import PATHS as here
+
+    return here
+
+
+def command(run: Run, kind: str, folder: Path, stem: str) -> list[str]:
+    """The pytest of a run: its results go to `folder`."""
+    pytest = [sys.executable, "-m", "pytest", *run.what, "--tb=short"]
+    if kind == "benchmark":
+        quiet = ["-W", "ignore::FutureWarning", "-W", "ignore::UserWarning", "--capture=no"]
+        return [*pytest, *quiet, f"--figures={folder / stem}.json"]
+    return [*pytest, f"--junitxml={folder / stem}.xml"]

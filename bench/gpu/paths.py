@@ -1,0 +1,52 @@
+"""The ways of computing attention that are measured one beside the other, each forced; and what a tree lacks of them."""
+
+from __future__ import annotations
+
+from bench.attention_problem import Problem
+from bench.timing import Call
+from prefixcore.backends.triton import PATHS, use_path
+
+from .attention import inputs
+from .conftest import LeftOut
+
+FORCED = ("merged", "single", "folded", "fa4")
+"""Those that train; decoding has a part of its own."""
+
+
+def reference_name(path: str) -> str:
+    """How the figures name a forced path among what ours is measured beside."""
+    return f"{path} path"
+
+
+def forced(path: str, call: Call) -> Call:
+    """`call`, forward and backward by that path."""
+
+    def run() -> None:
+        with use_path(path):
+            call()
+
+    return run
+
+
+def refusal(path: str, problem: Problem) -> str | None:
+    """Why a problem cannot go by a path, in words, or None if it can."""
+    if path not in PATHS:
+        return f"this tree has no path {path!r}"
+    from prefixcore.backends.problem import attention_problem
+    from prefixcore.backends.triton import choose
+
+    try:
+        with use_path(path):
+            choose.forward(attention_problem(**inputs(problem, gradients=False)))
+    except (ValueError, ImportError) as error:
+        return str(error)
+    return None
+
+
+def possible(problem: Problem, left_out: LeftOut) -> list[str]:
+    """Those of `FORCED` that the problem can go by; the others are left out by name."""
+    refused = {path: refusal(path, problem) for path in FORCED}
+    for path, why in refused.items():
+        if why:
+            left_out(f"by the {path} path", why)
+    return [path for path, why in refused.items() if not why]

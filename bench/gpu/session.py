@@ -1,0 +1,196 @@
+"""One run of `make gpu`: its parts, what became of each, the time that is left, and what an earlier run has done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tarfile
+import time
+import xml.etree.ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .parts import CUDA_TESTS, DEVICE_TESTS, REHEARSED, ROOT, SANITIZED_CUDA, Part, Run, command, lacking
+from .processes import LATE, side_by_side
+
+PASSED, FAILED, CUT, NOT_RUN, LEFT_OUT = "passed", "failed", "cut", "not run", "left out"
+KEPT = 5.0  # seconds of all that are left for writing the results
+SHORTEST = 5.0  # seconds: with less nothing is begun
+
+
+class Session:
+    """The steps, their results, and the time that is left.
+
+    Attributes:
+        out: the folder of results.
+        limit: seconds for everything; None: each part has its own limit alone.
+        machine: what is measured on, as the report says it.
+        steps: what became of each step, in order.
+    """
+
+    def __init__(self, out: Path, rehearsal: bool, machine: dict[str, Any], limit: float | None = None) -> None:
+        self.out, self.rehearsal, self.limit, self.machine = out, rehearsal, limit, machine
+        self.began = time.monotonic()
+        self.steps: list[dict[str, Any]] = []
+        self.pack: Path | None = None
+        self.logs = out / "logs"
+        self.before = finished_before(out, machine, rehearsal)
+        self.logs.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        if self.limit is None:
+            return float("inf")
+        return self.limit - KEPT - (time.monotonic() - self.began)
+
+    def note(self, name: str, state: str, **more: Any) -> bool:
+        """Keep and say what became of a step."""
+        self.steps.append({"step": name, "state": state, **more})
+        self.write()
+        print(f"{name}: {state}" + "".join(f"; {key} {value}" for key, value in more.items()), flush=True)
+        return state == PASSED
+
+    def run(self, name: str, commands: Sequence[Sequence[str]], limit: float, **settings: str) -> bool:
+        """The commands side by side, each with a log of its own; passed if all of them are."""
+        began, limit = time.monotonic(), min(limit, self.left())
+        if limit < SHORTEST:
+            return self.note(name, NOT_RUN, why="no time was left")
+        stem = name.replace(" ", "-")
+        several = [f"-{number}" if len(commands) > 1 else "" for number in range(len(commands))]
+        logs = [self.logs / f"{stem}{number}.log" for number in several]
+        codes = side_by_side(commands, logs, limit, settings, ROOT)
+        more: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
+        if any(codes):
+            more["exit"] = codes
+            more["logs"] = [str(log.relative_to(self.out)) for log, code in zip(logs, codes, strict=True) if code]
+        results = test_results(sorted(self.logs.glob(f"{stem}-[0-9]*.xml")))
+        state = CUT if LATE in codes and set(codes) <= {0, LATE} else FAILED if any(codes) else PASSED
+        return self.note(name, state, **more, **results)
+
+    def part(self, part: Part) -> None:
+        """All runs of a part that this tree has, as far as the time goes."""
+        for run in part.runs:
+            name = f"{part.name} {run.name}" if run.name and part.name != f"{part.kind}-{run.name}" else part.name
+            if why := lacking(run):
+                self.note(name, LEFT_OUT, why=why)
+            elif name in self.before:
+                self.steps.append(self.before[name])
+                self.write()
+                print(f"{name}: passed in an earlier run of this commit here, and is kept", flush=True)
+            elif self.left() < part.seconds / len(part.runs):
+                self.note(name, NOT_RUN, why=f"it takes about {part.seconds} s, and {self.left():.0f} s are left")
+            else:
+                print(f"{name}: {part.what}; about {part.seconds} s, at most {part.limit} s", flush=True)
+                self.start(name, part, run)
+
+    def start(self, name: str, part: Part, run: Run) -> None:
+        if part.kind == "sanitizer":
+            self.sanitize(name, part)
+        elif part.kind == "tests":
+            self.tests(name, part, run)
+        else:
+            device, scale = ("interpreter", "smoke") if self.rehearsal else ("cuda", "quick")
+            settings = {"PREFIXCORE_BENCH_DEVICE": device, "PREFIXCORE_BENCH": scale, **run.settings}
+            self.run(name, [command(run, part.kind, self.out, name.replace(" ", "-"))], part.limit, **settings)
+
+    def tests(self, name: str, part: Part, run: Run) -> None:
+        cores, stem = os.cpu_count() or 1, name.replace(" ", "-")
+        for old in self.logs.glob(f"{stem}-[0-9]*.xml"):
+            old.unlink()
+        what = run.what
+        if self.rehearsal:
+            what = REHEARSED
+        elif run.what == DEVICE_TESTS and self.machine["nvcc"]:
+            what = (*DEVICE_TESTS, *CUDA_TESTS)
+        processes = max(1, cores // 2) if self.rehearsal else min(16, cores)
+        shared = Run(run.name, what, run.settings, run.path)
+        commands = [
+            ["env", f"PREFIXCORE_TEST_SHARD={number}/{processes}", *command(shared, "tests", self.logs, f"{stem}-{number}")]
+            for number in range(processes)
+        ]  # fmt: skip
+        device = "interpreter" if self.rehearsal else "cuda"
+        forced = {"PREFIXCORE_GPU_PATH": run.path} if run.path else {}
+        settings = {"PREFIXCORE_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **forced, **run.settings}
+        self.run(name, commands, part.limit, **settings)
+
+    def sanitize(self, name: str, part: Part) -> None:
+        """A part of the tests again, watched for accesses out of bounds and for races."""
+        sanitizer = shutil.which("compute-sanitizer")
+        if self.rehearsal or sanitizer is None:
+            why = "there is no GPU" if self.rehearsal else "compute-sanitizer is not on PATH"
+            self.note(name, LEFT_OUT, why=why)
+            return
+        sanitized = [("memcheck", part.runs[0].what)]
+        if self.machine["nvcc"]:  # the kernels that use shared memory by hand
+            sanitized += [("memcheck", SANITIZED_CUDA), ("racecheck", SANITIZED_CUDA)]
+        commands = [
+            [sanitizer, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-m", "pytest", *tests]
+            for tool, tests in sanitized
+        ]
+        self.run(name, commands, part.limit, PREFIXCORE_TEST_DEVICE="cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+    def write(self, *, finished: bool = False) -> int:
+        """After every step, so that whatever ends the run leaves what was found; returns the exit status.
+
+        0: all passed; 1: something failed; 2: nothing failed, but time ran out before all had run.
+        """
+        states = {step["state"] for step in self.steps}
+        status = 1 if FAILED in states or not finished else 2 if states & {CUT, NOT_RUN} else 0
+        report = {
+            "rehearsal": self.rehearsal,
+            "finished": finished,
+            "passed": status == 0,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "machine": self.machine,
+            "steps": self.steps,
+        }
+        (self.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if self.pack:
+            packed(self.out, self.pack)
+        return status
+
+
+def finished_before(out: Path, machine: dict[str, Any], rehearsal: bool) -> dict[str, dict[str, Any]]:
+    """What passed in `out` already, of this commit on this machine; nothing where the commit is not known."""
+    try:
+        report = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    commit = str(machine.get("commit", "unknown"))
+    if commit == "unknown" or commit.endswith("+changes") or report["rehearsal"] != rehearsal:
+        return {}
+    if report["machine"] != machine:
+        return {}
+    return {step["step"]: step for step in report["steps"] if step["state"] == PASSED}
+
+
+def test_results(reports: Sequence[Path]) -> dict[str, Any]:
+    """What pytest's reports add up to."""
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    failed = []
+    for report in reports:
+        try:
+            suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+        except xml.etree.ElementTree.ParseError:  # its process was killed while it wrote
+            continue
+        assert suite is not None
+        for key in counts:
+            counts[key] += int(suite.get(key, 0))
+        failed += [
+            f"{case.get('classname')}::{case.get('name')}"
+            for case in suite.iter("testcase")
+            if case.find("failure") is not None or case.find("error") is not None
+        ]
+    return {**counts, **({"failed": failed} if failed else {})} if counts["tests"] else {}
+
+
+def packed(out: Path, folder: Path) -> None:
+    """All of `out` as one file in `folder`, replaced whole: for a machine of which only a few files come back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / ".gpu.tar.gz"
+    with tarfile.open(unfinished, "w:gz") as archive:
+        archive.add(out, arcname="gpu")
+    unfinished.replace(folder / "gpu.tar.gz")
+    shutil.copy(out / "gpu.json", folder / "gpu.json")
