@@ -6,6 +6,7 @@
 #   make test JOBS=1                how many processes the tests are shared out among; by default one a core
 #   make bench WHAT=bench/steps OUT=bench/out/steps.json     a part of the suite, and where its JSON goes
 #   make gpu OUT=results WHEELS=wheels     where the results go, and a folder of wheels for a machine without a network
+#   make gpu PARTS="launching decode"      these parts alone;  SECONDS=300  as many as fit;  PACK=folder  one file there
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -15,13 +16,15 @@ SERVE_VENV ?= .venv-vllm
 ARGS ?=
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 WHEELS ?=
+PARTS ?=
+PACK ?=
 WHAT ?= bench
 OUT ?= bench/out/$(SCALE).json
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo audit-demo serve-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-serving bench-avx2 gpu gpu-rehearsal lint format docs docs-serve clean
+.PHONY: help demo audit-demo serve-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-serving bench-avx2 gpu gpu-rehearsal gpu-wheels lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
@@ -38,8 +41,9 @@ help:
 	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
 	@echo "make bench-serving   throughput and time to first token in vLLM, beside text prompts and PEFT (ten minutes)"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
-	@echo "make gpu     on a machine with an NVIDIA GPU: build, test and measure there, under ten minutes; PYTHON has to have"
-	@echo "             torch, triton and transformers. make gpu-rehearsal: the same without a GPU, as far as that goes"
+	@echo "make gpu     on a machine with an NVIDIA GPU: build, test and measure there (a quarter of an hour on an H200); PARTS="
+	@echo "             and SECONDS= say what of it; PYTHON has to have torch, triton and transformers. make gpu-rehearsal: the"
+	@echo "             same without a GPU, as far as that goes; make gpu-wheels WHEELS=folder: what a machine without a network needs"
 	@echo "make lint    ruff, mypy and clang-format, changing nothing"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make docs    build the documentation into site/, warnings as errors; make docs-serve: show it while it is written"
@@ -98,11 +102,21 @@ bench-serving: $(VENV)/.installed $(SERVE_VENV)/.installed
 
 # With the torch that is there, and not one of our choosing: it has to fit the machine's driver.
 gpu gpu-rehearsal: OUT := bench/out/gpu
+GPU_OPTIONS = --out "$(OUT)" $(if $(PARTS),--parts $(PARTS)) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS)) $(ARGS)
+# bash has a SECONDS of its own, which it may have exported: only one that was given here counts.
+GPU_SECONDS := $(if $(filter command line,$(origin SECONDS)),$(SECONDS))
+
 gpu:
-	"$(PYTHON)" .ci/gpu.py --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(ARGS)
+	"$(PYTHON)" .ci/gpu.py $(GPU_OPTIONS) $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(PACK),--pack "$(PACK)")
 
 gpu-rehearsal: $(VENV)/.installed
-	$(BIN)/python .ci/gpu.py --rehearsal --out "$(OUT)" $(ARGS)
+	$(BIN)/python .ci/gpu.py --rehearsal $(GPU_OPTIONS)
+
+# Of the Python and platform of the machine that they are for, and nothing that it has with its torch.
+gpu-wheels:
+	"$(PYTHON)" -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	    --abi cp312 --abi abi3 --abi none $(foreach n,17 24 27 28,--platform manylinux_2_$(n)_x86_64) \
+	    --dest "$(or $(WHEELS),wheels)" --requirement bench/gpu/wheels.txt
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

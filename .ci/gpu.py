@@ -205,7 +205,7 @@ def steps(session: Session, nvcc: str | None, parts: Sequence[Part]) -> None:
         session.part(part)
     files = sorted(str(path) for path in session.out.glob("*.json") if path.name != "gpu.json")
     if files:
-        session.run("figures", [[sys.executable, "-m", "bench.gpu.report", *files]], 60)
+        session.run("figures", [[sys.executable, "-m", "bench.gpu.page", *files]], 60)
         print((session.logs / "figures.log").read_text())
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from .cells import NOTHING, markdown
-from .gpu.kept import Info, Session
+from .gpu.contents import BASE, is_of
+from .gpu.kept import Session
 from .model_tables import packed_kind
 from .runs import Machine, Row
 
@@ -93,22 +94,26 @@ def benchmarks(found: Sequence[Machine]) -> str:
     return markdown(["forward and backward", "over", *(f"{machine.name} ({machine.isa})" for machine in here)], lines)
 
 
-def gpu_ratio(rows: Iterable[Info], virtual: int, reference: str) -> float | None:
+def gpu_ratio(rows: Iterable[Row], virtual: int, reference: str) -> float | None:
     """Our time over the reference's in the training row of `GPU_LENGTH` tokens with so many virtual ones."""
-    for info in rows:
-        case = info["case"]
-        training = case.get("backward", True) and not case.get("checkpointing", False)
-        if training and (case["T"], case["P"]) == (GPU_LENGTH, virtual) and reference in info["ratios"]:
-            return float(info["ratios"][reference]["of_minima"])
+    for row in rows:
+        training = row.case.get("backward", True) and not row.case.get("checkpointing", False)
+        if training and (row.case["T"], row.case["P"]) == (GPU_LENGTH, virtual) and reference in row.references:
+            return row.worst(reference)
     return None
 
 
-def gpu_steps(found: Sequence[Session]) -> dict[str, list[Info]]:
+def gpu_attention(session: Session) -> list[Row]:
+    """The rows of attention that the table is of: one shape, with prefixes of several lengths."""
+    return [row for row in session.tables.get("gpu attention", ()) if is_of(row, {**BASE, "T": GPU_LENGTH})]
+
+
+def gpu_steps(found: Sequence[Session]) -> dict[str, list[Row]]:
     """The rows of whole steps by the model's name."""
-    groups: dict[str, list[Info]] = {}
+    groups: dict[str, list[Row]] = {}
     for session in found:
-        for info in session.rows.get("gpu step", ()):
-            groups.setdefault(info["case"]["model"], []).append(info)
+        for row in session.tables.get("gpu step", ()):
+            groups.setdefault(row.case["model"], []).append(row)
     return groups
 
 
@@ -116,9 +121,9 @@ def gpu(found: Sequence[Session]) -> str:
     """Our time over the other's, a column a length of the prefix."""
     parts = []
     for session in found:
-        groups: dict[str, list[Info]] = {"attention": session.rows.get("gpu attention", [])}
+        groups: dict[str, list[Row]] = {"attention": gpu_attention(session)}
         groups |= {f"training step, {model}": rows for model, rows in gpu_steps([session]).items()}
-        lengths = sorted({info["case"]["P"] for rows in groups.values() for info in rows})
+        lengths = sorted({row.case["P"] for rows in groups.values() for row in rows})
         lines = []
         for name, rows in groups.items():
             for place, (label, reference) in enumerate(OPS if name == "attention" else MODELS):
@@ -128,7 +133,7 @@ def gpu(found: Sequence[Session]) -> str:
         header = [f"bfloat16, {GPU_LENGTH:,} tokens", "over", *(f"P = {virtual:,}" for virtual in lengths)]
         tests = session.tests
         passed = tests["tests"] - tests["failures"] - tests["errors"] - tests["skipped"]
-        said = f"{session.device.split(',')[0]}: {passed} of {tests['tests']} tests passed, {tests['skipped']} skipped."
+        said = f"{session.device}: {passed} of {tests['tests']} tests passed, {tests['skipped']} skipped."
         parts.append(f"{markdown(header, lines)}\n\n{said}")
     return "\n\n".join(parts)
 
@@ -156,9 +161,8 @@ def claim(found: Sequence[Machine], sessions: Sequence[Session]) -> str:
         for _, reference in MODELS
     )
     if beside_peft:
-        device = sessions[0].device.split(",")[0]
         lines.append(
-            f"- **On an {device}**, a training step with 64 virtual tokens ({', '.join(groups)}) runs "
+            f"- **On an {sessions[0].device}**, a training step with 64 virtual tokens ({', '.join(groups)}) runs "
             f"**{span((1 / x for x in beside_peft), '.1f')} times** as fast as PEFT's, in {span(beside_bare)} of the "
             f"time without them."
         )

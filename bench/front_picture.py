@@ -62,7 +62,7 @@ def panels(found: Sequence[Machine], sessions: Sequence[Session]) -> list[Panel]
         steps = gpu_steps([session]).get(GPU_MODEL, [])
         bare, peft = (gpu_ratio(steps, 64, name) for name in ("bare model", "PEFT prefix"))
         if bare is not None and peft is not None:
-            device = session.device.split(",")[0].removeprefix("NVIDIA ")
+            device = session.device.removeprefix("NVIDIA ")
             shown.append(Panel(f"Training step, {device}", f"{GPU_MODEL}, 2 × 2,048", three(bare, peft)))
     return shown
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import front, front_picture, pages, pictures, runs, tables
 from .gpu import kept as gpu
-from .gpu import report as gpu_report
+from .gpu import page as gpu_page
 from .runs import FOLDER, Machine, machines
 
 NOTHING = "Nothing has been kept in `bench/results/` yet: `make bench` measures."
@@ -46,7 +46,7 @@ def results(kept: Kept) -> str:
     parts = ["\n".join(f"- [{machine.title}](#{pages.anchor(machine.title)})" for machine in kept.machines)]
     for machine in kept.machines:
         shown = [f"![{machine.title}: {pictures.kind_of(name)}](../results/{name})" for name in pictures.shown(machine)]
-        parts += [tables.sections(machine), *shown]
+        parts += [tables.of_machine(machine), *shown]
     return "\n\n".join(parts)
 
 
@@ -54,7 +54,11 @@ Page = dict[str, Callable[[Kept], str]]
 """What is rendered, by the names of the marks around it."""
 PAGES: Mapping[Path, Page] = {
     HERE / "docs" / "results.md": {"CPUs": results},
-    HERE / "docs" / "results-gpu.md": {"GPUs": lambda kept: gpu_report.rendered(kept.sessions)},
+    HERE / "gpu" / "README.md": {
+        "parts": lambda kept: gpu_page.parts_table(),
+        "goals": lambda kept: gpu_page.goals_table(kept.sessions),
+        "GPUs": lambda kept: gpu_page.rendered(kept.sessions),
+    },
     HERE.parent / "README.md": {
         "claim": lambda kept: front.claim(kept.machines, kept.sessions),
         "picture": lambda kept: front_picture.element(kept.machines, kept.sessions),
@@ -79,26 +83,38 @@ def disagreements(content: Mapping[Path, Page] = PAGES, folder: Path = FOLDER) -
         for page, parts in content.items()
         if pages.read(page) != right(page, parts, kept)
     ]
-    drawn = {name: shown for machine in kept.machines for name, shown in pictures.shown(machine).items()}
-    for name, shown in drawn.items():
-        path = folder / name
+    drawn = {
+        where / name: shown for found, where in places(kept, folder) for name, shown in pictures.shown(found).items()
+    }
+    for path, shown in drawn.items():
         if not path.exists() or pictures.digest_in(path) != pictures.digest(shown):
-            wrong.append(f"{name} does not show what {folder.name}/ says")
+            wrong.append(f"{path.name} does not show what {path.parent.name}/ says")
     written = front_picture.pictures(kept.machines, kept.sessions, folder)
     for path, shown in written.items():
         if not path.exists() or pages.read(path) != shown:
             wrong.append(f"{path.name} does not show what {folder.name}/ says")
-    expected = {*drawn, *(path.name for path in written)}
-    there = [path for kind in ("png", "svg") for path in sorted(folder.glob(f"*.{kind}"))]
-    return [*wrong, *(f"{path.name} belongs to no result" for path in there if path.name not in expected)]
+    strange = [path for path in there(folder) if path not in {*drawn, *written}]
+    return [*wrong, *(f"{path.name} belongs to no result" for path in strange)]
+
+
+def places(kept: Kept, folder: Path) -> list[tuple[pictures.Found, Path]]:
+    """What pictures are drawn of, each with the folder that they stand in."""
+    return [*((machine, folder) for machine in kept.machines), *((session, gpu.FOLDER) for session in kept.sessions)]
+
+
+def there(folder: Path) -> list[Path]:
+    """All pictures that stand there, the GPU's too."""
+    return [
+        path for where in (folder, gpu.FOLDER) for kind in ("png", "svg") for path in sorted(where.glob(f"*.{kind}"))
+    ]
 
 
 def render(content: Mapping[Path, Page] = PAGES, folder: Path = FOLDER) -> None:
     """Make `disagreements` go away."""
     kept = load(folder)
-    drawn = {path for machine in kept.machines for path in pictures.draw(machine, folder)}
+    drawn = {path for found, where in places(kept, folder) for path in pictures.draw(found, where)}
     written = front_picture.pictures(kept.machines, kept.sessions, folder)
-    for path in {*folder.glob("*.png"), *folder.glob("*.svg")} - drawn - set(written):
+    for path in set(there(folder)) - drawn - set(written):
         path.unlink()
     for page, parts in content.items():
         page.write_text(right(page, parts, kept), encoding="utf-8")
@@ -135,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
     """Run a command; returns the exit status."""
     if options.command == "show":
         for machine in machines(runs.read_all(options.files)):
-            print(tables.sections(machine), end="\n\n")
+            print(tables.of_machine(machine), end="\n\n")
     elif options.command == "keep":
         keep_together(runs.read_all(options.files), options.name)
     elif options.command == "keep-gpu":

@@ -1,8 +1,8 @@
-"""The tables of one machine, as Markdown, from results alone."""
+"""The tables of one machine, as Markdown, from results alone: the CPUs' here, the GPU's in gpu/tables.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from . import model_tables as of_models
 from . import op_tables as of_ops
@@ -51,10 +51,20 @@ def worst_of(machine: Machine) -> str:
     return f"Worst of {most} runs" if least == most else f"Worst of {least} to {most} runs"
 
 
-def sections(machine: Machine) -> str:
-    """All tables of one machine."""
-    parts = [f"### {machine.title}", stamp_lines(machine)]
-    for name, (title, table) in TABLES.items():
-        if rows := machine.tables.get(name):
-            parts += [f"#### {title}", table(rows, machine.isa)]
+def of_machine(machine: Machine) -> str:
+    """All tables of one CPU."""
+    return sections(machine.title, stamp_lines(machine), machine.tables, TABLES, machine.isa)
+
+
+def sections(
+    title: str, stamp: str, found: Mapping[str, Sequence[Row]], known: Mapping[str, tuple[str, Table]], setting: str
+) -> str:
+    """A heading, what was measured on, and the tables that there are rows for.
+
+    `setting`: what goals may depend on: a CPU's instruction set, or the GPU.
+    """
+    parts = [f"### {title}", stamp]
+    for name, (heading, table) in known.items():
+        if rows := found.get(name):
+            parts += [f"#### {heading}", table(rows, setting)]
     return "\n\n".join(parts)

@@ -62,7 +62,8 @@ def triton_backend() -> Iterator[None]:
 def measure(request: pytest.FixtureRequest) -> Measure:
     """`measure(table, case, candidate, references, **facts)`: times in turns; the row goes to the part's file.
 
-    `seconds`: the clock; unless given the GPU's time, with nothing in its L2 cache when a call begins. Where the candidate `moves` so many bytes, the row has the share of a copy's rate.
+    `seconds`: the clock; unless given the GPU's time, with nothing in its L2 cache when a call begins. Where the
+    candidate `moves` so many bytes, the row has the share of a copy's rate.
     """
 
     def run(

@@ -1,50 +1,75 @@
-"""The GPU's results on disk: what `make gpu` left, cut to what the tables need, in bench/gpu/results/."""
+"""The GPU's results on disk: what `make gpu` left of each part, in bench/gpu/results/, under the name of a machine."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.runs import Row
+
+from . import figures
+
 FOLDER = Path(__file__).parent / "results"
-Info = dict[str, Any]
 
 
 @dataclass
 class Session:
-    """One run of `make gpu`.
+    """What is kept of one machine, measured in one run of `make gpu` or in several.
 
     Attributes:
         name: the file's name in the folder, without `.json`.
-        report: what passed, failed and was not run, as `.ci/gpu.py` wrote it.
-        commits: of what was measured.
-        rows: the figures by the name of their table.
+        report: what passed, failed and was not run: as `make gpu` writes it, each step with its commit.
+        parts: the parts' files by name.
     """
 
     name: str
     report: dict[str, Any]
-    commits: list[str]
-    rows: dict[str, list[Info]]
+    parts: dict[str, dict[str, Any]]
+
+    @property
+    def tables(self) -> dict[str, list[Row]]:
+        """The rows by the name of their table."""
+        return tables(list(self.parts.values()))
+
+    @property
+    def title(self) -> str:
+        """GPU, CUDA and cuDNN."""
+        return str(next(part["stamp"]["device"] for part in self.parts.values()))
 
     @property
     def device(self) -> str:
-        """GPU, CUDA and cuDNN."""
-        return str(next(info["device"] for rows in self.rows.values() for info in rows))
+        """The GPU alone."""
+        return self.title.split(",")[0]
+
+    @property
+    def slug(self) -> str:
+        """How its pictures' names begin."""
+        return self.name
 
     @property
     def tests(self) -> dict[str, int]:
         """How many device tests there were, and what became of them."""
         return next(step for step in self.report["steps"] if step["step"] == "tests")
 
+    def commit(self, table: str) -> str:
+        """What the rows of a table were measured at."""
+        found = {p["stamp"]["commit"] for p in self.parts.values() if any(r["table"] == table for r in p["rows"])}
+        return ", ".join(sorted(found))
 
-def tables(benchmarks: Iterable[Mapping[str, Any]]) -> dict[str, list[Info]]:
-    """The figures of pytest-benchmark's `benchmarks` by table."""
-    found: dict[str, list[Info]] = {}
-    for benchmark in benchmarks:
-        info = benchmark["extra_info"]
-        found.setdefault(info["table"], []).append(info)
+
+def tables(parts: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
+    """The rows of these parts by the name of their table; of one case the runs are put together."""
+    found: dict[str, list[Row]] = {}
+    for part in parts:
+        for info in part["rows"]:
+            rows = found.setdefault(info["table"], [])
+            row = next((row for row in rows if row.case == info["case"]), None)
+            if row is None:
+                rows.append(row := Row(info["case"]))
+            row.add(info)
     return found
 
 
@@ -55,40 +80,40 @@ def read(path: Path) -> dict[str, Any]:
 
 def sessions(folder: Path = FOLDER) -> list[Session]:
     """What is kept, in the order of the names."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        if "steps" not in (report := read(path)):
-            continue
-        parts = [read(part) for part in sorted(folder.glob(f"{path.stem}-*.json"))]
-        rows = tables(benchmark for part in parts for benchmark in part["benchmarks"])
-        found.append(Session(path.stem, report, sorted({part["commit"] for part in parts}), rows))
-    return found
+    names = [path.stem for path in sorted(folder.glob("*.json")) if "steps" in read(path)]
+    return [Session(name, read(folder / f"{name}.json"), of(name, folder)) for name in names]
+
+
+def of(name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """The parts that are kept under a name."""
+    paths = sorted(folder.glob(f"{name}-*.json"))
+    return {path.stem.removeprefix(f"{name}-"): figures.read(path) for path in paths}
 
 
 def keep(out: Path, name: str, folder: Path = FOLDER) -> Sequence[Path]:
-    """Write what `make gpu OUT=out` left into `folder`, in the place of what is there by that name.
+    """Write what `make gpu OUT=out` left into `folder`: parts that are kept by that name and were not run stay.
 
     Raises:
-        ValueError: it was a rehearsal, or there are no figures.
+        ValueError: it was a rehearsal, there are no figures, or they are of another GPU than what is kept by the name.
     """
-    report, parts = read(out / "gpu.json"), sorted(out.glob("bench-*.json"))
+    report = read(out / "gpu.json")
     if report["rehearsal"]:
         raise ValueError(f"{out} holds a rehearsal, whose times mean nothing: run 'make gpu' on a machine with a GPU")
-    texts = {f"{name}.json": report}
-    for path in parts:
-        if path.stat().st_size:
-            texts[f"{name}-{path.stem.removeprefix('bench-')}.json"] = trimmed(read(path))
-    if len(texts) == 1:
-        raise ValueError(f"expected figures (bench-*.json) in {out}, found none")
+    found = {path.stem: figures.read(path) for path in sorted(out.glob("*.json")) if path.name != "gpu.json"}
+    found = {part: content for part, content in found.items() if content["rows"]}
+    if not found:
+        raise ValueError(f"expected a part's figures (*.json) in {out}, found none")
+    before = of(name, folder)
+    devices = {content["stamp"]["device"].split(",")[0] for content in (*found.values(), *before.values())}
+    if len(devices) > 1:
+        raise ValueError(f"expected figures of one GPU by the name {name!r}, got {', '.join(sorted(devices))}")
     folder.mkdir(exist_ok=True)
-    for old in (folder / f"{name}.json", *folder.glob(f"{name}-*.json")):
-        old.unlink(missing_ok=True)
-    for file, content in texts.items():
-        (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return [folder / file for file in texts]
-
-
-def trimmed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Of pytest-benchmark's JSON the commit, and every benchmark's own figures."""
-    benchmarks = [{"name": b["name"], "extra_info": b["extra_info"]} for b in raw["benchmarks"]]
-    return {"commit": raw["machine_info"]["prefixcore"]["commit"], "benchmarks": benchmarks}
+    for part, content in found.items():
+        figures.write(content, folder / f"{name}-{part}.json")
+    kept = read(folder / f"{name}.json")["steps"] if (folder / f"{name}.json").exists() else []
+    new = [{**step, "commit": report["machine"]["commit"]} for step in report["steps"]]
+    again = {step["step"] for step in new}
+    steps = [*new, *(step for step in kept if step["step"] not in again)]
+    content = {"machine": report["machine"], "steps": steps}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return [folder / f"{name}.json", *(folder / f"{name}-{part}.json" for part in found)]

@@ -69,14 +69,12 @@ class Part:
 def benchmark(name: str, what: str, seconds: int, limit: int, *, replay: bool = False) -> Part:
     """A part that measures by bench/gpu/test_NAME.py. `replay`: once more with plans replayed."""
     file = (f"bench/gpu/test_{name.replace('-', '_')}.py",)
-    runs = (Run("", file, {REPLAY: "0"} if replay else {}),)
-    return Part(
-        name, what, seconds, limit, "benchmark", (*runs, Run("replay", file, {REPLAY: "1"})) if replay else runs
-    )
+    off, on = Run("", file, {REPLAY: "0"}), Run("replay", file, {REPLAY: "1"})
+    return Part(name, what, seconds, limit, "benchmark", (off, on) if replay else (off,))
 
 
 PATHS = ("merged", "single", "decode", "folded", "fa4")
-"""Those that are forced one after the other, also those that a tree may lack: that is said, then, and not passed over."""
+"""Those that are forced one after the other; where a tree lacks one, that is said."""
 
 PARTS = (
     Part("tests", "the tests on the device, plans not replayed", 110, 240, "tests",

@@ -1,4 +1,4 @@
-"""The ways of computing attention that are measured one beside the other, each forced; and what a tree lacks of them."""
+"""The paths that are measured one beside the other, each forced; and what a tree lacks of them."""
 
 from __future__ import annotations
 

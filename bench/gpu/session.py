@@ -107,9 +107,9 @@ class Session:
         processes = max(1, cores // 2) if self.rehearsal else min(16, cores)
         shared = Run(run.name, what, run.settings, run.path)
         commands = [
-            ["env", f"PREFIXCORE_TEST_SHARD={number}/{processes}", *command(shared, "tests", self.logs, f"{stem}-{number}")]
-            for number in range(processes)
-        ]  # fmt: skip
+            ["env", f"PREFIXCORE_TEST_SHARD={n}/{processes}", *command(shared, "tests", self.logs, f"{stem}-{n}")]
+            for n in range(processes)
+        ]
         device = "interpreter" if self.rehearsal else "cuda"
         forced = {"PREFIXCORE_GPU_PATH": run.path} if run.path else {}
         settings = {"PREFIXCORE_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **forced, **run.settings}

@@ -17,7 +17,7 @@ from bench.steps.contenders import MAKERS
 from . import clock
 from .conftest import Measure
 from .device import REAL
-from .steps import BARE, OURS, PEFT, TOY, batch_of, checked, contenders, free, frozen
+from .steps import BARE, LORA, OURS, PEFT, TOY, batch_of, checked, contenders, free, frozen
 
 LLAMA_1B = models.Shape("Llama 1B's shape", "llama", 16, 2048, 32, 8, 8192, 128256)
 LLAMA_8B = models.Shape("Llama 8B's shape", "llama", 32, 4096, 32, 8, 14336, 128256)
@@ -68,6 +68,8 @@ def test_step(measure: Measure, shape: models.Shape, virtual: int, checkpointing
     free()
     model, batch = model_of(shape, checkpointing), batch_of(shape, ROWS, LENGTH)
     names = [OURS, BARE] if checkpointing else [OURS, BARE, PEFT]  # PEFT refuses a prefix together with checkpointing
+    if virtual == CASES[0][1] and not checkpointing:  # its time has nothing to do with P
+        names.append(LORA)
     peaks, state = {}, 0
     for name in names:
         peaks[name], own = peak(name, model, batch, virtual)

@@ -140,7 +140,7 @@ def test_of_several_runs_the_worst_is_quoted() -> None:
     assert row.worst("bare") == 0.52
     assert row.spread("bare") == (0.40, 0.54)
     assert row.over("merged", "bare") == pytest.approx(0.52 / 0.3, rel=1e-3)
-    text = tables.sections(machine)
+    text = tables.of_machine(machine)
     assert "| fwd+bwd | 1 | 0.52 | 0.33 |" in text
     assert "Worst of 3 runs: quick 2026-01-02 03:04 (load average before: 0.5), quick" in text
 
@@ -155,14 +155,14 @@ def test_a_curve_shows_the_median_of_the_runs() -> None:
 
 def test_where_runs_differ_in_what_they_hold_the_page_says_so() -> None:
     (machine,) = runs.machines([runs.trimmed(raw()), runs.trimmed(raw(also=[STEP]))])
-    assert "Worst of 1 to 2 runs: " in tables.sections(machine)
+    assert "Worst of 1 to 2 runs: " in tables.of_machine(machine)
 
 
 def test_a_full_run_and_a_quick_one_of_the_same_row_are_put_together() -> None:
     more = {**STEP, **timed(**{"bare model": 0.8, "PEFT prefix": 0.7, "LoRA": 0.75})}
     for order in ([STEP, more], [more, STEP]):
         (machine,) = runs.machines(runs.trimmed(raw(also=[row])) for row in order)
-        line = next(line for line in tables.sections(machine).splitlines() if "| Llama 30M | 1,1024,64" in line)
+        line = next(line for line in tables.of_machine(machine).splitlines() if "| Llama 30M | 1,1024,64" in line)
         assert "| 0.90 (≤ 1.00) |" in line
         assert "| 0.75 | - | - | - |" in line
 
@@ -170,7 +170,7 @@ def test_a_full_run_and_a_quick_one_of_the_same_row_are_put_together() -> None:
 def test_steps_and_packed_steps_stand_beside_their_goals() -> None:
     prompt = {**PACKED, "case": {**PACKED["case"], "kind": "prompt"}, **timed(**{"PEFT prompt": 0.53, "padded": 0.6})}
     (machine,) = runs.machines([runs.trimmed(raw(also=[STEP, PACKED, prompt]))])
-    text = tables.sections(machine)
+    text = tables.of_machine(machine)
     assert "| Llama 30M | 1,1024,64 | bf16 | 1 | 0.90 (≤ 1.00) | 0.89..0.92 | **0.86** (missed ≤ 0.85) |" in text
     ragged = "| Llama 30M | lengths of 16 to 1024 |"
     assert f"{ragged} prefix | 4,1024,64 | 2000 of 4096 | 400 | 1 | 0.44 (≤ 0.50) |" in text
@@ -184,16 +184,16 @@ def test_what_was_skipped_is_in_the_table_with_its_reason() -> None:
     left_out = {**REAL, "skipped": "no weights here"}
     measured = {**REAL, **timed(**{"bare model": 0.95, "PEFT prefix": 0.8})}
     (machine,) = runs.machines([runs.trimmed(raw(also=[left_out]))])
-    assert "| SmolLM2-135M | 1,1024,64 | fp32 | skipped: no weights here | - |" in tables.sections(machine)
+    assert "| SmolLM2-135M | 1,1024,64 | fp32 | skipped: no weights here | - |" in tables.of_machine(machine)
     assert "training step, 1,024 tokens" not in front.benchmarks([machine])
     for order in ([left_out, measured], [measured, left_out]):
         (machine,) = runs.machines(runs.trimmed(raw(also=[row])) for row in order)
-        assert "| SmolLM2-135M | 1,1024,64 | fp32 | 1 | 0.95 (≤ 1.00) |" in tables.sections(machine)
+        assert "| SmolLM2-135M | 1,1024,64 | fp32 | 1 | 0.95 (≤ 1.00) |" in tables.of_machine(machine)
 
 
 def test_a_profile_is_tabled_and_drawn(tmp_path: Path) -> None:
     (machine,) = runs.machines([runs.trimmed(raw(also=[PROFILE]))])
-    text = tables.sections(machine)
+    text = tables.of_machine(machine)
     assert "| model | B,T,P | dtype | training | attention, ms | matrix products, ms | all, ms |" in text
     assert "| Llama 30M | 1,1024,64 | fp32 | prefixcore prefix | 10 | 60.5 | 70.5 |" in text
     assert "a-cpu-avx512-2-threads-profile.png" in [path.name for path in pictures.draw(machine, tmp_path)]
@@ -269,7 +269,7 @@ def test_runs_of_two_settings_are_kept_apart() -> None:
     first, second = runs.machines(runs.trimmed(run) for run in (held, raw(also=[STEP])))
     # The one with most tables leads.
     assert (first.slug, second.slug) == ("a-cpu-avx512-2-threads", "a-cpu-avx2-2-threads")
-    text = tables.sections(second)
+    text = tables.of_machine(second)
     assert text.startswith("### A CPU, avx2, 2 threads\n")
     assert "| 0.41 (≤ 0.75) | 0.33 | 0.30 | 0.82 |" in text
 

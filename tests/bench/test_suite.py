@@ -25,7 +25,7 @@ def test_every_table_and_picture_has_its_benchmark(smoke: dict) -> None:
 def test_its_results_can_be_shown_and_drawn(smoke: dict, tmp_path: Path) -> None:
     smoke["machine_info"]["prefixcore"]["scale"] = "quick"
     (machine,) = runs.machines([runs.trimmed(smoke)])
-    text = tables.sections(machine)
+    text = tables.of_machine(machine)
     for name in set(machine.tables) - set(tables.PICTURES):
         assert f"### {tables.TABLES[name][0]}" in text
     assert len(pictures.draw(machine, tmp_path)) == len(pictures.KINDS)
