@@ -19,6 +19,7 @@ from .reference.merged_flash import merged_flash
 from .timing import Call
 
 Attention = Callable[..., Tensor]
+SHAPE = ("B", "H", "Hkv", "T", "D", "P")
 SEQUENCE = ("query", "key", "value")
 PREFIX = ("prefix_key", "prefix_value")
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +46,10 @@ class Problem:
 
     def case(self, **more: Any) -> dict[str, Any]:
         """What tells this problem from others, for the table."""
-        return {**{name: x for name, x in asdict(self).items() if x not in (None, False, 1.0) or name in "BHT"}, **more}
+        found = {name: x for name, x in asdict(self).items() if name in SHAPE or (name != "heads_last" and x)}
+        if self.gain == 1.0:
+            del found["gain"]
+        return {**found, **more}
 
     def tensors(self) -> dict[str, Tensor]:
         """The inputs in float32, rounded to bfloat16, so that one float64 answer serves every dtype."""

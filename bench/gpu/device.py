@@ -1,4 +1,5 @@
-"""What is measured on: `PREFIXCORE_BENCH_DEVICE` is `cuda`, or `interpreter` for a rehearsal without a GPU."""
+"""What is measured on: `PREFIXCORE_BENCH_DEVICE` is `cuda`; or, for a rehearsal without a GPU, `interpreter`, which
+runs Triton's kernels on the CPU, slowly, or `cpu`, where the CPU's own are called in their place."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from contextlib import contextmanager
 import torch
 
 NAME = os.environ.get("PREFIXCORE_BENCH_DEVICE", "")
-if NAME not in ("", "cuda", "interpreter"):
-    raise ValueError(f"PREFIXCORE_BENCH_DEVICE: expected cuda or interpreter, got {NAME!r}")
-if NAME == "interpreter":
+if NAME not in ("", "cuda", "interpreter", "cpu"):
+    raise ValueError(f"PREFIXCORE_BENCH_DEVICE: expected cuda, interpreter or cpu, got {NAME!r}")
+if NAME != "cuda":
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 REAL = NAME == "cuda"
@@ -27,7 +28,7 @@ COMPILER = "inductor" if REAL else "aot_eager"
 def triton_backend() -> Iterator[None]:
     from prefixcore.backends import triton
 
-    registered = None if REAL else triton.register("CPU")
+    registered = None if NAME != "interpreter" else triton.register("CPU")
     try:
         yield
     finally:

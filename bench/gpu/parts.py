@@ -23,6 +23,7 @@ DEVICE_TESTS = (
 CUDA_TESTS = ("tests/backends/cuda/test_embedding.py",)
 FORCED_TESTS = ("tests/ops/test_attention_correct.py",)
 REHEARSED = ("tests/ops/test_attention_correct.py", "-k", "test_options and 75-torch.bfloat16")
+REHEARSED_FORCED = (*REHEARSED[:2], "test_options and (bank or window) and 75-torch.bfloat16")
 SANITIZED_CUDA = (*CUDA_TESTS, "-k", "test_backward")
 SANITIZED = (*(f"tests/backends/triton/test_{name}.py" for name in ("on_device", "merged", "soft_embedding")),
              "-k", "out_of_range or (test_options and bfloat16) or by_default or dense_mask")  # fmt: skip
@@ -52,8 +53,8 @@ class Part:
     Attributes:
         name: as `PARTS` names it.
         what: what it shows, in words.
-        seconds: about how long it takes.
-        limit: when it is stopped; what was measured until then is kept.
+        seconds: about how long it takes, all runs together.
+        limit: seconds after which a run is stopped; what it has measured is kept.
         kind: tests, benchmark or sanitizer.
         runs: one after the other.
     """

@@ -13,7 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .parts import CUDA_TESTS, DEVICE_TESTS, REHEARSED, ROOT, SANITIZED_CUDA, Part, Run, command, lacking
+from .parts import (
+    CUDA_TESTS,
+    DEVICE_TESTS,
+    REHEARSED,
+    REHEARSED_FORCED,
+    ROOT,
+    SANITIZED_CUDA,
+    Part,
+    Run,
+    command,
+    lacking,
+)
 from .processes import LATE, side_by_side
 
 PASSED, FAILED, CUT, NOT_RUN, LEFT_OUT = "passed", "failed", "cut", "not run", "left out"
@@ -54,9 +65,10 @@ class Session:
 
     def run(self, name: str, commands: Sequence[Sequence[str]], limit: float, **settings: str) -> bool:
         """The commands side by side, each with a log of its own; passed if all of them are."""
-        began, limit = time.monotonic(), min(limit, self.left())
-        if limit < SHORTEST:
+        began = time.monotonic()
+        if self.left() < SHORTEST:
             return self.note(name, NOT_RUN, why="no time was left")
+        limit = min(limit, self.left())
         stem = name.replace(" ", "-")
         several = [f"-{number}" if len(commands) > 1 else "" for number in range(len(commands))]
         logs = [self.logs / f"{stem}{number}.log" for number in several]
@@ -65,12 +77,16 @@ class Session:
         if any(codes):
             more["exit"] = codes
             more["logs"] = [str(log.relative_to(self.out)) for log, code in zip(logs, codes, strict=True) if code]
-        results = test_results(sorted(self.logs.glob(f"{stem}-[0-9]*.xml")))
+        results = counted(sorted(self.logs.glob(f"{stem}-[0-9]*.xml")))
         state = CUT if LATE in codes and set(codes) <= {0, LATE} else FAILED if any(codes) else PASSED
+        if results and results["skipped"] == results["tests"]:  # nothing was tested
+            state, more["why"] = LEFT_OUT, results.pop("reason")
+        results.pop("reason", None)
         return self.note(name, state, **more, **results)
 
     def part(self, part: Part) -> None:
         """All runs of a part that this tree has, as far as the time goes."""
+        about = part.seconds / len(part.runs)
         for run in part.runs:
             name = f"{part.name} {run.name}" if run.name and part.name != f"{part.kind}-{run.name}" else part.name
             if why := lacking(run):
@@ -79,10 +95,10 @@ class Session:
                 self.steps.append(self.before[name])
                 self.write()
                 print(f"{name}: passed in an earlier run of this commit here, and is kept", flush=True)
-            elif self.left() < part.seconds / len(part.runs):
-                self.note(name, NOT_RUN, why=f"it takes about {part.seconds} s, and {self.left():.0f} s are left")
+            elif self.left() < about:
+                self.note(name, NOT_RUN, why=f"it takes about {about:.0f} s, and {self.left():.0f} s are left")
             else:
-                print(f"{name}: {part.what}; about {part.seconds} s, at most {part.limit} s", flush=True)
+                print(f"{name}: {part.what}; about {about:.0f} s, at most {part.limit} s", flush=True)
                 self.start(name, part, run)
 
     def start(self, name: str, part: Part, run: Run) -> None:
@@ -101,7 +117,7 @@ class Session:
             old.unlink()
         what = run.what
         if self.rehearsal:
-            what = REHEARSED
+            what = REHEARSED_FORCED if run.path else REHEARSED
         elif run.what == DEVICE_TESTS and self.machine["nvcc"]:
             what = (*DEVICE_TESTS, *CUDA_TESTS)
         processes = max(1, cores // 2) if self.rehearsal else min(16, cores)
@@ -166,10 +182,10 @@ def finished_before(out: Path, machine: dict[str, Any], rehearsal: bool) -> dict
     return {step["step"]: step for step in report["steps"] if step["state"] == PASSED}
 
 
-def test_results(reports: Sequence[Path]) -> dict[str, Any]:
-    """What pytest's reports add up to."""
+def counted(reports: Sequence[Path]) -> dict[str, Any]:
+    """What pytest's reports add up to, and why one of its tests was skipped."""
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    failed = []
+    failed, reason = [], "every test was skipped"
     for report in reports:
         try:
             suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
@@ -183,7 +199,9 @@ def test_results(reports: Sequence[Path]) -> dict[str, Any]:
             for case in suite.iter("testcase")
             if case.find("failure") is not None or case.find("error") is not None
         ]
-    return {**counts, **({"failed": failed} if failed else {})} if counts["tests"] else {}
+        reason = next((skipped.get("message", reason) for skipped in suite.iter("skipped")), reason)
+    found = {**counts, "reason": reason, **({"failed": failed} if failed else {})}
+    return found if counts["tests"] else {}
 
 
 def packed(out: Path, folder: Path) -> None:

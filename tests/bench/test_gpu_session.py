@@ -1,0 +1,186 @@
+"""`make gpu`: its parts, what becomes of them, what a second run goes on with; and where there is no GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bench.gpu import parts, processes
+from bench.gpu.parts import Part, Run
+from bench.gpu.session import Session
+from tests.device import shard
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = {"cores": 2, "nvcc": False, "commit": "0123456789ab"}
+
+
+def part(name: str = "one", seconds: int = 10, limit: int = 60, **settings: str) -> Part:
+    return Part(name, "what it shows", seconds, limit, "benchmark", (Run("", ("bench/gpu/test_x.py",), settings),))
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """What a part runs, by its name, in the place of pytest."""
+    found: dict[str, list[str]] = {}
+    monkeypatch.setattr("bench.gpu.session.command", lambda run, kind, folder, stem: found.get(stem, ["true"]))
+    return found
+
+
+def states(session: Session) -> dict[str, str]:
+    return {step["step"]: step["state"] for step in session.steps}
+
+
+def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / ".ci" / "gpu.py", "--out", tmp_path / "out"]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # the GPU of the machine, if there is one
+    result = subprocess.run(command, capture_output=True, text=True, env=hidden)
+    assert result.returncode == 1
+    assert "finds no NVIDIA GPU here, so nothing was run" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--wheels", "none"], "WHEELS=none is not a folder"),
+        (["--parts", "launching", "decoding"], "unknown part decoding; there are: tests launching"),
+    ],
+)
+def test_what_is_asked_for_and_is_not_there_is_named(options: list[str], said: str) -> None:
+    result = subprocess.run([sys.executable, ROOT / ".ci" / "gpu.py", *options], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_its_parts_are_files_that_are_there() -> None:
+    for each in parts.PARTS:
+        for run in each.runs:
+            for file in run.what:
+                assert not file.endswith(".py") or (ROOT / file).exists(), f"{each.name} runs {file}"
+        assert each.seconds < each.limit
+    measured = {run.what[0] for each in parts.PARTS if each.kind == "benchmark" for run in each.runs}
+    assert measured == {str(file.relative_to(ROOT)) for file in (ROOT / "bench" / "gpu").glob("test_*.py")}
+
+
+def test_each_state_of_a_part_and_the_exit_status(
+    tmp_path: Path, commands: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(tmp_path, False, MACHINE)
+    commands["failing"] = ["false"]
+    commands["long"] = ["sh", "-c", "echo 'figure: the first row'; sleep 60"]
+    session.part(part("passing"))
+    assert session.write(finished=True) == 0
+    session.part(part("lacking", PREFIXCORE_REPLAY="1") if not parts.reads(parts.REPLAY) else path_part("no such"))
+    assert session.write(finished=True) == 0  # what the tree does not have fails nothing
+    session.part(part("long", limit=1))
+    session.limit = 30
+    session.part(part("later", seconds=60))
+    assert session.write(finished=True) == 2
+    session.part(part("failing"))
+    session.part(part("after"))
+    assert session.write(finished=True) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["state"] for step in found["steps"]] == [
+        "passed", "left out", "cut", "not run", "failed", "passed",
+    ]  # fmt: skip
+    assert found["steps"][4]["logs"] == ["logs/failing.log"]
+    assert "this tree has no" in found["steps"][1]["why"]
+    assert found["steps"][3]["why"].startswith("it takes about 60 s, and ")
+    said = capsys.readouterr().out
+    assert "long: what it shows; about 10 s, at most 1 s\n  the first row\n" in said  # while it runs
+
+
+def path_part(name: str) -> Part:
+    return Part("lacking", "", 1, 60, "tests", (Run(name, ("x.py",), path=name),))
+
+
+def test_a_second_run_goes_on_where_the_first_was_stopped(tmp_path: Path, commands: dict[str, list[str]]) -> None:
+    first = Session(tmp_path, False, MACHINE)
+    commands["two"] = ["false"]
+    first.part(part("one"))
+    first.part(part("two"))
+    again = Session(tmp_path, False, MACHINE)
+    commands.update(one=["false"], two=["true"])
+    again.part(part("one"))
+    again.part(part("two"))
+    assert states(again) == {"one": "passed", "two": "passed"}
+    for other in ({**MACHINE, "commit": "fedcba987654"}, {**MACHINE, "cores": 3}):
+        assert Session(tmp_path, False, other).before == {}
+    for unknown in ("unknown", "0123456789ab+changes"):
+        Session(tmp_path, False, {**MACHINE, "commit": unknown}).write()
+        assert Session(tmp_path, False, {**MACHINE, "commit": unknown}).before == {}
+
+
+def test_tests_that_are_all_skipped_show_nothing(tmp_path: Path) -> None:
+    session = Session(tmp_path, False, MACHINE)
+    case = '<testcase classname="a" name="b"><skipped message="not installed"/></testcase>'
+    text = f'<testsuites><testsuite tests="1" failures="0" errors="0" skipped="1">{case}</testsuite></testsuites>'
+    (session.logs / "one-0.xml").write_text(text)
+    (session.logs / "one-1.xml").write_text("<testsuites><testsuite")  # of a process that was killed
+    assert not session.run("one", [["true"], ["true"]], 60)
+    assert session.steps[0]["state"] == "left out"
+    assert session.steps[0]["why"] == "not installed"
+
+
+def test_everything_is_in_one_file_after_every_step(tmp_path: Path, commands: dict[str, list[str]]) -> None:
+    session = Session(tmp_path / "out", False, MACHINE)
+    session.pack = tmp_path / "packed"
+    session.part(part("one"))
+    assert sorted(path.name for path in session.pack.iterdir()) == ["gpu.json", "gpu.tar.gz"]
+    with tarfile.open(session.pack / "gpu.tar.gz") as archive:
+        assert {"gpu/gpu.json", "gpu/logs/one.log"} <= set(archive.getnames())
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_runs_too_long_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
+    began = time.monotonic()
+    slow = ["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; wait"]
+    logs = [tmp_path / "slow.log", tmp_path / "quick.log"]
+    assert processes.side_by_side([slow, ["true"]], logs, 0.5, {}, tmp_path) == [processes.LATE, 0]
+    assert time.monotonic() - began < 30
+    child = int((tmp_path / "child").read_text())
+    while is_alive(child):
+        assert time.monotonic() - began < 30
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prefixcore_gpu_script", ROOT / ".ci" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_versions_that_are_too_old_count_as_missing(script: ModuleType, tmp_path: Path) -> None:
+    assert script.missing({"pytest": "pytest>=8", "torch": "torch>=2.10"}) == []
+    assert script.missing({"pytest": "pytest>=1000", "no_such": "no-such>=1"}) == ["no-such>=1", "pytest>=1000"]
+    there = importlib.metadata.version("pytest")
+    for wheel in (f"pytest-{there}", "pytest-1000", "no_such-1"):
+        (tmp_path / f"{wheel}-py3-none-any.whl").touch()
+    assert [path.name[:11] for path in script.not_installed(tmp_path)] == ["no_such-1-p", "pytest-1000"]
+
+
+def test_every_test_is_in_one_share(request: pytest.FixtureRequest) -> None:
+    items = request.session.items
+    shares = [shard(items, f"{index}/3") for index in range(3)]
+    assert sorted(item.nodeid for share in shares for item in share) == sorted(item.nodeid for item in items)
