@@ -14,6 +14,7 @@ COLOURS = {
     "LoRA": "#2a8c5a",
     "flex": "#2a8c5a",
     "merged path": "#e08214",
+    "short path": "#b35806",
     "single path": "#9970ab",
     "folded path": "#8c8c2a",
     "fa4 path": "#35978f",
@@ -28,6 +29,7 @@ LABELS = {
     "LoRA": "LoRA, rank 8",
     "merged path": "path merged",
     "single path": "path single",
+    "short path": "path short",
     "folded path": "path folded",
     "fa4 path": "path fa4",
 }

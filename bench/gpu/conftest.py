@@ -79,8 +79,8 @@ def measure(request: pytest.FixtureRequest) -> Measure:
         figures = clock.interleaved({"candidate": candidate, **references}, seconds)
         if moves is not None:
             figures["share_of_copy"] = moves / figures["seconds"]["candidate"]["min"] / clock.copy_rate()
-        replayed = {"replay": True} if device.REPLAY else {}
-        request.config.stash[KEPT].row(request.node.name, table, {**case, **replayed}, **figures, **facts)
+        switched = {"with": device.SWITCHED} if device.SWITCHED else {}
+        request.config.stash[KEPT].row(request.node.name, table, {**case, **switched}, **figures, **facts)
         return figures
 
     return run

@@ -39,7 +39,7 @@ def steps(session: Session) -> list[dict[str, object]]:
         names = [name for name in ("PEFT prefix", "LoRA") if name in row.references]
         over = {"candidate": round(row.worst("bare model"), 4)}
         over |= {name: round(row.over(name, "bare model"), 4) for name in names}
-        replayed = ", plans replayed" if case.get("replay") else ""
-        label = f"{case['model']}\n{case['B']} x {case['T']:,}, P = {case['P']:,}{replayed}"
+        switched = f"\n{case['with']}" if "with" in case else ""
+        label = f"{case['model']}\n{case['B']} x {case['T']:,}, P = {case['P']:,}{switched}"
         bars.append({"label": label, "over_bare": over})
     return bars

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .parts import switched
+
 NAME = os.environ.get("PREFIXCORE_BENCH_DEVICE", "")
 if NAME not in ("", "cuda", "interpreter", "cpu"):
     raise ValueError(f"PREFIXCORE_BENCH_DEVICE: expected cuda, interpreter or cpu, got {NAME!r}")
@@ -18,9 +20,9 @@ DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 REAL = NAME == "cuda"
 HALF = torch.bfloat16 if REAL else torch.float32
 """The dtype that is measured; a rehearsal computes in float32, which the interpreter knows best."""
-REPLAY = os.environ.get("PREFIXCORE_REPLAY", "0") == "1"
-"""Whether the Triton backend is asked to replay plans."""
-COMPILER = "inductor" if REAL else "aot_eager"
+SWITCHED = switched(os.environ)
+"""What of the Triton backend is on that is off until a GPU has run it, in words."""
+COMPILER = {"cuda": "inductor", "interpreter": "aot_eager"}.get(NAME, "eager")
 """Whose code `torch.compile` runs; a rehearsal traces as Inductor does and compiles nothing."""
 
 

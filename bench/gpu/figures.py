@@ -30,7 +30,7 @@ def stamp() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = "not installed"
     described = {"device": device.describe(), "real": device.REAL, "scale": scale.SCALE, "versions": versions}
-    return {"commit": machine.COMMIT, **described, "replay": device.REPLAY}
+    return {"commit": machine.COMMIT, **described, "switched": device.SWITCHED}
 
 
 class Figures:

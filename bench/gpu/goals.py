@@ -85,7 +85,7 @@ class Goal:
     key: str
 
     def of(self, row: Row) -> bool:
-        """Whether it is for this row, plans replayed or not."""
+        """Whether it is for this row, whatever is switched on."""
         return all(row.case.get(name) == value for name, value in self.case.items())
 
 

@@ -51,8 +51,8 @@ def cell(goal: Goal, rows: dict[str, list[Row]], commit: str) -> str:
         if figure is not None:
             met = goal.target.met(figure)
             shown = f"{figure:.2f}, met" if met else f"**{figure:.2f}**, missed"
-            said.append(f"{shown}{' with plans replayed' if row.case.get('replay') else ''}")
-    return f"{'; '.join(said)} ({commit})" if said else f"{NOT_YET}: {command(goal.part)}"
+            said.append(f"{shown} ({row.case['with']})" if "with" in row.case else shown)
+    return f"{'; '.join(said)}; {commit}" if said else f"{NOT_YET}: {command(goal.part)}"
 
 
 def stamp_lines(session: Session) -> str:

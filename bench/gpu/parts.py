@@ -12,7 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-REPLAY = "PREFIXCORE_REPLAY"
+SWITCHES = {"PREFIXCORE_REPLAY": "plans replayed", "PREFIXCORE_FEWER_LAUNCHES": "fewer launches"}
+"""What is off until a GPU has run it: the environment variable that turns it on, and what that means."""
+OFF = dict.fromkeys(SWITCHES, "0")
+REPLAY = {**OFF, "PREFIXCORE_REPLAY": "1"}
+BOTH = dict.fromkeys(SWITCHES, "1")
 DEVICE_TESTS = (
     *(f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics")),
     *(
@@ -67,31 +71,36 @@ class Part:
     runs: tuple[Run, ...]
 
 
-def benchmark(name: str, what: str, seconds: int, limit: int, *, replay: bool = False) -> Part:
-    """A part that measures by bench/gpu/test_NAME.py. `replay`: once more with plans replayed."""
-    file = (f"bench/gpu/test_{name.replace('-', '_')}.py",)
-    off, on = Run("", file, {REPLAY: "0"}), Run("replay", file, {REPLAY: "1"})
-    return Part(name, what, seconds, limit, "benchmark", (off, on) if replay else (off,))
+def benchmark(name: str, what: str, seconds: int, limit: int, **switched: Sequence[str]) -> Part:
+    """A part that measures by bench/gpu/test_NAME.py, with all switches off.
+
+    `switched`: once more each, `both` with all switches on or `replay` with plans replayed, with these options.
+    """
+    file = f"bench/gpu/test_{name.replace('-', '_')}.py"
+    settings = {"both": BOTH, "replay": REPLAY}
+    more = (Run(how, (file, *options), settings[how]) for how, options in switched.items())
+    return Part(name, what, seconds, limit, "benchmark", (Run("", (file,), OFF), *more))
 
 
-PATHS = ("merged", "single", "decode", "folded", "fa4")
+PATHS = ("merged", "single", "short", "decode", "decode_once", "folded", "fa4")
 """Those that are forced one after the other; where a tree lacks one, that is said."""
 
 PARTS = (
-    Part("tests", "the tests on the device, plans not replayed", 110, 240, "tests",
-         (Run("", DEVICE_TESTS, {REPLAY: "0"}),)),
-    benchmark("launching", "what a call costs the CPU, beside SDPA's", 30, 90, replay=True),
-    Part("tests-replay", "the tests on the device, plans replayed", 60, 200, "tests",
-         (Run("replay", DEVICE_TESTS, {REPLAY: "1"}),)),
-    benchmark("small-steps", "whole steps of SmolLM2-135M's shape, beside bare, PEFT and LoRA", 80, 200, replay=True),
-    benchmark("attention", "attention over P and T beside cuDNN without a prefix, each path forced", 100, 240),
-    benchmark("decode", "decoding over a shared prefix, as a share of a copy's rate", 15, 60),
+    Part("tests", "the tests on the device", 110, 240, "tests", (Run("", DEVICE_TESTS, OFF),)),
+    benchmark("launching", "what a call costs the CPU, beside SDPA's", 90, 120, both=[], replay=[]),
+    Part("tests-switched", "the same with fewer launches and replayed plans, which are off until a GPU has passed it", 120,
+         200, "tests", (Run("both", DEVICE_TESTS, BOTH), Run("replay", DEVICE_TESTS, REPLAY))),
+    benchmark("small-steps", "whole steps of SmolLM2-135M's shape, beside bare, PEFT and LoRA", 80, 150, both=[]),
+    benchmark("attention", "attention over P and T beside cuDNN without a prefix, each path forced", 130, 280),
+    benchmark("decode", "decoding over a shared prefix, as a share of a copy's rate", 30, 60, both=[]),
     benchmark("soft-embedding", "the lookup, as a share of a copy's rate", 10, 40),
-    benchmark("compiled", "steps under torch.compile, recompiles over ten lengths, CUDA graphs", 90, 240, replay=True),
-    benchmark("generation", "a token's time, eager and with a static cache compiled", 130, 300, replay=True),
-    Part("tests-paths", "the tests of correctness with each path forced", 60, 200, "tests",
+    benchmark("compiled", "steps under torch.compile, recompiles over ten lengths, CUDA graphs", 140, 240,
+              both=["-k", "compiled_step"]),
+    benchmark("generation", "a token's time, eager and with a static cache compiled", 160, 300,
+              both=["-k", "dynamic"]),
+    Part("tests-paths", "the tests of correctness with each path forced", 140, 150, "tests",
          tuple(Run(name, FORCED_TESTS, path=name) for name in PATHS)),
-    benchmark("steps", "whole steps of one and eight billion parameters, time and memory", 130, 400),
+    benchmark("steps", "whole steps of one and eight billion parameters, time and memory", 140, 400),
     Part("sanitizer", "accesses out of bounds, races", 25, 90, "sanitizer", (Run("", SANITIZED),)),
 )  # fmt: skip
 
@@ -110,11 +119,17 @@ def chosen(names: Sequence[str]) -> list[Part]:
 
 def lacking(run: Run) -> str | None:
     """Why this tree cannot do `run`, in words, or None if it can."""
-    if run.settings.get(REPLAY) == "1" and not reads(REPLAY):
-        return f"this tree has no replay of plans (nothing reads {REPLAY})"
+    for switch, what in SWITCHES.items():
+        if run.settings.get(switch) == "1" and not reads(switch):
+            return f"this tree knows no {what!r} (nothing reads {switch})"
     if run.path is not None and run.path not in paths():
         return f"this tree has no path {run.path!r}"
     return None
+
+
+def switched(settings: Mapping[str, str]) -> str:
+    """What of `SWITCHES` these settings turn on, in words; empty if nothing."""
+    return ", ".join(what for switch, what in SWITCHES.items() if settings.get(switch) == "1")
 
 
 def reads(variable: str) -> bool:

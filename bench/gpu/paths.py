@@ -8,8 +8,9 @@ from prefixcore.backends.triton import PATHS, use_path
 
 from .attention import inputs
 from .conftest import LeftOut
+from .parts import PATHS as KNOWN
 
-FORCED = ("merged", "single", "folded", "fa4")
+FORCED = tuple(path for path in dict.fromkeys((*KNOWN, *PATHS)) if not path.startswith("decode"))
 """Those that train; decoding has a part of its own."""
 
 

@@ -88,7 +88,7 @@ class Session:
         """All runs of a part that this tree has, as far as the time goes."""
         about = part.seconds / len(part.runs)
         for run in part.runs:
-            name = f"{part.name} {run.name}" if run.name and part.name != f"{part.kind}-{run.name}" else part.name
+            name = f"{part.name} {run.name}".strip()
             if why := lacking(run):
                 self.note(name, LEFT_OUT, why=why)
             elif name in self.before:

@@ -11,12 +11,12 @@ from bench.targets import Target
 from . import goals
 from .goals import goal
 
-REPLAY = ("plans", "looked up anew", "replayed")
+WITH = "switched on"
 
 
-def replay(row: Row) -> str:
-    """Whether plans were replayed."""
-    return REPLAY[2] if row.case.get("replay") else REPLAY[1]
+def switched(row: Row) -> str:
+    """What was on that is off by default."""
+    return str(row.case.get("with", NOTHING))
 
 
 def beside(row: Row, table: str, reference: str) -> str:
@@ -69,12 +69,12 @@ def attention(rows: Sequence[Row], device: str) -> str:
 def launching(rows: Sequence[Row], device: str) -> str:
     """The CPU's time to launch a call."""
     name = "gpu launching"
-    header = ["B,H,Hkv,T,D,P", "pass", REPLAY[0], "µs", "over SDPA's", "kernels", "SDPA's", "runs as", "relative error"]
+    header = ["B,H,Hkv,T,D,P", "pass", WITH, "µs", "over SDPA's", "kernels", "SDPA's", "runs as", "relative error"]
     lines = []
     for row in rows:
         counted = row.runs[0]["kernels"]
         lines.append(
-            [shape(row.case), passes(row.case), replay(row)]
+            [shape(row.case), passes(row.case), switched(row)]
             + [judged(1e6 * row.seconds(), goal(row, name, "µs")), beside(row, name, "bare")]
             + [str(counted[who] or NOTHING) for who in ("candidate", "bare")]
             + [ways(row), error(row)]
@@ -86,12 +86,12 @@ def small_step(rows: Sequence[Row], device: str) -> str:
     """Whole steps on the wall."""
     name, references = "gpu small step", ("bare model", "PEFT prefix", "LoRA")
     lines = [
-        [*model(row.case), replay(row), milliseconds(row.seconds()), milliseconds(row.seconds("bare model"))]
+        [*model(row.case), switched(row), milliseconds(row.seconds()), milliseconds(row.seconds("bare model"))]
         + [beside(row, name, reference) for reference in references]
         + [error(row)]
         for row in rows
     ]
-    header = ["model", "B,T,P", REPLAY[0], "prefix, ms", "bare, ms", *(f"over {x}" for x in references)]
+    header = ["model", "B,T,P", WITH, "prefix, ms", "bare, ms", *(f"over {x}" for x in references)]
     return markdown([*header, "relative error"], lines)
 
 
@@ -102,12 +102,12 @@ def generation(rows: Sequence[Row], device: str) -> str:
     for row in rows:
         new = row.case["new"]
         lines.append(
-            [*model(row.case), str(new), row.case["cache"], replay(row)]
+            [*model(row.case), str(new), row.case["cache"], switched(row)]
             + [milliseconds(row.seconds() / new), milliseconds(row.seconds("bare model") / new)]
             + [beside(row, name, reference) for reference in ("bare model", "PEFT prefix")]
             + [error(row)]
         )
-    header = ["model", "B,T,P", "new tokens", "cache", REPLAY[0], "ms a token", "bare, ms", "over bare", "over PEFT"]
+    header = ["model", "B,T,P", "new tokens", "cache", WITH, "ms a token", "bare, ms", "over bare", "over PEFT"]
     return markdown([*header, "relative error"], lines)
 
 
@@ -115,12 +115,12 @@ def compiled(rows: Sequence[Row], device: str) -> str:
     """Compiled steps."""
     name, references = "gpu compiled", ("bare compiled", "bare eager", "ours eager")
     lines = [
-        [*model(row.case), row.case["mode"], replay(row), milliseconds(row.seconds())]
+        [*model(row.case), row.case["mode"], switched(row), milliseconds(row.seconds())]
         + [beside(row, name, reference) for reference in references]
         + [str(row.runs[0]["graphs_skipped"]), error(row)]
         for row in rows
     ]
-    header = ["model", "B,T,P", "mode", REPLAY[0], "ms", *(f"over {reference}" for reference in references)]
+    header = ["model", "B,T,P", "mode", WITH, "ms", *(f"over {reference}" for reference in references)]
     return markdown([*header, "CUDA graphs skipped", "relative error"], lines)
 
 
@@ -128,21 +128,21 @@ def lengths(rows: Sequence[Row], device: str) -> str:
     """Ten lengths, compiled."""
     name = "gpu lengths"
     lines = [
-        [row.case["model"], str(row.case["B"]), row.case["T"], replay(row), milliseconds(row.seconds())]
+        [row.case["model"], str(row.case["B"]), row.case["T"], switched(row), milliseconds(row.seconds())]
         + [beside(row, name, "bare compiled"), str(row.runs[0]["graphs"]["candidate"])]
         + [str(row.runs[0]["graphs"]["bare compiled"]), error(row)]
         for row in rows
     ]
-    header = ["model", "B", "T", REPLAY[0], "ms", "over bare compiled", "graphs", "the bare model's", "relative error"]
+    header = ["model", "B", "T", WITH, "ms", "over bare compiled", "graphs", "the bare model's", "relative error"]
     return markdown(header, lines)
 
 
 def decode(rows: Sequence[Row], device: str) -> str:
     """Decoding over a shared prefix."""
     name = "gpu decode"
-    header = ["B,H,Hkv,T,D,P", "S", "ms", "over SDPA on a concatenated cache", f"over {REFERENCES['bare']}"]
+    header = ["B,H,Hkv,T,D,P", "S", WITH, "ms", "over SDPA on a concatenated cache", f"over {REFERENCES['bare']}"]
     lines = [
-        [shape(row.case), str(row.case["S"]), milliseconds(row.seconds())]
+        [shape(row.case), str(row.case["S"]), switched(row), milliseconds(row.seconds())]
         + [beside(row, name, "cached"), beside(row, name, "bare"), copy_rate(row, name), ways(row), error(row)]
         for row in rows
     ]

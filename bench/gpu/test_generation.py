@@ -22,7 +22,7 @@ from .conftest import LeftOut, Measure
 from .device import DEVICE, HALF, REAL
 from .steps import SMALL, SMALL_VIRTUAL, batch_of, free, frozen
 
-ROWS, LENGTH, NEW = (8, 32, 64) if REAL else (1, 3, 2)
+ROWS, LENGTH, NEW = (8, 32, 32) if REAL else (1, 3, 2)
 CACHES = ["dynamic", "static"]
 
 

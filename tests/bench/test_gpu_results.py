@@ -18,7 +18,7 @@ from bench.gpu.tables import TABLES
 
 CASE = {"B": 8, "H": 32, "Hkv": 8, "T": 2048, "D": 128, "P": 64}
 PATH = {"forward": "merged: cuDNN does the sequence", "backward": "merged: cuDNN does the sequence"}
-STAMP = {"commit": "0123456789ab", "device": "A GPU, CUDA 13", "real": True, "scale": "quick", "replay": False}
+STAMP = {"commit": "0123456789ab", "device": "A GPU, CUDA 13", "real": True, "scale": "quick", "switched": ""}
 
 
 def row(table: str, case: dict[str, Any], over: dict[str, float], **more: object) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def test_what_is_kept_is_rendered_with_its_goals(tmp_path: Path) -> None:
     assert "| no | 2.6 | 1.02 (≤ 1.03) | 0.84 | 1024 | **1.02** (missed ≤ 1.01) |" in text
     assert "Greedy generation: not yet measured, `make gpu PARTS=generation` does" in text
     goals = page.goals_table(found)
-    assert "P = 64 | cuDNN without a prefix | ≤ 1.20 | **1.21**, missed (0123456789ab) |" in goals
+    assert "P = 64 | cuDNN without a prefix | ≤ 1.20 | **1.21**, missed; 0123456789ab |" in goals
     assert (
         "by FlashAttention-4 | cuDNN without a prefix | ≤ 1.08 | not yet measured: `make gpu PARTS=attention` |"
         in goals
     )
-    assert "| step, Llama 1B's shape, P = 64 | bare model | ≤ 1.03 | 1.02, met (0123456789ab) |" in goals
+    assert "| step, Llama 1B's shape, P = 64 | bare model | ≤ 1.03 | 1.02, met; 0123456789ab |" in goals
     shown = front.gpu(found)
     assert "| attention | PEFT's way | 0.37 |\n|  | no prefix | 1.21 |" in shown
     assert "| training step, Llama 1B's shape | PEFT | 0.84 |\n|  | bare model | 1.02 |" in shown
@@ -123,13 +123,13 @@ def test_a_goal_is_met_by_the_quickest_path_that_it_is_for(tmp_path: Path) -> No
     assert "**1.30** (missed ≤ 1.08) | merged 1.24, folded 1.04, fa4 1.00 |" in text
 
 
-def test_replayed_figures_stand_beside_the_others() -> None:
-    replayed = copy.deepcopy(SMALL)
-    replayed["case"]["replay"] = True
-    replayed["ratios"]["PEFT prefix"]["of_minima"] = 0.8
-    session = kept.Session("h", {}, {"small-steps": content(SMALL), "small-steps-replay": content(replayed)})
+def test_figures_with_more_switched_on_stand_beside_the_others() -> None:
+    switched = copy.deepcopy(SMALL)
+    switched["case"]["with"] = "plans replayed"
+    switched["ratios"]["PEFT prefix"]["of_minima"] = 0.8
+    session = kept.Session("h", {}, {"small-steps": content(SMALL), "small-steps-replay": content(switched)})
     goals = page.goals_table([session])
-    assert "8 x 64 | PEFT prefix | ≤ 0.85 | **0.90**, missed; 0.80, met with plans replayed (0123456789ab) |" in goals
+    assert "8 x 64 | PEFT prefix | ≤ 0.85 | **0.90**, missed; 0.80, met (plans replayed); 0123456789ab |" in goals
     assert len(session.tables["gpu small step"]) == 2
 
 
@@ -162,8 +162,8 @@ def test_parts_that_were_not_measured_anew_stay_with_their_commit(tmp_path: Path
     kept.keep(later, "h", folder)
     (session,) = kept.sessions(folder)
     goals = page.goals_table([session])
-    assert "| 1.10, met (fedcba987654) |" in goals
-    assert "| 1.02, met (0123456789ab) |" in goals
+    assert "| 1.10, met; fedcba987654 |" in goals
+    assert "| 1.02, met; 0123456789ab |" in goals
     assert [step["commit"] for step in session.report["steps"]] == ["fedcba987654"]
 
 
@@ -187,4 +187,4 @@ def test_what_was_measured_is_printed_with_the_device_and_the_goals(tmp_path: Pa
     said = page.printed([folder / "attention.json", folder / "steps.json"])
     assert said.startswith("### Figures\n\nA GPU, CUDA 13; commit 0123456789ab\n\n#### `prefix_attention`\n\n| B,H")
     assert "#### Whole training steps" in said
-    assert "P = 64 | cuDNN without a prefix | ≤ 1.20 | **1.21**, missed (here) |" in said
+    assert "P = 64 | cuDNN without a prefix | ≤ 1.20 | **1.21**, missed; here |" in said

@@ -18,6 +18,7 @@ import pytest
 from bench.gpu import parts, processes
 from bench.gpu.parts import Part, Run
 from bench.gpu.session import Session
+from prefixcore.backends.triton import PATHS
 from tests.device import shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,15 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     monkeypatch.setattr("bench.gpu.session.command", lambda run, kind, folder, stem: found.get(stem, ["true"]))
     return found
+
+
+def test_a_switch_that_the_tree_does_not_know_is_left_out_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "reads", lambda variable: variable == "PREFIXCORE_REPLAY")
+    assert parts.lacking(Run("", ("x.py",), parts.OFF)) is None
+    assert parts.lacking(Run("", ("x.py",), parts.REPLAY)) is None
+    said = "this tree knows no 'fewer launches' (nothing reads PREFIXCORE_FEWER_LAUNCHES)"
+    assert parts.lacking(Run("", ("x.py",), parts.BOTH)) == said
+    assert parts.switched(parts.BOTH) == "plans replayed, fewer launches"
 
 
 def states(session: Session) -> dict[str, str]:
@@ -69,6 +79,7 @@ def test_its_parts_are_files_that_are_there() -> None:
             for file in run.what:
                 assert not file.endswith(".py") or (ROOT / file).exists(), f"{each.name} runs {file}"
         assert each.seconds < each.limit
+    assert set(PATHS) <= set(parts.PATHS), "each path of the backend is forced"
     measured = {run.what[0] for each in parts.PARTS if each.kind == "benchmark" for run in each.runs}
     assert measured == {str(file.relative_to(ROOT)) for file in (ROOT / "bench" / "gpu").glob("test_*.py")}
 
@@ -81,7 +92,7 @@ def test_each_state_of_a_part_and_the_exit_status(
     commands["long"] = ["sh", "-c", "echo 'figure: the first row'; sleep 60"]
     session.part(part("passing"))
     assert session.write(finished=True) == 0
-    session.part(part("lacking", PREFIXCORE_REPLAY="1") if not parts.reads(parts.REPLAY) else path_part("no such"))
+    session.part(Part("lacking", "", 1, 60, "tests", (Run("", ("x.py",), path="no such"),)))
     assert session.write(finished=True) == 0  # what the tree does not have fails nothing
     session.part(part("long", limit=1))
     session.limit = 30
@@ -99,10 +110,6 @@ def test_each_state_of_a_part_and_the_exit_status(
     assert found["steps"][3]["why"].startswith("it takes about 60 s, and ")
     said = capsys.readouterr().out
     assert "long: what it shows; about 10 s, at most 1 s\n  the first row\n" in said  # while it runs
-
-
-def path_part(name: str) -> Part:
-    return Part("lacking", "", 1, 60, "tests", (Run(name, ("x.py",), path=name),))
 
 
 def test_a_second_run_goes_on_where_the_first_was_stopped(tmp_path: Path, commands: dict[str, list[str]]) -> None:
