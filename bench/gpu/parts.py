@@ -88,7 +88,7 @@ PATHS = ("merged", "single", "short", "decode", "decode_once", "folded", "fa4")
 PARTS = (
     Part("tests", "the tests on the device", 110, 240, "tests", (Run("", DEVICE_TESTS, OFF),)),
     benchmark("launching", "what a call costs the CPU, beside SDPA's", 90, 120, both=[], replay=[]),
-    Part("tests-switched", "the same with fewer launches and replayed plans, which are off until a GPU has passed it", 120,
+    Part("tests-switched", "the same with fewer launches and replayed plans, off until a GPU has passed it", 120,
          200, "tests", (Run("both", DEVICE_TESTS, BOTH), Run("replay", DEVICE_TESTS, REPLAY))),
     benchmark("small-steps", "whole steps of SmolLM2-135M's shape, beside bare, PEFT and LoRA", 80, 150, both=[]),
     benchmark("attention", "attention over P and T beside cuDNN without a prefix, each path forced", 130, 280),
