@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bench.attention_problem import Problem
 from bench.timing import Call
-from prefixcore.backends.triton import PATHS, use_path
+from prefixcore.backends.problem import attention_problem
+from prefixcore.backends.triton import PATHS, choose, use_path
 
 from .attention import inputs
 from .conftest import LeftOut
@@ -29,24 +30,31 @@ def forced(path: str, call: Call) -> Call:
     return run
 
 
-def refusal(path: str, problem: Problem) -> str | None:
-    """Why a problem cannot go by a path, in words, or None if it can."""
+def taken(problem: Problem, *, backward: bool) -> dict[str, tuple[str, str]]:
+    """By `forward` and, where it is timed, `backward`: the path that the problem goes by, and why, in words."""
+    p = attention_problem(**inputs(problem, gradients=False))
+    paths = {"forward": choose.forward(p)}
+    if backward:
+        paths["backward"] = choose.backward(p, all_three=True, grad_lse=False)
+    return {which: (found.name, found.why) for which, found in paths.items()}
+
+
+def refusal(path: str, problem: Problem, *, backward: bool) -> str | None:
+    """Why a problem cannot go by a path, in words, or None if it can: what is timed has to be that path's all the way."""
     if path not in PATHS:
         return f"this tree has no path {path!r}"
-    from prefixcore.backends.problem import attention_problem
-    from prefixcore.backends.triton import choose
-
     try:
         with use_path(path):
-            choose.forward(attention_problem(**inputs(problem, gradients=False)))
+            found = taken(problem, backward=backward)
     except (ValueError, ImportError) as error:
         return str(error)
-    return None
+    which, (name, why) = list(found.items())[-1]  # a path of the backward alone has another's forward
+    return None if name == path else f"its {which} goes by the {name} path: {why}"
 
 
-def possible(problem: Problem, left_out: LeftOut) -> list[str]:
+def possible(problem: Problem, left_out: LeftOut, *, backward: bool) -> list[str]:
     """Those of `FORCED` that the problem can go by; the others are left out by name."""
-    refused = {path: refusal(path, problem) for path in FORCED}
+    refused = {path: refusal(path, problem, backward=backward) for path in FORCED}
     for path, why in refused.items():
         if why:
             left_out(f"by the {path} path", why)

@@ -15,7 +15,7 @@ from bench.reference.flex import make_flex
 from bench.scale import SCALE, pick
 
 from . import paths
-from .attention import call, check, concatenated, inputs
+from .attention import call, check, concatenated
 from .conftest import LeftOut, Measure
 from .device import DEVICE, REAL
 
@@ -39,14 +39,7 @@ def name(problem: Any) -> str | None:
 
 def path(problem: Problem, *, backward: bool) -> dict[str, str]:
     """Which path and whose kernel, in words: part of the figure."""
-    from prefixcore.backends.problem import attention_problem
-    from prefixcore.backends.triton import choose
-
-    p = attention_problem(**inputs(problem, gradients=False))
-    paths = {"forward": choose.forward(p)}
-    if backward:
-        paths["backward"] = choose.backward(p, all_three=True, grad_lse=False)
-    return {which: f"{found.name}: {found.why}" for which, found in paths.items()}
+    return {which: f"{name}: {why}" for which, (name, why) in paths.taken(problem, backward=backward).items()}
 
 
 BOTH = [False, True]
@@ -64,7 +57,7 @@ def test_training(measure: Measure, left_out: LeftOut, problem: Problem, backwar
     others = {"concatenated": concatenated(problem)}
     if REAL and (SCALE == "full" or (problem.P in FLEX and problem in ROWS)):
         others["flex"] = make_flex(problem.T, problem.P, device=DEVICE)
-    ways = paths.possible(problem, left_out)
+    ways = paths.possible(problem, left_out, backward=backward)
     error = check(problem, others, backward=backward, paths=ways)
     ours = call(problem, prefixcore.prefix_attention, backward=backward)
     calls = {who: call(problem, attention, backward=backward) for who, attention in others.items()}
