@@ -40,7 +40,7 @@ def taken(problem: Problem, *, backward: bool) -> dict[str, tuple[str, str]]:
 
 
 def refusal(path: str, problem: Problem, *, backward: bool) -> str | None:
-    """Why a problem cannot go by a path, in words, or None if it can: what is timed has to be that path's all the way."""
+    """Why a problem cannot go by a path, in words, or None if it can: it is timed only where all of it does."""
     if path not in PATHS:
         return f"this tree has no path {path!r}"
     try:
