@@ -17,13 +17,18 @@ SWITCHES = {"PREFIXCORE_REPLAY": "plans replayed", "PREFIXCORE_FEWER_LAUNCHES": 
 OFF = dict.fromkeys(SWITCHES, "0")
 REPLAY = {**OFF, "PREFIXCORE_REPLAY": "1"}
 BOTH = dict.fromkeys(SWITCHES, "1")
-DEVICE_TESTS = (
-    *(f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics")),
-    *(
-        f"tests/backends/triton/test_{name}.py"
-        for name in ("merged", "on_device", "registration", "choose", "soft_embedding")
-    ),
-)
+
+
+def tests_of_the_device() -> tuple[str, ...]:
+    """What runs under `PREFIXCORE_TEST_DEVICE=cuda`: the ops' tests, and all of the backend that ask for it."""
+    folder = ROOT / "tests" / "backends" / "triton"
+    asking = [file for file in sorted(folder.glob("test_*.py")) if "from tests.device import" in file.read_text()]
+    ours = (str(file.relative_to(ROOT)) for file in asking)
+    ops = (f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics"))
+    return (*ops, *ours, "tests/backends/triton/test_choose.py")
+
+
+DEVICE_TESTS = tests_of_the_device()
 CUDA_TESTS = ("tests/backends/cuda/test_embedding.py",)
 FORCED_TESTS = ("tests/ops/test_attention_correct.py",)
 REHEARSED = ("tests/ops/test_attention_correct.py", "-k", "test_options and 75-torch.bfloat16")

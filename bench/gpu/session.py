@@ -29,6 +29,7 @@ from .processes import LATE, side_by_side
 
 PASSED, FAILED, CUT, NOT_RUN, LEFT_OUT = "passed", "failed", "cut", "not run", "left out"
 KEPT = 5.0  # seconds of all that are left for writing the results
+PATIENCE = 5  # times as long a part may take where its kernels are interpreted
 SHORTEST = 5.0  # seconds: with less nothing is begun
 
 
@@ -88,7 +89,7 @@ class Session:
         """All runs of a part that this tree has, as far as the time goes."""
         about = part.seconds / len(part.runs)
         for run in part.runs:
-            name = f"{part.name} {run.name}".strip()
+            name, limit = f"{part.name} {run.name}".strip(), part.limit * (PATIENCE if self.rehearsal else 1)
             if why := lacking(run):
                 self.note(name, LEFT_OUT, why=why)
             elif name in self.before:
@@ -98,20 +99,20 @@ class Session:
             elif self.left() < about:
                 self.note(name, NOT_RUN, why=f"it takes about {about:.0f} s, and {self.left():.0f} s are left")
             else:
-                print(f"{name}: {part.what}; about {about:.0f} s, at most {part.limit} s", flush=True)
-                self.start(name, part, run)
+                print(f"{name}: {part.what}; about {about:.0f} s, at most {limit} s", flush=True)
+                self.start(name, part, run, limit)
 
-    def start(self, name: str, part: Part, run: Run) -> None:
+    def start(self, name: str, part: Part, run: Run, limit: float) -> None:
         if part.kind == "sanitizer":
             self.sanitize(name, part)
         elif part.kind == "tests":
-            self.tests(name, part, run)
+            self.tests(name, run, limit)
         else:
             device, scale = ("interpreter", "smoke") if self.rehearsal else ("cuda", "quick")
             settings = {"PREFIXCORE_BENCH_DEVICE": device, "PREFIXCORE_BENCH": scale, **run.settings}
-            self.run(name, [command(run, part.kind, self.out, name.replace(" ", "-"))], part.limit, **settings)
+            self.run(name, [command(run, part.kind, self.out, name.replace(" ", "-"))], limit, **settings)
 
-    def tests(self, name: str, part: Part, run: Run) -> None:
+    def tests(self, name: str, run: Run, limit: float) -> None:
         cores, stem = os.cpu_count() or 1, name.replace(" ", "-")
         for old in self.logs.glob(f"{stem}-[0-9]*.xml"):
             old.unlink()
@@ -129,7 +130,7 @@ class Session:
         device = "interpreter" if self.rehearsal else "cuda"
         forced = {"PREFIXCORE_GPU_PATH": run.path} if run.path else {}
         settings = {"PREFIXCORE_TEST_DEVICE": device, "OMP_NUM_THREADS": "1", **forced, **run.settings}
-        self.run(name, commands, part.limit, **settings)
+        self.run(name, commands, limit, **settings)
 
     def sanitize(self, name: str, part: Part) -> None:
         """A part of the tests again, watched for accesses out of bounds and for races."""
