@@ -14,7 +14,7 @@ from .parts import switched
 NAME = os.environ.get("PREFIXCORE_BENCH_DEVICE", "")
 if NAME not in ("", "cuda", "interpreter", "cpu"):
     raise ValueError(f"PREFIXCORE_BENCH_DEVICE: expected cuda, interpreter or cpu, got {NAME!r}")
-if NAME != "cuda":
+if NAME in ("interpreter", "cpu"):
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 REAL = NAME == "cuda"

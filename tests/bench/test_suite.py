@@ -28,7 +28,7 @@ def test_its_results_can_be_shown_and_drawn(smoke: dict, tmp_path: Path) -> None
     text = tables.of_machine(machine)
     for name in set(machine.tables) - set(tables.PICTURES):
         assert f"### {tables.TABLES[name][0]}" in text
-    assert len(pictures.draw(machine, tmp_path)) == len(pictures.KINDS)
+    assert len(pictures.draw(machine, tmp_path)) == len(pictures.OF_CPU)
 
 
 def test_a_wrong_kernel_reports_nothing(tmp_path: Path) -> None:
