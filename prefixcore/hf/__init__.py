@@ -4,13 +4,14 @@ from .attaching import attach
 from .baking.baking import Baked, bake
 from .baking.converting import export_adapter, import_adapter
 from .batch.packing import PackedCollator
-from .families import FAMILIES
+from .families import ENCODERS, FAMILIES
 from .handle import Handle, attached
 from .loading import load
 from .peft import Accelerated, accelerate
 from .prompt_bank import PromptBank
 
 __all__ = [
+    "ENCODERS",
     "FAMILIES",
     "Accelerated",
     "Baked",

@@ -22,7 +22,7 @@ from ..nn import (
     PTuningConfig,
     SoftPrompt,
 )
-from .attention.discover import AttentionCall, discover, find_backbone
+from .attention.discover import AttentionCall, discover, find_backbone, is_encoder, moves_positions
 from .attention.interface import LAYER
 from .attention.patch import ATTACHMENT, MODULE
 from .attention.refusals import warn_of_dropout
@@ -31,13 +31,15 @@ from .bank.bank import Bank
 from .bank.beside_peft import warn_of_frozen_peft
 from .bank.heads import find_heads
 from .checkpoint import install
-from .families import is_known, known_families, text_config
+from .families import is_known, is_known_encoder, known_encoders, known_families, text_config
 from .handle import Handle
 from .initialize import initial_prefix, initial_prompt
 from .model.devices import device_of, without_values
+from .model.sample_inputs import reads_tokens
 from .positions.model_inputs import OTHER, SEQUENCE, head_of
 from .positions.position_table import position_limit
-from .verify import check_causal, check_reads_last, own_words, verify_prefix, verify_soft_prompt
+from .verify import check_causal, own_words, verify_prefix, verify_soft_prompt
+from .verify_encoder import verify_encoder
 
 
 def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> Handle:
@@ -143,10 +145,6 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} has an attribute {MODULE!r} of its own, the name of the trainable module"
         )
-    if model.main_input_name != "input_ids":
-        raise NotImplementedError(
-            f"{type(model).__name__} reads {model.main_input_name}; virtual tokens are for models that read input_ids"
-        )
     if missing := without_values(model):
         raise ValueError(
             f"the model has parameters without values (on the meta device), as {missing[0]} is: load its weights first"
@@ -164,6 +162,11 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
     with own_words(model, "a prefix"):
         calls = discover(model)
     backbone = find_backbone(model, calls)
+    if is_encoder(model, calls):
+        if not is_known_encoder(model):
+            verify_encoder(model, backbone, calls)
+            _warn_of_unknown_family(model, "a prefix computed what concatenated keys and values do")
+        return calls, backbone
     if not is_tested(model):
         verify_prefix(model, backbone, calls)
     if not is_known(model):
@@ -178,26 +181,30 @@ def find_hidden_size(model: PreTrainedModel) -> int:
         NotImplementedError: a soft prompt cannot be attached to this model.
     """
     model_class = type(model).__name__
+    if not reads_tokens(model):
+        raise NotImplementedError(
+            f"{model_class} reads {model.main_input_name}; soft prompts are for models that read input_ids (an encoder "
+            "can have a prefix: PrefixTuningConfig)"
+        )
     if model.config.is_encoder_decoder:
         raise NotImplementedError(
             f"{model_class} is an encoder-decoder; soft prompts are for decoders so far ({known_families()})"
         )
     if head_of(model) == OTHER:
         raise NotImplementedError(
-            f"{model_class} has a head that may count on where the text stands; soft prompts are for causal language "
-            "models, for classification heads (...ForSequenceClassification, ...ForTokenClassification) and models "
-            "without a head so far, a prefix (PrefixTuningConfig) for any head"
+            f"{model_class} has a head that may count on where the text stands; soft prompts are for causal and masked "
+            "language models, for heads of classification and question answering (...ForSequenceClassification, "
+            "...ForTokenClassification, ...ForQuestionAnswering) and models without a head so far, a prefix "
+            "(PrefixTuningConfig) for any head"
         )
     embed: Any = model.get_input_embeddings()
     if getattr(embed, "weight", None) is None or embed.weight.dim() != 2:
         raise NotImplementedError(f"{model_class} has no table of input embeddings [V, E]")
     hidden_size: int = embed.weight.shape[1]
-    if head_of(model) == SEQUENCE:
-        check_reads_last(model)
     if not is_tested(model):
         check_causal(model)
         verify_soft_prompt(model, hidden_size)
-    if not is_known(model):
+    if not is_known(model) and not is_known_encoder(model):
         _warn_of_unknown_family(model)
     return hidden_size
 
@@ -228,7 +235,8 @@ def attach_prefix(
     `heads`: None: by its config.
     """
     heads = find_heads(model, module) if heads is None else heads
-    check_position_limit(model, module.num_virtual_tokens)
+    if moves_positions(model, backbone, calls):
+        check_position_limit(model, module.num_virtual_tokens)
     if any(parameter.requires_grad for parameter in module.parameters()):
         warn_of_dropout(model)
     warn_of_frozen_peft(model)
@@ -272,6 +280,8 @@ def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[At
         return "its head gives one output a row", []
     try:
         calls = discover(model)
+        if is_encoder(model, calls):
+            return "its tokens see later ones, so each text changes what the prompt before it is", []
         return find_backbone(model, calls), calls
     except NotImplementedError as error:
         return str(error), []
@@ -291,9 +301,11 @@ def is_tested(model: PreTrainedModel) -> bool:
     return is_known(model) and text_config(model) is model.config
 
 
-def _warn_of_unknown_family(model: PreTrainedModel) -> None:
+def _warn_of_unknown_family(
+    model: PreTrainedModel, found: str = "attached virtual tokens made of a text acted as the text does"
+) -> None:
     warnings.warn(
         f"{text_config(model).model_type!r} is not among the families that prefixcore is tested with "
-        f"({known_families()}); attached virtual tokens made of a text acted as the text does, so it is attached",
+        f"({known_families()}, {known_encoders()}); {found}, so it is attached",
         stacklevel=4,
     )

@@ -30,10 +30,10 @@ AS_DECODER = (
 
 @dataclass(frozen=True)
 class Family:
-    """What is known about one family of decoders.
+    """What is known about one family of decoders, or of encoders.
 
     Attributes:
-        model_type: transformers' `config.model_type` of the text decoder.
+        model_type: transformers' `config.model_type` of the text decoder, or of the encoder.
         label: the name that people write, in README, CHANGELOG and docstrings.
         positions: `ROTARY` or `LEARNED`.
         sliding_window: which layers attend through `config.sliding_window` where it is set: `NO_LAYERS`,
@@ -66,6 +66,25 @@ FAMILIES: dict[str, Family] = {
 }
 """The known families by their `model_type`."""
 
+_BERT_DROPOUT = "attention_probs_dropout_prob"
+_OUT_OF_PEFT = frozenset({"prompt"})
+"""PEFT puts a prefix into the cache of a model, which these have none of."""
+
+ENCODERS: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("bert", "BERT", positions=LEARNED, attention_dropout=_BERT_DROPOUT),
+        Family("roberta", "RoBERTa", positions=LEARNED, attention_dropout=_BERT_DROPOUT),
+        Family("xlm-roberta", "XLM-RoBERTa", positions=LEARNED, attention_dropout=_BERT_DROPOUT),
+        Family("electra", "ELECTRA", positions=LEARNED, attention_dropout=_BERT_DROPOUT),
+        Family("albert", "ALBERT", positions=LEARNED, attention_dropout=_BERT_DROPOUT, peft_methods=_OUT_OF_PEFT),
+        Family("distilbert", "DistilBERT", positions=LEARNED, peft_methods=_OUT_OF_PEFT),
+        Family("modernbert", "ModernBERT", sliding_window=SOME_LAYERS, peft_methods=_OUT_OF_PEFT),
+        Family("vit", "ViT", positions=LEARNED, attention_dropout=_BERT_DROPOUT, peft_methods=frozenset()),
+    )
+}
+"""The known families whose tokens see those after them, too, by their `model_type`."""
+
 
 def text_config(model: Any) -> Any:
     """The configuration of the text decoder inside `model`."""
@@ -82,9 +101,19 @@ def is_known(model: Any) -> bool:
     return family_of(model) is not None
 
 
+def is_known_encoder(model: Any) -> bool:
+    """Whether `model`, which is found to be an encoder, is of a known family of them."""
+    return text_config(model) is model.config and model.config.model_type in ENCODERS
+
+
 def known_families() -> str:
     """The known families by `model_type`, for messages."""
     return ", ".join(sorted(FAMILIES))
+
+
+def known_encoders() -> str:
+    """The known families of encoders by `model_type`, for messages."""
+    return ", ".join(sorted(ENCODERS))
 
 
 def position_limit(model: Any) -> int | None:
@@ -109,6 +138,7 @@ def attention_dropout(model: Any) -> dict[str, float]:
     A family that is not known may use any of the names that the known ones do.
     """
     family = family_of(model)
-    names = [family.attention_dropout] if family else {each.attention_dropout for each in FAMILIES.values()}
+    known = [*FAMILIES.values(), *ENCODERS.values()]
+    names = [family.attention_dropout] if family else {each.attention_dropout for each in known}
     config = text_config(model)
     return {name: rate for name in sorted(names) if (rate := getattr(config, name, 0.0))}

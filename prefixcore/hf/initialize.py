@@ -30,6 +30,7 @@ from .attention.discover import record
 from .attention.patch import frozen_run
 from .families import text_config
 from .model.devices import device_of
+from .model.sample_inputs import reads_tokens
 from .positions.position_table import position_limit
 
 
@@ -54,6 +55,11 @@ def initial_prefix(
     """
     if config.init is not None and not isinstance(config.init, str):
         return tensor_init(config.init, shapes, config.num_virtual_tokens)
+    if not reads_tokens(model) and config.init in ("text", "vocab"):
+        raise ValueError(
+            f"init={config.init!r} starts from tokens, but {type(model).__name__} reads {model.main_input_name}: take "
+            "init='random', 'zero' or tensors"
+        )
     ids = initial_ids(model, config, tokenizer)
     if ids is None:
         return None
@@ -85,7 +91,7 @@ def initial_prompt(
 
 def initial_ids(model: PreTrainedModel, config: Config, tokenizer: Any = None) -> list[int] | None:
     """The P token ids that `config` starts from, or None if it starts from none."""
-    vocabulary = text_config(model).vocab_size
+    vocabulary = getattr(text_config(model), "vocab_size", 0)
     if isinstance(config, CPTConfig):
         if max(config.cpt_token_ids) >= vocabulary:
             raise ValueError(

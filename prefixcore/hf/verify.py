@@ -110,23 +110,6 @@ def _verify_soft_prompt(model: PreTrainedModel, hidden_size: int) -> None:
             bank.patch.undo()
 
 
-def check_reads_last(model: PreTrainedModel) -> None:
-    """Raises NotImplementedError for a head that reads the first token of a sequence, which would be a virtual one.
-
-    That is so where tokens see those after them: such models learn what the first token says of all.
-    """
-    ids = plain_ids(model, _CONTINUATION)
-    other = ids.clone()
-    other[:, -1] = stand_in(model)
-    with own_words(model, "a soft prompt"), frozen_run(model):
-        first, second = (_first(model.base_model(input_ids=each, use_cache=False))[:, 0] for each in (ids, other))
-    if not torch.equal(first, second):
-        raise NotImplementedError(
-            f"{type(model).__name__} is not a causal decoder: its head reads the first token, which would be a virtual "
-            "one. Soft prompts on classification heads are for decoders, whose head reads the last token"
-        )
-
-
 def check_causal(model: PreTrainedModel) -> None:
     """Raises NotImplementedError for a model that generates and was made as an encoder: its tokens see later ones.
 
@@ -141,7 +124,7 @@ def check_causal(model: PreTrainedModel) -> None:
     other[:, -1] = stand_in(model)
     with own_words(model, "a soft prompt"), frozen_run(model):
         change = _first(model(input_ids=ids, use_cache=False)) - _first(model(input_ids=other, use_cache=False))
-    if change[:, :-1].float().norm() > _tolerance(model) * change[:, -1].float().norm():
+    if change[:, :-1].float().norm() > tolerance(model) * change[:, -1].float().norm():
         raise NotImplementedError(
             f"{type(model).__name__} is meant to generate, but its text is not causal: a later token changes an "
             f"earlier logit, and what it generates with a cache is not what it generates without. {AS_DECODER}"
@@ -199,7 +182,7 @@ def _generate_after_text(model: PreTrainedModel, ids: Tensor) -> _Generated | No
         return None
     logits = torch.stack((batch[:, 0], alone[:, 0]), 1)
     effect = (alone[0, 0] - without[1]).float().norm()
-    pads = bool((batch[0, 1] - alone[0, 0]).float().norm() <= _tolerance(model) * effect)
+    pads = bool((batch[0, 1] - alone[0, 0]).float().norm() <= tolerance(model) * effect)
     return _Generated(logits, without, pads)
 
 
@@ -258,7 +241,8 @@ def _check_training(model: PreTrainedModel, what: str, module: nn.Module, ids: T
         )
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def tolerance(model: PreTrainedModel) -> float:
+    """The share of an effect that may be missing, in the model's dtype."""
     return _TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_HALF
 
 
@@ -266,7 +250,7 @@ def _compare(model: PreTrainedModel, what: str, expected: Tensor, got: Any, with
     """Raises NotImplementedError if `got` is not `expected`, measured by how far `without` the text is from it."""
     effect = (expected - without).float().norm()
     missing = (expected - got).float().norm()
-    if not missing <= _tolerance(model) * effect:
+    if not missing <= tolerance(model) * effect:
         raise NotImplementedError(
             f"a {what} on {type(model).__name__} does not act as the text it was made of (off by {float(missing):.3g}, "
             f"where the text changes the output by {float(effect):.3g}), so this family is not supported; known "

@@ -216,7 +216,7 @@ _REASONS = {
     r"is an encoder-decoder": "an encoder-decoder",
     r"reads (\w+); virtual tokens": r"reads `\1` in place of `input_ids`",
     r"does not run its attention through": "attention of its own, out of reach",
-    r"is not causal; prefixes": "attention is not causal, or does not say so",
+    r"is not causal; in models": "attention is not causal, or does not say so",
     r"takes no position_ids": "takes no `position_ids`",
     r"attention modules were reached": "not one attention call a layer",
     r"does not act as the text": "not as the text: other layers than attention remember it, or ids are looked up",

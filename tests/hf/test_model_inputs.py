@@ -194,12 +194,3 @@ def test_a_token_classification_head(side: str) -> None:
     torch.testing.assert_close(out.logits[seen], torch.cat(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(torch.cat(expected), batch["labels"][seen]))
     out.loss.backward()
-
-
-def test_a_head_that_reads_the_first_token_is_refused() -> None:
-    config = transformers.BertConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
-    )
-    model = transformers.BertForSequenceClassification(config).eval()
-    with pytest.raises(NotImplementedError, match="reads the first token"):
-        prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=P, init="zero", task_type="SEQ_CLS"))

@@ -5,6 +5,7 @@ Nothing is guessed from names or configurations: the model reads a few tokens th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ...nn import LayerShape
-from ..families import AS_DECODER, known_families, text_config
+from ..families import AS_DECODER, known_encoders, known_families, text_config
 from ..model.devices import device_of
+from ..model.sample_inputs import reads_tokens, sample_inputs
 from ..model.signature import argument_names
 from .interface import ATTENTION, PREFIXES, prefix_attention_forward
 from .mask import prefix_mask
@@ -58,6 +60,12 @@ class AttentionCall:
         """Hkv, D and Dv."""
         return LayerShape(self.key.shape[1], self.key.shape[3], self.value.shape[3])
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees none of those after it, as attention functions find out."""
+        said = self.kwargs.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if said is None else said)
+
 
 _calls: ContextVar[list[tuple[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]]] | None] = ContextVar(
     "prefixcore_calls", default=None
@@ -81,13 +89,15 @@ AttentionMaskInterface.register(RECORDING, prefix_mask)
 def record(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
     """The attention calls of one forward over `input_ids` [B, T], in order; the model is left as it was.
 
+    A model that does not read tokens is given one image, or some sound, of noise.
+
     Keys and values are those that attention sees: after the rotary embedding, not repeated for the query heads.
     """
     names = {module: name for name, module in model.named_modules()}
     token = _calls.set([])
     try:
         with frozen_run(model, RECORDING):
-            model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+            model(**sample_inputs(model, input_ids))
         calls = _calls.get() or []
     finally:
         _calls.reset(token)
@@ -98,7 +108,9 @@ def record(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
 
 
 def discover(model: PreTrainedModel) -> list[AttentionCall]:
-    """The self-attention layers of the text decoder, in order, each checked to be one that a prefix fits.
+    """The self-attention layers of the text decoder, or of the encoder, in order, each checked to fit a prefix.
+
+    Of an encoder whose layers share a module, that one again and again.
 
     Raises:
         NotImplementedError: no layer, not every layer, or a layer in a way that is not understood.
@@ -115,6 +127,14 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
             "reach it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: "
             f"{known_families()}"
         )
+    if is_encoder(model, calls):
+        _check_encoder(model, calls)
+        return calls
+    if not reads_tokens(model):
+        raise NotImplementedError(
+            f"{model_class} reads {model.main_input_name} and is no encoder; a prefix is for models that read "
+            "input_ids, and for encoders"
+        )
     config = text_config(model)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     expected = sum(layer_type in _ATTENTION_LAYERS for layer_type in layer_types)
@@ -130,8 +150,53 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     return calls
 
 
+def is_encoder(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> bool:
+    """Whether each token of the model sees all others, in every layer.
+
+    A model that generates is none, whatever its configuration says: it is one that has to be told to be a decoder.
+    """
+    return bool(calls) and not model.can_generate() and not any(call.is_causal for call in calls)
+
+
+def moves_positions(model: PreTrainedModel, backbone: PreTrainedModel, calls: Sequence[AttentionCall]) -> bool:
+    """Whether a text with a prefix stands P positions further on, as it would with the prefix in a cache.
+
+    An encoder that reads a cache counts what it holds. P-tuning v2 and PEFT put their prefix there, and so move it. One
+    without a cache has never had its positions moved by a prefix.
+    """
+    return not is_encoder(model, calls) or {"position_ids", "past_key_values"} <= set(argument_names(backbone))
+
+
+def _check_encoder(model: PreTrainedModel, calls: list[AttentionCall]) -> None:
+    """Raises NotImplementedError unless the attention calls are one for each layer, of its own tokens."""
+    name = type(model).__name__
+    expected = getattr(text_config(model), "num_hidden_layers", None)
+    if len(calls) != expected:
+        raise NotImplementedError(
+            f"{name} has {expected} layers, but attention was called {len(calls)} times; a prefix must reach each "
+            f"layer once. Known families of encoders: {known_encoders()}"
+        )
+    for call in calls:
+        if call.key.shape[0] != 1:
+            raise NotImplementedError(
+                f"{call.name} cuts one input into {call.key.shape[0]} rows of attention, so it cannot be told which "
+                f"prefix a row has. Known families of encoders: {known_encoders()}"
+            )
+        _check_arguments(call)
+
+
 def _check_call(call: AttentionCall, may_be_decoder: bool) -> None:
-    """Raises NotImplementedError for attention that `prefix_attention` does not compute."""
+    """Raises NotImplementedError for attention of a decoder that `prefix_attention` does not compute."""
+    _check_arguments(call)
+    if not call.is_causal:
+        hint = f". {AS_DECODER}" if may_be_decoder else ""
+        raise NotImplementedError(
+            f"{call.name} is not causal; in models that generate, prefixes are for decoders ({known_families()}){hint}"
+        )
+
+
+def _check_arguments(call: AttentionCall) -> None:
+    """Raises NotImplementedError for arguments and heads of attention that `prefix_attention` does not know."""
     unknown = {
         name
         for name, value in call.kwargs.items()
@@ -140,12 +205,6 @@ def _check_call(call: AttentionCall, may_be_decoder: bool) -> None:
     if unknown:
         raise NotImplementedError(
             f"{call.name} calls attention with {', '.join(sorted(unknown))}, which prefix attention does not know"
-        )
-    is_causal = call.kwargs.get("is_causal")
-    if not (getattr(call.module, "is_causal", True) if is_causal is None else is_causal):
-        hint = f". {AS_DECODER}" if may_be_decoder else ""
-        raise NotImplementedError(
-            f"{call.name} is not causal; prefixes are for decoders so far ({known_families()}){hint}"
         )
     if call.num_heads % call.shape.num_kv_heads:
         raise NotImplementedError(
@@ -172,16 +231,19 @@ def _check_windows(config: Any, windows: list[int | None]) -> None:
 
 
 def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrainedModel:
-    """The innermost model that holds every one of these layers and takes positions.
+    """The innermost model that holds every one of these layers and, if it is a decoder, takes positions.
 
     Raises:
         NotImplementedError: none takes `position_ids`.
     """
+    needs_positions = not is_encoder(model, calls)
     paths = [call.name.split(".") for call in calls]
     common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))
     for end in range(common, -1, -1):
         module = model.get_submodule(".".join(paths[0][:end]))
-        if isinstance(module, PreTrainedModel) and "position_ids" in argument_names(module):
+        if not isinstance(module, PreTrainedModel):
+            continue
+        if not needs_positions or "position_ids" in argument_names(module):
             return module
     raise NotImplementedError(
         f"{type(model).__name__} takes no position_ids, so the sequence cannot be placed after the prefix; "

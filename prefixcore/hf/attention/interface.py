@@ -36,12 +36,12 @@ class Layer(NamedTuple):
     """What an attention module of an attached model knows.
 
     Attributes:
-        number: which of the model's attention layers it is.
+        numbers: which of the model's attention layers it is; several where layers share a module, in their order.
         other_attention: the name of the attention that the model had before.
         is_handed_arguments: whether it gets the arguments that the decoder is called with.
     """
 
-    number: int
+    numbers: tuple[int, ...]
     other_attention: str
     is_handed_arguments: bool = True
 
@@ -86,7 +86,9 @@ def prefix_attention_forward(
             f"{type(module).__name__} does not get the arguments of its model's forward, which evaluates the prefix: "
             "call the model that the prefix is attached to, or detach"
         )
-    number = None if layer is None else layer.number
+    number = None
+    if layer is not None and prefixcore_prefixes is not None:
+        number = prefixcore_prefixes.next_of(layer.numbers)
     return attend_to_prefix_and_sequence(
         module, number, prefixcore_prefixes, query, key, value, attention_mask, **kwargs
     )
@@ -171,6 +173,12 @@ def attend_to_prefix_and_sequence(
         is_causal, sliding_window = False, None
     elif is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if not is_causal:  # where tokens see later ones, a window has two sides, and a mask says it where it hides any
+        if cu_seq_lens_q is not None and sliding_window is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} has a window to both sides, so sequences cannot be packed: pad them into rows"
+            )
+        sliding_window = None
 
     attend = partial(
         prefix_attention,

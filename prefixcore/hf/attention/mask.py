@@ -2,7 +2,8 @@
 
 Masks speak about the sequence only: the prefix is seen by every query. Where the structure is causal or a sliding
 window, it goes to the attention function by itself (`module.is_causal`, the `sliding_window` argument), and what is
-left is at most a padding mask [B, S]. Anything else (static caches, packed rows without `cu_seq_lens`, custom mask
+left is at most a padding mask [B, S]. Where every token sees every other, what is left is a padding mask [B, 1, 1, S],
+whose four dimensions say that this is all. Anything else (static caches, packed rows without `cu_seq_lens`, custom mask
 functions, chunks) becomes the boolean mask of four dimensions that transformers builds for SDPA.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from .disabled import other_attention
@@ -31,7 +32,7 @@ def prefix_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """None, a padding mask [B, S] (True is visible), or a mask [B, 1, T, S] that says everything.
+    """None, a padding mask [B, S] (True is visible), or a mask [B, 1, T or 1, S] that says everything.
 
     Args:
         batch_size, q_length, kv_length: B, T, S.
@@ -63,6 +64,8 @@ def prefix_mask(
             **({} if local_size is None else {"local_size": local_size}),
             **kwargs,
         )
+    if _sees_all(kwargs) and attention_mask is not None:
+        return _padding_of(attention_mask, kv_length, kv_offset)
     structural = allow_is_causal_skip and _is_bottom_right(q_length, kv_length, q_offset, kv_offset)
     if not structural or not _is_known_structure(local_size, config):
         return sdpa_mask(
@@ -90,6 +93,20 @@ def prefix_mask(
     if not is_tracing(padding) and bool(padding.all()):
         return None
     return padding
+
+
+def _sees_all(arguments: dict[str, Any]) -> bool:
+    """Whether every token sees every other: nothing was put into the mask, nor is it joined to another later."""
+    same = arguments.get("mask_function") is bidirectional_mask_function
+    return same and bool(arguments.get("allow_is_bidirectional_skip", False))
+
+
+def _padding_of(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor | None:
+    """The padding mask [B, 1, 1, S] of keys that all tokens see; None: there is no padding."""
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if not is_tracing(padding) and bool(padding.all()):
+        return None
+    return padding[:, None, None, :]
 
 
 def _is_bottom_right(q_length: int, kv_length: int, q_offset: Any, kv_offset: int) -> bool:

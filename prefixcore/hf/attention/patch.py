@@ -82,12 +82,16 @@ class Patch:
             modules._modules.pop(name, None)
 
     def number_layers(self, layers: Sequence[nn.Module], are_handed_arguments: bool) -> None:
-        """Tells each attention layer which one it is, and whether it gets the arguments of its decoder's call."""
+        """Tells each attention layer which one it is, and whether it gets the arguments of its decoder's call.
+
+        Layers that share a module are in `layers` as often as it is called.
+        """
         self.forget_layers()
         other = {id(config): name for config, name in self.attention}
-        for i, layer in enumerate(layers):
+        for layer in dict.fromkeys(layers):
             before = other.get(id(getattr(layer, "config", None))) or "eager"
-            setattr(layer, LAYER, Layer(i, before, are_handed_arguments))
+            numbers = tuple(i for i, each in enumerate(layers) if each is layer)
+            setattr(layer, LAYER, Layer(numbers, before, are_handed_arguments))
             self.layers.append(layer)
 
     def forget_layers(self) -> None:

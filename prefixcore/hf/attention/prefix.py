@@ -28,9 +28,10 @@ class PrefixCall:
         index: int64, which entry of the bank each row (packed: sequence) sees, -1: none. None: there is one, for all.
         lengths: int64, by layer: how many virtual tokens each entry has there.
         recorded: where given, layers put the keys and values of their own tokens here, by layer.
+        done: how often each module that is several layers (ALBERT shares one) has been called.
     """
 
-    __slots__ = ("pairs", "index", "lengths", "recorded")
+    __slots__ = ("pairs", "index", "lengths", "recorded", "done")
 
     def __init__(
         self,
@@ -40,6 +41,14 @@ class PrefixCall:
         recorded: dict[int, KeyValue] | None = None,
     ) -> None:
         self.pairs, self.index, self.lengths, self.recorded = pairs, index, lengths, recorded
+        self.done: dict[tuple[int, ...], int] = {}
+
+    def next_of(self, numbers: tuple[int, ...]) -> int:
+        """Which layer a module is that is called now, of those that it is in turn."""
+        if len(numbers) == 1:
+            return numbers[0]
+        count = self.done[numbers] = self.done.get(numbers, 0) + 1
+        return numbers[(count - 1) % len(numbers)]
 
     def at(self, layer: int, device: torch.device) -> KeyValue | None:
         """What a layer sees, on its device; None: nothing."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters import AdapterError
-from ..attention.discover import AttentionCall, record
+from ..attention.discover import AttentionCall, is_encoder, record
 from ..attention.patch import frozen_run
 from ..attention.prefix import KeyValue
 from ..bank.bank import Bank
@@ -32,6 +32,11 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 def check_can_be_exact(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None:
     """Raises NotImplementedError unless tokens in front of a text act as their keys and values do, whatever follows."""
     config, name = text_config(model), type(model).__name__
+    if is_encoder(model, calls):
+        raise NotImplementedError(
+            f"{name} is an encoder: the text changes what stands before it, so no keys and values hold for every text; "
+            "serve the soft prompt or the text itself, or train a prefix (PrefixTuningConfig)"
+        )
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
     if others:
         raise NotImplementedError(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ...nn import CPTPrompt
 from ...ops import which_backend
 from ..attention.disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
-from ..attention.discover import AttentionCall, check_reached
+from ..attention.discover import AttentionCall, check_reached, moves_positions
 from ..attention.interface import ATTENTION, PREFIXES, NoArgumentsError
 from ..attention.patch import ATTACHMENT, Patch, frozen_run
 from ..attention.prefix import KeyValue, PrefixCall
@@ -32,10 +32,11 @@ from ..batch.tasks import (
 from ..families import has_windows, is_known, text_config
 from ..model.active import activate, is_active
 from ..model.devices import device_of
+from ..model.sample_inputs import reads_tokens, sample_inputs
 from ..model.signature import argument_names, as_keywords, takes_keywords
 from ..positions.cache import cache_argument, get_label, label_to_continue
 from ..positions.model_inputs import has_axes, has_stand_ins, plain_ids, restarts
-from ..positions.position_table import position_limit
+from ..positions.position_table import first_position, position_limit
 from ..positions.positions import batch_rows, shift_positions
 from ..prompts.prompt_embeddings import is_inserted
 from .attached import Attached
@@ -56,6 +57,8 @@ class Bank:
         model: the model.
         adapters: what is attached, by name; under None the only one.
         limit: positions that the model has learned; None: it computes them.
+        first_position: where the model places the first token of a text, which is 0 but for RoBERTa and its kind.
+        moves_positions: whether a text with a prefix stands P positions further on.
         patch: what was changed in the model, to be put back.
         decoder: the text decoder inside that holds the attention layers; or why there is none that virtual tokens
             reach, in words.
@@ -74,6 +77,8 @@ class Bank:
         self.model = model
         self.adapters: dict[str | None, Attached] = {}
         self.limit = position_limit(model)
+        self.first_position = first_position(model)
+        self.moves_positions = True
         self.patch = Patch(model)
         self.decoder: PreTrainedModel | str = "it is not known"
         self.layers: list[nn.Module] = []
@@ -112,6 +117,7 @@ class Bank:
     def set_decoder(self, decoder: PreTrainedModel | str, calls: Sequence[AttentionCall]) -> None:
         """Says where the attention layers are, or why they cannot be reached."""
         self.decoder, self.layers = decoder, [call.module for call in calls]
+        self.moves_positions = isinstance(decoder, str) or moves_positions(self.model, decoder, calls)
 
     def reach(self) -> None:
         """Lets the decoder's attention run through ours, once."""
@@ -133,9 +139,9 @@ class Bank:
         if not takes_keywords(decoder):
             return False
         recorded: dict[int, KeyValue] = {}
-        ids = plain_ids(self.model, 1)
+        inputs = sample_inputs(decoder, plain_ids(self.model, 1) if reads_tokens(decoder) else torch.empty(0))
         with frozen_run(self.model), suppress(NoArgumentsError):
-            decoder(input_ids=ids, use_cache=False, **{PREFIXES: PrefixCall([], recorded=recorded)})
+            decoder(**inputs, **{PREFIXES: PrefixCall([], recorded=recorded)})
         return len(recorded) == len(self.layers)
 
     def add(self, adapter: Attached) -> Attached:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from ..attention.interface import PREFIXES
 from ..attention.prefix import KeyValue, LayerPrefixes, PrefixCall, running, stack
@@ -15,6 +15,7 @@ from ..attention.refusals import refuse_attention_weights, refuse_other_attentio
 from ..batch.packing import is_empty_mask, set_empty_mask
 from ..batch.tasks import Rows, Task
 from ..model.devices import device_of
+from ..model.sample_inputs import model_input, reads_tokens
 from ..positions.cache import (
     CacheLabel,
     cache_argument,
@@ -75,16 +76,27 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         refuse_attention_weights(decoder, kwargs)
     if tasks and decoder.training and torch.is_grad_enabled():
         refuse_reentrant_checkpointing(bank.checkpointable)
+        if len(set(bank.layers)) < len(bank.layers) and bank.checkpoints:
+            raise NotImplementedError(
+                f"the layers of {type(decoder).__name__} share a module, so gradient checkpointing, which repeats them "
+                "in the backward in another order, would give them the prefixes of others: turn it off"
+            )
     num_rows, cache = batch_rows(kwargs), cache_argument(kwargs)
+    if given.rows.index is not None and len(given.rows.index) != num_rows:
+        raise NotImplementedError(
+            f"{type(bank.model).__name__} makes {num_rows} rows of a batch with task_ids for {len(given.rows.index)}: "
+            "give one for all rows"
+        )
     keys = given.rows.keys(num_rows)
     label = label_to_continue(cache, keys)
-    call = _prefixes_of_call(bank, given, tasks, num_rows, label, tokens(kwargs).device)
+    call = _prefixes_of_call(bank, given, tasks, num_rows, label, _input_device(bank, kwargs))
     if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
         set_empty_mask(kwargs)
-    if tasks or from_model:
+    lengths: dict[Any, int] = {}
+    if (tasks or from_model) and bank.moves_positions:
         lengths = label.order if label is not None else {task.key: given.length(task) for task in tasks}
         counts = [lengths.get(key, 0) if key else 0 for key in keys]
-        shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit)
+        shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit, bank.first_position)
     open_cache(cache)
     try:
         output = _forward(bank, forward, kwargs, call)
@@ -114,6 +126,18 @@ def _forward(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], ca
         )
     with running(call):
         return forward(**kwargs)
+
+
+def _input_device(bank: Bank, kwargs: dict[str, Any]) -> torch.device:
+    """Where what the call reads is; ValueError: it reads nothing, or ids and embeddings at once."""
+    assert isinstance(bank.decoder, PreTrainedModel)
+    if reads_tokens(bank.decoder):
+        return tokens(kwargs).device
+    given = model_input(kwargs)
+    if given is None:
+        raise ValueError(f"{type(bank.decoder).__name__} needs {bank.decoder.main_input_name}")
+    device: torch.device = given.device
+    return device
 
 
 def _shift(bank: Bank, counts: list[int], kwargs: dict[str, Any]) -> int | Tensor:

@@ -165,7 +165,7 @@ def call_with_prompts(
         else:
             if len(set(counts)) > 1 and not torch.compiler.is_compiling():
                 check_rows_may_differ(bank)
-            layout = insert(bank.model, bank.names[bank.model], kwargs, placed)
+            layout = insert(bank.model, bank.names[bank.model], kwargs, placed, bank.first_position)
         needed = placed.longest + length
     check_positions(kwargs, max(counts), needed, bank.limit)
     with in_place_of_stand_ins(bank.model, layout, placed):

@@ -197,7 +197,9 @@ def text_positions(model: PreTrainedModel, positions: Tensor) -> Tensor | None:
 
 
 TOKENS, SEQUENCE, OTHER = "one output a token", "one output a sequence", "something else"
-_SEQUENCE_HEAD, _TOKEN_HEAD = "ForSequenceClassification", "ForTokenClassification"
+_SEQUENCE_HEAD = "ForSequenceClassification"
+_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
+"""Of the last, the first and last places of an answer are two scores a token."""
 
 
 def head_of(model: PreTrainedModel) -> str:
@@ -205,5 +207,5 @@ def head_of(model: PreTrainedModel) -> str:
     name = type(model).__name__
     if name.endswith(_SEQUENCE_HEAD):
         return SEQUENCE
-    is_tokens = name.endswith(_TOKEN_HEAD) or model.can_generate() or model.base_model is model
+    is_tokens = name.endswith(_TOKEN_HEADS) or model.can_generate() or model.base_model is model
     return TOKENS if is_tokens else OTHER

@@ -18,21 +18,35 @@ from transformers import PreTrainedModel
 from ..attention.patch import frozen_run
 from ..families import is_known, text_config
 from ..families import position_limit as known_position_limit
+from ..model.sample_inputs import reads_tokens
+from ..model.signature import argument_names
 from .model_inputs import plain_ids
 
 _LENGTHS = 7, 9
 """How many tokens the watched forwards read. What is a table is as long for both; what is made for the input is not."""
 
-_limits: WeakKeyDictionary[PreTrainedModel, tuple[tuple[torch.Size, ...], int | None]] = WeakKeyDictionary()
+_Table = tuple[int | None, int]
+"""How many positions there are, None: no limit; and which is that of the first token."""
+
+_tables: WeakKeyDictionary[PreTrainedModel, tuple[tuple[torch.Size, ...], _Table]] = WeakKeyDictionary()
 """What was found out, with the shapes of the embeddings that it holds for."""
 
 
 def table_limit(model: PreTrainedModel) -> int | None:
     """How many positions the tables of `model` have; None: it computes them, or its tables grow."""
+    return _table(model)[0]
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The `position_ids` of the first token of a text, where `model` counts by itself: 2 in RoBERTa, 0 as a rule."""
+    return 0 if is_known(model) else _table(model)[1]
+
+
+def _table(model: PreTrainedModel) -> _Table:
     shapes = tuple(module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding))
-    known = _limits.get(model)
+    known = _tables.get(model)
     if known is None or known[0] != shapes:
-        known = _limits[model] = (shapes, _find_limit(model))
+        known = _tables[model] = (shapes, _find_table(model))
     return known[1]
 
 
@@ -43,24 +57,39 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return table_limit(model)
 
 
-def _find_limit(model: PreTrainedModel) -> int | None:
+def _find_table(model: PreTrainedModel) -> _Table:
+    if not reads_tokens(model):
+        return None, 0  # what it reads has one size, that of its table
     if any(hasattr(type(module), "make_weights") for module in model.modules()):
-        return None  # sines of XGLM and its kind, which make a longer table where one is needed
+        return None, 0  # sines of XGLM and its kind, which make a longer table where one is needed
     if text_config(model).model_type == "mpt":  # a bias for each distance, up to the longest
-        return text_config(model).max_seq_len
-    found: set[int] | None = None
+        return text_config(model).max_seq_len, 0
+    found = _watched(model)
+    if not found:
+        return None, 0
+    limit, first = min(found)
+    if first and "position_ids" in argument_names(model):
+        said = _watched(model, from_zero=True)  # where a table begins later (OPT, BioGPT), positions still begin at 0
+        first -= min(said)[1] if said else first
+    return limit, first
+
+
+def _watched(model: PreTrainedModel, from_zero: bool = False) -> set[tuple[int, int]]:
+    """The tables of positions, as `_Watch` finds them; `from_zero`: in a forward that is told positions from 0 on."""
+    found: set[tuple[int, int]] | None = None
     for length in _LENGTHS:
         ids = plain_ids(model, length)
         watch = _Watch(length)
+        told = {"position_ids": torch.arange(length, device=ids.device)[None]} if from_zero else {}
         try:
             with frozen_run(model), watch:
-                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **told)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception:  # attaching itself says what such a model cannot do
-            return None
-        found = watch.limits if found is None else found & watch.limits
-    return min(found or (), default=None)
+            return set()
+        found = watch.tables if found is None else found & watch.tables
+    return found or set()
 
 
 class _Watch(TorchDispatchMode):
@@ -68,13 +97,13 @@ class _Watch(TorchDispatchMode):
 
     Attributes:
         length: how many that are.
-        limits: how many positions the tables have.
+        tables: how many positions the tables have, and which is the first that is looked up.
     """
 
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
-        self.limits: set[int] = set()
+        self.tables: set[tuple[int, int]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -94,7 +123,7 @@ class _Watch(TorchDispatchMode):
             return
         first = _first_of_run(index, self.length)
         if first is not None:
-            self.limits.add(table.shape[dim] - first)
+            self.tables.add((table.shape[dim] - first, first))
 
 
 def _first_of_run(index: Tensor, length: int) -> int | None:

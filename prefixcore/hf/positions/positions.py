@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.sample_inputs import model_input
 from .cache import cache_argument, cache_length
 
 
@@ -14,9 +15,8 @@ def batch_rows(kwargs: dict[str, Any]) -> int:
     """B of a call, or how many sequences are packed in it."""
     if kwargs.get("cu_seq_lens_q") is not None:
         return len(kwargs["cu_seq_lens_q"]) - 1
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    return tokens.shape[0] if isinstance(tokens, Tensor) else 0
+    given = model_input(kwargs)
+    return given.shape[0] if isinstance(given, Tensor) else 0
 
 
 def query_length(kwargs: dict[str, Any]) -> int:
@@ -35,7 +35,7 @@ def past_length(kwargs: dict[str, Any]) -> int | Tensor:
     return 0 if cache is None else cache_length(cache)
 
 
-def shift_positions(kwargs: dict[str, Any], counts: int | Tensor, limit: int | None) -> None:
+def shift_positions(kwargs: dict[str, Any], counts: int | Tensor, limit: int | None, first: int = 0) -> None:
     """Moves the positions of a call behind its prefix, in place; those that transformers would count are made explicit.
 
     They are counted from the mask where there is one, as `generate` does, so that padding on the left does not stand
@@ -45,19 +45,24 @@ def shift_positions(kwargs: dict[str, Any], counts: int | Tensor, limit: int | N
         kwargs: the arguments of the call.
         counts: P; or a tensor [B, 1], packed [1, T], where rows have different prefixes.
         limit: how many positions the model has learned; None: it computes them.
+        first: where the model places the first token of a text by itself: at 2 in RoBERTa.
 
     Raises:
         ValueError: the call needs more positions than `limit`.
     """
-    positions = kwargs.get("position_ids")
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     past, length = past_length(kwargs), query_length(kwargs)
-    if positions is None:
-        positions = _count_positions(kwargs, past, length)
-    kwargs["position_ids"] = positions + counts
+    if positions is not None:
+        kwargs["position_ids"] = positions + counts
+    else:
+        kwargs["position_ids"] = _count_positions(kwargs, past, length) + first + counts
+        if first and isinstance(mask, Tensor) and mask.shape == (batch_rows(kwargs), length):
+            # A model that counts from 2 gives padding the position before that, whichever side it is on.
+            kwargs["position_ids"] = kwargs["position_ids"].masked_fill(mask == 0, first - 1)
     most = counts if isinstance(counts, int) else int(counts.max())
     if limit is not None and past + length + most > limit:
         # Padded batch rows are longer than their positions, so values decide. Reading them makes a GPU wait.
-        check_limit(int(kwargs["position_ids"].max()) + 1, most, limit)
+        check_limit(int(kwargs["position_ids"].max()) + 1 - first, most, limit)
 
 
 def _count_positions(kwargs: dict[str, Any], past: int | Tensor, length: int) -> Tensor:

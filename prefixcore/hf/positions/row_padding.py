@@ -13,6 +13,7 @@ import torch
 from ..attention.patch import frozen_run
 from ..families import is_known
 from .model_inputs import has_axes, plain_ids
+from .position_table import first_position
 
 if TYPE_CHECKING:
     from ..bank.bank import Bank
@@ -39,7 +40,7 @@ def _moves_with_padding(bank: Bank) -> bool:
     mask[:, :_PADDING] = 0
     inputs = {"input_ids": padded, "attention_mask": mask, "use_cache": False}
     if "position_ids" in bank.names[model] and not has_axes(model):
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + first_position(model)
     with bank.disabled(), frozen_run(model):
         alone = model(input_ids=ids, use_cache=False)[0].float()
         moved = model(**inputs)[0].float()

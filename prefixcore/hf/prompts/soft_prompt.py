@@ -30,8 +30,13 @@ from .prompt_arguments import tokens
 from .prompt_embeddings import insert_embeddings
 from .prompts import Prompts, missing_tokens
 
+SPANS = ("start_positions", "end_positions")
+"""Arguments of a head for question answering that say at which token of a row something stands."""
 
-def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], prompts: Prompts) -> Layout:
+
+def insert(
+    model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], prompts: Prompts, first_position: int = 0
+) -> Layout:
     """Puts the prompts into the arguments of a call that starts a sequence, in place.
 
     Args:
@@ -39,6 +44,7 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
         names: its forward's arguments.
         kwargs: the arguments of the call.
         prompts: of each row.
+        first_position: where the model places the first token of a text by itself: at 2 in RoBERTa.
     """
     (batch_size, length), virtual = tokens(kwargs).shape[:2], prompts.longest
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -67,11 +73,22 @@ def insert(model: PreTrainedModel, names: list[str], kwargs: dict[str, Any], pro
     if positions is not None:
         kwargs["position_ids"] = insert_positions(positions, layout, missing)
     elif (padding is not None or missing is not None or _has_gaps(mask)) and takes_positions:
-        kwargs["position_ids"] = positions_from_mask(kwargs["attention_mask"])
+        kwargs["position_ids"] = positions_from_mask(kwargs["attention_mask"]) + first_position
     if kwargs.get("labels") is not None and head_of(model) != SEQUENCE:
-        kwargs["labels"] = layout.insert_value(_predictable(kwargs["labels"], layout, prompts), -100)
+        labels = _predictable(kwargs["labels"], layout, prompts) if model.can_generate() else kwargs["labels"]
+        kwargs["labels"] = layout.insert_value(labels, -100)
+    for name in SPANS:
+        if isinstance(kwargs.get(name), Tensor):
+            kwargs[name] = _moved(kwargs[name], layout)
     insert_embeddings(model, kwargs, layout, prompts)
     return layout
+
+
+def _moved(places: Tensor, layout: Layout) -> Tensor:
+    """Places of tokens in the rows of a text, [B] or [B, 1], as places in those with virtual tokens."""
+    lead: Any = 0 if layout.left_padding is None else layout.left_padding.to(places.device).view(-1)
+    lead = lead if places.dim() < 2 or isinstance(lead, int) else lead[:, None]
+    return places + layout.num_virtual_tokens * (places >= lead)
 
 
 def _predictable(labels: Tensor, layout: Layout, prompts: Prompts) -> Tensor:

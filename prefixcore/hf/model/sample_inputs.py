@@ -1,0 +1,53 @@
+"""What models read, and the input of a forward that only finds something out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .devices import device_of
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+"""The arguments that models read text, embeddings, images and sound from, each with a row of the batch first."""
+
+_SAMPLES = 1600
+"""Numbers of a wave: some frames of wav2vec 2.0 and its kind, whose convolutions take 400 for the first."""
+
+
+def model_input(kwargs: Mapping[str, Any]) -> Any:
+    """What a call reads; None: nothing that is known."""
+    return next((kwargs[name] for name in INPUTS if kwargs.get(name) is not None), None)
+
+
+def reads_tokens(model: PreTrainedModel) -> bool:
+    """Whether the model reads token ids; else images or sound."""
+    return bool(model.main_input_name == "input_ids")
+
+
+def sample_inputs(model: PreTrainedModel, ids: Tensor, rows: int = 1) -> dict[str, Any]:
+    """The arguments of a forward: `ids` [rows, T] for a model that reads tokens, noise for one that does not.
+
+    Raises:
+        NotImplementedError: it is not known how large what the model reads has to be.
+    """
+    if reads_tokens(model):
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    return {model.main_input_name: _noise(model, rows).to(device_of(model), model.dtype)}
+
+
+def _noise(model: PreTrainedModel, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    config, name = model.config, model.main_input_name
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
+    if name == "input_values" and hasattr(config, "conv_kernel"):
+        return torch.randn(rows, _SAMPLES, generator=generator)
+    raise NotImplementedError(
+        f"{type(model).__name__} reads {name}, whose size its configuration does not say, so its layers cannot be found"
+    )

@@ -1,0 +1,85 @@
+"""The check that an encoder has to pass before a prefix is attached to it, unless its family is known.
+
+The tokens of a text change those after them, and are changed by them, so no prefix has the effect of a text. It is
+compared with the obvious implementation instead: outputs and the gradient of the prefix, on a batch with padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..nn import Prefix, PrefixTuningConfig
+from .attention.concatenated import CONCATENATED, prefixes_in_order
+from .attention.discover import AttentionCall, moves_positions
+from .attention.patch import frozen_run
+from .bank.attached import Attached
+from .bank.bank import Bank
+from .families import known_encoders
+from .model.devices import device_of
+from .model.sample_inputs import reads_tokens, sample_inputs
+from .positions.model_inputs import plain_ids
+from .positions.position_table import first_position
+from .verify import own_words, tolerance
+
+_VIRTUAL, _LENGTH, _PADDING = 3, 6, 2
+
+
+def verify_encoder(model: PreTrainedModel, encoder: PreTrainedModel, calls: list[AttentionCall]) -> None:
+    """Raises NotImplementedError unless a prefix on these layers computes what concatenated keys and values do."""
+    config = PrefixTuningConfig(_VIRTUAL, init="random", seed=0)
+    module = Prefix([call.shape for call in calls], config).to(device_of(model))
+    inputs = _inputs(encoder)
+    seen = inputs.get("attention_mask")
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            output = encoder(**inputs)[0]
+            output = output[seen.bool()] if seen is not None else output
+            # Not a norm of the output, whose gradient a last layer norm takes away.
+            direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device)
+            gradients = torch.autograd.grad((output.float() * direction).sum(), list(module.parameters()))
+        return output.detach(), list(gradients)
+
+    with own_words(model, "a prefix"):
+        with frozen_run(model):
+            without = encoder(**inputs)[0]
+            without = without[seen.bool()] if seen is not None else without
+        plain = dict(inputs)
+        if moves_positions(model, encoder, calls):  # said, as there is no cache to move them
+            inputs["position_ids"] = torch.arange(_LENGTH, device=device_of(model))[None].expand(2, -1) + (
+                first_position(model) + _VIRTUAL
+            )
+        with frozen_run(model, CONCATENATED), torch.enable_grad(), prefixes_in_order(module()):
+            expected = run()
+        inputs = plain
+        bank = Bank(model)
+        try:
+            bank.set_decoder(encoder, calls)
+            bank.add(Attached(module, range(len(calls))))
+            with frozen_run(model):
+                got = run()
+        finally:
+            bank.patch.undo()
+    _compare(model, "changes the output", expected[0] - without, expected[0] - got[0])
+    for wanted, gradient in zip(expected[1], got[1], strict=True):
+        _compare(model, "has the gradient", wanted, wanted - gradient)
+
+
+def _inputs(encoder: PreTrainedModel) -> dict[str, Tensor]:
+    """Two rows, the second padded on the right where rows can be."""
+    if not reads_tokens(encoder):
+        return sample_inputs(encoder, torch.empty(0), 2)
+    inputs = sample_inputs(encoder, plain_ids(encoder, _LENGTH).repeat(2, 1))
+    inputs["attention_mask"][1, _LENGTH - _PADDING :] = 0
+    return inputs
+
+
+def _compare(model: PreTrainedModel, what: str, effect: Tensor, missing: Tensor) -> None:
+    if not missing.float().norm() <= tolerance(model) * effect.float().norm():
+        raise NotImplementedError(
+            f"a prefix on {type(model).__name__} is not what it would be if it was concatenated with keys and values "
+            f"(off by {float(missing.float().norm()):.3g}, where it {what} {float(effect.float().norm()):.3g}), so "
+            f"this family is not supported; known families of encoders: {known_encoders()}"
+        )
