@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
 
@@ -46,5 +46,23 @@ def model(seed: int = 0) -> Any:
 def folder(path: Path) -> Path:
     """Write the tiny model and its tokenizer as transformers does, and return `path`."""
     model().save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def encoder_folder(path: Path) -> Path:
+    """Write a tiny BERT for the same tokenizer as transformers does, and return `path`."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(CHARACTERS) + 2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

@@ -234,7 +234,8 @@ def _check_training(model: PreTrainedModel, what: str, module: nn.Module, ids: T
             parameter.add_(0.1 * (float(parameter.std(correction=0)) or 1.0) * noise.to(parameter.device))
     with frozen_run(model), torch.enable_grad():
         _first(model(input_ids=ids, use_cache=False)).float().square().mean().backward()
-    if not all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in parameters):
+    gradients = [parameter.grad for parameter in parameters]
+    if not all(each is not None and bool(each.isfinite().all()) and bool(each.any()) for each in gradients):
         raise NotImplementedError(
             f"a {what} on {type(model).__name__} gets no gradient, so it cannot be trained; known families: "
             f"{known_families()}"

@@ -1,6 +1,7 @@
 """What `attach` says about every class of transformers with a causal head, and whether the first real calls agree.
 
-    python -m tests.hf.every_model      writes docs/models.md anew
+    python -m tests.hf.every_model        writes the table of decoders in docs/models.md anew
+    python -m tests.hf.every_encoder      that of encoders
 
 A class works if virtual tokens made of a text act as the model does that reads the text: in a forward, in a short
 `generate` with padding, and after a step of training, when embeddings belong to no token any more.
@@ -49,7 +50,7 @@ def judge(name: str, model_type: str, method: str, **changes: Any) -> Verdict:
     try:
         handle = _attach(model, method)
     except (NotImplementedError, ValueError) as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             return Verdict(False, str(error), f"raw {type(error).__name__} out of attach: {error}")
         return Verdict(False, str(error))
     except Exception as error:
@@ -62,7 +63,7 @@ def judge(name: str, model_type: str, method: str, **changes: Any) -> Verdict:
     return Verdict(True, fault=_fault(model, handle, make(name, model_type, **changes), text))
 
 
-def _is_ours(error: Exception) -> bool:
+def is_ours(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -226,6 +227,13 @@ _REASONS = {
     r"(\w+) has a value a token": r"generate gives it `\1`",
     r"does not return one output a token": "not one output a token",
     r"calls attention with (\w+)": r"attention takes `\1`",
+    r"reads (\w+); soft prompts": r"reads `\1`",
+    r"has \d+ layers, but attention": "not one attention call a layer",
+    r"not what it would be if it was concatenated": "not as its own eager attention",
+    r"into \d+ rows of attention": "attention within windows of an image",
+    r"reads (\w+) and is no encoder": r"reads `\1`",
+    r"gets no gradient": "gets no gradient",
+    r"has a head that may count": "a head of another kind",
     r"its own code raises (\w+)": r"a few tokens of text, or a short generate, raise \1 in its code",
 }
 """What the page says of a refusal, by what the refusal says."""
@@ -268,15 +276,16 @@ def page_rows() -> dict[str, str]:
     return {line.split("`")[1]: line for line in lines if line.startswith("| `")}
 
 
-def write_page() -> None:
-    """Replaces the table of the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    head = text[: text.index("| class |")]
-    lines = ["| class | `model_type` | prefix | soft prompt |", "|---|---|---|---|"]
-    for name, model_type in sorted(every_class().items()):
-        lines.append(row(name, model_type, cells(name, model_type)))
-    PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+HEADER = "| class | `model_type` | prefix | soft prompt |"
+
+
+def write_table(header: str, rows: list[str]) -> None:
+    """Replaces the table of the page that begins with this header."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    first = lines.index(header) + 2
+    last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
+    PAGE.write_text("\n".join([*lines[:first], *rows, *lines[last:]]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_page()
+    write_table(HEADER, [row(name, kind, cells(name, kind)) for name, kind in sorted(every_class().items())])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from . import every_encoder
 from .every_model import cells, page_rows, row
 from .tiny_models import every_class
 
 CLASSES = every_class()
+ENCODERS = every_encoder.every_encoder()
 
 SAMPLE = [
     "BambaForCausalLM",
@@ -43,19 +45,35 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
+SAMPLE_ENCODERS = [
+    "AlbertForMaskedLM",
+    "BertForMaskedLM",
+    "CLIPForImageClassification",
+    "DebertaV2ForMaskedLM",
+    "Dinov2ForImageClassification",
+    "EsmForMaskedLM",
+    "LayoutLMForMaskedLM",
+    "ModernBertForMaskedLM",
+    "ResNetForImageClassification",
+    "XLMRobertaForMaskedLM",
+]
+
+
 def check(name: str) -> None:
-    assert page_rows()[name] == row(name, CLASSES[name], cells(name, CLASSES[name])), (
-        "run python -m tests.hf.every_model"
-    )
+    if name in ENCODERS:
+        said, module = row(name, ENCODERS[name], every_encoder.cells(name, ENCODERS[name])), "every_encoder"
+    else:
+        said, module = row(name, CLASSES[name], cells(name, CLASSES[name])), "every_model"
+    assert page_rows()[name] == said, f"run python -m tests.hf.{module}"
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [*SAMPLE, *SAMPLE_ENCODERS])
 def test_a_sample(name: str) -> None:
     check(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in SAMPLE])
+@pytest.mark.parametrize("name", sorted({*CLASSES, *ENCODERS} - {*SAMPLE, *SAMPLE_ENCODERS}))
 def test_every_other_class(name: str) -> None:
     """Also of another transformers than the page was written with, as far as both have the class."""
     if name not in page_rows():
@@ -68,4 +86,4 @@ def test_the_page_has_every_class() -> None:
 
     written_with = "5.23"
     if transformers.__version__.startswith(written_with):
-        assert set(page_rows()) == set(CLASSES)
+        assert set(page_rows()) == {*CLASSES, *ENCODERS}

@@ -192,6 +192,10 @@ _ALSO: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 64},
     "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "esm": {"vocab_size": VOCABULARY},
+    "esmc": {"vocab_size": VOCABULARY},
+    "luke": {"entity_vocab_size": 16, "entity_emb_size": 16},
+    "mobilebert": {"initializer_range": 0.02},  # has no layer norms, so that larger weights make numbers of 1e7
     "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 95, "<|visual token 000001|>": 91}},
     "mistral4": {"qk_rope_head_dim": 8, "qk_head_dim": 24},
     "dots3_note_text": {"qk_rope_head_dim": 4},

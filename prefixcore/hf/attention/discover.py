@@ -169,8 +169,8 @@ def moves_positions(model: PreTrainedModel, backbone: PreTrainedModel, calls: Se
 
 def _check_encoder(model: PreTrainedModel, calls: list[AttentionCall]) -> None:
     """Raises NotImplementedError unless the attention calls are one for each layer, of its own tokens."""
-    name = type(model).__name__
-    expected = getattr(text_config(model), "num_hidden_layers", None)
+    name, encoder = type(model).__name__, find_backbone(model, calls)
+    expected = getattr(text_config(encoder), "num_hidden_layers", None)
     if len(calls) != expected:
         raise NotImplementedError(
             f"{name} has {expected} layers, but attention was called {len(calls)} times; a prefix must reach each "
@@ -231,19 +231,17 @@ def _check_windows(config: Any, windows: list[int | None]) -> None:
 
 
 def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrainedModel:
-    """The innermost model that holds every one of these layers and, if it is a decoder, takes positions.
+    """The innermost model that holds every one of these layers and takes positions; of an encoder, what it reads.
 
     Raises:
         NotImplementedError: none takes `position_ids`.
     """
-    needs_positions = not is_encoder(model, calls)
+    needed = model.main_input_name if is_encoder(model, calls) else "position_ids"
     paths = [call.name.split(".") for call in calls]
     common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))
     for end in range(common, -1, -1):
         module = model.get_submodule(".".join(paths[0][:end]))
-        if not isinstance(module, PreTrainedModel):
-            continue
-        if not needs_positions or "position_ids" in argument_names(module):
+        if isinstance(module, PreTrainedModel) and needed in argument_names(module):
             return module
     raise NotImplementedError(
         f"{type(model).__name__} takes no position_ids, so the sequence cannot be placed after the prefix; "

@@ -364,10 +364,9 @@ class Bank:
         """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
         if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
             return
-        if has_stand_ins(self.model.get_input_embeddings()) or is_active(self.patch):
+        if is_active(self.patch) or all(a.is_prefix for a in self.adapters.values()):
             return
-        cache = cache_argument(kwargs)
-        if all(a.is_prefix for a in self.adapters.values()) or get_label(cache) is not None:
+        if has_stand_ins(self.model.get_input_embeddings()) or get_label(cache_argument(kwargs)) is not None:
             return
         raise RuntimeError(
             f"{type(module).__name__} was called without the soft prompt, which is put in when the model that it is "

@@ -14,6 +14,9 @@ from .devices import device_of
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 """The arguments that models read text, embeddings, images and sound from, each with a row of the batch first."""
 
+_IMAGE = 224
+"""Height and width of an image for a model that takes any."""
+
 _SAMPLES = 1600
 """Numbers of a wave: some frames of wav2vec 2.0 and its kind, whose convolutions take 400 for the first."""
 
@@ -42,8 +45,9 @@ def sample_inputs(model: PreTrainedModel, ids: Tensor, rows: int = 1) -> dict[st
 def _noise(model: PreTrainedModel, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     config, name = model.config, model.main_input_name
-    size = getattr(config, "image_size", None)
-    if name == "pixel_values" and size is not None:
+    if name == "pixel_values":
+        config = getattr(config, "vision_config", config)
+        size = getattr(config, "image_size", None) or _IMAGE
         height, width = (size, size) if isinstance(size, int) else size
         return torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
     if name == "input_values" and hasattr(config, "conv_kernel"):

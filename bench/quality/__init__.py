@@ -1,0 +1,1 @@
+"""What is learned, on real models and data: each method beside the baseline that costs nothing."""
