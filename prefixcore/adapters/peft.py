@@ -174,9 +174,11 @@ def peft_tensor_shape(peft_config: Mapping[str, Any]) -> list[int]:
     peft_type = peft_config.get("peft_type")
     if peft_type not in PEFT_TYPES:
         raise AdapterError(f"peft_type: expected one of {', '.join(PEFT_TYPES)}, got {shown(peft_type)}")
-    if peft_config.get("num_transformer_submodules") not in (None, 1):
+    if is_seq2seq(peft_config) and peft_type not in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"):
+        raise AdapterError(f"peft_type: {peft_type} is not read for encoder-decoders")
+    if peft_config.get("num_transformer_submodules") not in (None, 1, 2):
         raise AdapterError(
-            "num_transformer_submodules: expected 1 (a decoder or an encoder alone), got "
+            "num_transformer_submodules: expected 1 (a decoder or an encoder alone) or 2 (an encoder-decoder), got "
             f"{shown(peft_config['num_transformer_submodules'])}"
         )
     width = _positive(peft_config, "token_dim")
@@ -186,7 +188,27 @@ def peft_tensor_shape(peft_config: Mapping[str, Any]) -> list[int]:
                 f"token_dim: {width} is no multiple of num_attention_heads={peft_config['num_attention_heads']}"
             )
         width *= 2 * _positive(peft_config, "num_layers")
+    elif is_seq2seq(peft_config):
+        return [2 * _positive(peft_config, "num_virtual_tokens"), width]
     return [_positive(peft_config, "num_virtual_tokens"), width]
+
+
+def is_seq2seq(peft_config: Mapping[str, Any]) -> bool:
+    """Whether PEFT wrote the file for the two stacks of an encoder-decoder."""
+    return peft_config.get("num_transformer_submodules") == 2
+
+
+def seen_by_seq2seq(values: Values, num_virtual_tokens: int) -> Values:
+    """What an encoder-decoder sees in PEFT of what the file of an adapter holds.
+
+    Of a soft prompt's 2P rows PEFT puts the first P before the encoder's input. Of a prefix, it cuts the layers into
+    groups of two pairs of keys and values, for self- and cross-attention, and empties the cache of the second: layer i
+    of the decoder has the pair 2i, counted around (`PeftModel.get_prompt`).
+    """
+    if isinstance(values, Tensor):
+        return values[:num_virtual_tokens]
+    pairs = [values[2 * i % len(values)] for i in range(len(values))]
+    return [(key.clone(), value.clone()) for key, value in pairs]
 
 
 def task_shapes(peft_config: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -235,7 +257,8 @@ def from_peft(peft_config: Mapping[str, Any]) -> tuple[Config, list[LayerShape]]
             tokenizer = peft_config.get("tokenizer_name_or_path")
             return PromptTuningConfig(**common, tokenizer_name_or_path=tokenizer), []
         frozen = peft_config.get("num_frozen_tokens", 1) if peft_config["peft_type"] == "CARTRIDGE" else 0
-        config = PrefixTuningConfig(**common, num_frozen_tokens=frozen)
+        where = ("decoder",) if is_seq2seq(peft_config) else None
+        config = PrefixTuningConfig(**common, num_frozen_tokens=frozen, where=where)
     except (TypeError, ValueError) as error:
         raise AdapterError(str(error)) from error
     heads = peft_config["num_attention_heads"]

@@ -33,8 +33,10 @@ from .peft import (
     PROMPT_EMBEDDINGS,
     from_peft,
     head_shapes,
+    is_seq2seq,
     peft_tensor_shape,
     read_peft,
+    seen_by_seq2seq,
     task_shapes,
 )
 from .record import CURVE, RECORD, load_record
@@ -335,6 +337,8 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
             state_file.check_digest()
         if peft_config is not None:
             values, modules, tasks = read_peft(model_file, header.layer_shapes, heads)
+            if is_seq2seq(peft_config):
+                values = seen_by_seq2seq(values, peft_config["num_virtual_tokens"])
         else:
             assert manifest is not None
             tensors = model_file.read()

@@ -4,7 +4,7 @@ from .attaching import attach
 from .baking.baking import Baked, bake
 from .baking.converting import export_adapter, import_adapter
 from .batch.packing import PackedCollator
-from .families import ENCODERS, FAMILIES
+from .families import ENCODER_DECODERS, ENCODERS, FAMILIES
 from .handle import Handle, attached
 from .loading import load
 from .peft import Accelerated, accelerate
@@ -12,6 +12,7 @@ from .prompt_bank import PromptBank
 
 __all__ = [
     "ENCODERS",
+    "ENCODER_DECODERS",
     "FAMILIES",
     "Accelerated",
     "Baked",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .bank.bank import Bank
 from .bank.beside_peft import warn_of_frozen_peft
 from .bank.heads import find_heads
 from .checkpoint import install
-from .families import is_known, is_known_encoder, known_encoders, known_families, text_config
+from .families import is_known, is_known_encoder, is_known_encoder_decoder, known_encoders, known_families, text_config
 from .handle import Handle
 from .initialize import initial_prefix, initial_prompt
 from .model.devices import device_of, without_values
@@ -100,6 +101,8 @@ def make_prefix(
 ) -> tuple[Prefix, list[int]]:
     """A prefix with its initial values, and the layers that it is for, places in `calls`."""
     layers = choose_layers(calls, config)
+    if config.where is not None:  # kept as layers, too, so that an adapter says which without its model
+        config = replace(config, layers=layers)
     shapes = [calls[layer].shape for layer in layers]
     module = Prefix(shapes, config, initial_prefix(model, config, layers, shapes, tokenizer))
     return module.to(calls[0].key.device).train(model.training), layers
@@ -113,7 +116,7 @@ def make_prompt(model: PreTrainedModel, config: Any, hidden_size: int, tokenizer
         file = Path(str(config.prompt_tuning_init_state_dict_path))
         with TensorFile(file, None) as source:
             return MultitaskPrompt(hidden_size, config, source=source.read())
-    if isinstance(config, CPTConfig) and not model.can_generate():
+    if isinstance(config, CPTConfig) and (not model.can_generate() or model.config.is_encoder_decoder):
         raise NotImplementedError(
             f"context-aware prompt tuning is for causal language models, and {type(model).__name__} is none"
         )
@@ -162,6 +165,11 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
     with own_words(model, "a prefix"):
         calls = discover(model)
     backbone = find_backbone(model, calls)
+    if model.config.is_encoder_decoder:
+        if not is_known_encoder_decoder(model):
+            verify_encoder(model, model.base_model, calls)
+            _warn_of_unknown_family(model, "a prefix computed what concatenated keys and values do")
+        return calls, backbone
     if is_encoder(model, calls):
         if not is_known_encoder(model):
             verify_encoder(model, backbone, calls)
@@ -187,9 +195,10 @@ def find_hidden_size(model: PreTrainedModel) -> int:
             "can have a prefix: PrefixTuningConfig)"
         )
     if model.config.is_encoder_decoder:
-        raise NotImplementedError(
-            f"{model_class} is an encoder-decoder; soft prompts are for decoders so far ({known_families()})"
-        )
+        embed = model.get_encoder().get_input_embeddings()
+        if getattr(embed, "weight", None) is None or embed.weight.dim() != 2:
+            raise NotImplementedError(f"{model_class} has no table of input embeddings [V, E]")
+        return int(embed.weight.shape[1])
     if head_of(model) == OTHER:
         raise NotImplementedError(
             f"{model_class} has a head that may count on where the text stands; soft prompts are for causal and masked "
@@ -211,6 +220,15 @@ def find_hidden_size(model: PreTrainedModel) -> int:
 
 def choose_layers(calls: list[AttentionCall], config: PrefixTuningConfig) -> list[int]:
     """The indices of the layers that get a prefix; ValueError: the model has no such layer."""
+    if config.where is not None:
+        if calls[0].place is None:
+            raise ValueError(
+                f"where={config.where!r} is for encoder-decoders, but the model has one stack of layers: leave it out"
+            )
+        found = [i for i, call in enumerate(calls) if call.place in config.where]
+        if set(config.layers or ()) - set(found):
+            raise ValueError(f"layers: where={config.where!r} has the layers {found}, got {config.layers}")
+        return list(config.layers or found)
     if config.layers is None:
         return list(range(len(calls)))
     if max(config.layers) >= len(calls):
@@ -274,6 +292,8 @@ def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[At
 
     Without one a soft prompt works with padded batches and dynamic caches.
     """
+    if model.config.is_encoder_decoder:  # whose stacks are called one by one; attention is left as it is
+        return model.get_decoder(), []
     if not is_known(model):
         return f"only known families can ({known_families()})", []
     if head_of(model) == SEQUENCE:

@@ -86,6 +86,22 @@ ENCODERS: dict[str, Family] = {
 """The known families whose tokens see those after them, too, by their `model_type`."""
 
 
+ENCODER_DECODERS: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("bart", "BART", positions=LEARNED),
+        Family("mbart", "mBART", positions=LEARNED),
+        Family("pegasus", "Pegasus"),
+        Family("marian", "Marian"),
+        Family("m2m_100", "M2M100"),
+        Family("t5", "T5", attention_dropout="dropout_rate", peft_methods=_OUT_OF_PEFT),
+        Family("mt5", "mT5", attention_dropout="dropout_rate", peft_methods=_OUT_OF_PEFT),
+        Family("whisper", "Whisper", positions=LEARNED, peft_methods=frozenset()),
+    )
+}
+"""The known families that read one sequence and write another, by their `model_type`."""
+
+
 def text_config(model: Any) -> Any:
     """The configuration of the text decoder inside `model`."""
     return model.config.get_text_config(decoder=True)
@@ -104,6 +120,11 @@ def is_known(model: Any) -> bool:
 def is_known_encoder(model: Any) -> bool:
     """Whether `model`, which is found to be an encoder, is of a known family of them."""
     return text_config(model) is model.config and model.config.model_type in ENCODERS
+
+
+def is_known_encoder_decoder(model: Any) -> bool:
+    """Whether `model` is an encoder-decoder of a known family."""
+    return bool(model.config.is_encoder_decoder) and model.config.model_type in ENCODER_DECODERS
 
 
 def known_families() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,15 @@ from ..adapters.fingerprint import find_differences
 from ..adapters.module import build_module
 from ..adapters.reading import AdapterHeader, read
 from ..adapters.storage import naming
-from ..nn import CPTPrompt, Prefix
-from .attaching import attach_prefix, attach_soft_prompt, check_model, find_attention_layers, find_hidden_size
+from ..nn import CPTPrompt, Prefix, PrefixTuningConfig
+from .attaching import (
+    attach_prefix,
+    attach_soft_prompt,
+    check_model,
+    choose_layers,
+    find_attention_layers,
+    find_hidden_size,
+)
 from .attention.discover import AttentionCall
 from .bank.attached import AnyPrompt
 from .bank.cpt_calls import prompt_of_examples
@@ -128,9 +136,13 @@ class Target:
         if trainable and isinstance(module, CPTPrompt) and adapter.training_state is None:
             with naming(self.folder):  # PEFT's files hold the sum of examples and of what was learned
                 module = self._go_on_from(module)
+        layers = adapter.layers
+        if isinstance(module, Prefix) and adapter.manifest is None and module.config.where is not None:
+            layers = choose_layers(self.attention_layers[0], module.config)
+            module.config = replace(module.config, layers=layers)
         earlier = [] if adapter.manifest is None else adapter.manifest.base_model.get("forced", [])
         forced = tuple(dict.fromkeys([*earlier, *self.forced]))
-        return Found(module, adapter.layers, self.heads, adapter.heads, forced, adapter.manifest)
+        return Found(module, layers, self.heads, adapter.heads, forced, adapter.manifest)
 
     def _go_on_from(self, module: CPTPrompt) -> CPTPrompt:
         examples = initial_prompt(self.model, module.config, module.hidden_size)
@@ -171,16 +183,27 @@ class Target:
 
 def _check_layers(header: AdapterHeader, calls: list[AttentionCall]) -> None:
     """Raises AdapterError if the model lacks a layer that the adapter is for, or has others there."""
-    if header.manifest is None and len(header.layers) != len(calls):
+    layers = header.layers
+    if header.manifest is None and isinstance(header.config, PrefixTuningConfig) and header.config.where is not None:
+        layers = choose_layers(calls, header.config)
+        if any(calls[layer].kwargs.get("position_bias") is not None for layer in layers):
+            raise AdapterError(
+                "PEFT puts its prefix at positions, to which the model adds a learned bias; a prefix here has none, so "
+                "it would not be the same: train one with prefixcore.attach"
+            )
+        if len(layers) != len(header.layers):
+            raise AdapterError(
+                f"it has a prefix for {len(header.layers)} layers of a decoder, but the model's has {len(layers)}; it "
+                "was trained for another model"
+            )
+    elif header.manifest is None and len(header.layers) != len(calls):
         raise AdapterError(
             f"it has a prefix for {len(header.layers)} layers, but the model has {len(calls)} attention layers; it was "
             "trained for another model"
         )
-    if max(header.layers) >= len(calls):
-        raise AdapterError(
-            f"it has a prefix for layer {max(header.layers)}, but the model has {len(calls)} attention layers"
-        )
-    for layer, shape in zip(header.layers, header.layer_shapes, strict=True):
+    if max(layers) >= len(calls):
+        raise AdapterError(f"it has a prefix for layer {max(layers)}, but the model has {len(calls)} attention layers")
+    for layer, shape in zip(layers, header.layer_shapes, strict=True):
         if shape != calls[layer].shape:
             raise AdapterError(
                 f"the prefix of layer {layer} is for {shape}, but the model has {calls[layer].shape}; it was trained "

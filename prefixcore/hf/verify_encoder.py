@@ -6,19 +6,25 @@ compared with the obvious implementation instead: outputs and the gradient of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..nn import Prefix, PrefixTuningConfig
 from .attention.concatenated import CONCATENATED, prefixes_in_order
-from .attention.discover import AttentionCall, moves_positions
+from .attention.discover import AttentionCall, find_backbone, moves_positions
 from .attention.patch import frozen_run
 from .bank.attached import Attached
 from .bank.bank import Bank
 from .families import known_encoders
 from .model.devices import device_of
 from .model.sample_inputs import reads_tokens, sample_inputs
+from .model.signature import argument_names
+from .model.wrapped import WrappedMethod
+from .positions.decoder_positions import embed_positions, moved, position_module
 from .positions.model_inputs import plain_ids
 from .positions.position_table import first_position
 from .verify import own_words, tolerance
@@ -31,7 +37,8 @@ def verify_encoder(model: PreTrainedModel, encoder: PreTrainedModel, calls: list
     config = PrefixTuningConfig(_VIRTUAL, init="random", seed=0)
     module = Prefix([call.shape for call in calls], config).to(device_of(model))
     inputs = _inputs(encoder)
-    seen = inputs.get("attention_mask")
+    # What an encoder-decoder returns is of the decoder's tokens, none of which is padding.
+    seen = None if encoder.config.is_encoder_decoder else inputs.get("attention_mask")
 
     def run() -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
@@ -51,12 +58,17 @@ def verify_encoder(model: PreTrainedModel, encoder: PreTrainedModel, calls: list
             inputs["position_ids"] = torch.arange(_LENGTH, device=device_of(model))[None].expand(2, -1) + (
                 first_position(model) + _VIRTUAL
             )
-        with frozen_run(model, CONCATENATED), torch.enable_grad(), prefixes_in_order(module()):
-            expected = run()
+        wrapped = _move_decoder(encoder)
+        try:
+            with frozen_run(model, CONCATENATED), torch.enable_grad(), prefixes_in_order(module()):
+                expected = run()
+        finally:
+            if wrapped is not None:
+                wrapped.undo()
         inputs = plain
         bank = Bank(model)
         try:
-            bank.set_decoder(encoder, calls)
+            bank.set_decoder(find_backbone(model, calls), calls)
             bank.add(Attached(module, range(len(calls))))
             with frozen_run(model):
                 got = run()
@@ -67,8 +79,28 @@ def verify_encoder(model: PreTrainedModel, encoder: PreTrainedModel, calls: list
         _compare(model, "has the gradient", wanted, wanted - gradient)
 
 
+def _move_decoder(model: PreTrainedModel) -> WrappedMethod | None:
+    """Lets the decoder of an encoder-decoder count positions from P on, where it counts them; None: nothing to do."""
+    module = position_module(model.get_decoder()) if model.config.is_encoder_decoder else None
+    if module is None:
+        return None
+    names = argument_names(module)
+
+    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with moved([_VIRTUAL]):
+            return embed_positions(names, forward, args, kwargs)
+
+    return WrappedMethod(module, "forward", around)
+
+
 def _inputs(encoder: PreTrainedModel) -> dict[str, Tensor]:
     """Two rows, the second padded on the right where rows can be."""
+    if encoder.config.is_encoder_decoder:
+        ids = plain_ids(encoder, _LENGTH).repeat(2, 1)
+        inputs = sample_inputs(encoder, ids, 2, ids[:, :_PADDING])
+        if "attention_mask" in inputs:
+            inputs["attention_mask"][1, _LENGTH - _PADDING :] = 0
+        return inputs
     if not reads_tokens(encoder):
         return sample_inputs(encoder, torch.empty(0), 2)
     inputs = sample_inputs(encoder, plain_ids(encoder, _LENGTH).repeat(2, 1))

@@ -31,6 +31,9 @@ HEADS = {
 }
 """Modules that are trained along for a task type, as in PEFT."""
 
+PLACES = ("encoder", "decoder", "cross")
+"""Where attention is in an encoder-decoder."""
+
 INITS = ("text", "vocab", "random", "zero", "tensor")
 REPARAMETERIZATIONS = ("none", "mlp", "low_rank", "random_basis")
 ENCODERS = ("MLP", "LSTM")
@@ -181,6 +184,9 @@ class PrefixTuningConfig(_Config):
         prefix_projection: PEFT's name for `reparameterization="mlp"`.
         encoder_hidden_size: width of the MLP's hidden layer; None: Hkv*D.
         layers: indices of the layers that get a prefix, from 0; None: all.
+        where: of an encoder-decoder which attention gets a prefix: any of "encoder" and "decoder" (self-attention) and
+            "cross"; None: all three, the setting of Li and Liang for BART. PEFT's is ("decoder",). With `layers`, these
+            are counted over all attention of the model and have to be there.
         num_frozen_tokens: how many virtual tokens, from the first, keep their initial values (as attention sinks, Xiao
             et al., arXiv:2309.17453).
         reparameterization: what is trained in place of the prefix. "none"; "mlp": an embedding and two linear layers
@@ -213,6 +219,7 @@ class PrefixTuningConfig(_Config):
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     layers: list[int] | None = None
+    where: tuple[str, ...] | None = None
     num_frozen_tokens: int = 0
     reparameterization: str = "none"
     rank: int = 8
@@ -235,8 +242,17 @@ class PrefixTuningConfig(_Config):
             _check_positive("encoder_hidden_size", self.encoder_hidden_size)
         _check_positive("rank", self.rank)
         _check_positive("num_basis", self.num_basis)
+        self._check_where()
         self._check_layers()
         self._check_frozen()
+
+    def _check_where(self) -> None:
+        if self.where is None:
+            return
+        given = () if isinstance(self.where, str) or not isinstance(self.where, Sequence) else tuple(self.where)
+        if not given or any(each not in PLACES for each in given):
+            raise ValueError(f"where must be some of {', '.join(map(repr, PLACES))}, got {self.where!r}")
+        self._set(where=tuple(each for each in PLACES if each in given))
 
     def _check_layers(self) -> None:
         if self.layers is None:

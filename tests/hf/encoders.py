@@ -73,14 +73,19 @@ def moved(family: str, mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def concatenated(model: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def concatenated(model: Any, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> Iterator[None]:
     """A block in which the model's own eager attention, of its k-th call, has the k-th of `pairs` before its keys."""
     modeling = sys.modules[type(model).__module__]
     original: Callable[..., Any] = modeling.eager_attention_forward
     left = iter(pairs)
 
     def eager(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        prefix_key, prefix_value = (x.to(key.dtype).expand(len(key), -1, -1, -1) for x in next(left))
+        pair = next(left)
+        if pair is None:
+            return original(module, query, key, value, mask, **kwargs)
+        prefix_key, prefix_value = (x.to(key.dtype).expand(len(key), -1, -1, -1) for x in pair)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = torch.nn.functional.pad(kwargs["position_bias"], (P, 0))
         key, value = torch.cat((prefix_key, key), 2), torch.cat((prefix_value, value), 2)
         mask = None if mask is None else torch.nn.functional.pad(mask, (P, 0))
         return original(module, query, key, value, mask, **kwargs)

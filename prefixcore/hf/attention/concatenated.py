@@ -41,6 +41,7 @@ def concatenated_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention [B, T, H, Dv] over a prefix and the sequence; arguments as of an attention function of transformers."""
@@ -56,6 +57,8 @@ def concatenated_attention(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + nn.functional.pad(position_bias, (virtual, 0))
     if attention_mask is not None:
         scores = scores + nn.functional.pad(attention_mask, (virtual, 0))  # [B, 1, T, P + S]
     weights = scores.float().softmax(-1).to(value.dtype)

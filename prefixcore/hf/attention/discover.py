@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ...nn import LayerShape
+from ...nn.config import PLACES
 from ..families import AS_DECODER, known_encoders, known_families, text_config
 from ..model.devices import device_of
 from ..model.sample_inputs import reads_tokens, sample_inputs
@@ -46,6 +47,7 @@ class AttentionCall:
         num_heads: H.
         key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], as attention sees them.
         kwargs: the other arguments.
+        place: "encoder", "decoder" or "cross" in an encoder-decoder; None in a model of one stack.
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class AttentionCall:
     key: Tensor
     value: Tensor
     kwargs: dict[str, Any]
+    place: str | None = None
 
     @property
     def shape(self) -> LayerShape:
@@ -86,18 +89,21 @@ AttentionInterface.register(RECORDING, _record)
 AttentionMaskInterface.register(RECORDING, prefix_mask)
 
 
-def record(model: PreTrainedModel, input_ids: Tensor) -> list[AttentionCall]:
+def record(model: PreTrainedModel, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> list[AttentionCall]:
     """The attention calls of one forward over `input_ids` [B, T], in order; the model is left as it was.
 
     A model that does not read tokens is given one image, or some sound, of noise.
 
-    Keys and values are those that attention sees: after the rotary embedding, not repeated for the query heads.
+    Keys and values are those that attention sees: after the rotary embedding, not repeated for the query heads. The
+    decoder of an encoder-decoder reads `decoder_input_ids`, or the same ids.
     """
     names = {module: name for name, module in model.named_modules()}
+    # The heads of encoder-decoders have wishes of their own: as many tokens in both, an end of the text.
+    body: Any = model.base_model if model.config.is_encoder_decoder else model
     token = _calls.set([])
     try:
         with frozen_run(model, RECORDING):
-            model(**sample_inputs(model, input_ids))
+            body(**sample_inputs(body, input_ids, decoder_ids=decoder_input_ids))
         calls = _calls.get() or []
     finally:
         _calls.reset(token)
@@ -117,9 +123,7 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     """
     model_class = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise NotImplementedError(
-            f"{model_class} is an encoder-decoder; prefixes are for decoders so far ({known_families()})"
-        )
+        return discover_encoder_decoder(model)
     calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
     if not calls:
         raise NotImplementedError(
@@ -155,6 +159,8 @@ def is_encoder(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> bool:
 
     A model that generates is none, whatever its configuration says: it is one that has to be told to be a decoder.
     """
+    if model.config.is_encoder_decoder:
+        return False
     return bool(calls) and not model.can_generate() and not any(call.is_causal for call in calls)
 
 
@@ -164,7 +170,39 @@ def moves_positions(model: PreTrainedModel, backbone: PreTrainedModel, calls: Se
     An encoder that reads a cache counts what it holds. P-tuning v2 and PEFT put their prefix there, and so move it. One
     without a cache has never had its positions moved by a prefix.
     """
+    if model.config.is_encoder_decoder:
+        return False
     return not is_encoder(model, calls) or {"position_ids", "past_key_values"} <= set(argument_names(backbone))
+
+
+_ENCODER_LENGTH, _DECODER_LENGTH = 3, 2
+"""How many tokens each stack reads, so that cross-attention is known by the number of its keys."""
+
+
+def discover_encoder_decoder(model: PreTrainedModel) -> list[AttentionCall]:
+    """The attention of both stacks in the order of its calls, each with its place.
+
+    Raises:
+        NotImplementedError: as of `discover`.
+    """
+    name, device = type(model).__name__, device_of(model)
+    if "decoder_input_ids" not in argument_names(model.base_model):
+        raise NotImplementedError(f"{name} is an encoder-decoder that takes no decoder_input_ids")
+    ids = torch.zeros(1, _ENCODER_LENGTH, dtype=torch.long, device=device)
+    inside = set(model.get_encoder().modules())
+    found = []
+    for call in record(model, ids, ids[:, :_DECODER_LENGTH]):
+        is_own = call.key.shape[2] == _DECODER_LENGTH
+        found.append(replace(call, place="encoder" if call.module in inside else "decoder" if is_own else "cross"))
+    counts = [sum(call.place == place for call in found) for place in PLACES]
+    if not all(counts) or counts[1] != counts[2] or len({call.module for call in found}) != len(found):
+        raise NotImplementedError(
+            f"{name} calls attention {counts[0]} times in its encoder and {counts[1]} times in its decoder, with "
+            f"{counts[2]} calls across, through transformers' attention interface; a prefix must reach each layer once"
+        )
+    for call in found:
+        _check_arguments(call, {"position_bias"})
+    return found
 
 
 def _check_encoder(model: PreTrainedModel, calls: list[AttentionCall]) -> None:
@@ -195,12 +233,12 @@ def _check_call(call: AttentionCall, may_be_decoder: bool) -> None:
         )
 
 
-def _check_arguments(call: AttentionCall) -> None:
+def _check_arguments(call: AttentionCall, also: set[str] | None = None) -> None:
     """Raises NotImplementedError for arguments and heads of attention that `prefix_attention` does not know."""
     unknown = {
         name
         for name, value in call.kwargs.items()
-        if value is not None and value is not False and name not in _KNOWN_ARGUMENTS
+        if value is not None and value is not False and name not in _KNOWN_ARGUMENTS | (also or set())
     }
     if unknown:
         raise NotImplementedError(
@@ -236,6 +274,9 @@ def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrai
     Raises:
         NotImplementedError: none takes `position_ids`.
     """
+    if model.config.is_encoder_decoder:
+        decoder: PreTrainedModel = model.get_decoder()
+        return decoder
     needed = model.main_input_name if is_encoder(model, calls) else "position_ids"
     paths = [call.name.split(".") for call in calls]
     common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))

@@ -139,7 +139,8 @@ def attend_to_prefix_and_sequence(
             along says the same, or is the empty one of `batch/packing.py`, whose shape tells how many tokens come
             before the packed ones and are seen by all of them: T and S count these too, cu_seq_lens_q does not.
         max_length_q: the longest packed sequence; None: it is read from cu_seq_lens_q where it matters.
-        position_bias, head_mask, cache, output_attentions: refused.
+        position_bias: [1 or B, H, T, S], added to the scores of the sequence; a prefix has no distance, and so none.
+        head_mask, cache, output_attentions: refused.
 
     Returns:
         [B, T, H, Dv], contiguous, and None for the weights.
@@ -147,8 +148,8 @@ def attend_to_prefix_and_sequence(
     Raises:
         NotImplementedError: an argument that the op does not have, named; a packed batch without its lengths.
     """
-    if position_bias is not None or head_mask is not None or cache is not None or output_attentions:
-        _refuse(position_bias=position_bias, head_mask=head_mask, cache=cache, output_attentions=output_attentions)
+    if head_mask is not None or cache is not None or output_attentions:
+        _refuse(head_mask=head_mask, cache=cache, output_attentions=output_attentions)
 
     prefix_key = prefix_value = index = lengths = None
     if prefixes is not None and layer is not None:
@@ -179,6 +180,10 @@ def attend_to_prefix_and_sequence(
                 f"{type(module).__name__} has a window to both sides, so sequences cannot be packed: pad them into rows"
             )
         sliding_window = None
+    if position_bias is not None:
+        if cu_seq_lens_q is not None:
+            _refuse(position_bias=position_bias)
+        attention_mask = _with_bias(position_bias, attention_mask)
 
     attend = partial(
         prefix_attention,
@@ -198,6 +203,16 @@ def attend_to_prefix_and_sequence(
         attn_mask=attention_mask, cu_seqlens=cu_seq_lens_q,
     )  # fmt: skip
     return out.transpose(1, 2), None
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """A bias of the scores and a mask as one additive mask [B, H, T, S]."""
+    bias = bias.detach()  # of frozen weights; T5 lets a bias of zeros require a gradient under gradient checkpointing
+    if mask is None:
+        return bias
+    if mask.dim() == 2:
+        mask = mask[:, None, None, :]
+    return bias + mask if mask.is_floating_point() else bias.masked_fill(~mask.bool(), float("-inf"))
 
 
 def _attend_after_shared(
@@ -237,7 +252,7 @@ def _attend_after_shared(
 def _refuse(**arguments: Any) -> NoReturn:
     names = [name for name, value in arguments.items() if value is not None and value is not False]
     reasons = {
-        "position_bias": "a bias of the scores by position has no meaning for virtual tokens",
+        "position_bias": "sequences cannot be packed in a model that biases scores by position",
         "head_mask": "heads cannot be masked one by one",
         "cache": "continuous batching (paged caches) is not supported; use generate without it",
         "output_attentions": "attention weights are never formed; leave output_attentions out, or detach first",

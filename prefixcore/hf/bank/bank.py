@@ -35,6 +35,7 @@ from ..model.devices import device_of
 from ..model.sample_inputs import reads_tokens, sample_inputs
 from ..model.signature import argument_names, as_keywords, takes_keywords
 from ..positions.cache import cache_argument, get_label, label_to_continue
+from ..positions.decoder_positions import embed_positions, position_module
 from ..positions.model_inputs import has_axes, has_stand_ins, plain_ids, restarts
 from ..positions.position_table import first_position, position_limit
 from ..positions.positions import batch_rows, shift_positions
@@ -42,6 +43,7 @@ from ..prompts.prompt_embeddings import is_inserted
 from .attached import Attached
 from .beside_peft import check_not_frozen
 from .cpt_calls import TYPES, take_answers_loss
+from .encoder_calls import encode, find_encoder
 from .prefix_calls import ROWS, RowPrefixes, decode
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
 from .residency import Residency
@@ -62,7 +64,10 @@ class Bank:
         patch: what was changed in the model, to be put back.
         decoder: the text decoder inside that holds the attention layers; or why there is none that virtual tokens
             reach, in words.
-        layers: its attention layers.
+        encoder: of an encoder-decoder its encoder.
+        positions: of an encoder-decoder the module that embeds the positions its decoder counts.
+        layers: the attention layers.
+        decoder_layers: of an encoder-decoder which of them are self-attention of the decoder.
         names: the arguments of the forwards that are wrapped, by their modules.
         checkpointable: the modules that say whether gradient checkpointing is on.
         only_full_attention: whether every layer lets each token see all that come before it.
@@ -82,6 +87,9 @@ class Bank:
         self.patch = Patch(model)
         self.decoder: PreTrainedModel | str = "it is not known"
         self.layers: list[nn.Module] = []
+        self.encoder = find_encoder(model)
+        self.positions: nn.Module | None = None
+        self.decoder_layers: frozenset[int] = frozenset()
         self.is_reached = False
         self.hands_on_arguments = True
         self.residency = Residency()
@@ -117,6 +125,12 @@ class Bank:
     def set_decoder(self, decoder: PreTrainedModel | str, calls: Sequence[AttentionCall]) -> None:
         """Says where the attention layers are, or why they cannot be reached."""
         self.decoder, self.layers = decoder, [call.module for call in calls]
+        self.decoder_layers = frozenset(i for i, call in enumerate(calls) if call.place == "decoder")
+        if self.encoder is not None and not isinstance(decoder, str):
+            self.positions = position_module(decoder)
+            for module, around in ((self.encoder, self.call_encoder), (decoder, self.call_decoder)):
+                self.names[module] = argument_names(module)
+                self.patch.wrap_forward(module, around)
         self.moves_positions = isinstance(decoder, str) or moves_positions(self.model, decoder, calls)
 
     def reach(self) -> None:
@@ -124,10 +138,14 @@ class Bank:
         if self.is_reached or isinstance(self.decoder, str):
             return
         decoder = self.decoder
-        self.patch.set_attention(decoder, ATTENTION)
+        self.patch.set_attention(decoder if self.encoder is None else self.model, ATTENTION)
         check_reached(decoder, self.layers)
         self.patch.number_layers(self.layers, True)
-        self.hands_on_arguments = is_known(self.model) or self._find_handed_on(decoder)
+        if self.positions is not None:
+            self.names[self.positions] = argument_names(self.positions)
+            self.patch.wrap_forward(self.positions, self.call_positions)
+        is_given = is_known(self.model) or self.encoder is not None
+        self.hands_on_arguments = is_given or self._find_handed_on(decoder)
         self.patch.number_layers(self.layers, self.hands_on_arguments)
         if decoder not in self.patch.forwards:
             self.names[decoder] = argument_names(decoder)
@@ -225,6 +243,10 @@ class Bank:
         kwargs = as_keywords(self.names[self.model], args, kwargs)
         explicit = kwargs.get(TASK_IDS) is not None or generated_tasks(self.patch) is not None
         rows = self.pop_rows(kwargs)
+        if self.encoder is not None:
+            if explicit or len(self.adapters) > 1:
+                kwargs[ROWS] = RowPrefixes(rows, {})
+            return forward(**kwargs)
         if self.model is self.decoder:
             forward = partial(decode, self, forward)
         if rows.placed:
@@ -282,6 +304,8 @@ class Bank:
         kwargs = as_keywords(self.names[base], args, kwargs)
         if base is self.decoder:
             return decode(self, forward, **kwargs)
+        if self.encoder is not None:  # whose stacks put everything in
+            return forward(**kwargs)
         self.check_inserted(base, kwargs)
         return forward(**kwargs)
 
@@ -292,12 +316,25 @@ class Bank:
             return self._call_bare(self.decoder, forward, args, kwargs)
         return decode(self, forward, **as_keywords(self.names[self.decoder], args, kwargs))
 
+    def call_encoder(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the encoder of an encoder-decoder, from the model, from generate or by itself."""
+        assert self.encoder is not None
+        if self.is_disabled:
+            return self._call_bare(self.encoder, forward, args, kwargs)
+        return encode(self, forward, as_keywords(self.names[self.encoder], args, kwargs))
+
+    def call_positions(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the module that embeds the positions which the decoder of an encoder-decoder counts."""
+        assert self.positions is not None
+        return embed_positions(self.names[self.positions], forward, args, kwargs)
+
     def _call_bare(
         self, module: PreTrainedModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A disabled call of `module`: the decoder gets the attention to use, where ours was put in."""
         kwargs.pop(TASK_IDS, None)
-        name = other_attention(module.config) if module is self.decoder and self.is_reached else None
+        is_ours = self.is_reached and (module is self.decoder or module is self.encoder)
+        name = other_attention(module.config) if is_ours else None
         if name is not None and module.config._attn_implementation == ATTENTION and self.hands_on_arguments:
             kwargs[OTHER_ATTENTION] = name
         return forward(*args, **kwargs)
@@ -362,6 +399,8 @@ class Bank:
 
     def check_inserted(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
+        if self.encoder is not None:
+            return
         if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
             return
         if is_active(self.patch) or all(a.is_prefix for a in self.adapters.values()):

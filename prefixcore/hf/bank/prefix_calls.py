@@ -25,7 +25,8 @@ from ..positions.cache import (
     open_cache,
     set_label,
 )
-from ..positions.positions import batch_rows, shift_positions
+from ..positions.decoder_positions import moved
+from ..positions.positions import batch_rows, check_limit, past_length, query_length, shift_positions
 from ..prompts.prompt_arguments import tokens
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     if given is None:
         bank.check_inserted(decoder, kwargs)
         given = RowPrefixes(bank.pop_rows(kwargs), {})
+    if bank.encoder is not None:
+        from .encoder_calls import extend_encoder_mask
+
+        extend_encoder_mask(bank, given.rows, kwargs, batch_rows(kwargs))
     if not bank.is_reached:
         return forward(**kwargs)
     refuse_other_attention(decoder)
@@ -89,7 +94,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         )
     keys = given.rows.keys(num_rows)
     label = label_to_continue(cache, keys)
-    call = _prefixes_of_call(bank, given, tasks, num_rows, label, _input_device(bank, kwargs))
+    call = prefixes_of_call(bank, given, tasks, num_rows, label, _input_device(bank, kwargs))
     if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
         set_empty_mask(kwargs)
     lengths: dict[Any, int] = {}
@@ -99,7 +104,8 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit, bank.first_position)
     open_cache(cache)
     try:
-        output = _forward(bank, forward, kwargs, call)
+        with moved(_decoder_counts(bank, tasks, given, num_rows, kwargs)):
+            output = _forward(bank, forward, kwargs, call)
     finally:
         close_cache(cache)
     cache = cache_output(output) if cache is None else cache
@@ -128,10 +134,26 @@ def _forward(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], ca
         return forward(**kwargs)
 
 
+def _decoder_counts(
+    bank: Bank, tasks: list[Task], given: RowPrefixes, num_rows: int, kwargs: dict[str, Any]
+) -> list[int]:
+    """How many virtual tokens the decoder of an encoder-decoder counts before each row; nothing elsewhere."""
+    if bank.positions is None or not tasks:
+        return []
+    own = {task for task in tasks if bank.decoder_layers.intersection(task.adapter.layers or ())}
+    counts = [tasks[i].num_virtual_tokens if i >= 0 and tasks[i] in own else 0 for i in given.rows.of(tasks, num_rows)]
+    most, limit = max(counts, default=0), bank.limit
+    if limit is not None and most:
+        past = past_length(kwargs)
+        if isinstance(past, int):
+            check_limit(past + query_length(kwargs) + most, most, limit)
+    return counts
+
+
 def _input_device(bank: Bank, kwargs: dict[str, Any]) -> torch.device:
     """Where what the call reads is; ValueError: it reads nothing, or ids and embeddings at once."""
     assert isinstance(bank.decoder, PreTrainedModel)
-    if reads_tokens(bank.decoder):
+    if reads_tokens(bank.decoder) or bank.encoder is not None:
         return tokens(kwargs).device
     given = model_input(kwargs)
     if given is None:
@@ -150,7 +172,7 @@ def _shift(bank: Bank, counts: list[int], kwargs: dict[str, Any]) -> int | Tenso
     return shift[:, None] if cu_seqlens is None else shift.repeat_interleave(cu_seqlens.diff().to(device))[None]
 
 
-def _prefixes_of_call(
+def prefixes_of_call(
     bank: Bank, given: RowPrefixes, tasks: list[Task], num_rows: int, label: CacheLabel | None, device: torch.device
 ) -> PrefixCall:
     """The prefixes that the call's layers see; those of the cache, where it holds a sequence behind them.

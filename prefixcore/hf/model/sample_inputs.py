@@ -10,8 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .devices import device_of
+from .signature import argument_names
 
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+INPUTS = (
+    "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids",
+    "decoder_inputs_embeds",
+)  # fmt: skip
 """The arguments that models read text, embeddings, images and sound from, each with a row of the batch first."""
 
 _IMAGE = 224
@@ -31,15 +35,22 @@ def reads_tokens(model: PreTrainedModel) -> bool:
     return bool(model.main_input_name == "input_ids")
 
 
-def sample_inputs(model: PreTrainedModel, ids: Tensor, rows: int = 1) -> dict[str, Any]:
+def sample_inputs(
+    model: PreTrainedModel, ids: Tensor, rows: int = 1, decoder_ids: Tensor | None = None
+) -> dict[str, Any]:
     """The arguments of a forward: `ids` [rows, T] for a model that reads tokens, noise for one that does not.
+
+    The decoder of an encoder-decoder reads `decoder_ids`; None: `ids` too.
 
     Raises:
         NotImplementedError: it is not known how large what the model reads has to be.
     """
+    decoder = {}
+    if model.config.is_encoder_decoder and "decoder_input_ids" in argument_names(model):
+        decoder = {"decoder_input_ids": ids if decoder_ids is None else decoder_ids, "use_cache": False}
     if reads_tokens(model):
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    return {model.main_input_name: _noise(model, rows).to(device_of(model), model.dtype)}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, **decoder}
+    return {model.main_input_name: _noise(model, rows).to(device_of(model), model.dtype), **decoder}
 
 
 def _noise(model: PreTrainedModel, rows: int) -> Tensor:
@@ -50,6 +61,9 @@ def _noise(model: PreTrainedModel, rows: int) -> Tensor:
         size = getattr(config, "image_size", None) or _IMAGE
         height, width = (size, size) if isinstance(size, int) else size
         return torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
+    if name == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * config.max_source_positions
+        return torch.randn(rows, config.num_mel_bins, frames, generator=generator)
     if name == "input_values" and hasattr(config, "conv_kernel"):
         return torch.randn(rows, _SAMPLES, generator=generator)
     raise NotImplementedError(

@@ -33,7 +33,7 @@ def check_rows_may_differ(bank: Bank) -> None:
 
 
 def _moves_with_padding(bank: Bank) -> bool:
-    model: Any = bank.model
+    model: Any = bank.model if bank.encoder is None else bank.encoder
     ids = plain_ids(model, _COUNT)
     padded = torch.cat((ids[:, :1].expand(-1, _PADDING), ids), 1)
     mask = torch.ones_like(padded)

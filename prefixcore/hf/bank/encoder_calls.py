@@ -1,0 +1,87 @@
+"""Calls of an encoder-decoder: each of its stacks gets the prefixes of the rows; soft prompts go before the encoder.
+
+The encoder is wrapped, and not the model: `generate` runs it by itself. What it returns is P tokens longer, so the
+decoder's mask of it is made longer, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..attention.interface import PREFIXES
+from ..attention.refusals import refuse_attention_weights, refuse_other_attention, refuse_reentrant_checkpointing
+from ..batch.layout import Layout
+from ..batch.tasks import Rows
+from ..model.sample_inputs import model_input
+from ..positions.positions import batch_rows
+from ..positions.row_padding import check_rows_may_differ
+from ..prompts.prompts import Prompts, missing_tokens
+from ..prompts.soft_prompt import insert, insert_mask
+from .prefix_calls import ROWS, RowPrefixes, prefixes_of_call, prompt_of
+
+if TYPE_CHECKING:
+    from .bank import Bank
+
+
+def encode(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """A call of the encoder, from the model, from generate or by itself."""
+    encoder: Any = bank.encoder
+    given = kwargs.pop(ROWS, None) or RowPrefixes(bank.pop_rows(kwargs), {})
+    num_rows = batch_rows(kwargs)
+    if given.rows.prompts:
+        prompts = prompts_of(bank, given.rows, num_rows)
+        if len(set(prompts.counts)) > 1 and not torch.compiler.is_compiling():
+            check_rows_may_differ(bank)
+        insert(encoder, bank.names[encoder], kwargs, prompts)
+    if not bank.is_reached:
+        return forward(**kwargs)
+    refuse_other_attention(encoder)
+    if given.tasks:
+        refuse_attention_weights(encoder, kwargs)
+        if encoder.training and torch.is_grad_enabled():
+            refuse_reentrant_checkpointing(bank.checkpointable)
+    call = prefixes_of_call(bank, given, given.tasks, num_rows, None, model_input(kwargs).device)
+    return forward(**kwargs, **{PREFIXES: call})
+
+
+def prompts_of(bank: Bank, rows: Rows, num_rows: int) -> Prompts:
+    """The soft prompts of the rows."""
+    return Prompts([prompt_of(bank, task) for task in rows.prompts], rows.of(rows.prompts, num_rows))
+
+
+def extend_encoder_mask(bank: Bank, rows: Rows, kwargs: dict[str, Any], num_rows: int) -> None:
+    """Lets the decoder see the virtual tokens that the encoder read, in place.
+
+    Raises:
+        ValueError: what the encoder returned has no virtual tokens.
+    """
+    states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    if not rows.prompts or not isinstance(states, Tensor):
+        return
+    counts = rows.counts(rows.prompts, num_rows)
+    longest = max(counts, default=0)
+    missing = missing_tokens(counts, states.device, longest)
+    if mask is None:
+        if missing is None:
+            return
+        mask = torch.ones(num_rows, states.shape[1] - longest, dtype=torch.long, device=states.device)
+    if states.shape[1] != mask.shape[1] + longest:
+        raise ValueError(
+            f"encoder_outputs hold {states.shape[1]} tokens, expected {mask.shape[1]} of the text and {longest} "
+            "virtual ones: they were computed without the soft prompt; let the attached model compute them"
+        )
+    layout = Layout.from_mask(mask, num_rows, mask.shape[1], longest)
+    kwargs["encoder_attention_mask"] = insert_mask(mask, layout, missing)
+
+
+def find_encoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The encoder of an encoder-decoder; None: the model is none."""
+    if not model.config.is_encoder_decoder:
+        return None
+    encoder: PreTrainedModel = model.get_encoder()
+    return encoder

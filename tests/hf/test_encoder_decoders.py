@@ -1,0 +1,269 @@
+"""Encoder-decoders: a prefix in self- and cross-attention, soft prompts before the encoder, generate; beside PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import prefixcore
+from prefixcore import PrefixTuningConfig, PromptTuningConfig
+from prefixcore.hf import ENCODER_DECODERS, attaching
+from prefixcore.hf.attention import interface
+
+from .encoder_decoders import BIASED, FAMILIES, TEXT, inputs, labels, make
+from .encoders import P, concatenated
+from .encoders import make as encoder
+from .models import assert_same, state
+
+PLACES = [None, ("encoder",), ("decoder",), ("cross",)]
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+IN_PEFT = [name for name in TEXT if name not in BIASED]
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def config(where: Any = None, **changes: Any) -> PrefixTuningConfig:
+    return PrefixTuningConfig(P, init="random", seed=0, where=where, **{"task_type": "SEQ_2_SEQ_LM", **changes})
+
+
+def move_positions(model: Any) -> None:
+    """Lets the decoder count positions from P on, as with P tokens in its cache."""
+
+    def move(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("position_ids") is not None:
+            return args, {**kwargs, "position_ids": kwargs["position_ids"] + P}
+        return (*args[:2], args[2] + P), kwargs
+
+    model.get_decoder().embed_positions.register_forward_pre_hook(move, with_kwargs=True)
+
+
+def test_every_known_family_is_tested() -> None:
+    assert set(FAMILIES) == set(ENCODER_DECODERS)
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients(family: str, where: Any) -> None:
+    """In float64, beside the model's own eager attention with concatenated keys and values."""
+    model, batch = make(family).double(), {**inputs(family), "labels": labels()}
+    batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+    handle = prefixcore.attach(model, config(where))
+    handle.module.double()
+    pairs = [(k.requires_grad_(), v.requires_grad_()) for k, v in handle.bake()]
+    layers = handle.config.layers or list(range(len(pairs)))
+    out = model(**batch)
+    out.loss.backward()
+    gradients = [p.grad for p in handle.parameters()]
+    handle.detach()
+    without = model(**batch).logits
+    if family not in BIASED and where in (None, ("decoder",)):
+        move_positions(model)
+    by_call: list[Any] = [None] * ((3 if family in BIASED else 2) + 3 * 2)
+    for layer, pair in zip(layers, pairs, strict=True):
+        by_call[layer] = pair
+    with concatenated(model, by_call):
+        expected = model(**batch)
+    wanted = torch.autograd.grad(expected.loss, [x for pair in pairs for x in pair])
+    assert (expected.logits - without).abs().max() > 1e-3, "a prefix that does nothing shows nothing"
+    torch.testing.assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    for gradient, one in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, one, rtol=1e-4, atol=1e-7)
+
+
+def test_where() -> None:
+    model = make("bart")
+    counts = {}
+    for where in PLACES:
+        with prefixcore.attach(model, config(where)) as handle:
+            counts[where] = len(handle.bake())
+    assert counts == {None: 8, ("encoder",): 2, ("decoder",): 3, ("cross",): 3}
+    with pytest.raises(ValueError, match="where must be some of"):
+        config(("middle",))
+    with pytest.raises(ValueError, match="has the layers"):
+        prefixcore.attach(model, config(("encoder",), layers=[7]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family: str) -> None:
+    """With caches as without, greedily and with beams; and as the forward of what was generated."""
+    model, batch = make(family), inputs(family)
+    with prefixcore.attach(model, config()):
+        cached = model.generate(**batch, **GREEDY)
+        assert torch.equal(cached, model.generate(**batch, **GREEDY, use_cache=False))
+        beams = model.generate(**batch, **GREEDY, num_beams=3)
+        assert torch.equal(beams, model.generate(**batch, **GREEDY, num_beams=3, use_cache=False))
+        if family == "whisper":  # returns no start of the text
+            return
+        logits = model(**batch, decoder_input_ids=cached).logits
+        assert torch.equal(logits[:, -4:-1].argmax(-1), cached[:, -3:])
+
+
+@pytest.mark.parametrize("family", IN_PEFT)
+def test_a_prefix_of_peft(family: str, tmp_path: Any) -> None:
+    """PEFT gives layer i of the decoder the pair 2i, counted around, and no other attention any."""
+    torch.manual_seed(3)
+    options: dict[str, Any] = {"num_layers": 3, "num_virtual_tokens": P, "task_type": "SEQ_2_SEQ_LM"}
+    theirs = peft.get_peft_model(make(family), peft.PrefixTuningConfig(**options)).eval()
+    theirs.save_pretrained(tmp_path)
+    batch = {**inputs(family), "labels": labels()}
+    expected = theirs(**batch)
+    expected.loss.backward()
+    model = make(family)
+    handle = prefixcore.load(model, tmp_path, trainable=True)
+    assert handle.config.where == ("decoder",)
+    got = model(**batch)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    got.loss.backward()
+    gradient = theirs.prompt_encoder["default"].embedding.weight.grad.view(P, 6, 4, 8)
+    for layer, pair in enumerate(handle.module.layers):
+        for which, one in enumerate((pair.key, pair.value)):
+            wanted = gradient[:, 2 * (2 * layer % 3) + which].transpose(0, 1)
+            torch.testing.assert_close(one.grad, wanted, rtol=1e-3, atol=1e-6)
+    tokens = theirs.generate(**inputs(family), **GREEDY)
+    assert torch.equal(model.generate(**inputs(family), **GREEDY), tokens)
+
+
+def test_a_prefix_of_peft_on_t5_is_refused(tmp_path: Any) -> None:
+    options: dict[str, Any] = {"num_layers": 3, "num_virtual_tokens": P, "task_type": "SEQ_2_SEQ_LM"}
+    peft.get_peft_model(make("t5"), peft.PrefixTuningConfig(**options)).save_pretrained(tmp_path)
+    with pytest.raises(prefixcore.AdapterError, match="adds a learned bias"):
+        prefixcore.load(make("t5"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+@pytest.mark.parametrize("family", TEXT)
+def test_a_soft_prompt_of_peft(family: str, kind: Any, tmp_path: Any) -> None:
+    torch.manual_seed(3)
+    options: dict[str, Any] = {"num_virtual_tokens": P, "task_type": "SEQ_2_SEQ_LM"}
+    if kind is peft.PromptEncoderConfig:
+        options["encoder_hidden_size"] = 16
+    theirs = peft.get_peft_model(make(family), kind(**options)).eval()
+    theirs.save_pretrained(tmp_path)
+    batch = {**inputs(family), "labels": labels()}
+    expected = theirs(**batch)
+    model = make(family)
+    handle = prefixcore.load(model, tmp_path, trainable=True)
+    got = model(**batch)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    got.loss.backward()
+    expected.loss.backward()
+    if kind is peft.PromptTuningConfig:
+        gradient = theirs.prompt_encoder["default"].embedding.weight.grad
+        torch.testing.assert_close(next(handle.module.parameters()).grad, gradient[:P], rtol=1e-3, atol=1e-6)
+    tokens = theirs.generate(**inputs(family), **GREEDY)
+    assert torch.equal(model.generate(**inputs(family), **GREEDY), tokens)
+    beams = model.generate(**inputs(family), **GREEDY, num_beams=2)
+    assert torch.equal(beams, theirs.generate(**inputs(family), **GREEDY, num_beams=2))
+    handle.save(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(make(family), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(**batch).logits, got.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_rows_of_a_bank(family: str, kind: str) -> None:
+    """Each row its own, or none, in a forward and in generate with beams."""
+    model, batch = make(family), inputs(family)
+    bank = prefixcore.PromptBank(model)
+    for name, length in (("long", 6), ("short", 2)):
+        made = (
+            PrefixTuningConfig(length, init="random", seed=length)
+            if kind == "prefix"
+            else PromptTuningConfig(length, init="random", seed=length)
+        )
+        bank.attach(name, made)
+    if kind == "prompt" and family == "bart":  # counts padding as positions
+        with pytest.raises(NotImplementedError, match="soft prompts of different lengths"):
+            model(**batch, decoder_input_ids=labels().clamp(min=0), task_ids=["long", "short"])
+        return
+    for names in (["long", "short"], ["short", None], [None, "long"]):
+        got = model(**batch, decoder_input_ids=labels().clamp(min=0), task_ids=names).logits
+        tokens = model.generate(**batch, **GREEDY, num_beams=2, task_ids=names)
+        for row, name in enumerate(names):
+            one = {key: x[row : row + 1] for key, x in batch.items()}
+            alone = model(**one, decoder_input_ids=labels()[row : row + 1].clamp(min=0), task_ids=[name]).logits
+            torch.testing.assert_close(got[row], alone[0], rtol=1e-4, atol=1e-4)
+            alone_tokens = model.generate(**one, **GREEDY, num_beams=2, task_ids=[name])
+            assert torch.equal(tokens[row], alone_tokens[0])
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "whisper"])
+def test_gradient_checkpointing(family: str) -> None:
+    model, batch = make(family), {**inputs(family), "labels": labels()}
+    handle = prefixcore.attach(model, config())
+    gradients = []
+    for on in (False, True):
+        model.train()
+        if on:
+            model.gradient_checkpointing_enable()
+        model(**batch, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in handle.parameters()])
+        model.zero_grad()
+    for plain, repeated in zip(*gradients, strict=True):
+        torch.testing.assert_close(repeated, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "whisper"])
+@pytest.mark.parametrize("where", [None, ("decoder", "cross")])
+def test_saving_and_loading(family: str, where: Any, tmp_path: Any) -> None:
+    model, batch = make(family), {**inputs(family), "labels": labels()}
+    with prefixcore.attach(model, config(where)) as handle:
+        expected = model(**batch).logits
+        handle.save(tmp_path / "adapter")
+    with prefixcore.load(model, tmp_path / "adapter") as handle:
+        assert handle.config.where == where
+        assert torch.equal(model(**batch).logits, expected)
+    with prefixcore.load(model, tmp_path / "adapter", trainable=True):
+        assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_detaching_leaves_the_model_as_it_was(family: str) -> None:
+    model, batch = make(family), {**inputs(family), "labels": labels()}
+    before, bare = state(model), model(**batch).logits
+    for made in (config(), PromptTuningConfig(P, seed=0)):
+        handle = prefixcore.attach(model, made)
+        with handle.disabled():
+            torch.testing.assert_close(model(**batch).logits, bare)  # a frozen bias lets PyTorch take another kernel
+        assert not torch.allclose(model(**batch).logits, bare)
+        handle.detach()
+        assert_same(before, {**state(model), "rng": before["rng"]})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_of_an_unknown_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attaching, "is_known_encoder_decoder", lambda model: False)
+    with prefixcore.attach(make(family), config()):
+        pass
+    op = interface.prefix_attention
+
+    def wrong(query: Tensor, key: Tensor, value: Tensor, prefix_key: Any, prefix_value: Any, **options: Any) -> Tensor:
+        return op(query, key, value, prefix_key, None if prefix_value is None else 0.9 * prefix_value, **options)
+
+    monkeypatch.setattr(interface, "prefix_attention", wrong)
+    with pytest.raises(NotImplementedError, match="not what it would be if it was concatenated"):
+        prefixcore.attach(make(family), config())
+
+
+def test_what_is_refused() -> None:
+    model = make("bart")
+    with prefixcore.attach(model, PromptTuningConfig(P, seed=0)):
+        batch = inputs("bart")
+        states = torch.randn(2, 7, 32)
+        with pytest.raises(ValueError, match="computed without the soft prompt"):
+            model(
+                encoder_outputs=(states,), attention_mask=batch["attention_mask"], decoder_input_ids=batch["input_ids"]
+            )
+    with pytest.raises(NotImplementedError, match="soft prompts are for models that read input_ids"):
+        prefixcore.attach(make("whisper"), PromptTuningConfig(P, init="zero"))
+    with pytest.raises(ValueError, match="for encoder-decoders, but the model has one stack"):
+        prefixcore.attach(encoder("bert"), config(("encoder",)))
+    with prefixcore.attach(model, config()), pytest.raises(ValueError, match="64 positions"):
+        model(**inputs("bart"), decoder_input_ids=torch.ones(2, 62, dtype=torch.long))
