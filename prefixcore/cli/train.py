@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import secrets
@@ -27,6 +28,7 @@ from .limits import (
 from .output import check_open, results, say, table
 from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
+from .train_report import Report
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Example, TokenizedExample, TrainingOptions, TrainingRecord
@@ -44,18 +46,27 @@ MOST_EPOCHS = 1e9
 def run(arguments: argparse.Namespace) -> int:
     """Train, save, evaluate; exit code 130 if Ctrl-C ended the training early (what there was is saved)."""
     from ..training import DataError, train
+    from ..training.chat import check_template
+    from ..training.tracking import TrackerError, check_trackers
 
     # Whatever is wrong with the request is found before the model is opened, and long before a write.
     check_out(arguments.out)
+    if arguments.chat and arguments.end is not None:
+        raise UserError("--end cannot be given with --chat: the model's chat template ends each turn; leave it out")
+    with user_errors(TrackerError, what="--report-to"):
+        check_trackers(arguments.report_to)
     config = build_config(arguments)
     inherit_from_resumed(arguments)
     with user_errors(DataError):
         training, held_out = read_examples(arguments)
     if held_out:
         check_open()
-    options = training_options(arguments, len(training))
+    options = training_options(arguments, len(training), has_held_out=bool(held_out))
 
     model, tokenizer = open_model(arguments)
+    if arguments.chat:
+        with user_errors(DataError, what=f"--model {arguments.model}"):
+            check_template(tokenizer)
     tokens = count_virtual_tokens(arguments, model, tokenizer, config)
     limit = LengthLimit.of(model, tokens, arguments.max_length)
     end, skip = arguments.end, arguments.skip_too_long
@@ -63,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     held_out, held_out_ids = tokenize_all(model, tokenizer, held_out, end, limit, skip=skip)
     if not train_ids:
         raise UserError(f"no example has at most {limit.tokens} tokens; raise --max-length or shorten the examples")
+    if not held_out_ids:
+        check_goes_by_held_out(arguments, has_held_out=False)
+        options = dataclasses.replace(options, keep="last")
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
 
@@ -72,23 +86,39 @@ def run(arguments: argparse.Namespace) -> int:
     evaluator("bare model")
     handle = attach(arguments, model, tokenizer, config)
     say(f"{handle.num_trainable:,} numbers to train in {handle.num_virtual_tokens} virtual tokens")
-    evaluator("at the start")
-    with user_errors(ValueError):  # a loss that is not finite
-        record = train(handle, tokenizer, train_ids, held_out=held_out_ids, options=options)
+    with Report(arguments, handle, options) as report:
+        evaluator("at the start")
+        with user_errors(ValueError):  # a loss that is not finite
+            record = train(handle, tokenizer, train_ids, held_out=held_out_ids, options=options, **report.hooks())
+        return conclude(arguments, handle, record, evaluator, provenance, report)
+
+
+def conclude(
+    arguments: argparse.Namespace,
+    handle: Any,
+    record: TrainingRecord,
+    evaluator: HeldOutEvaluator,
+    provenance: Provenance,
+    report: Report,
+) -> int:
+    """Save, evaluate, and save again with what came of it."""
     if record.steps_done == 0:
         say("stopped before the first step; nothing was saved")
         return INTERRUPTED
+    say_what_is_kept(record)
     stopped = save(arguments, handle, record, evaluator, provenance)
     if record.interrupted:
-        say(f"stopped after {record.steps_done} of {options.steps} steps; saved what there is to {arguments.out}")
+        steps = f"{record.steps_done} of {record.options.steps} steps"
+        say(f"stopped after {steps}; saved what there is to {arguments.out}")
         return INTERRUPTED
-    if held_out and not stopped:
+    if evaluator.held_out and not stopped:
         evaluator(AFTER)
+        report.result(record, evaluator.results[AFTER])
         stopped = save(arguments, handle, record, evaluator, provenance)
     if stopped:
         raise KeyboardInterrupt
     say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
-    if held_out:
+    if evaluator.held_out:
         results(evaluator.table())
     return OK
 
@@ -125,6 +155,20 @@ def signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def say_what_is_kept(record: TrainingRecord) -> None:
+    """Which step's values are saved, where that is not the last of all."""
+    options = record.options
+    if record.stopped_early:
+        say(
+            f"stopped early after {record.steps_done} of {options.steps} steps: the last "
+            f"{options.early_stopping_patience} held-out losses were not below the least before"
+        )
+    if record.kept_step == 0:
+        say("warning: no held-out loss was below that of the start, whose values are kept; --keep last keeps the last")
+    elif record.kept_step < record.steps_done:
+        say(f"kept the values of step {record.kept_step}, whose held-out loss is the least")
+
+
 def inherit_from_resumed(arguments: argparse.Namespace) -> None:
     """With `--resume`, set options that are not given as in the earlier training, so that what it held out stays so."""
     arguments.split_seed, arguments.resumed_task = arguments.seed, None
@@ -137,7 +181,7 @@ def inherit_from_resumed(arguments: argparse.Namespace) -> None:
         arguments.resumed_tokens = resumed.config.num_virtual_tokens
         arguments.resumed_task = resumed.manifest.task if resumed.manifest else None
         earlier = read_record(arguments.resume)
-    if arguments.end is None:
+    if arguments.end is None and not arguments.chat:
         arguments.end = earlier.get("end")
     if arguments.eval_data is not None or arguments.eval_fraction == 0:
         return
@@ -158,13 +202,14 @@ def is_seed(value: Any) -> bool:
 
 def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     """Examples to train on, and held-out ones: a file of their own, or a part of `--data` split off."""
-    from ..training import read_jsonl, split
+    from ..training import read_examples as read
+    from ..training import split
 
-    examples = read_jsonl(arguments.data)
+    examples = read(arguments.data, chat=arguments.chat)
     if arguments.eval_data is None:
         training, held_out = split(examples, arguments.eval_fraction, arguments.split_seed)
     else:
-        training, held_out = examples, read_jsonl(arguments.eval_data)
+        training, held_out = examples, read(arguments.eval_data, chat=arguments.chat)
         shared = {(e.prompt, e.completion) for e in training} & {(e.prompt, e.completion) for e in held_out}
         if shared:
             say(
@@ -176,10 +221,11 @@ def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Ex
     return training, held_out[: arguments.eval_limit]
 
 
-def training_options(arguments: argparse.Namespace, examples: int) -> TrainingOptions:
+def training_options(arguments: argparse.Namespace, examples: int, *, has_held_out: bool) -> TrainingOptions:
     """How to train; `--epochs` become steps."""
     from ..training import TrainingOptions
 
+    check_goes_by_held_out(arguments, has_held_out)
     steps = arguments.steps
     if steps is None:
         epochs = EPOCHS if arguments.epochs is None else arguments.epochs
@@ -202,7 +248,21 @@ def training_options(arguments: argparse.Namespace, examples: int) -> TrainingOp
             max_grad_norm=arguments.max_grad_norm,
             seed=arguments.seed,
             eval_every=arguments.eval_every or max(1, steps // 5),
+            keep=arguments.keep or ("best" if has_held_out else "last"),
+            early_stopping_patience=arguments.early_stopping_patience,
         )
+
+
+def check_goes_by_held_out(arguments: argparse.Namespace, has_held_out: bool) -> None:
+    """Raises UserError if an option goes by held-out losses, and there will be none."""
+    if has_held_out:
+        return
+    for name in ("keep", "early_stopping_patience"):
+        if (value := getattr(arguments, name)) not in (None, "last"):
+            raise UserError(
+                f"{option(name)} {value} goes by held-out examples, and there are none; give --eval-data or an "
+                f"--eval-fraction above 0, or leave {option(name)} out"
+            )
 
 
 def count_virtual_tokens(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: Any) -> int:

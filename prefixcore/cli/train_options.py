@@ -34,8 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         required=True,
-        metavar="FILE.jsonl",
-        help="JSON lines with the fields prompt and completion",
+        metavar="FILE",
+        help="JSON lines, CSV or Parquet with prompt and completion, or a folder of datasets' save_to_disk",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the data hold messages: they are written by the model's chat template, and the assistant's turns learnt",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="ADAPTER", help="folder to write the adapter to")
     parser.add_argument("--method", choices=METHODS, help="what to train (not with --resume)")
@@ -91,6 +96,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default: 0")
     loop.add_argument("--max-grad-norm", type=float, metavar="X", help="default: no limit")
     loop.add_argument(
+        "--keep",
+        choices=("best", "last"),
+        help="values to save: of the least held-out loss or of the last step (default: best, with held-out examples)",
+    )
+    loop.add_argument(
+        "--early-stopping-patience",
+        type=positive,
+        metavar="N",
+        help="stop after N held-out losses in a row that are not below the least before (default: never)",
+    )
+    loop.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="of the start, the order and the split (default: 0)"
     )
 
@@ -109,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--skip-too-long", action="store_true", help="leave out longer examples instead of stopping")
     held = text.add_mutually_exclusive_group()
-    held.add_argument("--eval-data", type=Path, metavar="FILE.jsonl", help="held-out examples")
+    held.add_argument("--eval-data", type=Path, metavar="FILE", help="held-out examples, as --data")
     held.add_argument(
         "--eval-fraction", type=float, default=0.1, metavar="X", help="share of --data held out; 0: none (default: 0.1)"
     )
@@ -118,6 +134,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--eval-limit", type=positive, default=256, metavar="N", help="most held-out examples to score (default: 256)"
+    )
+
+    track = parser.add_argument_group("experiment trackers")
+    track.add_argument(
+        "--report-to",
+        nargs="+",
+        default=[],
+        metavar="TRACKER",
+        help="tensorboard, mlflow, wandb or trackio; several with spaces between them (default: none)",
+    )
+    track.add_argument(
+        "--logging-dir", type=Path, default=Path("runs"), metavar="DIR", help="of TensorBoard's files (default: runs)"
     )
 
 

@@ -73,6 +73,7 @@ class Provenance:
             self._split = describe_data(held_out, name=f"held out of {arguments.data.name}", **facts)
         self._settings = {
             "end": arguments.end,
+            "chat": arguments.chat,
             "dtype": dtype,
             "max_length": None if math.isinf(most_tokens) else int(most_tokens),
             "skip_too_long": arguments.skip_too_long,
@@ -84,7 +85,7 @@ class Provenance:
         options = dataclasses.asdict(record.options)
         del options["eval_every"]
         seed = options.pop("seed")
-        settings = {**options, **self._settings, "steps_done": record.steps_done}
+        settings = {**options, **self._settings, "steps_done": record.steps_done, "kept_step": record.kept_step}
         metrics = {} if result is None else {"exact_match": result.exact_match, "loss": result.loss}
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         return {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .curve import Curve, draw_curve, write_curve
-from .data import DataError, Example, TokenizedExample, collate, read_jsonl, split, tokenize
+from .data import DataError, Example, TokenizedExample, collate, split, tokenize
 from .describe import describe_data
 from .evaluate import Evaluation, evaluate, held_out_loss, predict
 from .loop import TrainingOptions, TrainingRecord, fit, train
+from .reading import read_examples, read_jsonl
 from .remeasure import Remeasured, remeasure
 from .weights import base_parameters, weights_digest
 
@@ -27,6 +28,7 @@ __all__ = [
     "fit",
     "held_out_loss",
     "predict",
+    "read_examples",
     "read_jsonl",
     "remeasure",
     "split",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from .loop import TrainingRecord
 
@@ -38,6 +39,17 @@ def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
+def _mark_kept(axis: Any, record: TrainingRecord, colour: str) -> None:
+    """A ring around the held-out loss of the values that were kept, where the best were."""
+    if record.options.keep != "best" or record.interrupted:
+        return
+    loss = dict(record.held_out_loss)[record.kept_step]
+    axis.plot(record.kept_step, loss, "o", markersize=11, markerfacecolor="none", color=colour, markeredgewidth=1.6)
+    axis.annotate(
+        f"kept: {loss:.3f}", (record.kept_step, loss), (0, 10), textcoords="offset points", ha="center", fontsize=9
+    )
+
+
 def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -> Path:
     """Write the picture of `draw_curve` to a file, whole or not at all.
 
@@ -60,8 +72,9 @@ def write_curve(path: str | Path, curves: Sequence[Curve], *, title: str = "") -
 def draw_curve(curves: Sequence[Curve], *, title: str = "") -> bytes:
     """The losses over the steps as a PNG.
 
-    On the left the training loss of each step (faint) and its moving average, on the right the held-out
-    loss, where there is any. Losses that differ tenfold get a logarithmic axis.
+    On the left the training loss of each step (faint) and its moving average; on the right the held-out loss, where
+    there is any, with a ring around that of the values that `keep="best"` has kept. Losses that differ tenfold get a
+    logarithmic axis.
 
     Examples:
         >>> from prefixcore.training import Curve, TrainingOptions, TrainingRecord, draw_curve
@@ -91,6 +104,7 @@ def draw_curve(curves: Sequence[Curve], *, title: str = "") -> bytes:
                 markersize=4,
                 label=curve.name,
             )
+            _mark_kept(axes[1], curve.record, colour)
     losses_above_zero = [
         loss for curve in curves for _, loss in (*curve.record.train_loss, *curve.record.held_out_loss) if loss > 0
     ]

@@ -1,12 +1,10 @@
-"""Examples: read from JSONL, tokenised, collated with labels on the completion only."""
+"""Examples: split, tokenised, collated with labels on the completion only."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,96 +40,71 @@ class Example:
     completion: str
     source: str = "example"
 
+    @property
+    def answer(self) -> str:
+        """The text that the model is to give by itself."""
+        return self.completion
+
+    def to_ids(self, tokenizer: Any, end: str | None) -> TokenizedExample:
+        """Token ids, as `tokenize` makes them."""
+        completion = self.completion
+        if end is not None and not completion.endswith(end):
+            completion += end
+        prompt_ids = encode(tokenizer, self.prompt, f"{self.source}: the prompt")
+        completion_ids = encode(tokenizer, completion, f"{self.source}: the completion", add_special_tokens=False)
+        if end is None and tokenizer.eos_token_id is not None:
+            completion_ids.append(tokenizer.eos_token_id)
+        if not prompt_ids:
+            raise DataError(f"{self.source}: the prompt has no token; there is nothing to continue from")
+        if not completion_ids:
+            raise DataError(f"{self.source}: the completion has no token; there is nothing to learn from it")
+        return TokenizedExample(prompt_ids, completion_ids)
+
 
 @dataclass(frozen=True)
 class TokenizedExample:
     """Token ids of an `Example`: `prompt_ids`, which are only read, and `completion_ids`, which are learnt.
 
+    Attributes:
+        prompt_ids: what stands before the first token to learn.
+        completion_ids: the rest.
+        learnt: which of `completion_ids` are learnt, where others' turns stand between them; None: all of them.
+
     Examples:
         >>> from prefixcore.training import TokenizedExample
         >>> TokenizedExample(prompt_ids=[5, 6], completion_ids=[7]).length
         3
+        >>> TokenizedExample([5, 6], [7, 8, 9], learnt=[True, False, True]).labels
+        [-100, -100, 7, -100, 9]
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    learnt: list[bool] | None = None
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def labels(self) -> list[int]:
+        """One for each token: its id, or `IGNORED`."""
+        learnt = [True] * len(self.completion_ids) if self.learnt is None else self.learnt
+        after = [token if is_learnt else IGNORED for token, is_learnt in zip(self.completion_ids, learnt, strict=True)]
+        return [IGNORED] * len(self.prompt_ids) + after
 
-def read_jsonl(path: str | Path) -> list[Example]:
-    """Read one example a line, `{"prompt": str, "completion": str}`; blank lines are passed over.
+    @property
+    def question_ids(self) -> list[int]:
+        """What stands before the last run of learnt tokens: what the model is asked for its answer with."""
+        ids = self.prompt_ids + self.completion_ids
+        return ids if not self.completion_ids else ids[: len(ids) - len(self.answer_ids)]
 
-    The whole file is checked before anything is returned. Further fields are ignored.
-
-    Raises:
-        DataError: no such file, one that cannot be read, not UTF-8, a line that is not a JSON object, a field that is
-            missing, not a string, no whole characters, or empty (`completion`), or no example at all. The message
-            names the line.
-
-    Examples:
-        >>> from pathlib import Path
-        >>> from prefixcore.training import read_jsonl
-        >>> _ = Path("capitals.jsonl").write_text('{"prompt": "Peru ->", "completion": " Lima"}')
-        >>> [example] = read_jsonl("capitals.jsonl")
-        >>> example.completion
-        ' Lima'
-    """
-    path = Path(path)
-    examples = []
-    try:
-        if not path.is_file():
-            what = "is not a regular file" if path.exists() else "no such file"
-            raise DataError(f"{path}: {what}; expected JSON lines with the fields prompt and completion")
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    examples.append(_example(line, f"{path}, line {number}"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not examples:
-        raise DataError(f'{path}: no examples; expected lines like {{"prompt": "...", "completion": "..."}}')
-    return examples
-
-
-def _example(line: str, source: str) -> Example:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise DataError(f"{source}: nested too deep for JSON") from None
-    except ValueError as error:  # Python reads integers of 4,300 digits at most
-        raise DataError(f"{source}: not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{source}: expected a JSON object, got {_json_name(record)}")
-    for field in ("prompt", "completion"):
-        if field not in record:
-            raise DataError(f"{source}: the field {field!r} is missing (found: {', '.join(record) or 'none'})")
-        if not isinstance(record[field], str):
-            raise DataError(f"{source}: the field {field!r} must be a string, got {_json_name(record[field])}")
-        if not _is_whole(record[field]):
-            raise DataError(f"{source}: the field {field!r} holds half of a character (a lone surrogate)")
-    if not record["completion"]:
-        raise DataError(f"{source}: the field 'completion' is empty; there is nothing to learn from it")
-    return Example(record["prompt"], record["completion"], source)
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _json_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    @property
+    def answer_ids(self) -> list[int]:
+        """The last run of learnt tokens."""
+        if self.learnt is None or all(self.learnt):
+            return self.completion_ids
+        return self.completion_ids[len(self.learnt) - self.learnt[::-1].index(False) :]
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -170,9 +143,17 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list
     return training, held_out
 
 
+def is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def encode(tokenizer: Any, text: str, source: str, **options: Any) -> list[int]:
     """The ids of a text; DataError, which begins with `source`: the tokenizer has none for it."""
-    if not _is_whole(text):
+    if not is_whole(text):
         raise DataError(f"{source} holds bytes that are not UTF-8, or half of a character (a lone surrogate)")
     try:
         return list(tokenizer(text, **options)["input_ids"])
@@ -190,6 +171,9 @@ def tokenize(
     max_length: int | None = None,
 ) -> list[TokenizedExample]:
     """Turn text into ids. Prompt and completion are tokenised apart, as they are when generating.
+
+    A conversation (`read_examples(..., chat=True)`) is written by the model's chat template, and only the assistant's
+    turns are learnt.
 
     Args:
         tokenizer: a transformers tokenizer; its own rule decides on special tokens before the prompt.
@@ -210,18 +194,7 @@ def tokenize(
     """
     tokenized = []
     for example in examples:
-        completion = example.completion
-        if end is not None and not completion.endswith(end):
-            completion += end
-        prompt_ids = encode(tokenizer, example.prompt, f"{example.source}: the prompt")
-        completion_ids = encode(tokenizer, completion, f"{example.source}: the completion", add_special_tokens=False)
-        if end is None and tokenizer.eos_token_id is not None:
-            completion_ids.append(tokenizer.eos_token_id)
-        if not prompt_ids:
-            raise DataError(f"{example.source}: the prompt has no token; there is nothing to continue from")
-        if not completion_ids:
-            raise DataError(f"{example.source}: the completion has no token; there is nothing to learn from it")
-        ids = TokenizedExample(prompt_ids, completion_ids)
+        ids = example.to_ids(tokenizer, end)
         if max_length is not None and ids.length > max_length:
             raise DataError(
                 f"{example.source}: {ids.length} tokens, more than the limit of {max_length}; "
@@ -255,7 +228,7 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int, *, side: st
         for name, values, filler in (
             ("input_ids", example.prompt_ids + example.completion_ids, pad_token_id),
             ("attention_mask", [1] * example.length, 0),
-            ("labels", [IGNORED] * len(example.prompt_ids) + example.completion_ids, IGNORED),
+            ("labels", example.labels, IGNORED),
         ):
             fill = [filler] * padding
             columns[name].append(fill + values if side == "left" else values + fill)
@@ -270,7 +243,7 @@ def pack(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
         [
             {
                 "input_ids": example.prompt_ids + example.completion_ids,
-                "labels": [IGNORED] * len(example.prompt_ids) + example.completion_ids,
+                "labels": example.labels,
             }
             for example in examples
         ]

@@ -114,17 +114,28 @@ def predict(
         >>> len(answers)
         2
     """
-    padding = pad_id(tokenizer, model)
     options: dict[str, Any] = {"do_sample": False, **generate_options}
+    ids = [_prompt_ids(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    return _continue(model, tokenizer, ids, max_new_tokens, end, batch_size, max_length, options)
+
+
+def _continue(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    end: str | None,
+    batch_size: int,
+    max_length: int | None,
+    options: dict[str, Any],
+) -> list[str]:
+    padding = pad_id(tokenizer, model)
     if end:
-        options.update(stop_strings=[end], tokenizer=tokenizer)
+        options = {**options, "stop_strings": [end], "tokenizer": tokenizer}
     answers = [""] * len(prompts)
     with _in_eval_mode(model) as device:
         for start in range(0, len(prompts), batch_size):
-            rows = {
-                start + i: TokenizedExample(_prompt_ids(tokenizer, prompt, start + i), [])
-                for i, prompt in enumerate(prompts[start : start + batch_size])
-            }
+            rows = {start + i: TokenizedExample(ids, []) for i, ids in enumerate(prompts[start : start + batch_size])}
             for indices, room in _by_room(rows, max_new_tokens, max_length):
                 batch = collate([rows[index] for index in indices], padding, side="left")
                 prompt_length = batch["input_ids"].shape[1]
@@ -175,8 +186,8 @@ def evaluate(
 ) -> Evaluation:
     """Held-out loss and greedy exact match on `examples` (`tokenized`: the same ones, from `tokenize`).
 
-    An answer may be one token longer than the longest right one: a longer answer cannot be right. With `max_length`,
-    none goes beyond as many tokens in all, prompt included.
+    Of a conversation, the answer is the assistant's last turn. An answer may be one token longer than the longest right
+    one: a longer answer cannot be right. With `max_length`, none goes beyond as many tokens in all, prompt included.
 
     Examples:
         >>> from prefixcore.training import Example, evaluate, tokenize
@@ -184,15 +195,9 @@ def evaluate(
         >>> evaluate(model, tokenizer, examples, tokenize(tokenizer, examples)).exact_match
         0.0
     """
-    longest = max(len(example.completion_ids) for example in tokenized)
-    answers = predict(
-        model,
-        tokenizer,
-        [example.prompt for example in examples],
-        max_new_tokens=longest + 1,
-        end=end,
-        max_length=max_length,
-    )
+    longest = max(len(example.answer_ids) for example in tokenized)
+    prompts = [example.question_ids for example in tokenized]
+    answers = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, {"do_sample": False})
     return Evaluation(
         loss=held_out_loss(model, tokenized, pad_id(tokenizer, model)),
         exact_match=exact_match(answers, examples, end),
@@ -201,12 +206,12 @@ def evaluate(
 
 
 def exact_match(answers: Sequence[str], examples: Sequence[Example], end: str | None = None) -> float:
-    """Share of `answers` equal to their example's completion, white space around both aside."""
+    """Share of `answers` equal to their example's own, white space around both aside."""
     num_right = sum(is_right(answer, example, end) for answer, example in zip(answers, examples, strict=True))
     return num_right / len(examples)
 
 
 def is_right(answer: str, example: Example, end: str | None = None) -> bool:
-    """Whether `answer` is the example's completion (cut at `end`), white space around both aside."""
-    expected = example.completion.split(end)[0] if end else example.completion
+    """Whether `answer` is the example's (cut at `end`), white space around both aside."""
+    expected = example.answer.split(end)[0] if end else example.answer
     return answer.strip() == expected.strip()

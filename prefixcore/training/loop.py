@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from .best import Best
 from .data import TokenizedExample, batches, make_batch, pad_id
 from .evaluate import held_out_loss
 
@@ -32,6 +33,10 @@ class TrainingOptions:
         max_grad_norm: gradients are scaled down to this norm; None: never.
         seed: decides the order of the examples.
         eval_every: steps between two held-out losses; 0: at the start and the end only.
+        keep: the values that are left when training ends: of the "last" step, or of the "best" held-out loss, the start
+            included. A training that a signal ends leaves its last step's.
+        early_stopping_patience: training ends after as many held-out losses in a row that are not below the least one
+            before; None: never.
 
     Examples:
         >>> from prefixcore.training import TrainingOptions
@@ -49,6 +54,8 @@ class TrainingOptions:
     max_grad_norm: float | None = None
     seed: int = 0
     eval_every: int = 0
+    keep: str = "last"
+    early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("eval_every", 0)):
@@ -62,6 +69,10 @@ class TrainingOptions:
             raise ValueError(f"max_grad_norm must be above 0 or None, got {self.max_grad_norm}")
         if self.schedule not in ("constant", "linear"):
             raise ValueError(f"schedule must be 'constant' or 'linear', got {self.schedule!r}")
+        if self.keep not in ("best", "last"):
+            raise ValueError(f"keep must be 'best' or 'last', got {self.keep!r}")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience must be at least 1 or None, got {self.early_stopping_patience}")
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at `step` (0 is the first)."""
@@ -81,7 +92,9 @@ class TrainingRecord:
         train_loss: `(step, loss)` of each step, from 1; nats per completion token.
         held_out_loss: `(step, loss)` where it was evaluated; step 0 is before training.
         step_seconds: seconds of each step, evaluation aside.
-        interrupted: whether it was stopped before the last step.
+        interrupted: whether a signal stopped it before the last step.
+        stopped_early: whether it ended because the held-out loss no longer fell.
+        kept_step: the step whose values were left; 0: the start's.
 
     Examples:
         >>> from prefixcore.training import TrainingOptions, TrainingRecord
@@ -95,6 +108,8 @@ class TrainingRecord:
     held_out_loss: list[tuple[int, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     interrupted: bool = False
+    stopped_early: bool = False
+    kept_step: int = 0
 
     @property
     def steps_done(self) -> int:
@@ -155,7 +170,7 @@ def train(
         options: how to train.
         packed: batches without padding, and logits for the completions alone: the same losses but for rounding, in
             less time. None: where `handle.can_pack`.
-        progress: `show_progress` and `on_held_out`, as in `fit`.
+        progress: `show_progress`, `on_held_out` and `on_step`, as in `fit`.
 
     Returns:
         The record; `record.interrupted` is True when Ctrl-C or SIGTERM ended it early. The virtual tokens
@@ -191,6 +206,7 @@ def fit(
     packed: bool = False,
     show_progress: bool | None = None,
     on_held_out: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainingRecord:
     """Train `parameters` of any model that returns a loss for `input_ids, attention_mask, labels`.
 
@@ -203,10 +219,11 @@ def fit(
         packed: give the model packed batches (see `prefixcore.PackedCollator`) in place of padded ones.
         show_progress: a progress bar on standard error; None: only on a terminal.
         on_held_out: called with `(step, loss)` after each held-out loss.
+        on_step: called after each step with `(step, {"loss": ..., "learning_rate": ...})`; its gradients are there.
 
     Raises:
-        ValueError: nothing to train or to learn from, or a loss that is not finite (the parameters are then
-            those before that step).
+        ValueError: nothing to train or to learn from, no held-out examples for an option that goes by them, or a loss
+            that is not finite (the parameters are then those before that step).
 
     Examples:
         >>> from prefixcore.training import Example, TrainingOptions, fit, tokenize
@@ -223,6 +240,8 @@ def fit(
         raise ValueError("no parameter requires a gradient; load the adapter with trainable=True")
     if not examples:
         raise ValueError("no examples to train on")
+    if not held_out and (options.keep == "best" or options.early_stopping_patience is not None):
+        raise ValueError("keep='best' and early_stopping_patience need held-out examples")
     # Fused, as in transformers' Trainer: a prefix has two small parameters a layer, and a loop over them costs five
     # times as much.
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
@@ -230,11 +249,13 @@ def fit(
     record = TrainingRecord(options)
     source = batches(examples, options.batch_size, options.seed)
     device = trained[0].device
+    best = Best(trained)
 
     def evaluate_held_out(step: int) -> None:
         if held_out:
             loss = held_out_loss(model, held_out, pad_token_id, packed=packed)
             record.held_out_loss.append((step, loss))
+            best.see(step, loss, remember=options.keep == "best")
             if on_held_out is not None:
                 on_held_out(step, loss)
 
@@ -248,7 +269,11 @@ def fit(
             evaluate_held_out(0)
             model.train()
             while record.steps_done < options.steps and not stopping():
+                if best.has_not_fallen(options.early_stopping_patience):
+                    record.stopped_early = True
+                    break
                 began = time.perf_counter()
+                rate = float(scheduler.get_last_lr()[0])
                 batch = make_batch(next(source), pad_token_id, packed=packed, device=device)
                 loss = _step(model, batch, trained, optimizer, scheduler, options)
                 record.step_seconds.append(time.perf_counter() - began)
@@ -256,11 +281,16 @@ def fit(
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 step = record.steps_done
+                if on_step is not None:
+                    on_step(step, {"loss": loss, "learning_rate": rate})
                 if options.eval_every and step % options.eval_every == 0 and step < options.steps:
                     evaluate_held_out(step)
-            record.interrupted = record.steps_done < options.steps
-            if not record.interrupted:
+            record.interrupted = record.steps_done < options.steps and not record.stopped_early
+            if not record.interrupted and not record.stopped_early:
                 evaluate_held_out(record.steps_done)
+            record.kept_step = record.steps_done
+            if options.keep == "best" and best.values and not record.interrupted:
+                record.kept_step = best.restore()
     finally:
         model.train(was_training)
     return record

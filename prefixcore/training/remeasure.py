@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from .data import DataError, Example, TokenizedExample, read_jsonl, split, tokenize
+from .data import DataError, Example, TokenizedExample, split, tokenize
 from .describe import describe_data
 from .evaluate import evaluate
+from .reading import read_examples
 
 LOSS_TOLERANCE = 0.02
 """The share of a loss that another dtype, machine or kernel may change."""
@@ -50,7 +51,7 @@ def remeasure(model: nn.Module, tokenizer: Any, manifest: Any, path: str | Path)
         model: with the adapter attached.
         tokenizer: the model's.
         manifest: the adapter's.
-        path: JSON lines: the data that `prefixcore train` was given, which is split again, or the held-out examples.
+        path: the data that `prefixcore train` was given, which is split again, or the held-out examples.
 
     Raises:
         DataError: the file cannot be read, or holds no examples with the digest of the manifest's split; or the
@@ -71,7 +72,7 @@ def remeasure(model: nn.Module, tokenizer: Any, manifest: Any, path: str | Path)
     known = {name: value for name, value in metrics.items() if name in ("exact_match", "loss")}
     if not known:
         raise DataError("the manifest has neither exact_match nor loss, which are what is measured here")
-    examples = read_jsonl(path)
+    examples = read_examples(path, chat=settings.get("chat") is True)
     held_out, training = _held_out(tokenizer, examples, named, settings)
     if held_out is None:
         raise DataError(f"{path}: holds no examples with the digest of the manifest's split, {named.get('sha256')}")

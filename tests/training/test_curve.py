@@ -31,6 +31,13 @@ def test_writes_a_picture(tmp_path, held_out):
     assert coloured(image) > 1000
 
 
+def test_the_values_that_were_kept_are_marked(tmp_path):
+    plain, marked = record(), record()
+    marked.options, marked.kept_step = TrainingOptions(steps=20, keep="best"), 20
+    one, two = (imread(write_curve(tmp_path / "c.png", [Curve("a", each)])) for each in (plain, marked))
+    assert coloured(two) > coloured(one)
+
+
 def test_every_method_has_a_line_of_its_own(tmp_path):
     one = imread(write_curve(tmp_path / "1.png", [Curve("a", record())]))
     two = imread(write_curve(tmp_path / "2.png", [Curve("a", record()), Curve("b", record(5.0))]))

@@ -83,6 +83,68 @@ def test_held_out_losses_come_at_start_in_between_and_at_the_end():
     assert model.training
 
 
+class Turning(OneNumber):
+    """The held-out loss falls until x is 1 and rises then, while the training loss falls to the end."""
+
+    def forward(self, input_ids, attention_mask, labels, use_cache):
+        output = super().forward(input_ids, attention_mask, labels, use_cache)
+        return output if self.training else SimpleNamespace(loss=(self.x - 1) ** 2)
+
+
+EVERY_FIVE = {"steps": 40, "learning_rate": 0.1, "eval_every": 5}
+
+
+def run(model, **options):
+    return fit(model, model.parameters(), ROWS, held_out=ROWS[:1], options=TrainingOptions(**EVERY_FIVE, **options))
+
+
+def test_the_best_or_the_last_values_are_kept():
+    last, best = Turning(), Turning()
+    last_record, best_record = run(last), run(best, keep="best")
+    assert (last_record.kept_step, best_record.kept_step) == (40, 10)
+    assert last_record.held_out_loss == best_record.held_out_loss
+    assert last.x.item() > 2
+    losses = dict(best_record.held_out_loss)
+    assert losses[10] == min(losses.values()) == pytest.approx((best.x.item() - 1) ** 2, rel=1e-3)
+
+
+def test_the_start_can_be_the_best():
+    model = Turning(start=1.0)
+    assert run(model, keep="best").kept_step == 0
+    assert model.x.item() == 1.0
+
+
+def test_training_stops_when_the_held_out_loss_no_longer_falls():
+    model = Turning()
+    record = run(model, early_stopping_patience=2)
+    assert record.stopped_early
+    assert not record.interrupted
+    assert (record.steps_done, record.kept_step) == (20, 20)  # least at 10, above it at 15 and 20
+    assert [step for step, _ in record.held_out_loss] == [0, 5, 10, 15, 20]
+    record = run(Turning(), early_stopping_patience=2, keep="best")
+    assert (record.steps_done, record.kept_step) == (20, 10)
+    assert not run(OneNumber(), early_stopping_patience=2).stopped_early
+
+
+@pytest.mark.parametrize("options", [{"keep": "best"}, {"early_stopping_patience": 1}])
+def test_what_goes_by_held_out_examples_needs_some(options):
+    model = OneNumber()
+    with pytest.raises(ValueError, match="need held-out examples"):
+        fit(model, model.parameters(), ROWS, options=TrainingOptions(**options))
+
+
+def test_each_step_is_told_with_its_gradients():
+    model, heard = OneNumber(), []
+    fit(
+        model,
+        model.parameters(),
+        ROWS,
+        options=TrainingOptions(steps=3, warmup_steps=1, learning_rate=0.5),
+        on_step=lambda step, values: heard.append((step, values["learning_rate"], model.x.grad is not None)),
+    )
+    assert heard == [(1, 0.25, True), (2, 0.5, True), (3, 0.5, True)]
+
+
 def test_the_mode_is_put_back_when_it_was_evaluation():
     model = OneNumber().eval()
     fit(model, model.parameters(), ROWS, options=TrainingOptions(steps=1))
@@ -133,6 +195,8 @@ def test_nothing_to_train_or_to_learn_from_is_an_error():
         ("weight_decay", -1.0),
         ("max_grad_norm", 0.0),
         ("schedule", "cosine"),
+        ("keep", "first"),
+        ("early_stopping_patience", 0),
     ],
 )
 def test_options_out_of_range_are_named(field, value):

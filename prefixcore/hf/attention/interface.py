@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from ...ops import prefix_attention
 from ..batch.packing import num_shared_tokens
 from .disabled import NamedAttention, find_attention, other_attention
+from .mass import is_watching, note_mass
 from .prefix import PrefixCall, running_call
 
 ATTENTION = "prefixcore"
@@ -198,10 +199,16 @@ def attend_to_prefix_and_sequence(
         return _attend_after_shared(
             attend, num_shared, query, key, value, cu_seq_lens_q, max_length_q, sliding_window
         ), None
-    out = attend(
-        query, key, value, prefix_key, prefix_value, prefix_index=index, prefix_lengths=lengths,
-        attn_mask=attention_mask, cu_seqlens=cu_seq_lens_q,
-    )  # fmt: skip
+
+    def attend_to(value: Tensor, prefix_value: Tensor | None) -> Tensor:
+        return attend(
+            query, key, value, prefix_key, prefix_value, prefix_index=index, prefix_lengths=lengths,
+            attn_mask=attention_mask, cu_seqlens=cu_seq_lens_q,
+        )  # fmt: skip
+
+    if prefix_value is not None and layer is not None and is_watching():
+        note_mass(attend_to, layer, value, prefix_value)
+    out = attend_to(value, prefix_value)
     return out.transpose(1, 2), None
 
 

@@ -1,0 +1,108 @@
+"""What is worth watching of virtual tokens while they are trained: norms, gradients, and the attention on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..nn import Prefix
+from .attention.mass import watch_mass
+from .model.signature import argument_names
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@torch.no_grad()
+def norms(handle: Handle) -> dict[str, float]:
+    """Norms of the virtual tokens, and of the gradients that their parameters have now.
+
+    Of a prefix, `prefix_norm/layer_<n>` for each of its layers, over keys and values together, and
+    `prefix_grad_norm/layer_<n>` where the layer's own values are trained. With a reparameterization, whose parameters
+    belong to no layer, `prefix_grad_norm` is one number. Of a soft prompt `prompt_norm` and `prompt_grad_norm`.
+    """
+    module = handle.module
+    found: dict[str, Tensor] = {}
+    if isinstance(module, Prefix):
+        layers = handle._adapter.layers or range(len(module.shapes))
+        names = layer_names(layers)
+        for name, pair in zip(names, module(), strict=True):
+            found[f"prefix_norm/{name}"] = _norm(pair)
+        if module.layers is not None:
+            for name, layer in zip(names, module.layers, strict=True):
+                _add_gradient(found, f"prefix_grad_norm/{name}", layer.parameters())
+        else:
+            _add_gradient(found, "prefix_grad_norm", module.parameters())
+    else:
+        found["prompt_norm"] = _norm([parameter for parameter in module.parameters() if parameter.requires_grad])
+        _add_gradient(found, "prompt_grad_norm", module.parameters())
+    if not found:
+        return {}
+    values = torch.stack([value.cpu() if value.device.type != "cpu" else value for value in found.values()])
+    return dict(zip(found, values.tolist(), strict=True))
+
+
+def attention_on_prefix(handle: Handle, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The share of attention that falls on the prefix: `prefix_attention/layer_<n>`, between 0 and 1.
+
+    The mean over heads and over the tokens of the batches, padding aside; empty where the virtual tokens are no prefix.
+
+    Args:
+        handle: whose model is run, in evaluation mode and without gradients.
+        batches: arguments of the model; of each what it is given to read is taken, and labels are left out.
+    """
+    if not isinstance(handle.module, Prefix) or not handle.is_attached:
+        return {}
+    model: Any = handle.model
+    known = {*argument_names(model), *_PACKED}
+    sums: dict[int, Tensor] = {}
+    tokens = 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = {name: batch[name] for name in (*_INPUTS, *_PACKED) if name in batch and name in known}
+                inputs = {n: x.to(model.device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+                with watch_mass() as masses:
+                    model(**inputs, use_cache=False)
+                keep = _is_token(inputs)
+                for layer, mass in masses.items():  # [B, T]
+                    sums[layer] = sums.get(layer, 0) + (mass * keep.to(mass.device)).sum()
+                tokens += float(keep.sum())
+    finally:
+        model.train(was_training)
+    layers = sorted(sums)
+    return {
+        f"prefix_attention/{name}": float(sums[layer]) / tokens
+        for name, layer in zip(layer_names(layers), layers, strict=True)
+    }
+
+
+def layer_names(layers: Sequence[int]) -> list[str]:
+    """`layer_07`: numbers of one width, so that trackers sort them as they stand in the model."""
+    width = len(str(max(layers, default=0)))
+    return [f"layer_{layer:0{width}d}" for layer in layers]
+
+
+def _is_token(inputs: dict[str, Any]) -> Tensor:
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.float()
+    return torch.ones_like(inputs["input_ids"], dtype=torch.float32)
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([tensor.detach().float().norm() for tensor in tensors]).norm()
+
+
+def _add_gradient(found: dict[str, Tensor], name: str, parameters: Iterable[Any]) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        found[name] = _norm(gradients)

@@ -1,0 +1,152 @@
+"""Examples read from files: JSON lines, CSV, Parquet, and folders of Hugging Face data sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .chat import Conversation, check_messages
+from .data import DataError, Example, is_whole
+from .tables import DATASET_FILES, read_csv, read_dataset, read_parquet
+
+_Reader = Callable[[Path], Iterator[tuple[str, Any]]]
+
+
+def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
+    """Read examples; what the file is called says what it is.
+
+    `.csv` and `.tsv` (text with a header), `.parquet` (needs pyarrow), a folder that `Dataset.save_to_disk` wrote
+    (needs datasets), and JSON lines for every other name. The whole file is checked before anything is returned.
+    Further columns are ignored.
+
+    Args:
+        path: the file or folder.
+        chat: each row has `messages`, a list of `{"role": ..., "content": ...}`, in place of `prompt` and `completion`.
+
+    Raises:
+        DataError: no such file, one that cannot be read, a library that it needs and that is not installed, a column
+            that is missing or holds something else than text (or messages), or no example at all. The message names
+            the line or row, and the columns that there are.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from prefixcore.training import read_examples
+        >>> _ = Path("capitals.csv").write_text("prompt,completion\\nPeru ->, Lima\\n")
+        >>> [example] = read_examples("capitals.csv")
+        >>> example.completion, example.source
+        (' Lima', 'capitals.csv, line 2')
+    """
+    path = Path(path)
+    readers: dict[str, _Reader] = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+    fields = "the field messages" if chat else "the fields prompt and completion"
+    with _failures(path):
+        if any((path / name).is_file() for name in DATASET_FILES):
+            return _examples(path, read_dataset, "column", chat)
+        _check_regular(path, f"JSON lines, CSV or Parquet with {fields}, or a folder that Dataset.save_to_disk wrote")
+        reader = readers.get(path.suffix.lower())
+        return _examples(path, reader or _json_lines, "column" if reader else "field", chat)
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """Read one example a line, `{"prompt": str, "completion": str}`; blank lines are passed over.
+
+    The whole file is checked before anything is returned. Further fields are ignored.
+
+    Raises:
+        DataError: no such file, one that cannot be read, not UTF-8, a line that is not a JSON object, a field that is
+            missing, not a string, no whole characters, or empty (`completion`), or no example at all. The message
+            names the line.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from prefixcore.training import read_jsonl
+        >>> _ = Path("capitals.jsonl").write_text('{"prompt": "Peru ->", "completion": " Lima"}')
+        >>> [example] = read_jsonl("capitals.jsonl")
+        >>> example.completion
+        ' Lima'
+    """
+    path = Path(path)
+    with _failures(path):
+        _check_regular(path, "JSON lines with the fields prompt and completion")
+        return _examples(path, _json_lines, "field", chat=False)
+
+
+def _check_regular(path: Path, expected: str) -> None:
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {what}; expected {expected}")
+
+
+@contextmanager
+def _failures(path: Path) -> Iterator[None]:
+    """A block whose failures to read the file are `DataError`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _examples(path: Path, rows: _Reader, kind: str, chat: bool) -> list[Example]:
+    make = _conversation if chat else _example
+    examples = [make(row, source, kind) for source, row in rows(path)]
+    if not examples:
+        like = '{"messages": [{"role": "user", "content": "..."}, ...]}'
+        like = like if chat else '{"prompt": "...", "completion": "..."}'
+        fields = "messages" if chat else "prompt and completion"
+        raise DataError(
+            f"{path}: no examples; expected " + (f"lines like {like}" if kind == "field" else f"rows of {fields}")
+        )
+    return examples
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                source = f"{path}, line {number}"
+                yield source, _parse(line, source)
+
+
+def _parse(line: str, source: str) -> Any:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{source}: nested too deep for JSON") from None
+    except ValueError as error:  # Python reads integers of 4,300 digits at most
+        raise DataError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{source}: expected a JSON object, got {json_name(record)}")
+    return record
+
+
+def _example(record: Mapping[str, Any], source: str, kind: str) -> Example:
+    for field in ("prompt", "completion"):
+        if field not in record:
+            hint = "; conversations are read with --chat" if isinstance(record.get("messages"), list) else ""
+            raise DataError(f"{source}: the {kind} {field!r} is missing (found: {', '.join(record) or 'none'}){hint}")
+        if not isinstance(record[field], str):
+            raise DataError(f"{source}: the {kind} {field!r} must be a string, got {json_name(record[field])}")
+        if not is_whole(record[field]):
+            raise DataError(f"{source}: the {kind} {field!r} holds half of a character (a lone surrogate)")
+    if not record["completion"]:
+        raise DataError(f"{source}: the {kind} 'completion' is empty; there is nothing to learn from it")
+    return Example(record["prompt"], record["completion"], source)
+
+
+def _conversation(record: Mapping[str, Any], source: str, kind: str) -> Example:
+    if "messages" not in record:
+        raise DataError(f"{source}: the {kind} 'messages' is missing (found: {', '.join(record) or 'none'})")
+    return Conversation.of(check_messages(record["messages"], f"{source}: the {kind} 'messages'"), source)
+
+
+def json_name(value: Any) -> str:
+    """What JSON calls a value, with its article."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

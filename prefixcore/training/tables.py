@@ -1,0 +1,91 @@
+"""The rows of CSV, of Parquet and of a Hugging Face data set on disk, each with where it stands, for messages."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .data import DataError
+
+_INSTALL = "pip install 'prefixcore[data]'"
+
+DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
+"""One of them is in each folder that `save_to_disk` writes: of a data set, or of several splits."""
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file of comma-separated values with a header; of `.tsv` tab-separated ones."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            source = f"{path}, line {rows.line_num + 1}"
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise DataError(f"{source}: not valid CSV ({error})") from None
+            if row is None:
+                return
+            if not row:  # a blank line
+                continue
+            if header is None:
+                header = row
+            elif len(row) != len(header):
+                raise DataError(
+                    f"{source}: {len(row)} values, but the header has {len(header)} columns ({', '.join(header)}); "
+                    "put values with commas, quotes or line breaks in double quotes"
+                )
+            else:
+                yield source, dict(zip(header, row, strict=True))
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a Parquet file.
+
+    Raises:
+        DataError: pyarrow is not installed, or cannot read the file.
+    """
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; {_INSTALL}") from None
+    try:
+        number = 0
+        with ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in ("prompt", "completion", "messages")]
+            others = dict.fromkeys(file.schema_arrow.names)  # for messages that name the columns there are
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row if columns else others
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file that pyarrow can read ({str(error).splitlines()[0]})") from None
+
+
+def read_dataset(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a data set that `save_to_disk` wrote.
+
+    Raises:
+        DataError: datasets is not installed or cannot read the folder, or it holds several splits.
+    """
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(part.parent.name for part in path.glob("*/dataset_info.json"))
+        first = splits[0] if splits else "train"
+        raise DataError(f"{path}: holds the splits {', '.join(splits) or 'none'}; name one of them, as {path / first}")
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise DataError(f"{path}: reading a data set's folder needs datasets; {_INSTALL}") from None
+    try:
+        rows = datasets.load_from_disk(str(path)).with_format(None)
+    except Exception as error:  # what datasets raises for a damaged folder is of any kind
+        raise DataError(f"{path}: datasets cannot read it ({type(error).__name__}: {error})") from error
+    columns = [name for name in rows.column_names if name in ("prompt", "completion", "messages")]
+    others = dict.fromkeys(rows.column_names)
+    if columns:
+        rows = rows.select_columns(columns)
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row if columns else others
