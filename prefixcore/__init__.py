@@ -2,7 +2,8 @@
 
 Three front doors:
 
-* a transformers model: `attach`, `load`, `accelerate`, `PromptBank`, the `*Config` classes, `PackedCollator`;
+* a transformers model: `attach`, `load`, `accelerate`, `PromptBank`, the `*Config` classes, `PackedCollator`,
+  `PromptCallback`;
 * a framework of your own: `prefix_attention` and `soft_embedding`;
 * the command line: `prefixcore --help` lists its commands, from `train` to `serve` and `audit`.
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         import_adapter,
         load,
     )
+    from .hf.callback import PromptCallback
     from .nn import CPTConfig, MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
@@ -53,6 +55,7 @@ _LAZY = {
     "Handle": "hf",
     "PackedCollator": "hf",
     "PromptBank": "hf",
+    "PromptCallback": "hf.callback",
     "AdapterError": "adapters",
 }
 
@@ -67,6 +70,7 @@ __all__ = [
     "PackedCollator",
     "PrefixTuningConfig",
     "PromptBank",
+    "PromptCallback",
     "PromptTuningConfig",
     "__version__",
     "accelerate",
