@@ -1,6 +1,6 @@
 """Each family that the connector takes unasked, with a prefix and without, beside transformers.
 
-make serve-test ARGS="-m slow"
+Three that differ most are tried with every change; all of them by `make serve-test ARGS="-m slow"`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What a family's configuration has beside the sizes."""
 
+OFTEN = ("cohere", "gemma", "qwen3_moe")
+"""Attention beside the MLP, interleaved rotary pairs and LayerNorm; scaled embeddings; experts and normed queries."""
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", VERIFIED)
+
+def test_those_that_are_tried_often_are_among_them() -> None:
+    assert set(OFTEN) <= set(VERIFIED)
+
+
+@pytest.mark.parametrize(
+    "family", [*OFTEN, *(pytest.param(each, marks=pytest.mark.slow) for each in VERIFIED if each not in OFTEN)]
+)
 def test_a_family(family: str, tmp_path: Path) -> None:
     world = World(tmp_path, family, **CHANGES.get(family, {}))
     for size in (17, 64):
