@@ -1,12 +1,14 @@
 """Adapters: the folders that hold what was trained. Needs torch and safetensors."""
 
 from .errors import AdapterError
-from .fingerprint import compare_fingerprints, fingerprint
+from .fingerprint import fingerprint
 from .manifest import Manifest
 from .module import Adapter, make_module
 from .reading import adapter_digest, read_adapter, read_record
-from .registry import Entry, Registry
+from .registry import Registry
+from .registry_entry import Entry
 from .registry_log import Event, Replaced
+from .same_model import compare_fingerprints
 from .verify import Check, verify_adapter
 from .writing import check_target, write_adapter
 

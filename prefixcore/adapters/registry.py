@@ -6,19 +6,19 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from .errors import AdapterError, shown
 from .files import MANIFEST_FILE, PEFT_FILE, find_adapter
-from .fingerprint import find_differences
 from .manifest import Manifest
 from .module import Adapter
 from .provenance import now
-from .reading import read_adapter, read_folder, read_header
+from .reading import read_adapter, read_folder
+from .registry_entry import Entry, is_entry_name, may_be_adapter, read_entry, stamp
 from .registry_log import Event, Log, Replaced
 from .replace import replace_folder
+from .same_model import find_differences
 from .storage import open_file
 from .writing import check_target
 
@@ -26,58 +26,6 @@ LONGEST_NAME = 52
 """Characters of a name that `add` gives: what a request to a server can name."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LINK = "a link, and no folder of its own; it is not followed: prefixcore add copies what it leads to"
-_SCORES = ("exact_match", "accuracy", "f1")
-"""Metrics that are shown before others, the first that there is."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One folder of a registry.
-
-    Attributes:
-        name: the folder's.
-        path: the folder.
-        digest: as of `adapter_digest`; None of a damaged one.
-        manifest: None of a damaged one, and of one that PEFT wrote.
-        method: what `Manifest.method` says, also of one that PEFT wrote; None of a damaged one.
-        size: bytes of all its files.
-        date: when it was written, in UTC; None: not known.
-        score: a held-out metric: exact match, accuracy or F1, else the first by its name; None: there is none.
-        metric: the name of that metric.
-        problem: in words, what is wrong with it; None: nothing was seen.
-
-    Examples:
-        >>> from prefixcore.adapters import Registry
-        >>> with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4)) as handle:
-        ...     _ = handle.save("adapters/capitals", task="country -> capital")
-        >>> entry = Registry("adapters").find("capitals")
-        >>> entry.method, entry.problem
-        ('prompt', None)
-    """
-
-    name: str
-    path: Path
-    digest: str | None = None
-    manifest: Manifest | None = None
-    method: str | None = None
-    size: int = 0
-    date: str | None = None
-    score: float | None = None
-    metric: str | None = None
-    problem: str | None = None
-
-    @property
-    def task(self) -> str | None:
-        """The one task, in words."""
-        return None if self.manifest is None else self.manifest.task
-
-    @property
-    def base_model(self) -> str | None:
-        """The name of the base model, else its class."""
-        facts: dict[str, Any] = {} if self.manifest is None else self.manifest.base_model
-        name = facts.get("name_or_path") or facts.get("class")
-        return None if name is None else str(name)
 
 
 class Registry:
@@ -140,7 +88,7 @@ class Registry:
         """
         try:
             with os.scandir(self.directory) as listing:
-                found = sorted(e.name for e in listing if not e.name.startswith(".") and _may_be_adapter(e))
+                found = sorted(e.name for e in listing if not e.name.startswith(".") and may_be_adapter(e))
         except FileNotFoundError:
             raise AdapterError(f"{self.directory}: no such folder; expected a folder of adapters") from None
         except OSError as error:
@@ -243,11 +191,11 @@ class Registry:
     def _read(self, name: str, whole: bool) -> Entry | None:
         """The entry of this name; None: there is nothing."""
         path = self.directory / name
-        key = _stamp(path)
+        key = stamp(path)
         if not whole and key is not None and name in self._seen and self._seen[name][0] == key:
             return self._seen[name][1]
-        entry = _read_entry(path, whole)
-        if entry is not None and key is not None and key == _stamp(path):
+        entry = read_entry(path, whole)
+        if entry is not None and key is not None and key == stamp(path):
             self._seen[name] = (key, entry)
         return entry
 
@@ -273,7 +221,7 @@ class Registry:
 
     def _is_done(self, event: Event) -> bool:
         """Whether what was begun has its effect on the folders."""
-        entry = _read_entry(self.directory / event.name, False)
+        entry = read_entry(self.directory / event.name, False)
         return entry is None if event.action == "remove" else entry is not None and entry.digest == event.digest
 
     def _finish(self, event: Event) -> None:
@@ -281,67 +229,9 @@ class Registry:
         for old in event.replaced:
             if old.name == event.name:
                 continue
-            entry = _read_entry(self.directory / old.name, False)
+            entry = read_entry(self.directory / old.name, False)
             if entry is not None and entry.digest == old.digest:
                 self._log.take_away(old.name)
-
-
-def is_entry_name(name: Any) -> TypeGuard[str]:
-    """Whether an entry may have this name: a folder's in the registry, and no path that leads elsewhere."""
-    if not isinstance(name, str) or not name or name.startswith(".") or {"/", "\\", "\0"} & set(name):
-        return False
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:  # half of a character, as JSON can hold it
-        return False
-    return True
-
-
-def _read_entry(path: Path, whole: bool) -> Entry | None:
-    try:
-        if not os.path.lexists(path):
-            return None
-        if path.is_symlink():
-            return Entry(path.name, path, problem=_LINK)
-        if not path.is_dir():
-            return Entry(path.name, path, problem="is not a folder")
-        size = sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(path) if e.is_file(follow_symlinks=False))
-        header, digest = read_header(path)
-        if whole:
-            digest = read_adapter(path).digest or digest
-    except AdapterError as error:
-        return Entry(path.name, path, problem=_short(str(error), path)) if os.path.lexists(path) else None
-    except OSError as error:
-        return Entry(path.name, path, problem=f"cannot be read: {error.strerror or error}")
-    manifest = header.manifest
-    metrics = (manifest.metrics if manifest else None) or {}
-    metric = next((name for name in _SCORES if name in metrics), min(metrics, default=None))
-    return Entry(
-        name=path.name,
-        path=path,
-        digest=digest,
-        manifest=manifest,
-        method=header.config.method,
-        size=size,
-        date=manifest.date if manifest else None,
-        score=metrics.get(metric) if metric is not None else None,
-        metric=metric,
-    )
-
-
-def _may_be_adapter(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link that may lead to one; a file beside the adapters, a README say, is none."""
-    return entry.is_symlink() or entry.is_dir(follow_symlinks=False)
-
-
-def _stamp(path: Path) -> object:
-    """What changes when a file of a folder does."""
-    try:
-        with os.scandir(path) as listing:
-            found = [(e.name, e.stat(follow_symlinks=False)) for e in listing]
-        return path.stat().st_ino, sorted((n, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in found)
-    except OSError:
-        return None
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -389,8 +279,3 @@ def _why_not(entry: Entry, manifest: Manifest, name: str) -> str:
         f"{name} is there already ({known}, task {shown(entry.task)}); give another name, or pass replace=True "
         "(--replace)"
     )
-
-
-def _short(problem: str, path: Path) -> str:
-    """The message without the folder's path, which the entry has."""
-    return problem.removeprefix(f"{path}: ").replace(f"{path}{os.sep}", "")

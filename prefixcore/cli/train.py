@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,14 @@ from .limits import (
     learned_positions,
     stated_positions,
 )
-from .output import check_open, results, say, table
+from .output import check_open, results, say
+from .train_examples import HeldOutEvaluator, read_examples, tokenize_all
 from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
 
 if TYPE_CHECKING:
-    from ..training import Evaluation, Example, TokenizedExample, TrainingOptions, TrainingRecord
+    from ..training import TrainingOptions, TrainingRecord
 
 __all__ = ["add_arguments", "run"]
 
@@ -200,27 +201,6 @@ def is_seed(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value < 2**63
 
 
-def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """Examples to train on, and held-out ones: a file of their own, or a part of `--data` split off."""
-    from ..training import read_examples as read
-    from ..training import split
-
-    examples = read(arguments.data, chat=arguments.chat)
-    if arguments.eval_data is None:
-        training, held_out = split(examples, arguments.eval_fraction, arguments.split_seed)
-    else:
-        training, held_out = examples, read(arguments.eval_data, chat=arguments.chat)
-        shared = {(e.prompt, e.completion) for e in training} & {(e.prompt, e.completion) for e in held_out}
-        if shared:
-            say(
-                f"warning: {len(shared)} examples of {arguments.eval_data} are in {arguments.data} too; "
-                "the evaluation will look better than it is"
-            )
-    if len(held_out) > arguments.eval_limit:
-        say(f"scoring the first {arguments.eval_limit} of {len(held_out)} held-out examples (--eval-limit)")
-    return training, held_out[: arguments.eval_limit]
-
-
 def training_options(arguments: argparse.Namespace, examples: int, *, has_held_out: bool) -> TrainingOptions:
     """How to train; `--epochs` become steps."""
     from ..training import TrainingOptions
@@ -287,30 +267,6 @@ def count_virtual_tokens(arguments: argparse.Namespace, model: Any, tokenizer: A
     return int(count)
 
 
-def tokenize_all(
-    model: Any, tokenizer: Any, examples: Sequence[Example], end: str | None, limit: LengthLimit, *, skip: bool
-) -> tuple[list[Example], list[TokenizedExample]]:
-    """Examples and their ids; with `skip` only those that are short enough."""
-    from ..training import DataError, tokenize
-
-    kept = []
-    for example in examples:
-        length = f"{len(example.prompt) + len(example.completion):,} characters, more tokens"
-        if not is_too_long(example.prompt + example.completion, limit.tokens):
-            with user_errors(DataError):
-                (ids,) = tokenize(tokenizer, [example], end=end)
-            if ids.length <= limit.tokens:
-                check_ids(model, ids.prompt_ids + ids.completion_ids, example.source)
-                kept.append((example, ids))
-                continue
-            length = f"{ids.length} tokens, more"
-        if not skip:
-            raise UserError(f"{example.source}: {length} than the {limit}")
-    if len(kept) < len(examples):
-        say(f"left out {len(examples) - len(kept)} of {len(examples)} examples with more than {limit.tokens} tokens")
-    return [example for example, _ in kept], [ids for _, ids in kept]
-
-
 def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: Any) -> Any:
     """Attach a new adapter, or the one to go on with."""
     from .. import hf
@@ -320,48 +276,6 @@ def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: An
         if config is None:
             return load_adapter(model, arguments.resume, trainable=True, force=arguments.force)
         return hf.attach(model, config, tokenizer=tokenizer)
-
-
-class HeldOutEvaluator:
-    """Evaluates the model, as it is when called, on the held-out examples, and keeps the results by name."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        end: str | None,
-        held_out: Sequence[Example],
-        ids: Sequence[TokenizedExample],
-        max_length: int | None,
-    ) -> None:
-        self.model, self.tokenizer, self.end, self.max_length = model, tokenizer, end, max_length
-        self.held_out, self.ids = held_out, ids
-        self.results: dict[str, Evaluation] = {}
-
-    def __call__(self, name: str) -> None:
-        from ..training import evaluate
-
-        if self.held_out:
-            with user_errors(ValueError):  # what transformers refuses, such as an end that its tokenizer cannot find
-                result = evaluate(
-                    self.model, self.tokenizer, self.held_out, self.ids, end=self.end, max_length=self.max_length
-                )
-            self.results[name] = result
-            say(f"held out, {name}: loss {result.loss:.3f}, exact match {result.exact_match:.1%}")
-
-    def table(self) -> str:
-        """The results as a text table."""
-        rows = [(f"{len(self.held_out)} held-out examples", "loss", "exact match")]
-        for name, result in self.results.items():
-            rows.append((name, f"{result.loss:.3f}", f"{result.exact_match:.1%}"))
-        return table(rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The results without the answers, for JSON."""
-        return {
-            name: {"loss": result.loss, "exact_match": result.exact_match, "examples": len(self.held_out)}
-            for name, result in self.results.items()
-        }
 
 
 def save(

@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print a line for each check; exit code 1, and the names on standard error, if one of them fails."""
     check_open()
     from ..adapters import AdapterError, verify_adapter
-    from ..adapters.verify import NOT_SAID, as_dicts
+    from ..adapters.verify import as_dicts
+    from ..adapters.verify_folder import NOT_SAID
 
     if arguments.data is not None and arguments.model is None:
         raise UserError("--data is measured with the base model: give --model")

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from .._text import printable
 from ..adapters import AdapterError, Manifest, compare_fingerprints, fingerprint
 from ..adapters.files import MANIFEST_FILE, MODEL_FILE, STATE_FILE, find_adapter
-from ..adapters.fingerprint import find_differences
+from ..adapters.header import AdapterHeader
 from ..adapters.module import build_module
-from ..adapters.reading import AdapterHeader, read
+from ..adapters.reading import read
+from ..adapters.same_model import find_differences
 from ..adapters.storage import naming
 from ..nn import CPTPrompt, Prefix, PrefixTuningConfig
 from .attaching import (

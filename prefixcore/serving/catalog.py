@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from ..adapters import AdapterError, Entry, Registry
-from ..adapters.reading import AdapterHeader, read, read_header
-from ..adapters.registry import is_entry_name
+from ..adapters.header import AdapterHeader
+from ..adapters.reading import read, read_header
+from ..adapters.registry_entry import is_entry_name
 from .baked import find_baked
 from .salt import make_salt
 

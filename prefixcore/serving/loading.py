@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import AdapterError
-from ..adapters.reading import AdapterHeader, read
+from ..adapters.header import AdapterHeader
+from ..adapters.reading import read
 from ..nn import LayerShape
 from .admission import Load, Step
 from .host_cache import HostCache, HostPrefix

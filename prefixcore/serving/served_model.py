@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import AdapterError
-from ..adapters.fingerprint import FACTS, Comparison, find_differences
-from ..adapters.reading import AdapterHeader
+from ..adapters.fingerprint import FACTS
+from ..adapters.header import AdapterHeader
+from ..adapters.same_model import Comparison, find_differences
 from ..adapters.samples import Sample
 from ..nn import LayerShape
 from .checkpoint import Checkpoint
