@@ -99,9 +99,7 @@ def test_what_only_the_numbers_show_is_seen_where_they_are_read(registry):
 def test_a_change_is_seen_by_a_registry_that_has_looked_before(registry, sources, monkeypatch):
     before = registry.entries()
     # What has not changed is not read again.
-    monkeypatch.setattr(
-        "prefixcore.adapters.registry_entry.read_header", None
-    )  # what has not changed is not read again
+    monkeypatch.setattr("prefixcore.adapters.registry_entry.read_header", None)
     assert registry.entries() == before
     monkeypatch.undo()
     with prefixcore.attach(make_model("llama"), prefixcore.PromptTuningConfig(2, init="random")) as handle:
