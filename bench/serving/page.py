@@ -1,4 +1,4 @@
-"""`python -m bench.serving.page`: the table and the picture of README.md from what `bench.serving.load` measured."""
+"""`python -m bench.serving.page`: the tables and the pictures of README.md from what `bench.serving.load` measured."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from typing import Any
 
 from bench import pages
 
-from .load import CLIENTS, HERE, RESULTS
+from .load import CLIENTS, HERE, PEFT_RESULTS, RESULTS
 
 PAGE = HERE / "README.md"
-PICTURE = HERE / "results" / "load.svg"
-COLOURS = ("#868e96", "#d9480f", "#f08c00", "#3b7dd8", "#1c4f91", "#8c8c2a", "#5c5c1a")
+PICTURE = HERE / "results" / "load"
+"""The name of the pictures, one for a light page and one for a dark one."""
+
+THEMES = {"light": ("#1f2328", "#d1d9e0"), "dark": ("#f0f6fc", "#3d444d")}
+"""Of each, the colour of text and of lines behind; what lies under them is the page's own."""
+
+COLOURS = ("#8b949e", "#d9480f", "#f08c00", "#4493f8", "#8957e5", "#9a8f1f", "#bf4b8a")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+TICKS = {"tokens_per_second": (10, 20, 50, 100, 200), "first_token_ms": (100, 200, 500, 1000, 2000, 5000, 10000, 20000)}
 
 
 def read(path: Path = RESULTS) -> dict[str, Any]:
@@ -24,7 +31,35 @@ def read(path: Path = RESULTS) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Each way of asking a row: medians of the rounds, the least and the greatest in brackets."""
+    """Each way of asking a row, and the pictures."""
+    said = "Tokens a second, and milliseconds to the first token, over the number of clients: the tables as curves"
+    where = f"{PICTURE.parent.name}/{PICTURE.name}"
+    return "\n".join(
+        [
+            *_rows(results),
+            "",
+            f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{where}-dark.svg">\n'
+            f'  <img alt="{said}" src="{where}-light.svg">\n</picture>',
+        ]
+    )
+
+
+def peft_table(results: dict[str, Any]) -> str:
+    """PEFT's rows of a run of its own, and how much slower many adapters are than one, each round against itself."""
+    rounds = results["stamp"]["rounds"]
+    lines = [*_rows(results), ""]
+    for number in CLIENTS:
+        one, many = (f for f in results["figures"] if f["clients"] == number)
+        ratios = [b / a for a, b in zip(one["tokens_per_second"], many["tokens_per_second"], strict=True)]
+        lines.append(
+            f"- {number} client{'s' if number > 1 else ''}: over many adapters {statistics.median(ratios):.2f} times "
+            f"the tokens a second of one adapter ({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)"
+        )
+    return "\n".join(lines)
+
+
+def _rows(results: dict[str, Any]) -> list[str]:
+    """Medians of the rounds, the least and the greatest in brackets; and what they were measured on."""
     found = {(figure["way"], figure["clients"]): figure for figure in results["figures"]}
     ways = list(dict.fromkeys(figure["way"] for figure in results["figures"]))
     clients = [f"{number} client{'s' if number > 1 else ''}" for number in CLIENTS]
@@ -38,15 +73,14 @@ def table(results: dict[str, Any]) -> str:
         )
         lines.append(f"| {way} | {' | '.join(cells)} |")
     stamp = results["stamp"]
-    versions = ", ".join(f"{name} {stamp['versions'][name]}" for name in ("vllm", "torch", "transformers", "peft"))
-    lines += [
+    named = [name for name in ("vllm", "torch", "transformers", "peft") if name in stamp["versions"]]
+    versions = ", ".join(f"{name} {stamp['versions'][name]}" for name in named)
+    return [
+        *lines,
         "",
         f"{stamp['cpu']}, {stamp['cores']} cores; {versions}; {stamp['rounds']} rounds taken in turn, medians (least "
         f"to greatest). An answer has {stamp['tokens_an_answer']} tokens.",
-        "",
-        f"![The same as curves over the number of clients]({PICTURE.parent.name}/{PICTURE.name})",
     ]
-    return "\n".join(lines)
 
 
 def middle(values: Sequence[float]) -> str:
@@ -54,46 +88,84 @@ def middle(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
-def draw(results: dict[str, Any], path: Path = PICTURE) -> None:
-    """Tokens a second and milliseconds to the first token over the number of clients."""
+def draw(results: dict[str, Any], peft: dict[str, Any] | None, path: Path = PICTURE) -> list[Path]:
+    """Tokens a second and milliseconds to the first token over the number of clients; PEFT's own run in a third panel.
+
+    Args:
+        results: of the one server, and what was asked beside it.
+        peft: of the run of PEFT alone; None: it was not measured.
+        path: the pictures' name, without their theme.
+
+    Returns:
+        The files.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "prefixcore"  # the same figures draw the same file
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    shown = (("tokens_per_second", "tokens a second"), ("first_token_ms", "ms to the first token"))
-    for axis, (field, label) in zip(axes, shown, strict=True):
-        for way, colour in zip(dict.fromkeys(f["way"] for f in results["figures"]), COLOURS, strict=False):
-            of_way = [figure for figure in results["figures"] if figure["way"] == way]
-            axis.plot(
-                [figure["clients"] for figure in of_way],
-                [statistics.median(figure[field]) for figure in of_way],
-                marker="o",
-                color=colour,
-                label=way,
-                linestyle="--" if "PEFT" in way else "-",
-            )
-        axis.set(xscale="log", yscale="log", xlabel="clients", ylabel=label)
-        axis.set_xticks(CLIENTS, [str(number) for number in CLIENTS])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    panels = [(results, "tokens_per_second", "tokens a second"), (results, "first_token_ms", "ms to the first token")]
+    if peft is not None:
+        panels.append((peft, "tokens_per_second", "tokens a second, PEFT's own run"))
+    files = []
+    for theme, (ink, line) in THEMES.items():
+        colours: Any = {
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
+            "grid.color": line,
+            "svg.hashsalt": "prefixcore",  # the same figures draw the same file
+        }
+        with matplotlib.rc_context(colours):
+            figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 4.6), layout="constrained")
+            for axis, (measured, field, label) in zip(axes, panels, strict=True):
+                _panel(axis, measured, field, label)
+            shown = {text: mark for axis in axes for mark, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+            figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            files.append(path.with_name(f"{path.name}-{theme}.svg"))
+            figure.savefig(files[-1], metadata={"Date": None}, transparent=True)
+            pyplot.close(figure)
+    return files
 
 
-def right(results: dict[str, Any]) -> str:
+def _panel(axis: Any, results: dict[str, Any], field: str, label: str) -> None:
+    ways = list(dict.fromkeys(figure["way"] for figure in results["figures"]))
+    values = []
+    for way in ways:
+        of_way = [figure for figure in results["figures"] if figure["way"] == way]
+        medians = [statistics.median(figure[field]) for figure in of_way]
+        values += medians
+        style = _style(way)
+        axis.plot([figure["clients"] for figure in of_way], medians, label=way, markersize=6, alpha=0.9, **style)
+    axis.set(xscale="log", yscale="log", xlabel="clients", title=label)
+    axis.set_xticks(CLIENTS, [str(number) for number in CLIENTS])
+    ticks = [tick for tick in TICKS[field] if min(values) / 1.5 <= tick <= max(values) * 1.5]
+    axis.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
+    axis.grid()
+
+
+def _style(way: str) -> dict[str, Any]:
+    """One colour and mark for a way in every panel."""
+    order = ("no prompt", "1 adapter", "100 adapters", "text prompt of", "text prompt,", "PEFT, 1 ", "PEFT, 100")
+    number = next(i for i in reversed(range(len(order))) if order[i] in way)
+    return {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": "--" if "PEFT" in way else "-"}
+
+
+def right(results: dict[str, Any], peft: dict[str, Any] | None) -> str:
     """The page as it should be."""
-    return pages.with_parts(pages.read(PAGE), {"load": table(results)}, str(PAGE))
+    parts = {"load": table(results)} | ({} if peft is None else {"peft": peft_table(peft)})
+    return pages.with_parts(pages.read(PAGE), parts, str(PAGE))
+
+
+def read_all() -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What was measured with the server, and of PEFT alone, if it was."""
+    return read(), read(PEFT_RESULTS) if PEFT_RESULTS.exists() else None
 
 
 def main() -> int:
     """Render; returns the exit status."""
-    results = read()
-    PAGE.write_text(right(results), encoding="utf-8")
-    draw(results)
+    results, peft = read_all()
+    PAGE.write_text(right(results, peft), encoding="utf-8")
+    draw(results, peft)
     return 0
 
 

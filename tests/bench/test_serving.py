@@ -124,8 +124,32 @@ def test_peft_answers_in_batches_of_one_adapter(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_was_measured() -> None:
-    results = page.read()
-    assert page.pages.read(page.PAGE) == page.right(results)
-    assert {figure["clients"] for figure in results["figures"]} == set(load.CLIENTS)
-    assert all(len(figure["tokens_per_second"]) == results["stamp"]["rounds"] for figure in results["figures"])
-    assert page.PICTURE.exists()
+    results, peft = page.read_all()
+    assert page.pages.read(page.PAGE) == page.right(results, peft)
+    for measured in filter(None, (results, peft)):
+        assert {figure["clients"] for figure in measured["figures"]} == set(load.CLIENTS)
+        assert all(len(figure["tokens_per_second"]) == measured["stamp"]["rounds"] for figure in measured["figures"])
+
+
+def test_the_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
+    results, peft = page.read_all()
+    drawn = page.draw(results, peft, tmp_path / "load")
+    assert [file.name for file in drawn] == ["load-light.svg", "load-dark.svg"]
+    for file in drawn:
+        kept = page.PICTURE.with_name(file.name).read_text(encoding="utf-8")
+        assert "no prompt" in kept
+        assert kept.count("<!--") == file.read_text(encoding="utf-8").count("<!--")  # the texts, each named once
+
+
+def test_peft_alone_is_measured_over_one_adapter_and_over_many(tmp_path: Path) -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    names = [f"task-{number}" for number in range(3)]
+    for seed, name in enumerate(names):
+        config = prefixcore.PrefixTuningConfig(num_virtual_tokens=3, init="random", seed=seed)
+        with prefixcore.attach(model, config) as handle:
+            handle.save(tmp_path / name)
+    wrapped = peft_batches.load(model, [tmp_path / name for name in names])
+    ways = load.peft_ways(wrapped, tokenizer, names[:1], names)
+    assert list(ways) == ["transformers with PEFT, 1 adapter", "transformers with PEFT, 3 adapters"]
+    assert all(len(way(2, 4).answers) == 4 for way in ways.values())
+    assert [request.model for request in load.requests_for(names)[:4]] == [*names, names[0]]
