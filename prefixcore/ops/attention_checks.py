@@ -58,6 +58,18 @@ def check_prefix(
     check_tensor("prefix_key", prefix_key)
     check_tensor("prefix_value", prefix_value)
     dtype, device = query.dtype, query.device
+    key_shape, value_shape, key_dtype = prefix_key.shape, prefix_value.shape, prefix_key.dtype
+    if (
+        len(key_shape) == len(value_shape) == 3
+        and key_shape[0] == value_shape[0] == kv_heads
+        and key_shape[1] == value_shape[1]
+        and key_shape[2] == dim
+        and value_shape[2] == value_dim
+        and (key_dtype == dtype or key_dtype == torch.float32)
+        and prefix_value.dtype == key_dtype
+        and prefix_key.device == prefix_value.device == device
+    ):  # at once, for a small call feels it; what is wrong, or is a bank, is looked at below
+        return prefix_key, prefix_value
     for name, x, width in (("prefix_key", prefix_key, dim), ("prefix_value", prefix_value, value_dim)):
         shape, prefix_dtype = x.shape, x.dtype
         if not 3 <= len(shape) <= 4 or shape[-3] != kv_heads or shape[-1] != width:
