@@ -505,7 +505,7 @@ def test_a_replay_costs_few_calls(plans: stand_in.Interpreted, nothing_computed:
     assert sum(counted["both"]) <= CEILING["both"], counted
 
 
-CEILING = {"forward": 90, "both": 220}
+CEILING = {"forward": 75, "both": 190}
 
 
 def test_a_replay_allocates_what_the_ordinary_way_does(plans: stand_in.Interpreted, nothing_computed: None) -> None:
