@@ -222,13 +222,12 @@ def test_when_it_is_taken() -> None:
 @of_the_stand_in
 def test_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    flash4._loaded.cache_clear()
+    monkeypatch.setattr(flash4, "installed", lambda: None)
     assert choose.forward(aligned(record())).name == "merged"
-    if flash4.installed() is None:
-        assert flash4.unavailable(torch.device("cpu")) == (
-            "FlashAttention-4 is not installed (pip install prefixcore[flash])"
-        )
+    reason = "FlashAttention-4 is not installed (pip install prefixcore[flash])"
+    assert flash4.unavailable(torch.device("cpu")) == reason
     monkeypatch.setattr(flash4, "installed", lambda: "4.0.0b1")
+    flash4._loaded.cache_clear()
 
     def broken(name: str) -> Any:
         raise RuntimeError("no CUDA driver")
