@@ -26,3 +26,11 @@ def with_flash4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash4, "installed", lambda: flash4_stand_in.VERSION)
     monkeypatch.setattr(flash4, "_loaded", lambda: (flash4_stand_in, ""))
     flash4_stand_in.asked.clear()
+
+
+@pytest.fixture
+def without_flash4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-4 is not installed, whatever is: what PyTorch's cannot do is left to our own kernels."""
+    from prefixcore.backends.triton import flash4
+
+    monkeypatch.setattr(flash4, "installed", lambda: None)

@@ -19,7 +19,7 @@ from prefixcore.cli import doctor
 
 
 @pytest.fixture(autouse=True)
-def fake_tensors() -> Iterator[None]:
+def fake_tensors(without_flash4: None) -> Iterator[None]:
     with FakeTensorMode():
         yield
 

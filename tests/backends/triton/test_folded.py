@@ -24,7 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16) if ON_A_GPU else (torch.float32,)
 
 
 @pytest.fixture(autouse=True)
-def folded_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def folded_path(monkeypatch: pytest.MonkeyPatch, without_flash4: None) -> Iterator[None]:
     monkeypatch.setattr(choose, "MERGED_KEYS", 16)
     with triton_backend(), use_path("folded"):
         yield

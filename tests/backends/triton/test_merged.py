@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.fl
 
 
 @pytest.fixture(autouse=True)
-def merged_path() -> Iterator[None]:
+def merged_path(without_flash4: None) -> Iterator[None]:
     with triton_backend(), use_path("merged"):
         yield
 
