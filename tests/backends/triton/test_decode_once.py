@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import prefixcore
 from prefixcore.backends.problem import AttentionProblem
+from prefixcore.backends.triton import use_path
 from prefixcore.ops.reference import prefix_attention_reference
+from tests.backends.triton import stand_in
+from tests.device import triton_backend
 from tests.ops.problems import TOLERANCE, Problem, relative_error
 
 pytest.importorskip("triton")
@@ -205,3 +209,27 @@ def test_packed_sequences_are_refused() -> None:
     p = Problem(packed=(3, 2)).record()
     with pytest.raises(ValueError, match="use forward"):
         decode_once.launch_decode_once(p, torch.empty(1, 4, 5, 32), torch.empty(1, 4, 5))
+
+
+def test_a_replay_is_given_counters_of_its_stream_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan keeps no counters: it asks for them at each replay, for the stream that it is replayed on."""
+    monkeypatch.undo()  # memory as it comes: a plan has to see it allocated
+    for name, value in (("KEYS_PER_SPLIT", 32), ("SHARED_KEYS", 16)):
+        monkeypatch.setattr(decode_once, name, value)
+    asked: list[int] = []
+    real = decode_once.zeroed_counters
+
+    def watched(on: Tensor, count: int) -> Tensor:
+        asked.append(count)
+        return real(on, count)
+
+    monkeypatch.setattr(decode_once, "zeroed_counters", watched)
+    problem = Problem(**{**vars(BASE), "B": 2, "H": 1, "P": 70, "S": 70})
+    with triton_backend(), stand_in.replaying() as heard, use_path("decode_once"), torch.no_grad():
+        for seed in range(3):
+            tensors, options = Problem(**{**vars(problem), "seed": seed}).tensors()
+            got = prefixcore.prefix_attention(**tensors, **options)
+            with prefixcore.use_backend("reference"):
+                assert relative_error(got, prefixcore.prefix_attention(**tensors, **options)) < 1e-5
+        assert len(heard.launches) == 2
+    assert len(asked) == 3
