@@ -28,7 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [("op", "device", "dtype", "backend", "why")]
     rows += explain()
     built, facts = build_facts()
-    tables: list[Sequence[Sequence[str]]] = [[*library_facts(), *facts, *gpu_facts(), *replay_facts()], rows]
+    tables: list[Sequence[Sequence[str]]] = [
+        [*library_facts(), *facts, *gpu_facts(), *fewer_launches(), *replay_facts()],
+        rows,
+    ]
     if paths := gpu_paths():
         tables.append([("problem", "pass", "path", "why"), *paths])
     tables += replay_tables()
@@ -82,6 +85,18 @@ def gpu_facts() -> list[tuple[str, str]]:
         rows.append((f"GPU {index}", f"{facts.name}, compute capability {facts.major}.{facts.minor}, {memory}"))
     cudnn = torch.backends.cudnn.version()
     return [*rows, ("CUDA", f"{torch.version.cuda} in torch; cuDNN {cudnn}")]
+
+
+def fewer_launches() -> list[tuple[str, str]]:
+    """Whether the paths of fewer launches are chosen."""
+    from ..backends.triton import choose
+
+    try:
+        on = choose.fewer_launches()
+    except ValueError as error:
+        return [("fewer GPU launches", str(error))]
+    switch = "PREFIXCORE_FEWER_LAUNCHES"
+    return [("fewer GPU launches", f"on; {switch}=0 turns it off" if on else f"off; {switch}=1 turns it on")]
 
 
 def replay_facts() -> list[tuple[str, str]]:

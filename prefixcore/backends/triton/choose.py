@@ -32,9 +32,9 @@ PATHS = ("merged", "folded", "fa4", "single", "decode", "decode_once", "short")
 
 # --- thresholds: all that a run on a GPU may change ---------------------------------------------------
 
-FEWER_LAUNCHES = os.environ.get("PREFIXCORE_FEWER_LAUNCHES", "0") == "1"
-"""Whether `decode_once` and `short` are chosen, not only forced: they are right in Triton's interpreter and compile for
-every architecture, and no GPU has run them yet. Where one has, this becomes True."""
+FEWER_LAUNCHES = os.environ.get("PREFIXCORE_FEWER_LAUNCHES") or "0"
+"""Whether `decode_once` and `short` are chosen ("1"), or only forced ("0"): they are right in Triton's interpreter and
+compile for every architecture, and no GPU has run them yet. Where one has, "1" becomes what nobody has to ask for."""
 
 DECODE_QUERIES = 16
 """Up to so many queries, there are more processors than blocks of queries: the keys are split instead."""
@@ -107,8 +107,15 @@ _FORWARD = Pass()
 # Where the path is forced, its worth is not asked.
 
 
+def fewer_launches() -> bool:
+    """Whether the paths of fewer launches are chosen. ValueError: the variable says neither 0 nor 1."""
+    if FEWER_LAUNCHES not in ("0", "1"):
+        raise ValueError(f"PREFIXCORE_FEWER_LAUNCHES: expected 0 or 1, got {FEWER_LAUNCHES!r}")
+    return FEWER_LAUNCHES == "1"
+
+
 def _decode_once(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
-    if not (FEWER_LAUNCHES or forced):
+    if not (forced or fewer_launches()):
         return "decode in one launch is off: PREFIXCORE_FEWER_LAUNCHES=1 turns it on"
     answer = _decode(p, what, forced)
     return answer if isinstance(answer, str) else answer._replace(name="decode_once")
@@ -117,7 +124,7 @@ def _decode_once(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
 def _short(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
     if not what.training:
         return Path("short", "forced") if forced else "the forward is one launch as it is"
-    if not (FEWER_LAUNCHES or forced):
+    if not (forced or fewer_launches()):
         return "a short sequence's backward in two launches is off: PREFIXCORE_FEWER_LAUNCHES=1 turns it on"
     tokens = p.batch * p.queries
     if not forced and (p.keys > SHORT_KEYS or tokens > SHORT_TOKENS):

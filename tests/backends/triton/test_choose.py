@@ -352,11 +352,14 @@ def test_unknown_paths(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fewer_launches_are_off_until_a_gpu_has_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     few, short = problem(T=1, S=4096), problem(T=64)
     what: dict[str, Any] = {"all_three": False, "grad_lse": True}
-    assert not choose.FEWER_LAUNCHES
+    assert not choose.fewer_launches()
     assert (choose.forward(few).name, choose.backward(short, **what).name) == ("decode", "single")
-    monkeypatch.setattr(choose, "FEWER_LAUNCHES", True)
+    monkeypatch.setattr(choose, "FEWER_LAUNCHES", "1")
     assert (choose.forward(few).name, choose.backward(short, **what).name) == ("decode_once", "short")
     assert choose.forward(short).name == "single"
     assert choose.forward(problem(T=4, cu_seqlens=bools(3))).name == "single"
     for long in (problem(T=choose.SHORT_KEYS + 1), problem(T=64)._replace(query=problem(T=8192).query)):
         assert choose.backward(long, **what).name == "single"
+    monkeypatch.setattr(choose, "FEWER_LAUNCHES", "yes")
+    with pytest.raises(ValueError, match="PREFIXCORE_FEWER_LAUNCHES: expected 0 or 1, got 'yes'"):
+        choose.forward(few)
