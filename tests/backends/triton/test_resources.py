@@ -21,12 +21,16 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def resources(*options: str, **settings: str) -> dict[str, Any]:
+def run_python(*command: str, **settings: str) -> str:
+    """What a Python prints in which Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | settings
-    command = [sys.executable, "-m", "tests.backends.triton.resources", *options]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return result.stdout
+
+
+def resources(*options: str, **settings: str) -> dict[str, Any]:
+    return json.loads(run_python("-m", "tests.backends.triton.resources", *options, **settings))
 
 
 @pytest.fixture(scope="module")
