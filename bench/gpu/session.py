@@ -49,7 +49,8 @@ class Session:
         self.steps: list[dict[str, Any]] = []
         self.pack: Path | None = None
         self.logs = out / "logs"
-        self.before = finished_before(out, machine, rehearsal)
+        self.earlier = earlier(out, machine, rehearsal)
+        self.before = {step["step"]: step for step in self.earlier if step["state"] == PASSED}
         self.logs.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
@@ -79,7 +80,9 @@ class Session:
             more["exit"] = codes
             more["logs"] = [str(log.relative_to(self.out)) for log, code in zip(logs, codes, strict=True) if code]
         results = counted(sorted(self.logs.glob(f"{stem}-[0-9]*.xml")))
-        state = CUT if LATE in codes and set(codes) <= {0, LATE} else FAILED if any(codes) else PASSED
+        wrong = results.get("failures") or results.get("errors") or failed_rows(self.out / f"{stem}.json")
+        cut = LATE in codes and set(codes) <= {0, LATE} and not wrong
+        state = CUT if cut else FAILED if any(codes) else PASSED
         if results and results["skipped"] == results["tests"]:  # nothing was tested
             state, more["why"] = LEFT_OUT, results.pop("reason")
         results.pop("reason", None)
@@ -151,17 +154,20 @@ class Session:
     def write(self, *, finished: bool = False) -> int:
         """After every step, so that whatever ends the run leaves what was found; returns the exit status.
 
-        0: all passed; 1: something failed; 2: nothing failed, but time ran out before all had run.
+        0: all passed; 1: something failed; 2: nothing failed, but time ran out before all had run. What an earlier
+        run into this folder found, and this one was not asked for, stays in the report.
         """
+        named = {step["step"] for step in self.steps}
+        steps = [*(step for step in self.earlier if step["step"] not in named), *self.steps]
         states = {step["state"] for step in self.steps}
         status = 1 if FAILED in states or not finished else 2 if states & {CUT, NOT_RUN} else 0
         report = {
             "rehearsal": self.rehearsal,
             "finished": finished,
-            "passed": status == 0,
+            "passed": status == 0 and all(step["state"] in (PASSED, LEFT_OUT) for step in steps),
             "seconds": round(time.monotonic() - self.began, 1),
             "machine": self.machine,
-            "steps": self.steps,
+            "steps": steps,
         }
         (self.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if self.pack:
@@ -169,18 +175,25 @@ class Session:
         return status
 
 
-def finished_before(out: Path, machine: dict[str, Any], rehearsal: bool) -> dict[str, dict[str, Any]]:
-    """What passed in `out` already, of this commit on this machine; nothing where the commit is not known."""
+def earlier(out: Path, machine: dict[str, Any], rehearsal: bool) -> list[dict[str, Any]]:
+    """The steps that are in `out` already, of this commit on this machine; none where the commit is not known."""
+    commit = str(machine.get("commit", "unknown"))
+    if commit == "unknown" or commit.endswith("+changes"):
+        return []
     try:
         report = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    commit = str(machine.get("commit", "unknown"))
-    if commit == "unknown" or commit.endswith("+changes") or report["rehearsal"] != rehearsal:
-        return {}
-    if report["machine"] != machine:
-        return {}
-    return {step["step"]: step for step in report["steps"] if step["state"] == PASSED}
+        return []
+    same = report["machine"] == machine and report["rehearsal"] == rehearsal
+    return list(report["steps"]) if same else []
+
+
+def failed_rows(figures: Path) -> int:
+    """How many rows of a part's file failed; 0 where there is no such file."""
+    try:
+        return len(json.loads(figures.read_text(encoding="utf-8"))["failed"])
+    except (OSError, ValueError):
+        return 0
 
 
 def counted(reports: Sequence[Path]) -> dict[str, Any]:

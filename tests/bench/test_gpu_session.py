@@ -122,11 +122,24 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(tmp_path: Path, comman
     again.part(part("one"))
     again.part(part("two"))
     assert states(again) == {"one": "passed", "two": "passed"}
+    third = Session(tmp_path, False, MACHINE)
+    third.part(part("three"))
+    kept = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert [step["step"] for step in kept] == ["one", "two", "three"]  # it was not asked for the first two
     for other in ({**MACHINE, "commit": "fedcba987654"}, {**MACHINE, "cores": 3}):
         assert Session(tmp_path, False, other).before == {}
     for unknown in ("unknown", "0123456789ab+changes"):
         Session(tmp_path, False, {**MACHINE, "commit": unknown}).write()
         assert Session(tmp_path, False, {**MACHINE, "commit": unknown}).before == {}
+
+
+def test_what_failed_before_it_was_stopped_has_failed(tmp_path: Path, commands: dict[str, list[str]]) -> None:
+    session = Session(tmp_path, False, MACHINE)
+    figures = tmp_path / "long.json"
+    commands["long"] = ["sh", "-c", f"""echo '{{"failed": [{{"id": "x", "why": "wrong"}}]}}' > {figures}; sleep 60"""]
+    session.part(part("long", limit=1))
+    assert states(session) == {"long": "failed"}
+    assert session.write(finished=True) == 1
 
 
 def test_tests_that_are_all_skipped_show_nothing(tmp_path: Path) -> None:
