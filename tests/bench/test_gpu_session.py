@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,11 +10,10 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from bench.gpu import parts, processes
+from bench.gpu import environment, parts, processes
 from bench.gpu.parts import Part, Run
 from bench.gpu.session import Session
 from prefixcore.backends.triton import PATHS
@@ -181,23 +179,13 @@ def test_what_runs_too_long_is_stopped_with_all_that_it_started(tmp_path: Path) 
         time.sleep(0.1)
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prefixcore_gpu_script", ROOT / ".ci" / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_versions_that_are_too_old_count_as_missing(script: ModuleType, tmp_path: Path) -> None:
-    assert script.missing({"pytest": "pytest>=8", "torch": "torch>=2.10"}) == []
-    assert script.missing({"pytest": "pytest>=1000", "no_such": "no-such>=1"}) == ["no-such>=1", "pytest>=1000"]
+def test_versions_that_are_too_old_count_as_missing(tmp_path: Path) -> None:
+    assert environment.missing({"pytest": "pytest>=8", "torch": "torch>=2.10"}) == []
+    assert environment.missing({"pytest": "pytest>=1000", "no_such": "no-such>=1"}) == ["no-such>=1", "pytest>=1000"]
     there = importlib.metadata.version("pytest")
     for wheel in (f"pytest-{there}", "pytest-1000", "no_such-1"):
         (tmp_path / f"{wheel}-py3-none-any.whl").touch()
-    assert [path.name[:11] for path in script.not_installed(tmp_path)] == ["no_such-1-p", "pytest-1000"]
+    assert [path.name[:11] for path in environment.not_installed(tmp_path)] == ["no_such-1-p", "pytest-1000"]
 
 
 def test_every_test_is_in_one_share(request: pytest.FixtureRequest) -> None:
