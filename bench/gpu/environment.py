@@ -70,9 +70,10 @@ def with_everything(wheels: Path | None) -> None:
         stop(f"{named} could not be installed{f' from {wheels}' if wheels else ''}; see the messages of pip above")
     python = environment()
     # A folder of wheels is what somebody chose for this machine: all of them, and nothing that they ask for beyond.
-    asked = ["--no-index", "--no-deps", *map(str, files)] if wheels else packages
-    if asked and subprocess.run([python, "-m", "pip", "install", "--quiet", *asked]).returncode:
-        stop(f"{', '.join(asked)} could not be installed; pip says why above")
+    asked = [str(file) for file in files] if wheels else packages
+    alone = ["--no-index", "--no-deps"] if wheels else []
+    if asked and subprocess.run([str(python), "-m", "pip", "install", "--quiet", *alone, *asked]).returncode:
+        stop(f"{', '.join(Path(name).name for name in asked)} could not be installed; pip says why above")
     settings = {**os.environ, "PREFIXCORE_GPU_ENVIRONMENT": "1"}
     raise SystemExit(subprocess.run([python, *sys.argv], env=settings).returncode)
 
