@@ -84,7 +84,7 @@ def environment() -> Path:
     # Without pip of its own, with which an old setuptools could come that would hide the one that is there.
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
-    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     purelib = subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip()
     # Not --system-site-packages: this Python may itself be that of a virtual environment.
     own = (str(ROOT / ".ci"), sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
