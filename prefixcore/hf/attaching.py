@@ -23,7 +23,7 @@ from ..nn import (
     PTuningConfig,
     SoftPrompt,
 )
-from .attention.discover import AttentionCall, discover, find_backbone, is_encoder, moves_positions
+from .attention.discover import AttentionCall, check_stacks, discover, find_backbone, is_encoder, moves_positions
 from .attention.interface import LAYER
 from .attention.patch import ATTACHMENT, MODULE
 from .attention.refusals import warn_of_dropout
@@ -40,7 +40,7 @@ from .model.sample_inputs import reads_tokens
 from .positions.model_inputs import OTHER, SEQUENCE, head_of
 from .positions.position_table import position_limit
 from .verify import check_causal, own_words, verify_prefix, verify_soft_prompt
-from .verify_encoder import verify_encoder
+from .verify_encoder import verify_encoder, verify_encoder_prompt
 
 
 def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> Handle:
@@ -167,7 +167,8 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
     backbone = find_backbone(model, calls)
     if model.config.is_encoder_decoder:
         if not is_known_encoder_decoder(model):
-            verify_encoder(model, model.base_model, calls)
+            body: Any = model.base_model
+            verify_encoder(model, body, calls)
             _warn_of_unknown_family(model, "a prefix computed what concatenated keys and values do")
         return calls, backbone
     if is_encoder(model, calls):
@@ -195,10 +196,16 @@ def find_hidden_size(model: PreTrainedModel) -> int:
             "can have a prefix: PrefixTuningConfig)"
         )
     if model.config.is_encoder_decoder:
-        embed = model.get_encoder().get_input_embeddings()
-        if getattr(embed, "weight", None) is None or embed.weight.dim() != 2:
-            raise NotImplementedError(f"{model_class} has no table of input embeddings [V, E]")
-        return int(embed.weight.shape[1])
+        check_stacks(model)
+        try:
+            table: Any = model.get_encoder().get_input_embeddings()
+        except (AttributeError, NotImplementedError):  # transformers' own of an encoder that has none
+            raise NotImplementedError(f"the encoder of {model_class} has no table of input embeddings") from None
+        width = _width(model, table)
+        if not is_known_encoder_decoder(model):
+            verify_encoder_prompt(model, width)
+            _warn_of_unknown_family(model)
+        return width
     if head_of(model) == OTHER:
         raise NotImplementedError(
             f"{model_class} has a head that may count on where the text stands; soft prompts are for causal and masked "
@@ -206,16 +213,20 @@ def find_hidden_size(model: PreTrainedModel) -> int:
             "...ForTokenClassification, ...ForQuestionAnswering) and models without a head so far, a prefix "
             "(PrefixTuningConfig) for any head"
         )
-    embed: Any = model.get_input_embeddings()
-    if getattr(embed, "weight", None) is None or embed.weight.dim() != 2:
-        raise NotImplementedError(f"{model_class} has no table of input embeddings [V, E]")
-    hidden_size: int = embed.weight.shape[1]
+    hidden_size = _width(model, model.get_input_embeddings())
     if not is_tested(model):
         check_causal(model)
         verify_soft_prompt(model, hidden_size)
     if not is_known(model) and not is_known_encoder(model):
         _warn_of_unknown_family(model)
     return hidden_size
+
+
+def _width(model: PreTrainedModel, embed: Any) -> int:
+    if getattr(embed, "weight", None) is None or embed.weight.dim() != 2:
+        raise NotImplementedError(f"{type(model).__name__} has no table of input embeddings [V, E]")
+    width: int = embed.weight.shape[1]
+    return width
 
 
 def choose_layers(calls: list[AttentionCall], config: PrefixTuningConfig) -> list[int]:

@@ -1,4 +1,4 @@
-"""The check that an encoder has to pass before a prefix is attached to it, unless its family is known.
+"""The check that encoders and encoder-decoders have to pass before anything is attached, unless their family is known.
 
 The tokens of a text change those after them, and are changed by them, so no prefix has the effect of a text. It is
 compared with the obvious implementation instead: outputs and the gradient of the prefix, on a batch with padding.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..nn import Prefix, PrefixTuningConfig
+from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from .attention.concatenated import CONCATENATED, prefixes_in_order
 from .attention.discover import AttentionCall, find_backbone, moves_positions
 from .attention.patch import frozen_run
@@ -77,6 +77,36 @@ def verify_encoder(model: PreTrainedModel, encoder: PreTrainedModel, calls: list
     _compare(model, "changes the output", expected[0] - without, expected[0] - got[0])
     for wanted, gradient in zip(expected[1], got[1], strict=True):
         _compare(model, "has the gradient", wanted, wanted - gradient)
+
+
+def verify_encoder_prompt(model: PreTrainedModel, hidden_size: int) -> None:
+    """Raises NotImplementedError unless a soft prompt before the encoder acts as the text whose embeddings it has."""
+    encoder: PreTrainedModel = model.get_encoder()
+    body: Any = model.base_model
+    ids = plain_ids(model, _VIRTUAL + _LENGTH)
+    with own_words(model, "a soft prompt"):
+        with frozen_run(model):
+            initial = encoder.get_input_embeddings()(ids[0, :_VIRTUAL]).float()
+            more = body(**sample_inputs(body, ids, 1, ids[:, :_PADDING]))[0]
+            inputs = sample_inputs(body, ids[:, _VIRTUAL:], 1, ids[:, :_PADDING])
+            without = body(**inputs)[0]
+        module = SoftPrompt(hidden_size, PromptTuningConfig(init=initial), initial).to(device_of(model))
+        bank = Bank(model)
+        try:
+            bank.set_decoder(model.get_decoder(), [])
+            bank.add(Attached(module))
+            with frozen_run(model), torch.enable_grad():
+                got = body(**inputs)[0]
+                (gradient,) = torch.autograd.grad(got.float().square().mean(), list(module.parameters()))
+        finally:
+            bank.patch.undo()
+    missing, effect = (more - got).float().norm(), (more - without).float().norm()
+    if not missing <= tolerance(model) * effect or not bool(gradient.isfinite().all()):
+        raise NotImplementedError(
+            f"a soft prompt on {type(model).__name__} does not act as the text it was made of (off by "
+            f"{float(missing):.3g}, where the text changes the output by {float(effect):.3g}), so this family is not "
+            "supported"
+        )
 
 
 def _move_decoder(model: PreTrainedModel) -> WrappedMethod | None:

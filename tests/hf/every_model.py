@@ -1,7 +1,8 @@
 """What `attach` says about every class of transformers with a causal head, and whether the first real calls agree.
 
     python -m tests.hf.every_model        writes the table of decoders in docs/models.md anew
-    python -m tests.hf.every_encoder      that of encoders
+    python -m tests.hf.every_encoder          that of encoders
+    python -m tests.hf.every_encoder_decoder  that of encoder-decoders
 
 A class works if virtual tokens made of a text act as the model does that reads the text: in a forward, in a short
 `generate` with padding, and after a step of training, when embeddings belong to no token any more.
@@ -223,10 +224,16 @@ _REASONS = {
     r"does not act as the text": "not as the text: other layers than attention remember it, or ids are looked up",
     r"position_bias": "a learned bias by position",
     r"should have the sliding window": "its windows are not those of its configuration",
+    r"the encoder of \w+ has no table": "its encoder has no table of embeddings",
     r"no table of input embeddings": "several tables of embeddings",
+    r"no tiny model: (\w+)": r"not tried: its tiny model raises \1",
+    r"in its encoder and \d+ times in its decoder": "attention of its own, out of reach",
     r"(\w+) has a value a token": r"generate gives it `\1`",
     r"does not return one output a token": "not one output a token",
     r"calls attention with (\w+)": r"attention takes `\1`",
+    r"reads (\w+), whose size": r"reads `\1`, of a size that its configuration does not say",
+    r"does not say which two models": "does not say which parts encode and decode",
+    r"takes no decoder_input_ids": "takes no `decoder_input_ids`",
     r"reads (\w+); soft prompts": r"reads `\1`",
     r"has \d+ layers, but attention": "not one attention call a layer",
     r"not what it would be if it was concatenated": "not as its own eager attention",

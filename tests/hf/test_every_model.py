@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from . import every_encoder
+from . import every_encoder, every_encoder_decoder
 from .every_model import cells, page_rows, row
 from .tiny_models import every_class
 
 CLASSES = every_class()
 ENCODERS = every_encoder.every_encoder()
+ENCODER_DECODERS = every_encoder_decoder.every_encoder_decoder()
 
 SAMPLE = [
     "BambaForCausalLM",
@@ -45,7 +46,7 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
-SAMPLE_ENCODERS = [
+SAMPLE_OF_OTHERS = [
     "AlbertForMaskedLM",
     "BertForMaskedLM",
     "CLIPForImageClassification",
@@ -56,24 +57,32 @@ SAMPLE_ENCODERS = [
     "ModernBertForMaskedLM",
     "ResNetForImageClassification",
     "XLMRobertaForMaskedLM",
+    "BartForConditionalGeneration",
+    "Florence2ForConditionalGeneration",
+    "LEDForConditionalGeneration",
+    "T5ForConditionalGeneration",
+    "WhisperForConditionalGeneration",
 ]
 
 
 def check(name: str) -> None:
     if name in ENCODERS:
         said, module = row(name, ENCODERS[name], every_encoder.cells(name, ENCODERS[name])), "every_encoder"
+    elif name in ENCODER_DECODERS:
+        said = row(name, ENCODER_DECODERS[name], every_encoder_decoder.cells(name, ENCODER_DECODERS[name]))
+        module = "every_encoder_decoder"
     else:
         said, module = row(name, CLASSES[name], cells(name, CLASSES[name])), "every_model"
     assert page_rows()[name] == said, f"run python -m tests.hf.{module}"
 
 
-@pytest.mark.parametrize("name", [*SAMPLE, *SAMPLE_ENCODERS])
+@pytest.mark.parametrize("name", [*SAMPLE, *SAMPLE_OF_OTHERS])
 def test_a_sample(name: str) -> None:
     check(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*CLASSES, *ENCODERS} - {*SAMPLE, *SAMPLE_ENCODERS}))
+@pytest.mark.parametrize("name", sorted({*CLASSES, *ENCODERS, *ENCODER_DECODERS} - {*SAMPLE, *SAMPLE_OF_OTHERS}))
 def test_every_other_class(name: str) -> None:
     """Also of another transformers than the page was written with, as far as both have the class."""
     if name not in page_rows():
@@ -86,4 +95,4 @@ def test_the_page_has_every_class() -> None:
 
     written_with = "5.23"
     if transformers.__version__.startswith(written_with):
-        assert set(page_rows()) == {*CLASSES, *ENCODERS}
+        assert set(page_rows()) == {*CLASSES, *ENCODERS, *ENCODER_DECODERS}

@@ -260,13 +260,23 @@ _ALSO: dict[str, dict[str, Any]] = {
 """What the rules do not find out, by the `model_type` of a configuration."""
 
 
+WITH_IMAGES = {
+    "Florence2ForConditionalGeneration": "florence2",
+    "T5Gemma2ForConditionalGeneration": "t5gemma2",
+    "UdopForConditionalGeneration": "udop",
+    "VisionEncoderDecoderModel": "vision-encoder-decoder",
+}
+"""Encoder-decoders among the classes that read images and text."""
+
+
 def every_class() -> dict[str, str]:
     """The classes with a causal head, and those that read images and text, with their `model_type`."""
     found: dict[str, str] = {}
     for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         for model_type, classes in names.items():
             for name in (classes,) if isinstance(classes, str) else classes:
-                found.setdefault(name, model_type)
+                if name not in WITH_IMAGES:
+                    found.setdefault(name, model_type)
     return found
 
 

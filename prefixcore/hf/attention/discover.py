@@ -179,6 +179,17 @@ _ENCODER_LENGTH, _DECODER_LENGTH = 3, 2
 """How many tokens each stack reads, so that cross-attention is known by the number of its keys."""
 
 
+def check_stacks(model: PreTrainedModel) -> None:
+    """Raises NotImplementedError unless an encoder-decoder says which two models inside it are its stacks."""
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    stacks = isinstance(encoder, PreTrainedModel) and isinstance(decoder, PreTrainedModel)
+    if not stacks or any(each is encoder for each in decoder.modules()) or encoder is model:
+        raise NotImplementedError(
+            f"{type(model).__name__} does not say which two models inside it encode and decode (its get_encoder() is "
+            f"{type(encoder).__name__}, its get_decoder() {type(decoder).__name__}), so virtual tokens reach neither"
+        )
+
+
 def discover_encoder_decoder(model: PreTrainedModel) -> list[AttentionCall]:
     """The attention of both stacks in the order of its calls, each with its place.
 
@@ -186,6 +197,7 @@ def discover_encoder_decoder(model: PreTrainedModel) -> list[AttentionCall]:
         NotImplementedError: as of `discover`.
     """
     name, device = type(model).__name__, device_of(model)
+    check_stacks(model)
     if "decoder_input_ids" not in argument_names(model.base_model):
         raise NotImplementedError(f"{name} is an encoder-decoder that takes no decoder_input_ids")
     ids = torch.zeros(1, _ENCODER_LENGTH, dtype=torch.long, device=device)

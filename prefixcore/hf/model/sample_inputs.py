@@ -57,7 +57,7 @@ def _noise(model: PreTrainedModel, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     config, name = model.config, model.main_input_name
     if name == "pixel_values":
-        config = getattr(config, "vision_config", config)
+        config = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
         size = getattr(config, "image_size", None) or _IMAGE
         height, width = (size, size) if isinstance(size, int) else size
         return torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
