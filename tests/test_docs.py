@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefixcore.__main__ import main
-from prefixcore.hf import ENCODERS, FAMILIES
+from prefixcore.hf import ENCODER_DECODERS, ENCODERS, FAMILIES
 from tests import tiny
 from tests.examples import ROOT, blocks, commands, execute, public
 
@@ -25,6 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the pages' readers are: in a folder with a model and a file of examples."""
     tiny.folder(tmp_path / "my-model")
     tiny.encoder_folder(tmp_path / "my-encoder")
+    tiny.encoder_decoder_folder(tmp_path / "my-translator")
     examples = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(12)]
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
     monkeypatch.chdir(tmp_path)
@@ -91,7 +92,10 @@ def test_the_families_are_those_that_are_known() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) - {"model_type"} == set(FAMILIES)
 
 
-def test_the_encoders_are_those_that_are_known() -> None:
-    _, _, section = PAGES["docs/guides/transformers.md"].partition("## Encoders")
-    rows = re.findall(r"^\| (`.*?) \|", section.partition("## Model families")[0], re.MULTILINE)
-    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(ENCODERS)
+@pytest.mark.parametrize(
+    ("title", "known"), [("## Encoders", ENCODERS), ("## Encoder-decoders", ENCODER_DECODERS)], ids=["encoders", "both"]
+)
+def test_the_encoders_are_those_that_are_known(title: str, known: dict[str, object]) -> None:
+    _, _, section = PAGES["docs/guides/transformers.md"].partition(f"{title}\n")
+    rows = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(known)

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHARACTERS = "".join(chr(code) for code in range(32, 127)) + "\n"
 
@@ -64,5 +72,27 @@ def encoder_folder(path: Path) -> Path:
         pad_token_id=0,
     )
     BertModel(config).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def encoder_decoder_folder(path: Path) -> Path:
+    """Write a tiny BART for the same tokenizer as transformers does, and return `path`."""
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(
+        vocab_size=len(CHARACTERS) + 2,
+        d_model=32,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+        forced_eos_token_id=None,
+        **sizes,
+    )
+    BartForConditionalGeneration(config).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

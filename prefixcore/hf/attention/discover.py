@@ -38,6 +38,9 @@ _KNOWN_ARGUMENTS = {
 """Arguments of an attention call that the op honours, or that do not concern it."""
 
 
+_NO_ENCODER = "{} reads {} and is no encoder; a prefix is for models that read input_ids, and for encoders"
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention call of a forward.
@@ -124,6 +127,8 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     model_class = type(model).__name__
     if model.config.is_encoder_decoder:
         return discover_encoder_decoder(model)
+    if not reads_tokens(model) and model.can_generate():
+        raise NotImplementedError(_NO_ENCODER.format(model_class, model.main_input_name))
     calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
     if not calls:
         raise NotImplementedError(
@@ -135,10 +140,7 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
         _check_encoder(model, calls)
         return calls
     if not reads_tokens(model):
-        raise NotImplementedError(
-            f"{model_class} reads {model.main_input_name} and is no encoder; a prefix is for models that read "
-            "input_ids, and for encoders"
-        )
+        raise NotImplementedError(_NO_ENCODER.format(model_class, model.main_input_name))
     config = text_config(model)
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     expected = sum(layer_type in _ATTENTION_LAYERS for layer_type in layer_types)
