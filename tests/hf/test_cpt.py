@@ -68,6 +68,14 @@ def test_left_padding_is_right_padding() -> None:
     torch.testing.assert_close((loss, logits), (right.loss, right.logits))
 
 
+def test_a_call_without_the_head_is_refused() -> None:
+    """Its loss weighs answers, which only the model with its head can do."""
+    model = make("llama")
+    prefixcore.attach(model, CPTConfig(**EXAMPLES))
+    with pytest.raises(RuntimeError, match="LlamaModel was called without the soft prompt"):
+        model.model(padded("right")["input_ids"])
+
+
 def test_trainer_resumes_and_accumulates(tmp_path: Path) -> None:
     rows = tokens(8, 8)
     types = [[1, 2, 2, 3, 4, 4, 4, 4]] * 8

@@ -205,12 +205,14 @@ def test_an_id_out_of_the_vocabulary_is_not_taken_for_a_virtual_token(bad: int) 
         model(ids)
 
 
-def test_calls_that_would_leave_the_prompt_out_are_errors() -> None:
-    model, ids = make("llama"), tokens(1, 6)
+def test_a_call_without_the_head_has_the_prompt_too() -> None:
+    model, ids = make("llama"), tokens(2, 6)
     attach(model)
     assert torch.equal(model.forward(ids).logits, model(ids).logits)
-    with pytest.raises(RuntimeError, match="without the soft prompt"):
-        model.model(ids)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    expected = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    hidden = model.model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(hidden[mask.bool()], expected[mask.bool()])
 
 
 def test_a_mask_that_forgets_the_past() -> None:

@@ -302,6 +302,13 @@ class Bank:
         if self.is_disabled:
             return self._call_bare(base, forward, args, kwargs)
         kwargs = as_keywords(self.names[base], args, kwargs)
+        if (
+            self.encoder is None
+            and self.lacks_prompt(kwargs)
+            and not any(isinstance(a.module, CPTPrompt) for a in self.adapters.values())
+        ):
+            # As TRL's trainers do, which compute their losses from the hidden states without the model's own head.
+            return self.call_model(lambda **inserted: self.call_base_model(forward, (), inserted), (), kwargs)
         if base is self.decoder:
             return decode(self, forward, **kwargs)
         if self.encoder is not None:  # whose stacks put everything in
@@ -397,15 +404,18 @@ class Bank:
             return False
         return choice.name != "reference" or choice.why == "forced"
 
+    def lacks_prompt(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of the model without its head starts a sequence by itself, without its soft prompt."""
+        if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
+            return False
+        if has_stand_ins(self.model.get_input_embeddings()) or is_active(self.patch):
+            return False
+        cache = cache_argument(kwargs)
+        return not all(a.is_prefix for a in self.adapters.values()) and get_label(cache) is None
+
     def check_inserted(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
-        if self.encoder is not None:
-            return
-        if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
-            return
-        if is_active(self.patch) or all(a.is_prefix for a in self.adapters.values()):
-            return
-        if has_stand_ins(self.model.get_input_embeddings()) or get_label(cache_argument(kwargs)) is not None:
+        if self.encoder is not None or not self.lacks_prompt(kwargs):
             return
         raise RuntimeError(
             f"{type(module).__name__} was called without the soft prompt, which is put in when the model that it is "
