@@ -43,7 +43,8 @@ class PromptCallback(TrainerCallback):
         >>> data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 2
         >>> trainer = Trainer(model, arguments, train_dataset=data)
         >>> trainer.add_callback(prefixcore.PromptCallback(trainer, every=1))
-        >>> _ = trainer.train()
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
         >>> sorted(trainer.state.log_history[0])[:2]
         ['epoch', 'prefix_attention/layer_0']
     """
