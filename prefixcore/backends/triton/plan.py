@@ -9,11 +9,13 @@ memory is allocated anew, everything else is launched or called again. What cann
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import calls, recording
 from .plan_words import Address, Call, Kernel, Memory, NotKept, Plan, Release, Step, View
@@ -30,6 +32,19 @@ LaunchReader = Callable[[Any, Any, int, dict[str, Any], Callable[[Tensor], Addre
 """Makes a `Kernel` of a launch: `plan_kernel.kernel_of`."""
 
 
+class _Made(NamedTuple):
+    """What is known of a value."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Made:
+        return cls(x.shape, x.stride(), x.dtype, x.device)
+
+
 class PlanRecorder(TorchDispatchMode):
     """Takes down what happens in its `with` block; then `plan` gives the plan."""
 
@@ -41,15 +56,14 @@ class PlanRecorder(TorchDispatchMode):
         self._steps: list[Step] = []
         self._numbers: list[int] = []  # of calls
         self.kernels: list[Any] = []  # what Triton has compiled
-        self._of: dict[int, tuple[int, int]] = {}  # id of a tensor -> its value, and how many bytes into it it begins
-        self._made: dict[int, Tensor] = {}  # values, as they were made
-        self._alive: list[Tensor] = []  # so that no id is used twice
+        self._of = WeakTensorKeyDictionary()  # a tensor's value, and how many bytes into it it begins; keeps none alive
+        self._made: dict[int, _Made] = {}  # values, as they were made
         self._problem: str | None = None
         self._device = next(x.device for x in tensors if x is not None)
         for value, x in enumerate(tensors):
             if x is not None:
                 self._know(x, value, 0)
-                self._made[value] = x
+                self._made[value] = _Made.of(x)
 
     def __enter__(self) -> PlanRecorder:
         super().__enter__()
@@ -104,7 +118,6 @@ class PlanRecorder(TorchDispatchMode):
         if not results:
             raise NotKept(f"{name} looks at what is in a tensor")
         if all(x.is_meta for x in results):  # looked at for their strides, and never for what is in them
-            self._alive += results
             return
         if name in _ALLOCATIONS:
             for x in results:
@@ -155,20 +168,20 @@ class PlanRecorder(TorchDispatchMode):
     # --- values ---------------------------------------------------------------------------------------------
 
     def _know(self, x: Tensor, value: int, offset: int) -> None:
-        self._of[id(x)] = (value, offset)
-        self._alive.append(x)
+        self._of[x] = (value, offset)
 
     def _new_value(self, x: Tensor) -> int:
         value = self._values
         self._values += 1
-        self._made[value] = x
+        self._made[value] = _Made.of(x)
         self._know(x, value, 0)
         return value
 
     def _find(self, x: Tensor) -> tuple[int, int]:
-        if id(x) not in self._of:
+        found: tuple[int, int] | None = self._of.get(x)
+        if found is None:
             raise NotKept("it uses a tensor that is neither an argument nor made by the call")
-        return self._of[id(x)]
+        return found
 
     def _address(self, x: Tensor) -> Address:
         return Address(*self._find(x))
@@ -178,7 +191,7 @@ class PlanRecorder(TorchDispatchMode):
         whole = self._made[value]
         if x.dtype != whole.dtype or offset % x.element_size():
             raise NotKept("it hands on a tensor under another dtype")
-        if offset == 0 and x.shape == whole.shape and x.stride() == whole.stride():
+        if offset == 0 and x.shape == whole.shape and x.stride() == whole.stride:
             return View(value)
         return View(value, tuple(x.shape), x.stride(), offset // x.element_size())
 
@@ -192,9 +205,6 @@ class PlanRecorder(TorchDispatchMode):
                     views = tuple(self._as_view(x) for x in results)
             except NotKept as problem:
                 self._problem = str(problem)
-        self._of.clear()  # whoever still has the recorder holds no memory by it
-        self._made.clear()
-        self._alive.clear()
         if self._problem is None and any(view.value < self._arguments for view in views):
             self._problem = "it returns an argument"
         if self._problem is not None:

@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +27,7 @@ from prefixcore.backends import gradients, library, triton
 from prefixcore.backends.problem import attention_problem
 from prefixcore.backends.triton import recording, replay, replay_check, use_path
 from prefixcore.backends.triton.plan_kernel import kernel_of
-from prefixcore.backends.triton.plan_words import Address, Constant, Kernel, Memory, NotKept, Plan, View
+from prefixcore.backends.triton.plan_words import Address, Constant, Kernel, Memory, NotKept, Plan, Release, View
 from prefixcore.cli import doctor
 from tests.backends.triton import stand_in
 from tests.device import DEVICE, triton_backend
@@ -359,6 +360,27 @@ def test_calls_of_a_vendor_are_made_again(plans: stand_in.Interpreted) -> None:
         assert torch.equal(_run_recorded(path, x), torch.stack([x[:3] + 3 * x[3:], 2 * (x[:3] + 3 * x[3:])]))
     assert seen == [(2, 3.0)] * 3
     assert count() == 1
+
+
+def test_what_is_recorded_is_freed_as_ever(plans: stand_in.Interpreted) -> None:
+    """A first call needs no more memory than any other."""
+    scratch: list[weakref.ref[Tensor]] = []
+
+    def path(x: Tensor) -> Tensor:
+        room = recording.empty(5, like=x)
+        scratch.append(weakref.ref(room))
+        total = room.copy_(x[:5]).sum(0, keepdim=True)
+        del room
+        assert scratch[-1]() is None
+        return total + x
+
+    for value in (1.0, 2.0, 3.0):
+        x = torch.full((6,), value)
+        assert torch.equal(_run_recorded(path, x), 5 * value + x)
+    ((_, _, steps, replays),) = replay.kept()
+    assert (steps, replays) == ("aten::copy_, aten::sum, aten::add", 2)
+    (known,) = replay._plans.values()
+    assert sum(isinstance(step, Release) for step in known.plan.steps) == 2
 
 
 def test_a_replay_that_fails_goes_the_ordinary_way_and_says_so(
