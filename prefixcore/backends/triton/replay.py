@@ -135,13 +135,14 @@ def applies(x: Tensor) -> bool:
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 _modes: Callable[[], int] = _c._len_torch_dispatch_stack
+_transforms: Callable[[], bool] = _c._are_functorch_transforms_active
 
 
 def _shortcut(name: str, arguments: tuple[Any, ...]) -> Any:
     """`replayed`, for eager code: spares it the dispatcher's way into Python. Not where somebody else looks on."""
     if not (arguments[0].is_cuda or _switch.read_launch is not None):
         return None
-    if _modes() or not _PLAIN.issuperset(map(type, arguments)):
+    if _modes() or _transforms() or not _PLAIN.issuperset(map(type, arguments)):
         return None
     return replayed(name, arguments)
 

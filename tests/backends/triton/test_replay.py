@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefixcore
 from prefixcore.backends import gradients, library, triton
@@ -143,6 +144,39 @@ def test_a_tensor_given_twice_and_memory_shared_are_no_part_of_a_signature(plans
     assert len(plans.launches) > before
     with prefixcore.use_backend("reference"):
         torch.testing.assert_close(got, prefixcore.prefix_attention(*apart, prefix, prefix))
+
+
+def test_many_gradients_at_once_are_replayed_one_by_one(plans: stand_in.Interpreted) -> None:
+    """`vmap` has a batch of them for one tensor: none of the op's own business, and no tensor that a plan is for."""
+    leaves = {name: x.requires_grad_() for name, x in replace(LEAST, H=1, T=1, S=2).tensors()[0].items()}
+    for _ in range(2):
+        out = prefixcore.prefix_attention(**leaves)
+        grads = torch.stack([torch.ones_like(out), 2 * torch.ones_like(out)])
+        once, twice = torch.autograd.grad(out, leaves["query"], grads, is_grads_batched=True)[0]
+        assert once.norm() > 0
+        torch.testing.assert_close(twice, 2 * once)
+    assert plans.launches
+
+
+def test_who_looks_on_sees_the_op_itself(plans: stand_in.Interpreted) -> None:
+    """Dispatch modes, and tensors with a dispatch of their own, are never handed an op that they do not know."""
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.name())
+            return func(*args, **kwargs or {})
+
+    tensors = _tensors(T=1, S=2)
+    for _ in range(2):
+        prefixcore.prefix_attention(**tensors)
+    with Seen() as seen:
+        prefixcore.prefix_attention(**tensors)
+    assert seen.names == ["prefixcore::prefix_attention"]
+    assert [plan.replays for plan in replay.kept()] == [2]
 
 
 # --- what a plan depends on ------------------------------------------------------------------------------
