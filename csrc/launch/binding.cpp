@@ -127,8 +127,9 @@ int64_t prefixcore_plan_keep(int64_t ticket, const int64_t* words, int64_t count
     if (count > 0) plan = std::make_shared<prefixcore::launch::Plan>(prefixcore::launch::read_plan(words, count));
     return prefixcore::launch::keep(ticket, std::move(plan));
   } catch (const std::exception& error) {
-    prefixcore::launch::failure = error.what();
-    *problem = prefixcore::launch::failure.c_str();
+    thread_local std::string last;
+    last = error.what();
+    *problem = last.c_str();
     return 0;
   }
 }
