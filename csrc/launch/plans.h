@@ -36,7 +36,8 @@ int64_t ask_for(const Signature& signature);
 // nobody asked with this ticket.
 int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan);
 
-// Tells that a replay of an entry has failed, as for want of memory. An entry that fails again and again loses its plan.
+// Tells that a replay of an entry has failed, as for want of memory. An entry that fails again and again loses its
+// plan.
 void failed(int64_t number);
 
 void forget_all();
