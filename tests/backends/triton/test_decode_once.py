@@ -47,17 +47,22 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counters, "_rooms", {})
 
 
+def turn_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run from the last to the first: those that share a prefix end last, and merge."""
+    real = type(interpreter_builder).create_get_program_id
+
+    def reversed_id(builder: Any, axis: int) -> Any:
+        number = real(builder, axis)
+        number.data = builder.grid_dim[axis] - 1 - number.data
+        return number
+
+    monkeypatch.setattr(type(interpreter_builder), "create_get_program_id", reversed_id)
+
+
 @pytest.fixture(params=["first to last", "last to first"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "last to first":
-        real = type(interpreter_builder).create_get_program_id
-
-        def reversed_id(builder: Any, axis: int) -> Any:
-            number = real(builder, axis)
-            number.data = builder.grid_dim[axis] - 1 - number.data
-            return number
-
-        monkeypatch.setattr(type(interpreter_builder), "create_get_program_id", reversed_id)
+        turn_round(monkeypatch)
     return request.param
 
 
@@ -108,8 +113,15 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*SHARED, *OWN])
-def test_against_the_reference(case: str, order: str) -> None:
+BOTH_WAYS = ("shared", "bank", "rows without a prefix", "window, softcap, sinks", "the prefix ends inside a split")
+
+
+@pytest.mark.parametrize(
+    ("case", "turned"), [*((case, True) for case in (*SHARED, *OWN)), *((case, False) for case in BOTH_WAYS)]
+)
+def test_against_the_reference(monkeypatch: pytest.MonkeyPatch, case: str, turned: bool) -> None:
+    if turned:
+        turn_round(monkeypatch)
     p = Problem(**{**vars(BASE), **(SHARED | OWN)[case]}).record()
     work, _, shared_m = decode_once.shared_out(p, launch.blocks_for("", p))
     assert (work.shared > 0) == (shared_m > 0) == (case in SHARED)

@@ -13,7 +13,7 @@ import torch
 
 import prefixcore
 from prefixcore.backends.triton import use_path
-from tests.device import DEVICE, triton_backend
+from tests.device import DEVICE, NAME, triton_backend
 from tests.ops.problems import Problem, check, run
 
 pytest.importorskip("triton")
@@ -47,12 +47,14 @@ def test_shapes(T: int, P: int, H: int, Hkv: int) -> None:
     check(Problem(B=1, T=T, P=P, H=H, Hkv=Hkv, D=16))
 
 
-@pytest.mark.slow
-def test_longer_sequences() -> None:
-    check(Problem(T=111, P=63, H=3, Hkv=1))
+@pytest.mark.skipif(NAME != "cuda", reason="takes a minute where kernels are interpreted")
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_longer_sequences(D: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(Problem(B=3, T=333, P=63, H=6, Hkv=2, D=D, dtype=dtype), slack=2.0)
 
 
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("D", [80, 256] if NAME != "cuda" else [64, 80, 96, 128, 256])
 def test_head_dims(D: int) -> None:
     check(Problem(B=1, T=20, P=20, H=2, Hkv=1, D=D, heads_last=True))
 
@@ -75,7 +77,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+QUICK = ("fewer keys than queries", "bank", "packed, bank, window", "window, sinks")
+"""`test_kernels.py` has the others, in smaller tiles; on a GPU all of them are tried here."""
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(x, marks=[pytest.mark.slow] * (NAME != "cuda" and x not in QUICK)) for x in OPTIONS]
+)
 def test_options(option: str) -> None:
     check(Problem(**{"T": 20, "P": 20, "H": 2, "Hkv": 1, "D": 16, **OPTIONS[option]}))
 
