@@ -124,3 +124,20 @@ def test_nothing_is_set_to_zero_by_a_launch_of_its_own() -> None:
     assert [name for name in kernels if "decode_once" in name or "Memset" in name or "fill" in name.lower()] == [
         "decode_once_kernel"
     ]
+
+
+def test_compiled_with_graphs_from_the_first_call_on() -> None:
+    """What a first run allocates there is checked and handed back; counters are not to be among it."""
+    from prefixcore.backends.triton.kernels import counters
+
+    counters._rooms.clear()
+    torch._dynamo.reset()
+    given = arguments("own, split")
+    want = decoded(given)[0]
+    counters._rooms.clear()
+    compiled = torch.compile(prefixcore.prefix_attention, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        with torch.no_grad(), use_path("decode_once"):
+            torch.compiler.cudagraph_mark_step_begin()
+            got = compiled(**given).clone()
+        assert torch.equal(got, want)

@@ -8,12 +8,18 @@ at the same time are given the same ones:
   counters that nobody else ever gets, from a room that was set to zero before the capture. Where a process has
   captured so much that the room is full, or nothing has run before the first capture, the graph sets its own to zero
   each time, which is one more node in it.
+
+What is kept must not lie in a memory pool that somebody else is about to hand back or to check, as `torch.compile` with
+CUDA graphs does with all that a first run allocates: on its stream, or in its thread. So it is allocated, and set to
+zero, in a thread of its own on the default stream; whoever asks first on a stream waits for that, once.
+
 A kernel that did not run to its end has taken the whole context with it, and no counter outlives that.
 """
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -28,10 +34,9 @@ class _Room:
 
     def __init__(self, device: torch.device) -> None:
         self.of_streams: dict[int, Tensor] = {}
-        self.for_captures = _zeros(CAPTURED, device) if device.type == "cuda" else None
+        self.outgrown: list[Tensor] = []  # what still runs may count in them
+        self.for_captures = kept_zeros(CAPTURED, device) if device.type == "cuda" else None
         self.taken = 0
-        if self.for_captures is not None:  # once: whichever stream a graph is replayed on, this lies behind it
-            torch.cuda.current_stream(device).synchronize()
 
     def for_capture(self, count: int) -> Tensor | None:
         if self.for_captures is None or self.taken + count > CAPTURED:
@@ -55,17 +60,29 @@ def zeroed_counters(on: Tensor, count: int) -> Tensor:
     if capturing:
         with _lock:
             found = None if room is None else room.for_capture(count)
-        return _zeros(count, device) if found is None else found
+        return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found
     if room is not None:
         found = room.of_streams.get(stream)
         if found is not None and found.numel() >= count:
             return found
     with _lock:
-        room = _rooms.setdefault(device, room or _Room(device))
-        found = _zeros(max(_LEAST, 2 * count), device)
-        room.of_streams[stream] = found  # what was too small is given back in the order of this stream
+        room = _rooms.get(device)
+        if room is None:
+            room = _rooms[device] = _Room(device)
+        if (small := room.of_streams.get(stream)) is not None:
+            room.outgrown.append(small)
+        found = room.of_streams[stream] = kept_zeros(max(_LEAST, 2 * count), device)
     return found
 
 
+def kept_zeros(count: int, device: torch.device) -> Tensor:
+    """int32 zeros outside of any pool of the caller's, there for every stream."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(_zeros, count, device).result()
+
+
 def _zeros(count: int, device: torch.device) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    zeros = torch.zeros(count, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return zeros
