@@ -267,3 +267,15 @@ def test_what_is_refused() -> None:
         prefixcore.attach(encoder("bert"), config(("encoder",)))
     with prefixcore.attach(model, config()), pytest.raises(ValueError, match="64 positions"):
         model(**inputs("bart"), decoder_input_ids=torch.ones(2, 62, dtype=torch.long))
+
+
+def test_what_has_no_meaning_is_refused(tmp_path: Any) -> None:
+    """No text is a prefix of both stacks; and PEFT's own model is not taken, but its adapter."""
+    model = make("bart")
+    with prefixcore.attach(model, PromptTuningConfig(P, seed=0)) as handle:
+        handle.save(tmp_path / "prompt")
+    with pytest.raises(NotImplementedError, match="is an encoder-decoder: only a decoder alone"):
+        prefixcore.bake(model, tmp_path / "prompt", tmp_path / "baked")
+    theirs = peft.get_peft_model(make("bart"), peft.PromptTuningConfig(num_virtual_tokens=P, task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(NotImplementedError, match="give its folder to prefixcore.load"):
+        prefixcore.accelerate(theirs)

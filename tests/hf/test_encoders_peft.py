@@ -181,3 +181,12 @@ def test_rows_with_soft_prompts_of_different_lengths(family: str) -> None:
         alone = model(**{key: x[row : row + 1] for key, x in batch.items()}, task_ids=[name]).logits
         seen = batch["attention_mask"][row].bool()
         torch.testing.assert_close(got[row][seen], alone[0][seen], rtol=1e-4, atol=1e-5)
+
+
+def test_a_soft_prompt_on_an_encoder_is_not_baked(tmp_path: Any) -> None:
+    """Each text changes what the prompt before it is, so no keys and values hold for every text."""
+    model = make("bert")
+    with prefixcore.attach(model, PromptTuningConfig(P, seed=0)) as handle:
+        handle.save(tmp_path / "prompt")
+    with pytest.raises(NotImplementedError, match="is an encoder: the text changes what stands before it"):
+        prefixcore.bake(model, tmp_path / "prompt", tmp_path / "baked")

@@ -143,8 +143,8 @@ def bake(
     check_model(model)
     if model.config.is_encoder_decoder:
         raise NotImplementedError(
-            f"{type(model).__name__} is an encoder-decoder: only a decoder alone computes from a text what a prefix would "
-            "be; its adapters hold final values already, so load them as they are"
+            f"{type(model).__name__} is an encoder-decoder: only a decoder alone computes from a text what a prefix "
+            "would be; its adapters hold final values already, so load them as they are"
         )
     target = Target(model)
     if adapter is None:

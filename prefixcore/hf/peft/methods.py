@@ -55,7 +55,10 @@ def check_peft_model(peft_model: Any) -> None:
     if base.config.is_encoder_decoder or any(
         (getattr(config, "num_transformer_submodules", None) or 1) != 1 for config in peft_model.peft_config.values()
     ):
-        raise NotImplementedError(f"{name} is an encoder-decoder; virtual tokens are for decoders so far")
+        raise NotImplementedError(
+            f"{name} is an encoder-decoder, which accelerate does not take: save the PeftModel, and give its folder to "
+            "prefixcore.load"
+        )
     if base.main_input_name != "input_ids":
         raise NotImplementedError(f"{name} reads {base.main_input_name}; virtual tokens are for models of input_ids")
     if any(parameter.is_meta for parameter in peft_model.parameters()):
