@@ -72,9 +72,6 @@ def test_a_soft_prompt_on_an_encoder(method: str) -> None:
     assert_close(step(model, batch), expected)
 
 
-_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
 @pytest.mark.parametrize(
     ("build", "task_type", "method", "message"),
     [
@@ -82,10 +79,9 @@ _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "
         (lambda: _t5(), "SEQ_2_SEQ_LM", "prompt", "encoder-decoder"),
         (lambda: _bloom(), "CAUSAL_LM", "prefix", "Bloom"),
         (lambda: _gpt_neo(), "CAUSAL_LM", "prefix", "GPTNeo"),
-        (lambda: _bert(), "TOKEN_CLS", "prefix", "not causal"),
         (lambda: make("llama"), None, "prompt", "task_type"),
     ],
-    ids=["t5 prefix", "t5 prompt", "bloom", "gpt_neo", "bert", "no task"],
+    ids=["t5 prefix", "t5 prompt", "bloom", "gpt_neo", "no task"],
 )
 def test_refused_by_name(build: Any, task_type: Any, method: str, message: str) -> None:
     model_class = peft.get_peft_model if task_type else peft.PeftModel
@@ -118,10 +114,6 @@ def _gpt_neo() -> Any:
         vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     )
     return transformers.GPTNeoForCausalLM(config)
-
-
-def _bert() -> Any:
-    return transformers.BertForTokenClassification(transformers.BertConfig(**_SMALL, intermediate_size=48))
 
 
 def test_what_is_not_for_it() -> None:

@@ -180,6 +180,31 @@ def _hidden(model: Any, handle: Any, embeds: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_head_for_question_answering(side: str) -> None:
+    """Scores are those of the text, and the answer's places are counted in the text."""
+    torch.manual_seed(0)
+    model, batch = transformers.LlamaForQuestionAnswering(make("llama").config).eval(), padded(side)
+    seen, places = batch["attention_mask"].bool(), torch.tensor([[1, 4], [3, 5], [1, 1]])
+    del batch["labels"]
+    if side == "left":
+        places = places + (seen == 0).sum(1, keepdim=True)
+    handle = prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=P, seed=0, modules_to_save=[]))
+    out = model(**batch, start_positions=places[:, 0], end_positions=places[:, 1])
+    prompt = handle.bake()
+    with handle.disabled():
+        for row, (ids, mask) in enumerate(zip(batch["input_ids"], seen, strict=True)):
+            embeds = torch.cat((prompt, model.get_input_embeddings()(ids[mask])))[None]
+            alone = model(inputs_embeds=embeds)
+            torch.testing.assert_close(out.start_logits[row][mask], alone.start_logits[0, P:], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out.end_logits[row][mask], alone.end_logits[0, P:], rtol=1e-4, atol=1e-5)
+    if side == "none":
+        rows = torch.cat((prompt.expand(3, -1, -1), model.get_input_embeddings()(batch["input_ids"])), 1)
+        with handle.disabled():
+            moved = {"start_positions": places[:, 0] + P, "end_positions": places[:, 1] + P}
+            torch.testing.assert_close(out.loss, model(inputs_embeds=rows, **moved).loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_a_token_classification_head(side: str) -> None:
     model, batch = _with_head("Token"), padded(side)
     batch["labels"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"] % 12, -100)
