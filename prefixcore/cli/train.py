@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     evaluator("bare model")
     handle = attach(arguments, model, tokenizer, config)
     say(f"{handle.num_trainable:,} numbers to train in {handle.num_virtual_tokens} virtual tokens")
-    with Report(arguments, handle, options) as report:
+    with Report(arguments, handle, options, held_out_ids) as report:
         evaluator("at the start")
         with user_errors(ValueError):  # a loss that is not finite
             record = train(handle, tokenizer, train_ids, held_out=held_out_ids, options=options, **report.hooks())

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .failures import user_errors
 from .output import say
 
 if TYPE_CHECKING:
-    from ..training import Evaluation, TrainingOptions, TrainingRecord
+    from ..training import Evaluation, TokenizedExample, TrainingOptions, TrainingRecord
 
 
 MOST_POINTS = 100
 """Of the curves of each layer, of which a model has dozens."""
+
+
+MOST_PROBES = 4
+"""Texts that the attention on a prefix is measured on."""
 
 
 class Report:
@@ -24,13 +29,20 @@ class Report:
         arguments: the options.
         handle: of what is trained.
         options: how.
+        held_out: examples that are never trained on; the attention on a prefix is measured on the first of them.
 
     Raises:
         UserError: a tracker does not start.
     """
 
-    def __init__(self, arguments: argparse.Namespace, handle: Any, options: TrainingOptions) -> None:
-        self._handle = handle
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        handle: Any,
+        options: TrainingOptions,
+        held_out: Sequence[TokenizedExample],
+    ) -> None:
+        self._handle, self._probes = handle, held_out[:MOST_PROBES]
         self._norms_every = max(1, options.steps // MOST_POINTS)
         self._trackers = None
         if arguments.report_to:
@@ -73,5 +85,11 @@ class Report:
         self._trackers.log({f"train/{name}": value for name, value in values.items()}, step)
 
     def _held_out(self, step: int, loss: float) -> None:
+        import torch
+
+        from ..hf.measures import attention_on_prefix
+
         assert self._trackers is not None
-        self._trackers.log({"eval/loss": loss}, step)
+        probes = ({"input_ids": torch.tensor([each.prompt_ids + each.completion_ids])} for each in self._probes)
+        attention = attention_on_prefix(self._handle, probes)
+        self._trackers.log({"eval/loss": loss, **{f"eval/{name}": share for name, share in attention.items()}}, step)

@@ -139,6 +139,9 @@ def test_a_tracker_gets_the_run(train, tmp_path):
     assert logged["eval/loss"] == [(step, pytest.approx(loss)) for step, loss in record["held_out_loss"]]
     assert logged["eval/kept_loss"] == [(8, pytest.approx(record["held_out"]["after training"]["loss"]))]
     for layer in (0, 1):
+        shares = logged[f"eval/prefix_attention/layer_{layer}"]
+        assert [step for step, _ in shares] == [step for step, _ in record["held_out_loss"]]
+        assert all(0 < share < 1 for _, share in shares)
         assert len(logged[f"train/prefix_norm/layer_{layer}"]) == 8
         assert all(value > 0 for _, value in logged[f"train/prefix_grad_norm/layer_{layer}"])
 
