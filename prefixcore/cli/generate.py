@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--end", type=plain_escapes, help=r"stop at this text, such as '\n' (default: as the adapter was trained)"
     )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="write each prompt as a user's turn, by the model's chat template (default: as the adapter was trained)",
+    )
     parser.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beam search (default: 1, none)")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--temperature", type=float, default=1.0, help="of --sample (default: 1)")
@@ -69,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         record = read_record(arguments.adapter)
     end = arguments.end if arguments.end is not None else record.get("end")
     model, tokenizer = open_model(arguments)
-    check_prompts(model, tokenizer, prompts, virtual_tokens)
+    chat = arguments.chat if arguments.chat is not None else record.get("chat") is True
+    check_prompts(model, tokenizer, prompts, virtual_tokens, chat=chat)
     learned = learned_positions(model)
 
     import torch
@@ -87,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             end=end or None,
             batch_size=arguments.batch_size,
             max_length=None if learned is None else learned - virtual_tokens,
+            chat=chat,
             **sampling,
         )
     if arguments.json:
@@ -99,10 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def check_prompts(model: Any, tokenizer: Any, prompts: list[str], virtual_tokens: int) -> None:
+def check_prompts(model: Any, tokenizer: Any, prompts: list[str], virtual_tokens: int, *, chat: bool) -> None:
     """Refuse prompts that the model cannot read, and say which are longer than it was made for."""
     from ..training import DataError
-    from ..training.data import encode
+    from ..training.evaluate import prompt_ids
 
     learned, stated = learned_positions(model), stated_positions(model)
     positions = learned if learned is not None else stated
@@ -110,9 +117,7 @@ def check_prompts(model: Any, tokenizer: Any, prompts: list[str], virtual_tokens
         if positions is not None and is_too_long(prompt, positions):
             raise UserError(f"prompt {number}: {len(prompt):,} characters, far more than {positions:,} positions hold")
         with user_errors(DataError):
-            ids = encode(tokenizer, prompt, f"prompt {number}")
-        if not ids:
-            raise UserError(f"prompt {number} has no token; there is nothing to continue from")
+            ids = prompt_ids(tokenizer, prompt, f"prompt {number}", chat=chat)
         check_ids(model, ids, f"prompt {number}")
         needed = f"prompt {number}: {len(ids):,} tokens and {virtual_tokens:,} virtual ones"
         if learned is not None and len(ids) + virtual_tokens >= learned:

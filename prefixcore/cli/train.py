@@ -295,6 +295,7 @@ def save(
         "model": arguments.model,
         "data": str(arguments.data),
         "end": arguments.end,
+        "chat": arguments.chat,
         "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
         "held_out": evaluator.to_dict(),
         **record.to_dict(),

@@ -48,8 +48,8 @@ class Conversation(Example):
         for index, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
-            asked = self._write(tokenizer, messages[:index], add_generation_prompt=True)
-            whole = self._write(tokenizer, messages[: index + 1], add_generation_prompt=False)
+            asked = _write(tokenizer, messages[:index], self.source, add_generation_prompt=True)
+            whole = _write(tokenizer, messages[: index + 1], self.source, add_generation_prompt=False)
             if not asked.startswith(written) or not whole.startswith(asked):
                 raise DataError(
                     f"{self.source}: the model's chat template does not write message {index + 1} after what it "
@@ -72,19 +72,32 @@ class Conversation(Example):
             raise DataError(f"{self.source}: no token stands before the assistant's first turn")
         return TokenizedExample(ids[:first], ids[first:], learnt[first:])
 
-    def _write(self, tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        check_template(tokenizer)
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # a template is a program of the model's author: it raises what it likes
-            lines = str(error).splitlines() or [type(error).__name__]
-            raise DataError(f"{self.source}: the model's chat template refuses the messages: {lines[0]}") from error
+
+def question_ids(tokenizer: Any, question: str, source: str) -> list[int]:
+    """The ids of a user's turn that the assistant is to answer.
+
+    Args:
+        tokenizer: with a chat template.
+        question: what the user says.
+        source: what a message about it begins with.
+    """
+    messages = [{"role": "user", "content": question}]
+    text = _write(tokenizer, messages, source, add_generation_prompt=True)
+    return encode(tokenizer, text, source, add_special_tokens=False)
+
+
+def _write(tokenizer: Any, messages: Sequence[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
+    check_template(tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program of the model's author: it raises what it likes
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise DataError(f"{source}: the model's chat template refuses the messages: {lines[0]}") from error
+    return str(text)
 
 
 def check_template(tokenizer: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .chat import question_ids
 from .data import IGNORED, DataError, Example, TokenizedExample, collate, encode, make_batch, pad_id
 
 
@@ -89,6 +90,7 @@ def predict(
     end: str | None = None,
     batch_size: int = 64,
     max_length: int | None = None,
+    chat: bool = False,
     **generate_options: Any,
 ) -> list[str]:
     """Continue each prompt, greedily unless `generate_options` say otherwise, in left-padded batches.
@@ -101,6 +103,7 @@ def predict(
         end: text at which the answer is cut (and generation stops); None: the end-of-sequence token.
         batch_size: prompts at once.
         max_length: the most tokens that a prompt and its answer may have in all; answers end there.
+        chat: each prompt is what a user says, written by the model's chat template.
 
     Returns:
         The text after each prompt, without `end`.
@@ -115,7 +118,7 @@ def predict(
         2
     """
     options: dict[str, Any] = {"do_sample": False, **generate_options}
-    ids = [_prompt_ids(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    ids = [prompt_ids(tokenizer, prompt, f"prompt {number}", chat=chat) for number, prompt in enumerate(prompts, 1)]
     return _continue(model, tokenizer, ids, max_new_tokens, end, batch_size, max_length, options)
 
 
@@ -152,10 +155,11 @@ def _continue(
     return answers
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, index: int) -> list[int]:
-    ids = encode(tokenizer, prompt, f"prompt {index + 1}")
+def prompt_ids(tokenizer: Any, prompt: str, source: str, *, chat: bool) -> list[int]:
+    """The ids that the model is asked with; DataError, which begins with `source`: there are none."""
+    ids = question_ids(tokenizer, prompt, source) if chat else encode(tokenizer, prompt, source)
     if not ids:
-        raise DataError(f"prompt {index + 1} has no token; there is nothing to continue from")
+        raise DataError(f"{source} has no token; there is nothing to continue from")
     return ids
 
 

@@ -97,6 +97,26 @@ def test_conversations_are_trained_on_and_verified(prefixcore, chat, tmp_path):
     assert "on 3 held-out examples; the training data is the manifest's" in out
 
 
+def test_generate_asks_as_the_adapter_was_trained(prefixcore, chat, tmp_path):
+    """The prompt is written by the template, unless that is said otherwise."""
+    model, data = chat
+    base = ["--model", model, "--data", data, "--chat", *METHOD, "--steps", 4, "--eval-fraction", 0]
+    assert prefixcore("train", *base, "--out", tmp_path / "adapter")[0] == 0
+    ask = ["generate", "--model", model, "--adapter", tmp_path / "adapter", "--max-new-tokens", 5, "--json"]
+    answers = {}
+    for name, options in {
+        "default": ["--prompt", "7?"],
+        "chat": ["--prompt", "7?", "--chat"],
+        "plain": ["--prompt", "7?", "--no-chat"],
+        "by hand": ["--prompt", "[user]7?\n[assistant]", "--no-chat"],
+    }.items():
+        code, out, err = prefixcore(*ask, *options)
+        assert code == 0, err
+        answers[name] = json.loads(out)["completion"]
+    assert answers["default"] == answers["chat"] == answers["by hand"]
+    assert answers["plain"] != answers["chat"]
+
+
 def test_a_model_without_a_template_is_refused(train, chat, tmp_path):
     code, _, err = train(*METHOD, "--chat", "--data", chat[1], "--end", "\n")
     assert code == 2
