@@ -174,7 +174,7 @@ def test_other_methods_are_named(llama, tmp_path):
         ({"token_dim": "32"}, "token_dim: expected"),
         ({"num_attention_heads": 0}, "num_attention_heads: expected"),
         ({"num_attention_heads": 3}, "token_dim: 32 is no multiple"),
-        ({"num_transformer_submodules": 2}, "num_transformer_submodules: expected 1"),
+        ({"num_transformer_submodules": 3}, "num_transformer_submodules: expected 1"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"task_type": "CHAT"}, "task_type must be"),
         ({"peft_type": "CARTRIDGE", "num_frozen_tokens": 6}, "num_frozen_tokens is 6"),
