@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ PEFT_RESULTS = HERE / "results" / "peft.json"
 CLIENTS = (1, 8, 32)
 REQUESTS = {1: 2, 8: 8, 32: 32}
 """How many requests a round sends, by the number of clients."""
+PAUSE = 3.0
+"""Seconds before each way of asking: vLLM's processes spin for one after a request, on cores that PEFT needs."""
+
 MANY = 100
 LONG_TEXT_EXAMPLES = 60
 """How many worked examples the long text prompt has: what a team writes when a short one is not good enough."""
@@ -103,6 +107,7 @@ def measure(found: dict[str, Way], rounds: int, announce: Callable[[str], None])
         announce(f"round {turn} of {rounds}" if turn else "a round to warm up")
         for number in CLIENTS:
             for name, way in found.items():
+                time.sleep(PAUSE)
                 load = way(number, REQUESTS[number])
                 if turn:
                     loads.setdefault((name, number), []).append(load)

@@ -20,6 +20,8 @@ PICTURE = HERE / "results" / "load"
 THEMES = {"light": ("#1f2328", "#d1d9e0"), "dark": ("#f0f6fc", "#3d444d")}
 """Of each, the colour of text and of lines behind; what lies under them is the page's own."""
 
+UNMEASURED = "Not measured yet: `python -m bench.serving.load --peft` does, and this page shows it then."
+
 COLOURS = ("#8b949e", "#d9480f", "#f08c00", "#4493f8", "#8957e5", "#9a8f1f", "#bf4b8a")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 TICKS = {"tokens_per_second": (10, 20, 50, 100, 200), "first_token_ms": (100, 200, 500, 1000, 2000, 5000, 10000, 20000)}
@@ -45,17 +47,29 @@ def table(results: dict[str, Any]) -> str:
 
 
 def peft_table(results: dict[str, Any]) -> str:
-    """PEFT's rows of a run of its own, and how much slower many adapters are than one, each round against itself."""
+    """PEFT's own run, round by round; and how much slower many adapters are than one, each round against itself."""
     rounds = results["stamp"]["rounds"]
-    lines = [*_rows(results), ""]
-    for number in CLIENTS:
-        one, many = (f for f in results["figures"] if f["clients"] == number)
-        ratios = [b / a for a, b in zip(one["tokens_per_second"], many["tokens_per_second"], strict=True)]
+    heads = " | ".join(f"round {number + 1}" for number in range(rounds))
+    lines = [f"| tokens a second | clients | {heads} |", f"| --- | --- |{' --- |' * rounds}"]
+    for figure in sorted(results["figures"], key=lambda figure: figure["clients"]):
+        cells = " | ".join(f"{value:.1f}" for value in figure["tokens_per_second"])
+        lines.append(f"| {figure['way']} | {figure['clients']} | {cells} |")
+    lines += ["", _measured_on(results), ""]
+    for number, ratios in peft_ratios(results).items():
         lines.append(
             f"- {number} client{'s' if number > 1 else ''}: over many adapters {statistics.median(ratios):.2f} times "
-            f"the tokens a second of one adapter ({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)"
+            f"the tokens a second of one ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     return "\n".join(lines)
+
+
+def peft_ratios(results: dict[str, Any]) -> dict[int, list[float]]:
+    """Tokens a second over many adapters by those over one, of each round, by the number of clients."""
+    found = {}
+    for number in CLIENTS:
+        one, many = (f["tokens_per_second"] for f in results["figures"] if f["clients"] == number)
+        found[number] = [b / a for a, b in zip(one, many, strict=True)]
+    return found
 
 
 def _rows(results: dict[str, Any]) -> list[str]:
@@ -72,15 +86,17 @@ def _rows(results: dict[str, Any]) -> list[str]:
             f"{middle(found[way, n]['tokens_per_second'])}; {middle(found[way, n]['first_token_ms'])}" for n in CLIENTS
         )
         lines.append(f"| {way} | {' | '.join(cells)} |")
+    return [*lines, "", f"{_measured_on(results)} Medians of the rounds (least to greatest)."]
+
+
+def _measured_on(results: dict[str, Any]) -> str:
     stamp = results["stamp"]
     named = [name for name in ("vllm", "torch", "transformers", "peft") if name in stamp["versions"]]
     versions = ", ".join(f"{name} {stamp['versions'][name]}" for name in named)
-    return [
-        *lines,
-        "",
-        f"{stamp['cpu']}, {stamp['cores']} cores; {versions}; {stamp['rounds']} rounds taken in turn, medians (least "
-        f"to greatest). An answer has {stamp['tokens_an_answer']} tokens.",
-    ]
+    return (
+        f"{stamp['cpu']}, {stamp['cores']} cores; {versions}; {stamp['rounds']} rounds taken in turn. An answer has "
+        f"{stamp['tokens_an_answer']} tokens."
+    )
 
 
 def middle(values: Sequence[float]) -> str:
@@ -89,7 +105,7 @@ def middle(values: Sequence[float]) -> str:
 
 
 def draw(results: dict[str, Any], peft: dict[str, Any] | None, path: Path = PICTURE) -> list[Path]:
-    """Tokens a second and milliseconds to the first token over the number of clients; PEFT's own run in a third panel.
+    """Tokens a second and milliseconds to the first token over the number of clients; of PEFT alone the ratio.
 
     Args:
         results: of the one server, and what was asked beside it.
@@ -104,9 +120,7 @@ def draw(results: dict[str, Any], peft: dict[str, Any] | None, path: Path = PICT
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(results, "tokens_per_second", "tokens a second"), (results, "first_token_ms", "ms to the first token")]
-    if peft is not None:
-        panels.append((peft, "tokens_per_second", "tokens a second, PEFT's own run"))
+    panels = [("tokens_per_second", "tokens a second"), ("first_token_ms", "ms to the first token")]
     files = []
     for theme, (ink, line) in THEMES.items():
         colours: Any = {
@@ -115,11 +129,13 @@ def draw(results: dict[str, Any], peft: dict[str, Any] | None, path: Path = PICT
             "svg.hashsalt": "prefixcore",  # the same figures draw the same file
         }
         with matplotlib.rc_context(colours):
-            figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 4.6), layout="constrained")
-            for axis, (measured, field, label) in zip(axes, panels, strict=True):
-                _panel(axis, measured, field, label)
-            shown = {text: mark for axis in axes for mark, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-            figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            figure, axes = pyplot.subplots(1, len(panels) + (peft is not None), figsize=(11, 4.6), layout="constrained")
+            for axis, (field, label) in zip(axes, panels, strict=False):
+                _panel(axis, results, field, label)
+            if peft is not None:
+                _ratio_panel(axes[-1], peft)
+            marks, texts = axes[0].get_legend_handles_labels()
+            figure.legend(marks, texts, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
             files.append(path.with_name(f"{path.name}-{theme}.svg"))
             figure.savefig(files[-1], metadata={"Date": None}, transparent=True)
             pyplot.close(figure)
@@ -143,16 +159,29 @@ def _panel(axis: Any, results: dict[str, Any], field: str, label: str) -> None:
     axis.grid()
 
 
+def _ratio_panel(axis: Any, peft: dict[str, Any]) -> None:
+    """What many adapters leave of PEFT's tokens a second: a mark a round, and their median."""
+    ratios = peft_ratios(peft)
+    for number, values in ratios.items():
+        axis.plot([number] * len(values), values, linestyle="", marker="P", alpha=0.5, color=COLOURS[-1])
+    axis.plot(list(ratios), [statistics.median(values) for values in ratios.values()], "--", color=COLOURS[-1])
+    axis.set(xscale="log", yscale="log", xlabel="clients", title="PEFT: 100 adapters / 1 adapter", ylim=(0.03, 2))
+    axis.set_xticks(CLIENTS, [str(number) for number in CLIENTS])
+    axis.set_yticks((0.05, 0.1, 0.2, 0.5, 1), ("0.05", "0.1", "0.2", "0.5", "1"))
+    axis.minorticks_off()
+    axis.grid()
+
+
 def _style(way: str) -> dict[str, Any]:
     """One colour and mark for a way in every panel."""
-    order = ("no prompt", "1 adapter", "100 adapters", "text prompt of", "text prompt,", "PEFT, 1 ", "PEFT, 100")
+    order = ("no prompt", "1 adapter", "100 adapters", "text prompt of", "text prompt,", "PEFT, 1 ")
     number = next(i for i in reversed(range(len(order))) if order[i] in way)
     return {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": "--" if "PEFT" in way else "-"}
 
 
 def right(results: dict[str, Any], peft: dict[str, Any] | None) -> str:
     """The page as it should be."""
-    parts = {"load": table(results)} | ({} if peft is None else {"peft": peft_table(peft)})
+    parts = {"load": table(results), "peft": UNMEASURED if peft is None else peft_table(peft)}
     return pages.with_parts(pages.read(PAGE), parts, str(PAGE))
 
 
