@@ -127,6 +127,8 @@ def _short(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
     if not (forced or fewer_launches()):
         return "a short sequence's backward in two launches is off: PREFIXCORE_FEWER_LAUNCHES=1 turns it on"
     tokens = p.batch * p.queries
+    if p.query.element_size() == 4 and max(p.head_dim, p.value_dim) > 128 and not forced:
+        return "float32 heads of more than 128: one kernel for all gradients has too few registers for them"
     if not forced and (p.keys > SHORT_KEYS or tokens > SHORT_TOKENS):
         return f"{p.keys} keys and {tokens} tokens, more than {SHORT_KEYS} or {SHORT_TOKENS}"
     return Path("short", f"{p.keys} keys and {tokens} tokens, no more than {SHORT_KEYS} and {SHORT_TOKENS}")

@@ -26,8 +26,9 @@ A block has 99 KiB of shared memory on sm_86, sm_89 and sm_120, and 227 on sm_90
 99, for sm_86 runs them. Which blocks a kernel has on which family stands in
 `prefixcore/backends/triton/kernels/launch.py`: sm_80's are also sm_89's, and sm_120's with the exceptions that keep it
 from spilling. On sm_90 the gradients of keys and prefix at a head dim of 128 spill and are kept so: measured on an
-H200, they take half the time of the fastest blocks that do not. Spills of up to 16 bytes, four registers outside of
-the inner loop, are let be.
+H200, they take half the time of the fastest blocks that do not. Spills of up to 40 bytes, ten registers, are let
+be. The gradients of a short sequence in one kernel spill 240 bytes and more for float32 heads of more than 128: there
+the rules leave them to the kernels that have one gradient each.
 """
 
 

@@ -89,7 +89,7 @@ CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
     "bf16 64, 64 virtual tokens": (problem(64, P=64), ("grad_short_prefix",)),
     "fp32 64": (problem(64, FP32), SINGLE),
     "fp32 128": (problem(128, FP32), (*SINGLE[:4], *ONCE)),
-    "fp32 256": (problem(256, FP32), (*SINGLE[:3], *ONCE)),
+    "fp32 256": (problem(256, FP32), (*SINGLE[:3], "decode_once")),
     "bf16 80, values of 96, float32 prefix": (problem(80, Dv=96, prefix_dtype=FP32), SINGLE),
     "bf16 256, float32 prefix": (problem(256, prefix_dtype=FP32), SINGLE[:2]),
     "window, softcap": (problem(window=8, softcap=20.0), SINGLE[:5]),
@@ -112,7 +112,8 @@ CASES: dict[str, tuple[AttentionProblem, tuple[str, ...]]] = {
 SAME_BLOCKS = (89, 120)
 """They are given sm_80's blocks, with few exceptions, so for them fewer cases are compiled: those below."""
 EXTREMES = ("bf16 128", "bf16 64", "bf16 256", "fp32 64", "fp32 256", "everything at once",
-            "bf16 64, 64 virtual tokens", "bf16 4096, float32 virtual tokens", "bf16 128, beside a vendor's")  # fmt: skip
+            "bf16 64, 64 virtual tokens", "bf16 4096, float32 virtual tokens",
+            "bf16 128, beside a vendor's")  # fmt: skip
 
 
 def call(name: str, p: AttentionProblem) -> None:

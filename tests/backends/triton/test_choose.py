@@ -358,6 +358,10 @@ def test_fewer_launches_are_off_until_a_gpu_has_run_them(monkeypatch: pytest.Mon
     assert (choose.forward(few).name, choose.backward(short, **what).name) == ("decode_once", "short")
     assert choose.forward(short).name == "single"
     assert choose.forward(problem(T=4, cu_seqlens=bools(3))).name == "single"
+    wide = problem(T=64, D=256, dtype=torch.float32)
+    assert choose.backward(wide, **what).name == "single"
+    half = wide._replace(**{name: getattr(wide, name).bfloat16() for name in ("query", "key", "value")})
+    assert choose.backward(half, **what).name == "short"
     for long in (problem(T=choose.SHORT_KEYS + 1), problem(T=64)._replace(query=problem(T=8192).query)):
         assert choose.backward(long, **what).name == "single"
     monkeypatch.setattr(choose, "FEWER_LAUNCHES", "yes")

@@ -50,8 +50,8 @@ MEASURED = ("grad_keys_kernel", "grad_prefix_kernel", "grad_short_prefix_kernel"
 """On sm_90 these may spill a little: on an H200 they take half the time of the fastest blocks that do not."""
 
 
-SPILLED = 16
-"""Bytes a thread: four registers, which the compiler lays away outside of the inner loop."""
+SPILLED = 40
+"""Bytes a thread, ten registers: what the compiler may lay away."""
 
 
 def test_nothing_spills(found: dict[str, Any]) -> None:
