@@ -65,7 +65,9 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
         TypeError: `model` is not a transformers model, or `config` not one of these.
         ValueError: something is attached already, or the config does not fit the model.
         NotImplementedError: a model that a prefix or a soft prompt cannot reach. Known families are Llama, Mistral,
-            Qwen2, Qwen3, Gemma 2, gpt-oss and GPT-2; others are checked on the spot and named in a warning.
+            Qwen2, Qwen3, Gemma 2, gpt-oss and GPT-2; the encoders BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ALBERT,
+            DistilBERT, ModernBERT and ViT; the encoder-decoders BART, mBART, Pegasus, Marian, M2M100, T5, mT5 and
+            Whisper. Others are checked on the spot and named in a warning.
 
     After an error the model is as it was.
 
