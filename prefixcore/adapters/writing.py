@@ -130,7 +130,7 @@ def write_adapter(
     except OSError as error:
         if error.errno is None:
             raise
-        why = f"the adapter cannot be written ({error.strerror}); give a folder where files can be made"
+        why = f"the adapter cannot be written ({error.strerror}); give a folder with room, where files can be made"
         raise OSError(error.errno, why, str(target)) from error
     return target
 

@@ -34,8 +34,8 @@ def source(request: pytest.FixtureRequest, kind: str) -> Path:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_there_and_back(name: str, kind: str, source: Path, model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     lost = prefixcore.export_adapter(source, name, tmp_path / "theirs")
-    base_model = "" if name == "peft" else "base model, "  # whose fingerprint goes along in PEFT's files
-    assert lost == [f"manifest (task, {base_model}provenance)"]
+    kept = "" if name == "peft" else "base model, "
+    assert lost == [f"manifest (task, {kept}provenance)"]
     assert (tmp_path / "theirs").is_dir() == FORMATS[name].is_folder
     folder = prefixcore.import_adapter(tmp_path / "theirs", name, tmp_path / "back", model=model, task="x -> y")
     assert all(torch.equal(a, b) for a, b in zip(tensors(source), tensors(folder), strict=True))

@@ -39,7 +39,7 @@ def test_a_disk_that_is_full_at_the_end(train, tmp_path, monkeypatch):
     monkeypatch.setattr(replace, "_write", full)
     code, out, err = train(*NEW)
     assert (code, out) == (2, "")
-    assert "No space left on device (" in err.splitlines()[-1]
+    assert "cannot be written (No space left on device); give a folder" in err.splitlines()[-1]
     assert "as it was before, or the new adapter, whole" in err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
