@@ -65,7 +65,6 @@ def _call(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("position_bias", torch.zeros(1, 4, 3, 3)),
         ("head_mask", torch.ones(4)),
         ("cache", object()),
         ("output_attentions", True),

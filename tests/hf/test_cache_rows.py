@@ -179,7 +179,7 @@ def test_mixed_rows_of_models_that_are_not_known(name: str, monkeypatch: pytest.
 
 
 @pytest.mark.filterwarnings("ignore:.*is not among the families")
-@pytest.mark.parametrize("name", ["BartForCausalLM", "RobertaForCausalLM", "RecurrentGemmaForCausalLM"])
+@pytest.mark.parametrize("name", ["BartForCausalLM", "RecurrentGemmaForCausalLM"])
 @torch.no_grad()
 def test_models_that_count_padding_refuse_rows_of_different_lengths(name: str) -> None:
     model = tiny_models.make(name, tiny_models.every_class()[name], is_decoder=True)
@@ -192,3 +192,17 @@ def test_models_that_count_padding_refuse_rows_of_different_lengths(name: str) -
         model(ids, task_ids=["prompt", "short prompt"])
     together = model(ids, task_ids=["prompt", "other prompt"]).logits
     close(together[1], model(ids[1:], task_ids=["other prompt"]).logits[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*is not among the families")
+@torch.no_grad()
+def test_a_model_that_counts_from_two_has_rows_of_different_lengths() -> None:
+    """RoBERTa as a decoder: each row is told positions that begin at 2, as it counts by itself."""
+    model = tiny_models.make("RobertaForCausalLM", "roberta", is_decoder=True)
+    ids = tokens(2, 9)
+    bank = PromptBank(model)
+    bank.attach("prompt", CONFIGS["prompt"])
+    bank.attach("short prompt", CONFIGS["short prompt"])
+    together = model(ids, task_ids=["prompt", "short prompt"]).logits
+    for row, name in enumerate(["prompt", "short prompt"]):
+        close(together[row], model(ids[row : row + 1], task_ids=[name]).logits[0])
