@@ -30,7 +30,9 @@ from .attention.discover import record
 from .attention.patch import frozen_run
 from .families import text_config
 from .model.devices import device_of
-from .model.sample_inputs import reads_tokens
+from .model.sample_inputs import reads_tokens, sample_inputs
+from .model.sharded import embedded
+from .model.tensor_parallel import agree_on
 from .positions.position_table import position_limit
 
 
@@ -63,6 +65,7 @@ def initial_prefix(
     ids = initial_ids(model, config, tokenizer)
     if ids is None:
         return None
+    ids = agree_on(model, ids)
     limit = position_limit(model)
     if limit is not None and len(ids) >= limit:
         raise ValueError(f"{len(ids)} virtual tokens leave no room: the model has learned {limit} positions")
@@ -83,10 +86,12 @@ def initial_prompt(
     ids = initial_ids(model, config, tokenizer)
     if ids is None:
         return None
+    ids = agree_on(model, ids)
     embed = model.get_input_embeddings()
     with frozen_run(model):
         # The module is called, not its table read: some families (Gemma) scale embeddings in it.
-        return embed(torch.tensor(ids, device=device_of(embed))).float()
+        inputs = sample_inputs(model, torch.tensor([ids], device=device_of(model)))
+        return embedded(model, embed, ids, inputs).float()
 
 
 def initial_ids(model: PreTrainedModel, config: Config, tokenizer: Any = None) -> list[int] | None:

@@ -20,6 +20,7 @@ from ..families import AS_DECODER, known_encoders, known_families, text_config
 from ..model.devices import device_of
 from ..model.sample_inputs import reads_tokens, sample_inputs
 from ..model.signature import argument_names
+from ..model.tensor_parallel import HeadGroup, head_group
 from .interface import ATTENTION, PREFIXES, prefix_attention_forward
 from .mask import prefix_mask
 from .patch import frozen_run
@@ -48,9 +49,11 @@ class AttentionCall:
     Attributes:
         module, name: the attention module and its name in the model.
         num_heads: H.
-        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], as attention sees them.
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], as attention sees them; of all heads, also where this process
+            computes some of them.
         kwargs: the other arguments.
         place: "encoder", "decoder" or "cross" in an encoder-decoder; None in a model of one stack.
+        group: the processes that share its heads; None: each has all of them.
     """
 
     module: nn.Module
@@ -60,6 +63,7 @@ class AttentionCall:
     value: Tensor
     kwargs: dict[str, Any]
     place: str | None = None
+    group: HeadGroup | None = None
 
     @property
     def shape(self) -> LayerShape:
@@ -110,10 +114,33 @@ def record(model: PreTrainedModel, input_ids: Tensor, decoder_input_ids: Tensor 
         calls = _calls.get() or []
     finally:
         _calls.reset(token)
-    return [
+    found = [
         AttentionCall(module, names[module], query.shape[1], key, value, kwargs)
         for module, query, key, value, kwargs in calls
     ]
+    group = head_group(model)
+    return found if group is None else [_with_all_heads(model, call, group) for call in found]
+
+
+def _with_all_heads(model: PreTrainedModel, call: AttentionCall, group: HeadGroup) -> AttentionCall:
+    """A call with the keys and values of the heads of all processes.
+
+    Raises:
+        NotImplementedError: it cannot be told which heads are whose.
+    """
+    config = text_config(model)
+    expected = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    have = call.num_heads, call.key.shape[1]
+    if have == expected:
+        return call
+    if (have[0] * group.size, have[1] * group.size) != expected:
+        raise NotImplementedError(
+            f"{call.name} has {have[0]} query and {have[1]} key/value heads in this process, one of {group.size} that "
+            f"share {expected[0]} and {expected[1]}: a prefix needs each of them to have the same share of both. Take a "
+            "number of processes (tp_size) that divides both"
+        )
+    key, value = group.gather(call.key, 1), group.gather(call.value, 1)
+    return replace(call, num_heads=expected[0], key=key, value=value, group=group)
 
 
 def discover(model: PreTrainedModel) -> list[AttentionCall]:

@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,6 +38,21 @@ def refuse_other_attention(decoder: PreTrainedModel) -> None:
         raise RuntimeError(
             f"the attention implementation was set to {name!r} after virtual tokens were attached, so they would not "
             f"be seen; call set_attn_implementation({ATTENTION!r}), or detach first"
+        )
+
+
+def refuse_context_parallelism() -> None:
+    """Raises NotImplementedError inside of `context_parallel` of torch, which gives each process a part of every row.
+
+    Attention of torch's own then asks the other processes for their keys. Ours does not, and would see its part alone.
+    """
+    if torch.compiler.is_compiling():
+        return
+    module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    if module.startswith("torch.distributed."):
+        raise NotImplementedError(
+            "context parallelism gives each process a part of every sequence, of whose other parts virtual tokens know "
+            "nothing: use data, tensor or pipeline parallelism, or pack fewer tokens into a batch"
         )
 
 

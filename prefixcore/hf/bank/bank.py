@@ -21,6 +21,7 @@ from ..attention.discover import AttentionCall, check_reached, moves_positions
 from ..attention.interface import ATTENTION, PREFIXES, NoArgumentsError
 from ..attention.patch import ATTACHMENT, Patch, frozen_run
 from ..attention.prefix import KeyValue, PrefixCall
+from ..attention.refusals import refuse_context_parallelism
 from ..batch.tasks import (
     TASK_IDS,
     Rows,
@@ -33,7 +34,9 @@ from ..families import has_windows, is_known, text_config
 from ..model.active import activate, is_active
 from ..model.devices import device_of
 from ..model.sample_inputs import reads_tokens, sample_inputs
+from ..model.sharded import agree_on_values, averaged, data_meshes
 from ..model.signature import argument_names, as_keywords, takes_keywords
+from ..model.tensor_parallel import HeadGroup, head_group
 from ..positions.cache import cache_argument, get_label, label_to_continue
 from ..positions.decoder_positions import embed_positions, position_module
 from ..positions.model_inputs import has_axes, has_stand_ins, plain_ids, restarts
@@ -67,6 +70,8 @@ class Bank:
         encoder: of an encoder-decoder its encoder.
         positions: of an encoder-decoder the module that embeds the positions its decoder counts.
         layers: the attention layers.
+        head_groups: for each the processes that share its heads; None: this one has all.
+        data_meshes: the processes that FSDP2 shares the model's weights out to; none elsewhere.
         decoder_layers: of an encoder-decoder which of them are self-attention of the decoder.
         names: the arguments of the forwards that are wrapped, by their modules.
         checkpointable: the modules that say whether gradient checkpointing is on.
@@ -87,6 +92,8 @@ class Bank:
         self.patch = Patch(model)
         self.decoder: PreTrainedModel | str = "it is not known"
         self.layers: list[nn.Module] = []
+        self.head_groups: list[HeadGroup | None] = []
+        self.data_meshes = data_meshes(model)
         self.encoder = find_encoder(model)
         self.positions: nn.Module | None = None
         self.decoder_layers: frozenset[int] = frozenset()
@@ -125,6 +132,7 @@ class Bank:
     def set_decoder(self, decoder: PreTrainedModel | str, calls: Sequence[AttentionCall]) -> None:
         """Says where the attention layers are, or why they cannot be reached."""
         self.decoder, self.layers = decoder, [call.module for call in calls]
+        self.head_groups = [call.group for call in calls]
         self.decoder_layers = frozenset(i for i, call in enumerate(calls) if call.place == "decoder")
         if self.encoder is not None and not isinstance(decoder, str):
             self.positions = position_module(decoder)
@@ -165,6 +173,8 @@ class Bank:
     def add(self, adapter: Attached) -> Attached:
         """Attaches an adapter."""
         adapter.first_task, self._next_task = self._next_task, self._next_task + adapter.num_tasks
+        group = head_group(self.model)
+        agree_on_values(adapter.module, [*self.data_meshes, *([group.mesh] if group is not None else [])])
         try:
             if adapter.is_prefix:
                 self.reach()
@@ -348,6 +358,7 @@ class Bank:
 
     def pop_rows(self, kwargs: dict[str, Any]) -> Rows:
         """The tasks of the rows of a call."""
+        refuse_context_parallelism()
         task_ids = kwargs.pop(TASK_IDS, None)
         if task_ids is not None:
             what = "rows" if kwargs.get("cu_seq_lens_q") is None else "packed sequences"
@@ -381,12 +392,27 @@ class Bank:
         if torch.is_grad_enabled() and self.model.training:
             check_not_frozen(self, adapter)
         if torch.is_grad_enabled() and adapter.trains:
-            return adapter.module()
+            values = adapter.module()
+            meshes = self._unknown_to(adapter)
+            return averaged(values, meshes) if meshes else values
         if torch.compiler.is_compiling():
             return _detach(adapter.module())
         with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
             values = _detach(adapter.module())
             return values if adapter.is_kept else self.residency.get(adapter.uid, values, device_of(self.model))
+
+    def _unknown_to(self, adapter: Attached) -> list[Any]:
+        """The processes that FSDP2 shares the model out to, where it does not know of the adapter, which trains."""
+        if not self.data_meshes and not torch.compiler.is_compiling():
+            self.data_meshes = data_meshes(self.model)  # it may have come after us
+        if not self.data_meshes or not any(p is mine for p in adapter.module.parameters() for mine in adapter.trained):
+            return []  # FSDP puts parameters of its own in place of those that it knows
+        if len(self.adapters) > 1 or self.stays:
+            raise NotImplementedError(
+                "several adapters are attached to a model in parts, and FSDP does not know of them, so their gradients "
+                "cannot be averaged: attach them before fully_shard, and let it have the model as a whole"
+            )
+        return self.data_meshes
 
     # -- soft prompts
 

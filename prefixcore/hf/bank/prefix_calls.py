@@ -16,6 +16,7 @@ from ..batch.packing import is_empty_mask, set_empty_mask
 from ..batch.tasks import Rows, Task
 from ..model.devices import device_of
 from ..model.sample_inputs import model_input, reads_tokens
+from ..model.tensor_parallel import own_heads
 from ..positions.cache import (
     CacheLabel,
     cache_argument,
@@ -199,6 +200,13 @@ def _prefix_of(bank: Bank, task: Task) -> LayerPrefixes:
     by_layer: LayerPrefixes = [None] * len(bank.layers)
     for layer, pair in zip(adapter.layers, bank.evaluate(adapter), strict=True):
         by_layer[layer] = pair
+    split = [layer for layer in adapter.layers if bank.head_groups[layer] is not None]
+    if split:
+        group = bank.head_groups[split[0]]
+        assert group is not None
+        pairs = [pair for layer in split if (pair := by_layer[layer]) is not None]
+        for layer, own in zip(split, own_heads(pairs, group), strict=True):
+            by_layer[layer] = own
     return by_layer
 
 
