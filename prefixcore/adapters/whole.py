@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -64,10 +67,53 @@ def _needs_others(tensor: Any) -> bool:
     return is_sharded(tensor) and any(not placement.is_replicate() for placement in tensor.placements)
 
 
-def _meet() -> None:
+@contextmanager
+def one_writer(modules: Iterable[nn.Module], target: Path) -> Iterator[bool]:
+    """A block in which a folder is written: whether by this process.
+
+    What is sharded is saved by every process, and written by one of those that name the same folder on the same machine.
+    The others leave the block when it is written.
+
+    Raises:
+        AdapterError: another process was to write, and could not.
+    """
+    if not any(_needs_others(tensor) for module in modules for _, _, tensor in _tensors(module)):
+        yield True
+        return
+    from torch.distributed import distributed_c10d as c10d
+
+    place = f"{socket.gethostname()}:{target}"
+    call, places = _meet(place)
+    writer, store = places.index(place), c10d._get_default_store()
+    done = f"prefixcore/written/{call}/{writer}"
+    if writer != c10d.get_rank():
+        yield False
+        try:
+            store.wait([done], timedelta(seconds=PATIENCE))
+            why = store.get(done).decode()
+        except (RuntimeError, torch.distributed.DistError):
+            why = f"it is not done within {PATIENCE:g} seconds"
+        if why:
+            raise AdapterError(f"{target}: process {writer}, which was to write the adapter, has not: {why}")
+        return
+    why = "it was stopped"
+    try:
+        yield True
+        why = ""
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise
+    finally:
+        store.set(done, why)
+
+
+def _meet(saying: str = "here") -> tuple[int, list[str]]:
     """Waits until every process has come here, so that none begins to gather alone, which would never end.
 
     Through the store that all of them share, since a collective operation that is given up leaves the next one broken.
+
+    Returns:
+        Which meeting it is, and what each process says.
     """
     global _calls
     from torch.distributed import distributed_c10d as c10d
@@ -75,12 +121,14 @@ def _meet() -> None:
     rank, size = c10d.get_rank(), c10d.get_world_size()
     store, call = c10d._get_default_store(), _calls
     _calls += 1
-    store.set(f"prefixcore/save/{call}/{rank}", "here")
+    store.set(f"prefixcore/save/{call}/{rank}", saying)
     end = time.monotonic() + PATIENCE
+    said = []
     for other in range(size):
         try:
             left = max(0.001, end - time.monotonic())
             store.wait([f"prefixcore/save/{call}/{other}"], timedelta(seconds=left))
+            said.append(store.get(f"prefixcore/save/{call}/{other}").decode())
         except (RuntimeError, torch.distributed.DistError):
             _calls -= 1
             store.delete_key(f"prefixcore/save/{call}/{rank}")
@@ -88,3 +136,4 @@ def _meet() -> None:
                 f"the virtual tokens are sharded over {size} processes, and process {other} has not called save within "
                 f"{PATIENCE:g} seconds: call it in every process, not in one alone"
             ) from None
+    return call, said

@@ -33,7 +33,7 @@ from .reading import read_folder, read_kept
 from .record import CURVE, RECORD, record_bytes
 from .replace import replace_folder
 from .storage import describe, load_json, naming, to_json
-from .whole import whole_module
+from .whole import one_writer, whole_module
 
 
 def write_adapter(
@@ -84,6 +84,7 @@ def write_adapter(
         target = target.resolve()
     check_target(target)
     _check_parts(module, config, manifest)
+    given = [module, *(heads or {}).values()]
     module = whole_module(module)
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.state_dict().values()):
         # The module was cast along with its model. What is saved is computed in fp32, so that it can be checked.
@@ -126,7 +127,9 @@ def write_adapter(
     with naming(target / MANIFEST_FILE):
         files[MANIFEST_FILE] = to_json(manifest.to_dict())
     try:
-        replace_folder(target, files, check=read_folder)
+        with one_writer(given, target) as is_writer:
+            if is_writer:
+                replace_folder(target, files, check=read_folder)
     except OSError as error:
         if error.errno is None:
             raise

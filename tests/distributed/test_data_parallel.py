@@ -1,0 +1,54 @@
+"""Two processes, each with half of the batch, by DDP and by FSDP2: what one process computes of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixcore
+from tests import tiny
+from tests.distributed import launch
+from tests.distributed.data_parallel import HOW
+from tests.distributed.training import CONFIGS, IDS, assert_same_training, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data parallel")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[Mapping[str, Any]]:
+    return launch.run("data_parallel", folder)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_processes_train_as_one(ranks: Any, folder: Path, name: str, how: str) -> None:
+    handle = prefixcore.attach(tiny.model(), CONFIGS[name])
+    alone = train(handle, handle.model, IDS)
+    assert_same_training([rank[f"{name} {how}"] for rank in ranks], alone, f"{name} {how}")
+    with prefixcore.load(tiny.model(), folder / f"{name} {how}", trainable=True) as loaded:
+        for got, trained in zip(loaded.parameters(), ranks[0][f"{name} {how}"]["values"], strict=True):
+            assert torch.equal(got, trained), "what is saved is what was trained"
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_processes_agree_on_values_that_each_has_drawn(ranks: Any, kind: str) -> None:
+    for one, other in zip(ranks[0][kind], ranks[1][kind], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_context_parallelism_is_refused(ranks: Any) -> None:
+    for rank in ranks:
+        for name in ("prefix", "prompt"):
+            assert rank["refused"][name].startswith("context parallelism gives each process a part of every sequence")
+
+
+def test_nothing_is_left_beside_the_adapters(ranks: Any, folder: Path) -> None:
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(".pt")}
+    assert names == {f"{name} {how}" for name in CONFIGS for how in HOW}
