@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 
@@ -15,13 +18,46 @@ from tests import tiny
 from tests.distributed.launch import report
 from tests.distributed.training import CONFIGS, IDS, train
 
-HOW = ("ddp", "fsdp", "fsdp, prefix left out", "fsdp before attach")
+HOW = (
+    "ddp",
+    "fsdp",
+    "fsdp, prefix left out",
+    "fsdp before attach",
+    "fsdp of accelerate",
+    "fsdp of accelerate, from rank 0",
+)
+
+
+CASES = [
+    (name, how)
+    for name in CONFIGS
+    for how in HOW
+    # Accelerate takes all of a state dict to be DTensors; the values that an MLP is added to are a buffer.
+    if name != "mlp" or "accelerate" not in how
+]
 
 
 def shard(model: Any, mesh: Any, **how: Any) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, **how)
+
+
+def shard_as_accelerate(model: Any, mesh: Any, *, from_first: bool) -> None:
+    """What `Accelerator.prepare` does for FSDP2, which it takes for granted to be on GPUs.
+
+    `from_first`: the first process alone has the weights, and sends them.
+    """
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=from_first, reshard_after_forward=True,
+    )  # fmt: skip
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), device=torch.device("cpu"), mixed_precision="no",
+        torch_device_mesh=mesh, parallelism_config=SimpleNamespace(fsdp_dim_names=["fsdp"]),
+        is_main_process=dist.get_rank() == 0,
+    )  # fmt: skip
+    fsdp2_prepare_model(accelerator, model)
 
 
 def prepare(name: str, how: str, mesh: Any) -> tuple[Any, Any]:
@@ -34,6 +70,8 @@ def prepare(name: str, how: str, mesh: Any) -> tuple[Any, Any]:
         return handle, torch.nn.parallel.DistributedDataParallel(model)
     if how == "fsdp":
         shard(model, mesh)
+    if how.startswith("fsdp of accelerate"):
+        shard_as_accelerate(model, mesh, from_first="rank 0" in how)
     if how == "fsdp, prefix left out":
         shard(model, mesh, ignored_params=set(handle.parameters()))
     return handle, model
@@ -56,13 +94,12 @@ def refused(mesh: Any) -> dict[str, str]:
 def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
     found: dict[str, Any] = {}
-    for name in CONFIGS:
-        for how in HOW:
-            handle, run = prepare(name, how, mesh)
-            found[f"{name} {how}"] = train(handle, run, IDS[rank : rank + 1])
-            handle.save(f"{folder}/{name} {how}")
+    for name, how in CASES:
+        handle, run = prepare(name, how, mesh)
+        found[f"{name} {how}"] = train(handle, run, IDS[rank : rank + 1])
+        handle.save(f"{folder}/{name} {how}")
     # Nobody gave a seed, and what FSDP does not know of must still be the same everywhere.
     for kind in (prefixcore.PrefixTuningConfig, prefixcore.PromptTuningConfig):
         model = tiny.model()

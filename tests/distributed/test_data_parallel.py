@@ -12,7 +12,7 @@ import torch
 import prefixcore
 from tests import tiny
 from tests.distributed import launch
-from tests.distributed.data_parallel import HOW
+from tests.distributed.data_parallel import CASES
 from tests.distributed.training import CONFIGS, IDS, assert_same_training, train
 
 
@@ -26,8 +26,7 @@ def ranks(folder: Path) -> list[Mapping[str, Any]]:
     return launch.run("data_parallel", folder)
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "how"), CASES)
 def test_two_processes_train_as_one(ranks: Any, folder: Path, name: str, how: str) -> None:
     handle = prefixcore.attach(tiny.model(), CONFIGS[name])
     alone = train(handle, handle.model, IDS)
@@ -51,4 +50,4 @@ def test_context_parallelism_is_refused(ranks: Any) -> None:
 
 def test_nothing_is_left_beside_the_adapters(ranks: Any, folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if not path.name.endswith(".pt")}
-    assert names == {f"{name} {how}" for name in CONFIGS for how in HOW}
+    assert names == {f"{name} {how}" for name, how in CASES}

@@ -79,5 +79,7 @@ def test_a_share_of_query_heads_alone_is_refused() -> None:
 
     key = torch.zeros(1, 2, 3, 16)
     call = AttentionCall(torch.nn.Identity(), "layers.0", 2, key, key, {})
-    with pytest.raises(NotImplementedError, match="2 query and 2 key/value heads in this process, one of 2 that share 4"):
+    with pytest.raises(
+        NotImplementedError, match="2 query and 2 key/value heads in this process, one of 2 that share 4"
+    ):
         _with_all_heads(tiny.model(), call, HeadGroup(Mesh()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -16,24 +15,21 @@ from tests.distributed.training import CONFIGS, whole
 
 TEXTS = torch.randint(2, 90, (12, 7), generator=torch.Generator().manual_seed(0)).tolist()
 DATA = [{"input_ids": ids, "labels": ids} for ids in TEXTS]
-FSDP = {"version": 2, "reshard_after_forward": True, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}  # fmt: skip
 
 
-def main(folder: str, runs: str, how: str, steps: str, resume: str) -> None:
+def main(folder: str, runs: str, steps: str, resume: str) -> None:
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    options: dict[str, Any] = {"fsdp": True, "fsdp_config": FSDP} if how == "fsdp" else {}
     arguments = TrainingArguments(
         runs, max_steps=int(steps), per_device_train_batch_size=2 // processes, learning_rate=0.01, adam_epsilon=1e-3,
         lr_scheduler_type="constant", save_steps=2, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
-        seed=3, **options,
+        seed=3,
     )  # fmt: skip
     handle = prefixcore.attach(tiny.model(), CONFIGS["prefix"])
     trainer = Trainer(handle.model, arguments, train_dataset=DATA)
     trainer.train(resume_from_checkpoint=resume == "resume")
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     found = {"losses": losses, "values": [whole(parameter) for parameter in handle.parameters()]}
-    if how == "fsdp" or trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
         handle.save(f"{runs}/saved")
     report(folder, rank, found)
     if torch.distributed.is_initialized():
