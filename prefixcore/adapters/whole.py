@@ -71,8 +71,8 @@ def _needs_others(tensor: Any) -> bool:
 def one_writer(modules: Iterable[nn.Module], target: Path) -> Iterator[bool]:
     """A block in which a folder is written: whether by this process.
 
-    What is sharded is saved by every process, and written by one of those that name the same folder on the same machine.
-    The others leave the block when it is written.
+    What is sharded is saved by every process, and written by one of those that name the same folder on the same
+    machine. The others leave the block when it is written.
 
     Raises:
         AdapterError: another process was to write, and could not.

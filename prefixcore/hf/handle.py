@@ -151,8 +151,8 @@ class Handle(UndoneAfterBlock):
     ) -> Path:
         """Writes the adapter: PEFT's two files, the manifest, and the training state where there is more than values.
 
-        In several processes: what is whole in each (DDP, tensor parallelism) may be saved by one alone; where all of them
-        do, each puts the same whole folder in place. What FSDP2 shards must be saved by all, and one of them writes.
+        In several processes: what is whole in each (DDP, tensor parallelism) may be saved by one alone; where all do,
+        each puts the same whole folder in place. What FSDP2 shards must be saved by all, and one of them writes.
 
         What is not said of a loaded adapter stays as it was said of that one, as far as it still holds: after more
         training its task, license and intended use, but no metrics.

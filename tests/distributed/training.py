@@ -45,8 +45,9 @@ def train(handle: Any, run: Any, ids: Tensor, steps: int = 3) -> dict[str, Any]:
 def assert_same_training(ranks: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
     """Each process has the gradients and the values of one process on the whole batch, and all have the same bits."""
     for key in ("gradients", "values"):
+        what = f"{name}, {key}: {{}}"
         for mine, others, expected in zip(ranks[0][key], ranks[1][key], alone[key], strict=True):
-            assert torch.equal(mine, others), f"{name}: {key} differ between the processes"
-            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6, msg=lambda why: f"{name}: {key}: {why}")
+            assert torch.equal(mine, others), what.format("they differ between the processes")
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6, msg=what.format)
     losses = torch.tensor([rank["losses"] for rank in ranks], dtype=torch.float64).mean(0)
     torch.testing.assert_close(losses, torch.tensor(alone["losses"], dtype=torch.float64), rtol=0, atol=1e-6)

@@ -136,7 +136,7 @@ def _with_all_heads(model: PreTrainedModel, call: AttentionCall, group: HeadGrou
     if (have[0] * group.size, have[1] * group.size) != expected:
         raise NotImplementedError(
             f"{call.name} has {have[0]} query and {have[1]} key/value heads in this process, one of {group.size} that "
-            f"share {expected[0]} and {expected[1]}: a prefix needs each of them to have the same share of both. Take a "
+            f"share {expected[0]} and {expected[1]}: for a prefix each of them needs the same share of both. Take a "
             "number of processes (tp_size) that divides both"
         )
     key, value = group.gather(call.key, 1), group.gather(call.value, 1)

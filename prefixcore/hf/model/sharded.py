@@ -17,7 +17,7 @@ from .devices import device_of
 
 
 def data_meshes(model: nn.Module) -> list[Any]:
-    """The processes over which FSDP2 shares out the weights of `model`, a mesh of one dimension each; none elsewhere."""
+    """The processes over which FSDP2 shares out the weights of `model`, a mesh for each dimension; none elsewhere."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -72,7 +72,7 @@ class _Averaged(torch.autograd.Function):
 
 
 def embedded(model: nn.Module, embed: nn.Module, ids: Sequence[int], inputs: dict[str, Any]) -> Tensor:
-    """What `embed`, whose table may be in parts, makes of ids: seen in a forward of the model, which joins the parts."""
+    """What `embed`, whose table may be in parts, makes of ids: seen in a forward of the model, which joins them."""
     if not any(hasattr(parameter, "placements") for parameter in embed.parameters()):
         found: Tensor = embed(torch.tensor(list(ids), device=device_of(embed)))
         return found

@@ -2,8 +2,8 @@
 
 Virtual tokens are kilobytes, so every process has all of them and their optimizer's state. Its attention sees those of
 its own heads alone, and the backward gives every process the gradient of all heads, by one exchange a step. So what a
-process saves is whole, norms of gradients are those of the whole, a reparameterization works as elsewhere, and a training
-goes on from a checkpoint with another number of processes.
+process saves is whole, norms of gradients are those of the whole, a reparameterization works as elsewhere, and a
+training goes on from a checkpoint with another number of processes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def agree_on(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
 
 
 def own_heads(pairs: Sequence[tuple[Tensor, Tensor]], group: HeadGroup) -> list[tuple[Tensor, Tensor]]:
-    """Of keys [Hkv, P, D] and values [Hkv, P, Dv] those of this process's heads; their gradient is that of all heads."""
+    """Of keys [Hkv, P, D] and values [Hkv, P, Dv] those of this process's heads, with the gradient of all heads."""
     flat: tuple[Tensor, ...] = _OwnHeads.apply(group, *[x for pair in pairs for x in pair])  # type: ignore[no-untyped-call]
     return list(zip(flat[::2], flat[1::2], strict=True))
 
