@@ -1,8 +1,8 @@
-"""What a step of training sends over the network, on paper: virtual tokens, a LoRA and full tuning, for any number of GPUs.
+"""What a step of training sends, on paper: virtual tokens, a LoRA and full tuning, for 1 to 1,024 GPUs.
 
-`python -m bench.communication` prints the table that is in docs/guides/distributed.md. Nothing is measured: the numbers
-follow from the shapes of the model. Data parallelism adds up the gradients of what is trained with a ring, in which each
-GPU sends 2 (n - 1) / n times their bytes; FSDP gathers the weights, once forward and once backward, whatever is trained.
+`python -m bench.communication` prints the tables that are in docs/guides/distributed.md. Nothing is measured: the
+numbers follow from the shapes of the models. Data parallelism adds up the gradients of what is trained with a ring, in
+which each GPU sends 2 (n - 1) / n times their bytes; FSDP gathers the weights twice, whatever is trained.
 """
 
 from __future__ import annotations

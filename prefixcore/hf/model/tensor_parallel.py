@@ -57,7 +57,7 @@ def head_group(model: PreTrainedModel) -> HeadGroup | None:
     """The processes that share the heads of `model`; None: each of its heads is in one process."""
     mesh: Any = getattr(model, "_device_mesh", None)
     if mesh is None:  # parallelize_module of torch leaves no trace but in the weights
-        mesh = next((p.device_mesh for p in model.parameters() if _is_split(p)), None)
+        mesh = next((getattr(p, "device_mesh", None) for p in model.parameters() if _is_split(p)), None)
     if mesh is None or "tp" not in (mesh.mesh_dim_names or ()):
         return None
     mesh = mesh["tp"] if mesh.ndim > 1 else mesh
