@@ -121,6 +121,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it is a parameter whose numbers DeepSpeed's ZeRO-3 has taken away, a part to each process."""
+    return getattr(tensor, "ds_shape", None) is not None and tensor.numel() == 0
+
+
 def is_quantized(weight: Weight) -> bool:
     """Whether its numbers must be made from a form with fewer bits."""
     tensor = weight.tensor
@@ -135,9 +140,9 @@ def materialized(weight: Weight) -> Tensor:
     Raises:
         Unreadable: it has no data.
     """
-    tensor = weight.tensor.detach()
-    if getattr(tensor, "ds_shape", None) is not None and tensor.numel() == 0:
+    if is_partitioned(weight.tensor):
         raise Unreadable("partitioned by DeepSpeed")
+    tensor = weight.tensor.detach()
     if not tensor.is_meta:
         return tensor
     kept = offloaded(weight.module, weight.field)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError
-from .weights import is_sharded, offloaded
+from .weights import is_partitioned, is_sharded, offloaded
 
 PATIENCE = 60.0
 """Seconds that a process waits for the others, whose shards it needs."""
@@ -33,15 +33,19 @@ def whole_module(module: M) -> M:
         AdapterError: a tensor is sharded and another process does not call too, or has no data.
     """
     tensors = list(_tensors(module))
-    if not any(tensor.is_meta or is_sharded(tensor) for _, _, tensor in tensors):
+    if not any(tensor.is_meta or is_sharded(tensor) or is_partitioned(tensor) for _, _, tensor in tensors):
         return module
     if any(_needs_others(tensor) for _, _, tensor in tensors):
         _meet()
     memo: dict[int, Any] = {}  # what a copy puts in place of each tensor
     for owner, name, tensor in tensors:
-        whole = _whole(owner, name, tensor.detach()).cpu()
+        whole = _whole(owner, name, tensor).detach().cpu()
         memo[id(tensor)] = nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    for each in copied.modules():  # what gathers and frees parameters knows nothing of these
+        for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks):
+            hooks.clear()
+    return copied
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -55,6 +59,11 @@ def _whole(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if is_sharded(tensor):
         full: Any = tensor
         return full.full_tensor()
+    if is_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     if tensor.is_meta:
         kept = offloaded(owner, name)
         if kept is None:
@@ -64,6 +73,8 @@ def _whole(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _needs_others(tensor: Any) -> bool:
+    if is_partitioned(tensor):
+        return True
     return is_sharded(tensor) and any(not placement.is_replicate() for placement in tensor.placements)
 
 

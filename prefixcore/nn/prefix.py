@@ -27,6 +27,12 @@ class KeyValue(nn.Module):
             else:
                 self.register_buffer(name, tensor)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Both, by a call, in which DeepSpeed's ZeRO-3 puts its parts together; afterwards it takes them away again."""
+        if hasattr(self.key, "ds_id"):
+            return self.key.view_as(self.key), self.value.view_as(self.value)
+        return self.key, self.value
+
 
 class Prefix(nn.Module):
     """Keys and values of P virtual tokens for each of `layers`, or what reparameterizes them.
@@ -174,4 +180,4 @@ def _stack(pairs: KeyValues, *, trainable: bool) -> nn.ModuleList:
 
 def _pairs(stack: nn.ModuleList | None) -> list[tuple[Tensor, Tensor]]:
     assert stack is not None
-    return [(layer.key, layer.value) for layer in stack if isinstance(layer, KeyValue)]
+    return [layer() for layer in stack]

@@ -1,0 +1,34 @@
+"""DeepSpeed's ZeRO-3 in two processes, where it is installed: what one process computes of the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import prefixcore
+from tests import tiny
+from tests.distributed import launch
+from tests.distributed.training import CONFIGS, IDS
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    ranks = launch.run("zero3", tmp_path)
+    for case in ranks[0]:
+        handle = prefixcore.attach(tiny.model().train(), CONFIGS[case.split(",")[0]])
+        optimizer = torch.optim.AdamW(handle.parameters(), lr=0.01, eps=1e-3)
+        losses = []
+        for _ in range(3):
+            loss = handle.model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        means = [(a + b) / 2 for a, b in zip(ranks[0][case], ranks[1][case], strict=True)]
+        assert means == pytest.approx(losses, abs=1e-6), case
+        with prefixcore.load(tiny.model(), tmp_path / case, trainable=True) as loaded:
+            for got, expected in zip(loaded.parameters(), handle.parameters(), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=f"{case}: {{}}".format)

@@ -1,0 +1,50 @@
+"""Run by torchrun: DeepSpeed's ZeRO-3, which has every parameter in pieces, on a CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+
+import prefixcore
+from tests import tiny
+from tests.distributed.launch import report
+from tests.distributed.training import CONFIGS, IDS
+
+THRESHOLDS = {"small ones whole": {}, "all in pieces": {"stage3_param_persistence_threshold": 0}}
+
+
+def main(folder: str) -> None:
+    deepspeed.init_distributed("gloo")
+    rank = torch.distributed.get_rank()
+    found: dict[str, Any] = {}
+    for name in ("prefix", "prompt"):
+        for how, threshold in THRESHOLDS.items():
+            handle = prefixcore.attach(tiny.model(), CONFIGS[name])
+            optimizer = {"type": "AdamW", "params": {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.01, "torch_adam": True}}
+            config = {
+                "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **threshold},
+                "optimizer": optimizer, "zero_force_ds_cpu_optimizer": False,
+            }  # fmt: skip
+            engine, *_ = deepspeed.initialize(
+                model=handle.model, model_parameters=list(handle.parameters()), config=config
+            )
+            ids, losses = IDS[rank : rank + 1], []
+            for _ in range(3):
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+            handle.save(f"{folder}/{name}, {how}")
+            found[f"{name}, {how}"] = losses
+    report(folder, rank, found)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
