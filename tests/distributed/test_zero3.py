@@ -10,7 +10,7 @@ import torch
 import prefixcore
 from tests import tiny
 from tests.distributed import launch
-from tests.distributed.training import CONFIGS, IDS
+from tests.distributed.training import CONFIGS, IDS, train
 
 
 @pytest.mark.slow
@@ -18,15 +18,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     ranks = launch.run("zero3", tmp_path)
     for case in ranks[0]:
-        handle = prefixcore.attach(tiny.model().train(), CONFIGS[case.split(",")[0]])
-        optimizer = torch.optim.AdamW(handle.parameters(), lr=0.01, eps=1e-3)
-        losses = []
-        for _ in range(3):
-            loss = handle.model(input_ids=IDS, labels=IDS).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+        handle = prefixcore.attach(tiny.model(), CONFIGS[case.split(",")[0]])
+        losses = train(handle, handle.model, IDS)["losses"]
         means = [(a + b) / 2 for a, b in zip(ranks[0][case], ranks[1][case], strict=True)]
         assert means == pytest.approx(losses, abs=1e-6), case
         with prefixcore.load(tiny.model(), tmp_path / case, trainable=True) as loaded:

@@ -29,7 +29,7 @@ def main(folder: str) -> None:
             optimizer = {"type": "AdamW", "params": {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.01, "torch_adam": True}}
             config = {
                 "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **threshold},
-                "optimizer": optimizer, "zero_force_ds_cpu_optimizer": False,
+                "optimizer": optimizer, "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 1.0,
             }  # fmt: skip
             engine, *_ = deepspeed.initialize(
                 model=handle.model, model_parameters=list(handle.parameters()), config=config
