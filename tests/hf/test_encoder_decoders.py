@@ -279,3 +279,31 @@ def test_what_has_no_meaning_is_refused(tmp_path: Any) -> None:
     theirs = peft.get_peft_model(make("bart"), peft.PromptTuningConfig(num_virtual_tokens=P, task_type="SEQ_2_SEQ_LM"))
     with pytest.raises(NotImplementedError, match="give its folder to prefixcore.load"):
         prefixcore.accelerate(theirs)
+
+
+@pytest.mark.parametrize("made", [config(), PromptTuningConfig(P, seed=0)])
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_cache_is_for_the_virtual_tokens_that_filled_it(family: str, made: Any) -> None:
+    """Without a mask nothing else would fail: the cache holds what the decoder read of the encoder."""
+    model, ids = make(family), torch.tensor([[2, 11, 23, 42], [2, 31, 9, 7]])
+    batch = {"input_ids": inputs(family)["input_ids"].clamp(min=3)}
+    with prefixcore.attach(model, made) as handle:
+        whole = model(**batch, decoder_input_ids=ids).logits
+
+        def start() -> dict[str, Any]:
+            out = model(**batch, decoder_input_ids=ids[:, :2], use_cache=True)
+            return {"past_key_values": out.past_key_values, "encoder_outputs": (out.encoder_last_hidden_state,)}
+
+        rest = {"decoder_input_ids": ids[:, 2:]}
+        torch.testing.assert_close(model(**start(), **rest).logits, whole[:, 2:], rtol=1e-4, atol=1e-5)
+        again = start()["past_key_values"]
+        again.reorder_cache(torch.tensor([1, 0]))
+        filled = start()
+        with handle.disabled():
+            with pytest.raises(RuntimeError, match="filled by a model with virtual tokens attached"):
+                model(**filled, **rest)
+            bare = start()
+        with pytest.raises(ValueError, match="computed without"):
+            model(**batch, **rest, past_key_values=bare["past_key_values"])
+    with pytest.raises(RuntimeError, match="filled by a model with virtual tokens attached"):
+        model(**filled, **rest)

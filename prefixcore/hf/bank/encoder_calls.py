@@ -11,13 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..attention.interface import PREFIXES
+from ..attention.prefix import PrefixCall
 from ..attention.refusals import refuse_attention_weights, refuse_other_attention, refuse_reentrant_checkpointing
 from ..batch.layout import Layout
 from ..batch.tasks import Rows
 from ..model.sample_inputs import model_input
+from ..positions.cache import (
+    CacheLabel,
+    cache_argument,
+    cache_output,
+    close_cache,
+    label_to_continue,
+    open_cache,
+    set_label,
+)
 from ..positions.positions import batch_rows
 from ..positions.row_padding import check_rows_may_differ
 from ..prompts.prompts import Prompts, missing_tokens
@@ -77,6 +87,22 @@ def extend_encoder_mask(bank: Bank, rows: Rows, kwargs: dict[str, Any], num_rows
         )
     layout = Layout.from_mask(mask, num_rows, mask.shape[1], longest)
     kwargs["encoder_attention_mask"] = insert_mask(mask, layout, missing)
+
+
+def behind_prompts(forward: Callable[..., Any], rows: Rows, kwargs: dict[str, Any]) -> Any:
+    """A call of a decoder without prefixes, whose cache holds what it read of the encoder: soft prompts, too."""
+    keys, cache = rows.keys(batch_rows(kwargs)), cache_argument(kwargs)
+    label = label_to_continue(cache, keys)
+    open_cache(cache)
+    try:
+        output = forward(**kwargs)
+    finally:
+        close_cache(cache)
+    cache = cache_output(output) if cache is None else cache
+    if label is None and rows.prompts and isinstance(cache, Cache):
+        set_label(cache, CacheLabel(keys, rows, {}, PrefixCall([]), [0] * len(keys)))
+        close_cache(cache)
+    return output
 
 
 def find_encoder(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -71,9 +71,11 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         bank.check_inserted(decoder, kwargs)
         given = RowPrefixes(bank.pop_rows(kwargs), {})
     if bank.encoder is not None:
-        from .encoder_calls import extend_encoder_mask
+        from .encoder_calls import behind_prompts, extend_encoder_mask
 
         extend_encoder_mask(bank, given.rows, kwargs, batch_rows(kwargs))
+        if not bank.is_reached:
+            return behind_prompts(forward, given.rows, kwargs)
     if not bank.is_reached:
         return forward(**kwargs)
     refuse_other_attention(decoder)

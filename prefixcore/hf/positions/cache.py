@@ -144,7 +144,7 @@ class _Refusing:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if cache_length(self.cache) == 0:  # it was emptied
             set_label(self.cache, None)
-            return self.cache.update(*args, **kwargs)
+            return _written(self.cache).update(*args, **kwargs)
         raise RuntimeError(
             "this cache was filled by a model with virtual tokens attached, and is now given to one without (it was "
             "detached, is disabled, or is another model), whose tokens would stand in other places: start a new cache"
@@ -192,8 +192,9 @@ def get_label(cache: Any) -> CacheLabel | None:
 def set_label(cache: Any, label: CacheLabel | None) -> None:
     """Puts a label on a cache, in place of the one that it has."""
     if label is None:
-        for name in (_LABEL, "update", "reset", *_SELECTING):
+        for name in (_LABEL, "reset", *_SELECTING):
             cache.__dict__.pop(name, None)
+        _written(cache).__dict__.pop("update", None)
         return
     cache.__dict__[_LABEL] = label
     if cache.is_compileable:
@@ -206,7 +207,7 @@ def set_label(cache: Any, label: CacheLabel | None) -> None:
 def open_cache(cache: Any) -> None:
     """Lets a model write to a labelled cache, until `close_cache`."""
     if isinstance(cache, Cache) and not torch.compiler.is_compiling():
-        cache.__dict__.pop("update", None)
+        _written(cache).__dict__.pop("update", None)
 
 
 def close_cache(cache: Any) -> None:
@@ -215,7 +216,12 @@ def close_cache(cache: Any) -> None:
     if not isinstance(cache, Cache) or torch.compiler.is_compiling() or cache.is_compileable:
         return
     if get_label(cache) is not None:
-        cache.__dict__["update"] = _Refusing(cache)
+        _written(cache).__dict__["update"] = _Refusing(cache)
+
+
+def _written(cache: Cache) -> Any:
+    """The cache that every step writes to: of an encoder-decoder's two that of its self-attention."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def label_to_continue(cache: Any, keys: list[Key | None]) -> CacheLabel | None:
