@@ -10,12 +10,15 @@ from torch import Tensor
 
 from ..nn import Prefix
 from .attention.mass import watch_mass
+from .batch.tasks import TASK_IDS
 from .model.signature import argument_names
 
 if TYPE_CHECKING:
     from .handle import Handle
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label")
+"""What a loss is computed from, which is not wanted here."""
+
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -55,32 +58,38 @@ def attention_on_prefix(handle: Handle, batches: Iterable[dict[str, Any]]) -> di
 
     Args:
         handle: whose model is run, in evaluation mode and without gradients.
-        batches: arguments of the model; of each what it is given to read is taken, and labels are left out.
+        batches: arguments of the model; of each what it is given to read is taken, and labels are left out
+            where they are not read, too.
     """
     if not isinstance(handle.module, Prefix) or not handle.is_attached:
         return {}
     model: Any = handle.model
+    bank = handle._bank
     known = {*argument_names(model), *_PACKED}
+    # The decoder of an encoder-decoder reads the labels where it is given nothing else.
+    left_out = {TASK_IDS, *(_ANSWERS if bank.encoder is None else ())}
+    encoder = set() if bank.encoder is None else set(bank.encoder.modules())
     sums: dict[int, Tensor] = {}
-    tokens = 0.0
+    tokens: dict[int, Tensor] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                inputs = {name: batch[name] for name in (*_INPUTS, *_PACKED) if name in batch and name in known}
+                inputs = {n: x for n, x in batch.items() if x is not None and n in known and n not in left_out}
                 inputs = {n: x.to(model.device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
                 with watch_mass() as masses:
-                    model(**inputs, use_cache=False)
-                keep = _is_token(inputs)
+                    model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
                 for layer, mass in masses.items():  # [B, T]
-                    sums[layer] = sums.get(layer, 0) + (mass * keep.to(mass.device)).sum()
-                tokens += float(keep.sum())
+                    in_decoder = bank.encoder is not None and bank.layers[layer] not in encoder
+                    keep = _is_token(inputs, mass, in_decoder)
+                    sums[layer] = sums.get(layer, 0) + (mass * keep).sum()
+                    tokens[layer] = tokens.get(layer, 0) + keep.sum()
     finally:
         model.train(was_training)
     layers = sorted(sums)
     return {
-        f"prefix_attention/{name}": float(sums[layer]) / tokens
+        f"prefix_attention/{name}": float(sums[layer]) / float(tokens[layer])
         for name, layer in zip(layer_names(layers), layers, strict=True)
     }
 
@@ -91,11 +100,14 @@ def layer_names(layers: Sequence[int]) -> list[str]:
     return [f"layer_{layer:0{width}d}" for layer in layers]
 
 
-def _is_token(inputs: dict[str, Any]) -> Tensor:
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.float()
-    return torch.ones_like(inputs["input_ids"], dtype=torch.float32)
+def _is_token(inputs: dict[str, Any], mass: Tensor, in_decoder: bool) -> Tensor:
+    """1 where a layer, of an encoder-decoder's decoder or of any other model, has a token, and 0 at padding: [B, T]."""
+    mask = inputs.get("decoder_attention_mask" if in_decoder else "attention_mask")
+    if mask is None and in_decoder and isinstance(inputs.get("labels"), Tensor):
+        mask = inputs["labels"] != -100
+    if isinstance(mask, Tensor) and mask.shape == mass.shape:
+        return mask.to(mass.device, torch.float32)
+    return torch.ones_like(mass)
 
 
 def _norm(tensors: Iterable[Tensor]) -> Tensor:

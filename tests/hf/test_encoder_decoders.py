@@ -13,6 +13,7 @@ import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 from prefixcore.hf import ENCODER_DECODERS, attaching
 from prefixcore.hf.attention import interface
+from prefixcore.hf.measures import attention_on_prefix
 
 from .encoder_decoders import BIASED, FAMILIES, TEXT, inputs, labels, make
 from .encoders import P, concatenated
@@ -307,3 +308,44 @@ def test_a_cache_is_for_the_virtual_tokens_that_filled_it(family: str, made: Any
             model(**batch, **rest, past_key_values=bare["past_key_values"])
     with pytest.raises(RuntimeError, match="filled by a model with virtual tokens attached"):
         model(**filled, **rest)
+
+
+@pytest.mark.parametrize("kinds", [("a prefix", "a prompt"), ("a prompt", None)])
+def test_generate_with_a_bank_of_both_kinds(kinds: Any) -> None:
+    """Rows of a soft prompt alone, in a model whose attention another adapter's prefix has reached."""
+    model, batch = make("t5"), inputs("t5")
+    bank = prefixcore.PromptBank(model)
+    bank.attach("a prefix", PrefixTuningConfig(3, init="random", seed=1))
+    bank.attach("a prompt", PromptTuningConfig(5, init="random", seed=2))
+    tokens = model.generate(**batch, **GREEDY, num_beams=2, task_ids=list(kinds))
+    for row, kind in enumerate(kinds):
+        one = {name: x[row : row + 1] for name, x in batch.items()}
+        assert torch.equal(model.generate(**one, **GREEDY, num_beams=2, task_ids=[kind])[0], tokens[row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_on_the_prefix(family: str) -> None:
+    """Of the tokens that the decoder reads, which are the labels', and of the encoder's own; beside eager weights."""
+    model, batch = make(family), {**inputs(family), "labels": labels()}
+    handle = prefixcore.attach(model, config())
+    got = list(attention_on_prefix(handle, [batch]).values())
+    pairs = handle.bake()
+    handle.detach()
+    if family not in BIASED:
+        move_positions(model)
+    shares: list[float] = []
+    softmax = torch.nn.functional.softmax
+
+    def watching(scores: Tensor, *args: Any, **options: Any) -> Tensor:
+        weights = softmax(scores, *args, **options)
+        in_encoder = len(shares) < (3 if family in BIASED else 2)
+        keep = batch.get("attention_mask") if in_encoder else labels() != -100
+        mass = weights[..., :P].sum(-1).mean(1)
+        keep = torch.ones_like(mass) if keep is None else keep.float()
+        shares.append(float((mass * keep).sum() / keep.sum()))
+        return weights
+
+    with concatenated(model, pairs), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", watching)
+        model(**batch)
+    assert got == pytest.approx(shares, rel=1e-4)

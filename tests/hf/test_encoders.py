@@ -12,6 +12,7 @@ import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 from prefixcore.hf import ENCODERS, attaching, verify_encoder
 from prefixcore.hf.attention import interface
+from prefixcore.hf.measures import attention_on_prefix
 
 from .encoders import MOVING, SIDES, TEXT, P, concatenated, inputs, make, moved
 from .models import assert_same, state
@@ -253,3 +254,23 @@ def test_families_out_of_reach_are_refused() -> None:
         model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes))
         with pytest.raises(NotImplementedError, match="does not run its attention through"):
             prefixcore.attach(model, config())
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_the_attention_on_the_prefix(family: str) -> None:
+    """Of an encoder that reads tokens and of one that reads images; all of it where keys of the text are far off."""
+    model, batch = make(family), inputs(family, "right")
+    handle = prefixcore.attach(model, config())
+    shares = attention_on_prefix(handle, [batch])
+    assert list(shares) == [f"prefix_attention/layer_{layer}" for layer in range(3)]
+    assert all(0 < share < 1 for share in shares.values())
+    with torch.no_grad():
+        for layer in handle.module.layers:
+            layer.key.zero_()
+        for name, parameter in model.named_parameters():
+            if "key" in name or "k_proj" in name:
+                parameter.zero_()
+    [share, *_] = attention_on_prefix(handle, [batch]).values()
+    seen = [P / (P + n) for n in ((9, 6, 2) if family == "bert" else (17, 17, 17))]
+    weights = (9, 6, 2) if family == "bert" else (1, 1, 1)
+    assert share == pytest.approx(sum(s * w for s, w in zip(seen, weights, strict=True)) / sum(weights), rel=1e-5)

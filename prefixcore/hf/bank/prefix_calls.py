@@ -112,7 +112,9 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     finally:
         close_cache(cache)
     cache = cache_output(output) if cache is None else cache
-    if label is None and tasks and isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
+    # A decoder alone has its soft prompts in the cache itself, which says so already.
+    is_behind = bool(tasks) or (bank.encoder is not None and bool(given.rows.prompts))
+    if label is None and is_behind and isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
         set_label(cache, CacheLabel(keys, given.rows, lengths, call.detached(), [0] * num_rows))
         close_cache(cache)
     return output
