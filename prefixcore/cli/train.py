@@ -164,7 +164,9 @@ def say_what_is_kept(record: TrainingRecord) -> None:
             f"stopped early after {record.steps_done} of {options.steps} steps: the last "
             f"{options.early_stopping_patience} held-out losses were not below the least before"
         )
-    if record.kept_step == 0:
+    if options.keep == "best" and not any(math.isfinite(loss) for _, loss in record.held_out_loss):
+        say("warning: no held-out loss was a number, so none is the best, and the last step's values are kept")
+    elif record.kept_step == 0:
         say("warning: no held-out loss was below that of the start, whose values are kept; --keep last keeps the last")
     elif record.kept_step < record.steps_done:
         say(f"kept the values of step {record.kept_step}, whose held-out loss is the least")

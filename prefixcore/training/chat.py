@@ -127,6 +127,11 @@ def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
             value = message.get(field) if isinstance(message, dict) else None
             if not isinstance(value, str) or not is_whole(value):
                 raise DataError(f"{where}: message {number} has no text {field!r}")
+        if message.get("tool_calls"):
+            raise DataError(
+                f"{where}: message {number} has tool_calls, which are not learnt; leave such conversations out, or "
+                "write the calls into its content as the model does"
+            )
         checked.append({"role": message["role"], "content": message["content"]})
     roles = [message["role"] for message in checked]
     if ASSISTANT not in roles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,17 @@ _INSTALL = "pip install 'prefixcore[data]'"
 
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 """One of them is in each folder that `save_to_disk` writes: of a data set, or of several splits."""
+
+
+_COLUMNS = ("prompt", "completion", "messages")
+"""The columns that are read; others are ignored."""
+
+
+def _check_names(names: Sequence[str], source: str | Path) -> None:
+    """Raises DataError if a column that is read is there twice."""
+    for name in _COLUMNS:
+        if names.count(name) > 1:
+            raise DataError(f"{source}: {names.count(name)} columns are called {name!r}; leave one of them")
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,6 +43,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             if header is None:
                 header = row
+                _check_names(header, source)
             elif len(row) != len(header):
                 raise DataError(
                     f"{source}: {len(row)} values, but the header has {len(header)} columns ({', '.join(header)}); "
@@ -55,7 +67,8 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         number = 0
         with ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in ("prompt", "completion", "messages")]
+            _check_names(file.schema_arrow.names, path)
+            columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
             others = dict.fromkeys(file.schema_arrow.names)  # for messages that name the columns there are
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
@@ -83,7 +96,7 @@ def read_dataset(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = datasets.load_from_disk(str(path)).with_format(None)
     except Exception as error:  # what datasets raises for a damaged folder is of any kind
         raise DataError(f"{path}: datasets cannot read it ({type(error).__name__}: {error})") from error
-    columns = [name for name in rows.column_names if name in ("prompt", "completion", "messages")]
+    columns = [name for name in rows.column_names if name in _COLUMNS]
     others = dict.fromkeys(rows.column_names)
     if columns:
         rows = rows.select_columns(columns)

@@ -171,3 +171,34 @@ def test_a_tracker_that_is_not_known(train, tmp_path):
     assert code == 2
     assert "--report-to: no tracker is called 'excel': one of tensorboard, mlflow, wandb, trackio" in err
     assert not (tmp_path / "adapter").exists()
+
+
+def test_held_out_losses_that_are_no_numbers(train, tmp_path, monkeypatch):
+    """None is the least of them: the last step's values are kept, and this is said."""
+    monkeypatch.setattr("prefixcore.training.loop.held_out_loss", lambda *args, **options: float("nan"))
+    code, _, err = train(*METHOD, "--eval-every", 4)
+    assert code == 0, err
+    assert "warning: no held-out loss was a number, so none is the best, and the last step's values are kept" in err
+    assert read_record(tmp_path / "adapter")["kept_step"] == 8
+    assert train(*METHOD, "--keep", "last", out=tmp_path / "last")[0] == 0
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "last")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("method", ["start", "store_init_configuration", "log", "finish"])
+def test_a_tracker_that_fails(train, tmp_path, monkeypatch, method):
+    """At its start before anything is trained; later the training goes on without it."""
+
+    def fail(self, *args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", fail)
+    code, _, err = train(*METHOD, "--report-to", "tensorboard", "--logging-dir", tmp_path / "runs")
+    if method in ("start", "store_init_configuration"):
+        assert code == 2
+        assert "--report-to: tensorboard does not start: no route" in err
+        assert not (tmp_path / "adapter").exists()
+    else:
+        assert code == 0, err
+        assert err.count("warning: tensorboard failed (no route); the training goes on without it") == 1
+        assert read_record(tmp_path / "adapter")["kept_step"] > 0

@@ -270,6 +270,14 @@ def test_what_is_refused() -> None:
         model(**inputs("bart"), decoder_input_ids=torch.ones(2, 62, dtype=torch.long))
 
 
+@pytest.mark.parametrize("made", [config(), PromptTuningConfig(P, seed=0)])
+def test_a_decoder_that_is_given_nothing_says_so_itself(made: Any) -> None:
+    """T5 makes no start from what the encoder reads, as BART does."""
+    model = make("t5")
+    with prefixcore.attach(model, made), pytest.raises(ValueError, match="decoder_input_ids or decoder_inputs_embeds"):
+        model(**inputs("t5"))
+
+
 def test_what_has_no_meaning_is_refused(tmp_path: Any) -> None:
     """No text is a prefix of both stacks; and PEFT's own model is not taken, but its adapter."""
     model = make("bart")

@@ -190,3 +190,12 @@ def test_a_soft_prompt_on_an_encoder_is_not_baked(tmp_path: Any) -> None:
         handle.save(tmp_path / "prompt")
     with pytest.raises(NotImplementedError, match="is an encoder: the text changes what stands before it"):
         prefixcore.bake(model, tmp_path / "prompt", tmp_path / "baked")
+
+
+def test_a_mask_that_counts_the_virtual_tokens() -> None:
+    """The mask is of the text alone; a longer one is refused wherever its zeros stand."""
+    model, batch = make_for("bert", "TOKEN_CLS"), inputs("bert", "left")
+    with prefixcore.attach(model, PromptTuningConfig(P, seed=0, modules_to_save=[])):
+        longer = torch.cat((batch["attention_mask"], torch.ones(3, P, dtype=torch.long)), 1)
+        with pytest.raises(ValueError, match="a padding mask of all 9 tokens, got .3, 13."):
+            model(input_ids=batch["input_ids"], attention_mask=longer)

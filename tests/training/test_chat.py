@@ -121,6 +121,7 @@ def test_templates_that_do_not_fit(template, message):
     [
         ("hello", "must be a list"),
         ([{"role": "user"}], "message 1 has no text 'content'"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}], "message 1 has tool_calls, which are not"),
         ([{"role": "user", "content": [{"type": "text"}]}], "message 1 has no text 'content'"),
         ([{"role": "user", "content": "a"}], "no turn of the role 'assistant', which is what is learnt (found: user)"),
         ([{"role": "assistant", "content": "a"}], "the first turn is the assistant's"),

@@ -131,3 +131,22 @@ def test_what_is_not_there(tmp_path):
         DataError, match="is not a regular file; expected .* or a folder that Dataset.save_to_disk wrote"
     ):
         read_examples(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+def test_a_column_that_is_there_twice(tmp_path, kind):
+    """Which of the two is meant is not guessed; columns that are not read may be as they like."""
+    for names, is_fine in ((("id", "id", "prompt", "completion"), True), (("prompt", "prompt", "completion"), False)):
+        path = tmp_path / f"{len(names)}{kind}"
+        values = [str(place) for place in range(len(names))]
+        if kind == ".csv":
+            path.write_text(",".join(names) + "\n" + ",".join(values) + "\n")
+        else:
+            arrays = [pyarrow.array([value]) for value in values]
+            parquet.write_table(pyarrow.Table.from_arrays(arrays, names=list(names)), path)
+        if is_fine:
+            [example] = read_examples(path)
+            assert (example.prompt, example.completion) == ("2", "3")
+        else:
+            with pytest.raises(DataError, match="2 columns are called 'prompt'"):
+                read_examples(path)

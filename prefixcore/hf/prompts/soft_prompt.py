@@ -49,7 +49,8 @@ def insert(
     (batch_size, length), virtual = tokens(kwargs).shape[:2], prompts.longest
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     device = tokens(kwargs).device
-    if mask is not None and mask.shape[1] < length:
+    is_long = mask is not None and mask.shape[1] > length  # as that of a text of which a cache gets the first part
+    if mask is not None and (mask.shape[1] < length or (is_long and cache_argument(kwargs) is None)):
         raise ValueError(f"attention_mask: expected a padding mask of all {length} tokens, got {list(mask.shape)}")
     missing = missing_tokens(prompts.counts, device)
     if missing is not None and mask is None:
