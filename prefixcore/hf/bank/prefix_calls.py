@@ -66,7 +66,10 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     """A call of the decoder, whose layers get their prefixes."""
     decoder: Any = bank.decoder
     if bank.encoder is not None and (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
-        return forward(**{name: value for name, value in kwargs.items() if name != ROWS})  # which says what it needs
+        raise ValueError(
+            f"{type(bank.model).__name__} needs either decoder_input_ids or decoder_inputs_embeds, or labels, which its "
+            "decoder's input is made of"
+        )
     given: RowPrefixes | None = kwargs.pop(ROWS, None)
     from_model = given is not None
     if given is None:
