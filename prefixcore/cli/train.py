@@ -184,6 +184,12 @@ def inherit_from_resumed(arguments: argparse.Namespace) -> None:
         arguments.resumed_tokens = resumed.config.num_virtual_tokens
         arguments.resumed_task = resumed.manifest.task if resumed.manifest else None
         earlier = read_record(arguments.resume)
+    if earlier.get("chat", arguments.chat) is not arguments.chat:
+        before, now = ("conversations", "prompts") if earlier.get("chat") else ("prompts", "conversations")
+        say(
+            f"warning: {arguments.resume} was trained on {before}, and goes on with {now}, which the model reads as "
+            f"another text; {'leave --chat out' if arguments.chat else 'give --chat'} to go on as before"
+        )
     if arguments.end is None and not arguments.chat:
         arguments.end = earlier.get("end")
     if arguments.eval_data is not None or arguments.eval_fraction == 0:

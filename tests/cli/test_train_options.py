@@ -117,6 +117,19 @@ def test_generate_asks_as_the_adapter_was_trained(prefixcore, chat, tmp_path):
     assert answers["plain"] != answers["chat"]
 
 
+def test_going_on_with_another_kind_of_data_is_said(prefixcore, chat, data, tmp_path):
+    model, conversations = chat
+    how = ["--model", model, "--steps", 2, "--eval-fraction", 0]
+    kinds = {"chat": ["--data", conversations, "--chat"], "plain": ["--data", data]}
+    for name, kind in kinds.items():
+        assert prefixcore("train", *how, *kind, *METHOD, "--out", tmp_path / name)[0] == 0
+    for name in kinds:
+        for now, kind in kinds.items():
+            code, _, err = prefixcore("train", *how, *kind, "--resume", tmp_path / name, "--out", tmp_path / "more")
+            assert code == 0, err
+            assert ("was trained on" in err) is (name != now)
+
+
 def test_a_model_without_a_template_is_refused(train, chat, tmp_path):
     code, _, err = train(*METHOD, "--chat", "--data", chat[1], "--end", "\n")
     assert code == 2

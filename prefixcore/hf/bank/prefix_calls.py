@@ -67,8 +67,8 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     decoder: Any = bank.decoder
     if bank.encoder is not None and (kwargs.get("input_ids") is None) == (kwargs.get("inputs_embeds") is None):
         raise ValueError(
-            f"{type(bank.model).__name__} needs either decoder_input_ids or decoder_inputs_embeds, or labels, which its "
-            "decoder's input is made of"
+            f"{type(bank.model).__name__} needs either decoder_input_ids or decoder_inputs_embeds, or labels, which "
+            "its decoder's input is made of"
         )
     given: RowPrefixes | None = kwargs.pop(ROWS, None)
     from_model = given is not None
