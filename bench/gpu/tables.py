@@ -153,12 +153,12 @@ def soft_embedding(rows: Sequence[Row], device: str) -> str:
     """Times and bandwidth of `soft_embedding`."""
     name = "gpu soft embedding"
     lines = [
-        [",".join(str(row.case[x]) for x in "BTPVE"), passes(row.case), milliseconds(row.seconds())]
+        [",".join(str(row.case[x]) for x in "BTPVE"), passes(row.case), switched(row), milliseconds(row.seconds())]
         + [beside(row, name, "embedding + cat"), beside(row, name, "output copied"), copy_rate(row, name), error(row)]
         for row in rows
     ]
-    header = ["B,T,P,V,E", "pass", "ms", "over embedding + cat", "over a copy of the output", "of a copy's rate"]
-    return markdown([*header, "relative error"], lines)
+    header = ["B,T,P,V,E", "pass", WITH, "ms", "over embedding + cat", "over a copy of the output"]
+    return markdown([*header, "of a copy's rate", "relative error"], lines)
 
 
 def step(rows: Sequence[Row], device: str) -> str:

@@ -1,6 +1,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -165,10 +166,17 @@ cudaError_t launch_gather(const EmbeddingForward& forward, cudaStream_t stream) 
   return cudaErrorInvalidValue;  // narrow virtual rows for a table in float32: the binding refuses them
 }
 
+// Off unless asked for: no GPU has run these kernels yet. `backends/nvidia.py` reads the variable too.
+bool streamed() {
+  const char* word = std::getenv("PREFIXCORE_STREAMED_EMBEDDING");
+  return word != nullptr && std::strcmp(word, "1") == 0;
+}
+
 }  // namespace
 
 cudaError_t embedding_forward(const EmbeddingForward& p, cudaStream_t stream) {
   if (p.count == 0 || p.hidden == 0) return cudaSuccess;
+  if (!streamed()) return embedding_forward_by_rows(p, stream);
   const int64_t size = size_of(p.out.dtype);
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(p.out.data) | reinterpret_cast<uintptr_t>(p.weight.data) |
                               reinterpret_cast<uintptr_t>(p.virtual_rows.data);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -41,3 +42,14 @@ def too_old(capability: Capability, oldest: Capability) -> str | None:
     if capability >= oldest:
         return None
     return "it needs compute capability {}.{}, and the GPU has {}.{}".format(*oldest, *capability)
+
+
+def streamed_embedding() -> bool:
+    """Whether the soft embedding is looked up by the kernels that stream the table, which no GPU has run yet.
+
+    The C++ (`csrc/cuda/embedding.cu`) reads the same variable. ValueError: it says neither 0 nor 1.
+    """
+    word = os.environ.get("PREFIXCORE_STREAMED_EMBEDDING") or "0"
+    if word not in ("0", "1"):
+        raise ValueError(f"PREFIXCORE_STREAMED_EMBEDDING: expected 0 or 1, got {word!r}")
+    return word == "1"

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows += explain()
     built, facts = build_facts()
     tables: list[Sequence[Sequence[str]]] = [
-        [*library_facts(), *facts, *gpu_facts(), *fewer_launches(), *replay_facts()],
+        [*library_facts(), *facts, *gpu_facts(), *fewer_launches(), *streamed_embedding(), *replay_facts()],
         rows,
     ]
     if paths := gpu_paths():
@@ -97,6 +97,18 @@ def fewer_launches() -> list[tuple[str, str]]:
         return [("fewer GPU launches", str(error))]
     switch = "PREFIXCORE_FEWER_LAUNCHES"
     return [("fewer GPU launches", f"on; {switch}=0 turns it off" if on else f"off; {switch}=1 turns it on")]
+
+
+def streamed_embedding() -> list[tuple[str, str]]:
+    """Whether the soft embedding is looked up by the kernels that stream."""
+    from ..backends import nvidia
+
+    try:
+        on = nvidia.streamed_embedding()
+    except ValueError as error:
+        return [("streamed soft embedding", str(error))]
+    switch = "PREFIXCORE_STREAMED_EMBEDDING"
+    return [("streamed soft embedding", f"on; {switch}=0 turns it off" if on else f"off; {switch}=1 turns it on")]
 
 
 def replay_facts() -> list[tuple[str, str]]:

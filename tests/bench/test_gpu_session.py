@@ -41,7 +41,7 @@ def test_a_switch_that_the_tree_does_not_know_is_left_out_in_words(monkeypatch: 
     assert parts.lacking(Run("", ("x.py",), parts.REPLAY)) is None
     said = "this tree knows no 'fewer launches' (nothing reads PREFIXCORE_FEWER_LAUNCHES)"
     assert parts.lacking(Run("", ("x.py",), parts.BOTH)) == said
-    assert parts.switched(parts.BOTH) == "plans replayed, fewer launches"
+    assert parts.switched(parts.BOTH) == "plans replayed, fewer launches, streamed embedding"
 
 
 def states(session: Session) -> dict[str, str]:

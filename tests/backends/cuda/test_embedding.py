@@ -13,10 +13,17 @@ from .conftest import Gpu
 HALVES = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(params=["0", "1"], ids=["by rows", "streamed"])
+def either_gather(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lookup by the kernels that run unless others are asked for, and by those."""
+    monkeypatch.setenv("PREFIXCORE_STREAMED_EMBEDDING", request.param)
+
+
 def ids_with_all(limit: int, *shape: int) -> Tensor:
     return torch.randint(0, limit, shape)
 
 
+@pytest.mark.usefixtures("either_gather")
 @pytest.mark.parametrize("hidden", [1, 7, 24, 96, 1000, 1024, 5000, 9000])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_gather(gpu: Gpu, dtype: torch.dtype, hidden: int) -> None:
@@ -26,6 +33,7 @@ def test_gather(gpu: Gpu, dtype: torch.dtype, hidden: int) -> None:
     assert torch.equal(out, torch.cat([weight, virtual])[ids])
 
 
+@pytest.mark.usefixtures("either_gather")
 @pytest.mark.parametrize("hidden", [5, 64, 3000])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_virtual_rows_in_float32_are_rounded(gpu: Gpu, dtype: torch.dtype, hidden: int) -> None:
@@ -35,6 +43,7 @@ def test_virtual_rows_in_float32_are_rounded(gpu: Gpu, dtype: torch.dtype, hidde
     assert torch.equal(out, torch.cat([weight, virtual.to(dtype)])[ids])
 
 
+@pytest.mark.usefixtures("either_gather")
 def test_tables_that_are_views(gpu: Gpu) -> None:
     for first, width in ((0, 32), (8, 32), (3, 32), (8, 30)):
         weight = torch.full((20, 48), torch.nan)[:, first : first + width].normal_()
@@ -44,6 +53,7 @@ def test_tables_that_are_views(gpu: Gpu) -> None:
         assert torch.equal(out, torch.cat([weight, virtual])[ids])
 
 
+@pytest.mark.usefixtures("either_gather")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_an_id_out_of_range_makes_its_row_nan_and_no_other(gpu: Gpu, dtype: torch.dtype) -> None:
     weight, virtual = torch.randn(20, 40).to(dtype), torch.randn(5, 40).to(dtype)

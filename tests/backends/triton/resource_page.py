@@ -6,7 +6,6 @@ python -m tests.backends.triton.resource_page          writes docs/compiled-kern
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def render(triton: dict[str, Any], cuda: dict[str, Any]) -> str:
     found = {name: needs for name, needs in cuda.items() if name != "nvcc"}
     names = sorted({a for needs in found.values() for a in needs}, key=lambda name: int(name[3:]))
     rows = [
-        (f"`{re.sub('^.*: ', '', name)}`", [", ".join(map(str, needs[a])) if a in needs else "–" for a in names])
+        (f"`{name}`", [", ".join(map(str, needs[a])) if a in needs else "–" for a in names])
         for name, needs in found.items()
     ]
     parts.append(table("kernel", names, rows))

@@ -152,7 +152,8 @@ def call(name: str, p: AttentionProblem) -> None:
     elif name == "soft_embedding":  # of the problem's dtypes, its hidden size 32 heads, or one that is odd
         hidden = p.head_dim * (1 if p.head_dim % 2 else 32)
         ids, weight = torch.arange(9), torch.empty(7, hidden, dtype=p.query.dtype)
-        rows = soft_embedding.gather(ids, weight, torch.empty(2, hidden, dtype=p.prefix_key.dtype))
+        for soft_embedding.STREAMED in (True, False):
+            rows = soft_embedding.gather(ids, weight, torch.empty(2, hidden, dtype=p.prefix_key.dtype))
         soft_embedding.grad_virtual(rows, ids, 7, 2)
 
 
@@ -198,7 +199,7 @@ def compiled(case: str, name: str, architecture: int) -> Iterator[tuple[str, dic
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
         needs = remember(lambda: kernel.run(grid=(1,), warmup=True, **arguments, **options), needed)
         label = f"sm_{architecture}, {case}: {kernel.__name__}"
-        label += "".join(f", {flag}" for flag in ("PREFIX_ONLY", "FROM_STATE") if arguments.get(flag))
+        label += "".join(f", {flag}" for flag in ("PREFIX_ONLY", "FROM_STATE", "STREAMED") if arguments.get(flag))
         if kernel.__name__ == "decode_once_kernel":
             label += ", shared" if arguments["SHARED_M"] else ", split" if arguments["counters"] is not None else ""
         label += ", of the prefix" if kernel.__name__ == "decode_kernel" and arguments["PREFIX"] else ""

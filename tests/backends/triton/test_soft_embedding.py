@@ -65,6 +65,16 @@ def test_shapes(count: int, N: int, E: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("E", [1, 63, 576])
+def test_streamed(dtype: torch.dtype, E: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that are off until a GPU has run them."""
+    from prefixcore.backends.triton.kernels import soft_embedding
+
+    monkeypatch.setattr(soft_embedding, "STREAMED", True)
+    check(*problem(1000, V=37, N=20, E=E, dtype=dtype, virtual_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("virtual_dtype", [None, torch.float32], ids=["", "float32 virtual"])
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
 def test_dtypes(dtype: torch.dtype, virtual_dtype: torch.dtype | None, ids_dtype: torch.dtype) -> None:

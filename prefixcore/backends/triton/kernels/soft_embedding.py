@@ -17,12 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import nvidia
 from . import launch
 
-_TILE = 4096
-"""Elements a program holds: four wide loads a thread of what has two bytes. With eight programs on each multiprocessor
-of an H200 64 KiB are under way there, and by Little's law 4.2 TB/s at 800 ns need 25; those that wait for their ids
-leave the rest. What is read once passes by the L1 cache, and what is stored is the first to leave the L2 cache."""
+STREAMED = nvidia.streamed_embedding()
+"""Whether what is read once passes by the L1 cache, and what is stored is the first to leave the L2 cache."""
+_TILES = {False: 2048, True: 4096}
+"""Elements a program holds: two or, streamed, four wide loads a thread of what has two bytes. With eight programs on
+each multiprocessor of an H200 four are 64 KiB under way there, and by Little's law 4.2 TB/s at 800 ns need 25; those
+that wait for their ids leave the rest."""
 _COLUMNS = 256
 """Of a row, a program's share at most: most hidden sizes are multiples of it, and it is read in wide loads."""
 
@@ -31,7 +34,7 @@ _COLUMNS = 256
 def gather_kernel(
     ids, weight, virtual, out,
     count, vocabulary, num_virtual, weight_stride, virtual_stride,
-    HIDDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, STREAMED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M places of the output, BLOCK_E columns."""
     COLUMN_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_E - 1) // BLOCK_E
@@ -47,7 +50,7 @@ def gather_kernel(
 
     frozen = tl.load(
         weight + token[:, None] * weight_stride + column[None, :],
-        mask=is_frozen[:, None] & inside[None, :], other=float("nan"), cache_modifier=".cg",
+        mask=is_frozen[:, None] & inside[None, :], other=float("nan"), cache_modifier=".cg" if STREAMED else "",
     )  # fmt: skip
     trained = tl.load(
         virtual + row[:, None] * virtual_stride + column[None, :],
@@ -56,7 +59,7 @@ def gather_kernel(
     found = tl.where(is_virtual[:, None], trained, frozen)  # [BLOCK_M, BLOCK_E]
     tl.store(
         out + place[:, None] * HIDDEN + column[None, :], found, mask=(place < count)[:, None] & inside[None, :],
-        cache_modifier=".cs",
+        cache_modifier=".cs" if STREAMED else "",
     )  # fmt: skip
 
 
@@ -95,7 +98,7 @@ def gather(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor:
             gather_kernel, triton.cdiv(ids.numel(), blocks[0]) * triton.cdiv(hidden, blocks[1]), blocks, weight,
             ids=ids, weight=weight, virtual=virtual, out=out, count=ids.numel(), vocabulary=weight.shape[0],
             num_virtual=virtual.shape[0], weight_stride=weight.stride(0), virtual_stride=virtual.stride(0),
-            HIDDEN=hidden, BLOCK_M=blocks[0], BLOCK_E=blocks[1],
+            HIDDEN=hidden, BLOCK_M=blocks[0], BLOCK_E=blocks[1], STREAMED=STREAMED,
         )  # fmt: skip
     return out
 
@@ -119,4 +122,4 @@ def grad_virtual(grad: Tensor, input_ids: Tensor, vocabulary: int, num_virtual: 
 def _blocks(hidden: int) -> launch.Blocks:
     """Places (or rows) and columns a program."""
     columns = min(_COLUMNS, triton.next_power_of_2(hidden))
-    return launch.Blocks(_TILE // columns, columns, 4, 1)
+    return launch.Blocks(_TILES[STREAMED] // columns, columns, 4, 1)
