@@ -106,9 +106,9 @@ def streamed_embedding() -> list[tuple[str, str]]:
     try:
         on = nvidia.streamed_embedding()
     except ValueError as error:
-        return [("streamed soft embedding", str(error))]
+        return [("streamed embedding", str(error))]
     switch = "PREFIXCORE_STREAMED_EMBEDDING"
-    return [("streamed soft embedding", f"on; {switch}=0 turns it off" if on else f"off; {switch}=1 turns it on")]
+    return [("streamed embedding", f"on; {switch}=0 turns it off" if on else f"off; {switch}=1 turns it on")]
 
 
 def replay_facts() -> list[tuple[str, str]]:

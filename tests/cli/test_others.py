@@ -12,6 +12,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from prefixcore.adapters import read_adapter
+from prefixcore.cli import doctor
 from prefixcore.cli.inspect import ranges
 from prefixcore.ops import explain
 from tests import tiny
@@ -151,6 +152,17 @@ def test_doctor_says_what_was_compiled_and_what_would_run(prefixcore):
     lines = [line.split() for line in out.splitlines()]
     for op, device, dtype, backend, _ in explain():
         assert [op, device, dtype, backend] in [line[:4] for line in lines]
+
+
+def test_doctor_says_whether_the_embedding_streams(monkeypatch):
+    """The kernels that no GPU has run are off, and what is neither on nor off is said."""
+    for word, said in (
+        ("", "off; PREFIXCORE_STREAMED_EMBEDDING=1 turns it on"),
+        ("1", "on; PREFIXCORE_STREAMED_EMBEDDING=0 turns it off"),
+        ("yes", "PREFIXCORE_STREAMED_EMBEDDING: expected 0 or 1, got 'yes'"),
+    ):
+        monkeypatch.setenv("PREFIXCORE_STREAMED_EMBEDDING", word)
+        assert dict(doctor.streamed_embedding()) == {"streamed embedding": said}
 
 
 def test_the_module_and_its_help_do_not_open_transformers():
