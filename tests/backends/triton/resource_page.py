@@ -27,7 +27,8 @@ A block has 99 KiB of shared memory on sm_86, sm_89 and sm_120, and 227 on sm_90
 from spilling. On sm_90 the gradients of keys and prefix at a head dim of 128 spill and are kept so: measured on an
 H200, they take half the time of the fastest blocks that do not. Spills of up to 40 bytes, ten registers, are let
 be. The gradients of a short sequence in one kernel spill 240 bytes and more for float32 heads of more than 128: there
-the rules leave them to the kernels that have one gradient each.
+the rules leave them to the kernels that have one gradient each. For packed rows with a bank, and for heads of two
+widths with a float32 prefix, it spills 48 to 104 bytes on sm_90 and sm_100: it is off until a GPU has measured that.
 """
 
 

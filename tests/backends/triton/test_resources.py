@@ -53,11 +53,17 @@ MEASURED = ("grad_keys_kernel", "grad_prefix_kernel", "grad_short_prefix_kernel"
 SPILLED = 40
 """Bytes a thread, ten registers: what the compiler may lay away."""
 
+SPILLED_ONCE = 104
+"""What all gradients in one kernel may, with a bank of packed rows or heads of two widths on sm_90 and sm_100: the path
+is off until a GPU has said what that costs."""
+
 
 def test_nothing_spills(found: dict[str, Any]) -> None:
     """Spilled registers lie on the stack; no kernel has anything else there."""
     for name, needs in found["kernels"].items():
         tolerated = 400 if name.startswith("sm_90") and name.endswith(MEASURED) else SPILLED
+        if name.endswith(": grad_once_kernel") and ("packed" in name or "values of 96" in name):
+            tolerated = SPILLED_ONCE
         assert needs["stack"] <= tolerated, name
         assert needs["local"] == 0, name
 
