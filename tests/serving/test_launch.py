@@ -212,7 +212,13 @@ def test_a_signal_ends_the_server_too(place: Path, fake_python: str, number: sig
     port = launch.free_port()
     command = [sys.executable, "-m", "prefixcore", "serve", "--model", place / "tiny", "--adapters", place / "adapters"]
     command += ["--port", str(port), "--python", fake_python]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start.
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stderr is not None
     lines = []
     for line in process.stderr:

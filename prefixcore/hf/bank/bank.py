@@ -434,10 +434,9 @@ class Bank:
         """Whether a call of the model without its head starts a sequence by itself, without its soft prompt."""
         if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
             return False
-        if has_stand_ins(self.model.get_input_embeddings()) or is_active(self.patch):
-            return False
-        cache = cache_argument(kwargs)
-        return not all(a.is_prefix for a in self.adapters.values()) and get_label(cache) is None
+        if is_active(self.patch) or all(a.is_prefix for a in self.adapters.values()):
+            return False  # a model of images alone has no input embeddings to ask
+        return not has_stand_ins(self.model.get_input_embeddings()) and get_label(cache_argument(kwargs)) is None
 
     def check_inserted(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
