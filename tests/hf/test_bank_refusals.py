@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -120,3 +122,18 @@ def test_a_batch_without_rows_is_refused_in_words() -> None:
         pytest.raises(ValueError, match=r"the batch has no rows \(\[0, 5\]\)"),
     ):
         model(torch.zeros(0, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sequence_that_processes_share_is_refused(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """DeepSpeed keeps their group in a module of its own; the rest of DeepSpeed is not needed to see it."""
+    model = make("llama")
+    prefixcore.attach(model, PrefixTuningConfig(3, init="zero"))
+    group = SimpleNamespace(size=lambda: processes)
+    name = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(_SEQUENCE_PARALLEL_GROUP=group))  # type: ignore[arg-type]
+    if processes == 1:
+        model(input_ids=tokens(1, 4))
+    else:
+        with pytest.raises(NotImplementedError, match="a part of every sequence"):
+            model(input_ids=tokens(1, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel
 
 from ..families import attention_dropout
 from .interface import ATTENTION
+
+_ULYSSES = "deepspeed.runtime.sequence_parallel.parallel_state_sp"
+"""Where DeepSpeed keeps the processes that share a sequence; Accelerate's `sp` is the same."""
 
 
 class RefusedReplica:
@@ -42,14 +46,15 @@ def refuse_other_attention(decoder: PreTrainedModel) -> None:
 
 
 def refuse_context_parallelism() -> None:
-    """Raises NotImplementedError inside of `context_parallel` of torch, which gives each process a part of every row.
+    """Raises NotImplementedError where each process has a part of every row: `context_parallel`, DeepSpeed's Ulysses.
 
-    Attention of torch's own then asks the other processes for their keys. Ours does not, and would see its part alone.
+    Attention of their own then asks the other processes for their keys. Ours does not, and would see its part alone.
     """
     if torch.compiler.is_compiling():
         return
     module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
-    if module.startswith("torch.distributed."):
+    ulysses = getattr(sys.modules.get(_ULYSSES), "_SEQUENCE_PARALLEL_GROUP", None)
+    if module.startswith("torch.distributed.") or (ulysses is not None and ulysses.size() > 1):
         raise NotImplementedError(
             "context parallelism gives each process a part of every sequence, of whose other parts virtual tokens know "
             "nothing: use data, tensor or pipeline parallelism, or pack fewer tokens into a batch"
