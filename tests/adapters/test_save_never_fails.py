@@ -16,6 +16,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 import prefixcore
 from prefixcore import AdapterError, PrefixTuningConfig, PromptTuningConfig
 from prefixcore.adapters import Manifest, compare_fingerprints, fingerprint, read_adapter, whole
+from tests.distributed.launch import leave
 
 from .models import make_model
 from .quantized import Int8, Opaque, quantize
@@ -138,7 +139,7 @@ def _shard_and_save(rank: int, folder: str, port: int) -> None:
             compare_fingerprints(fingerprint(make_model("llama", vocab_size=vocabulary)), fingerprint(model))
             with pytest.raises(AdapterError, match="other weights"):
                 compare_fingerprints(fingerprint(make_model("llama", 1, vocab_size=vocabulary)), fingerprint(model))
-    dist.destroy_process_group()
+    leave()
 
 
 def _flat(values: Any) -> list[torch.Tensor]:

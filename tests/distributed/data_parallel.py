@@ -15,7 +15,7 @@ from torch.distributed.tensor.experimental import context_parallel
 
 import prefixcore
 from tests import tiny
-from tests.distributed.launch import report
+from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS, train
 
 HOW = (
@@ -109,7 +109,7 @@ def main(folder: str) -> None:
         found[kind.__name__] = [parameter.detach().clone() for parameter in handle.parameters()]
     found["refused"] = refused(mesh)
     report(folder, rank, found)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240
@@ -58,3 +59,15 @@ def run(module: str, folder: Path, *arguments: str | Path, processes: int = 2) -
 def report(folder: str, rank: int, found: Mapping[str, Any]) -> None:
     """Leaves what a process has found for the test."""
     torch.save(dict(found), Path(folder) / f"rank-{rank}.pt")
+
+
+def leave() -> None:
+    """Ends a process's part in the group, when all have come here.
+
+    gloo's threads let go of Python's tensors a moment after a collective has returned. A group that is destroyed within
+    that moment waits for its thread while it holds the interpreter's lock, for which that thread waits: for ever. The
+    barrier lets the thread through.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 
 import prefixcore
 from prefixcore.hf.bank.bank import Bank
-from tests.distributed.launch import report
+from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS, train
 
 SCRATCH = {
@@ -57,7 +57,7 @@ def main(folder: str, base: str, odd: str) -> None:
     except Exception as error:
         found["odd"] = f"{type(error).__name__}: {error}"
     report(folder, rank, found)
-    dist.destroy_process_group()
+    leave()
 
 
 def heads_of_a_call(model: Any) -> list[int]:

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import prefixcore
 from tests import tiny
-from tests.distributed.launch import report
+from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, whole
 
 TEXTS = torch.randint(2, 90, (12, 7), generator=torch.Generator().manual_seed(0)).tolist()
@@ -32,8 +32,7 @@ def main(folder: str, runs: str, steps: str, resume: str) -> None:
     if trainer.is_world_process_zero():
         handle.save(f"{runs}/saved")
     report(folder, rank, found)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

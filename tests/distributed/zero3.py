@@ -13,7 +13,7 @@ import deepspeed
 
 import prefixcore
 from tests import tiny
-from tests.distributed.launch import report
+from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS
 
 THRESHOLDS = {"small ones whole": {}, "all in pieces": {"stage3_param_persistence_threshold": 0}}
@@ -43,7 +43,7 @@ def main(folder: str) -> None:
             handle.save(f"{folder}/{name}, {how}")
             found[f"{name}, {how}"] = losses
     report(folder, rank, found)
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
