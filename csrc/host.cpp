@@ -49,19 +49,23 @@ PYBIND11_MODULE(_host, m) {
         "The ticket of the last call on this thread whose signature was unknown, once; 0 if it was known.");
   m.def(
       "plan_keep",
-      [](const py::int_& ticket, const py::bytes& words) {
+      [](const py::int_& ticket, const py::bytes& words, bool any_length) {
         const std::string_view bytes = words;
         std::vector<int64_t> copy(bytes.size() / sizeof(int64_t));
         std::memcpy(copy.data(), bytes.data(), copy.size() * sizeof(int64_t));
         const char* problem = nullptr;
         const int64_t number =
-            prefixcore_plan_keep(ticket.cast<int64_t>(), copy.data(), static_cast<int64_t>(copy.size()), &problem);
+            prefixcore_plan_keep(ticket.cast<int64_t>(), copy.data(), static_cast<int64_t>(copy.size()),
+                                 static_cast<int32_t>(any_length), &problem);
         if (problem != nullptr) throw py::value_error(problem);
         return number;
       },
-      py::arg("ticket"), py::arg("words"),
-      "Keeps a plan, in 64-bit words, for the signature of a ticket (no words: there is none); returns its "
-      "number.");
+      py::arg("ticket"), py::arg("words"), py::arg("any_length") = false,
+      "Keeps a plan, in 64-bit words, for the signature of a ticket (no words: there is none), or for that which calls "
+      "of other lengths share with it; returns its number.");
+  m.def(
+      "length_bucket", [](const py::int_& keys) { return prefixcore_length_bucket(keys.cast<int64_t>()); },
+      py::arg("keys"), "The number of keys for which a plan of any length is made.");
   m.def(
       "plan_failure", [] { return std::string(prefixcore_plan_failure()); },
       "Why the last replay on this thread failed, once; empty if it did not.");

@@ -18,9 +18,12 @@ struct prefixcore_kept_plan {
 };
 // The ticket of the last call on this thread that found its signature unknown, once; 0 if it was known.
 PREFIXCORE_EXPORT int64_t prefixcore_plan_wanted();
-// Keeps a plan, or with no words that there is none; returns its number, or 0 and perhaps what is wrong with it.
-PREFIXCORE_EXPORT int64_t prefixcore_plan_keep(int64_t ticket, const int64_t* words, int64_t count,
+// Keeps a plan, or with no words that there is none; returns its number, or 0 and perhaps what is wrong with it. With
+// `any_length` it also does for calls of other lengths, if the call that asked for it decodes.
+PREFIXCORE_EXPORT int64_t prefixcore_plan_keep(int64_t ticket, const int64_t* words, int64_t count, int32_t any_length,
                                                const char** problem);
+// The length for which such a plan is made.
+PREFIXCORE_EXPORT int64_t prefixcore_length_bucket(int64_t keys);
 // Why the last replay on this thread failed, once; empty if it did not.
 PREFIXCORE_EXPORT const char* prefixcore_plan_failure();
 // Fills in as many as there is room for, and returns how many there are, the last used first.

@@ -14,56 +14,81 @@
 namespace prefixcore::launch {
 namespace {
 
-// An op's arguments: t a tensor, o one that may be missing, b a bool, w any other word (a number), as they stand.
+// An op's arguments: t a tensor, o one that may be missing, b a bool, w any other word (a number), as they stand. And
+// of an op that decodes, which dimension of each tensor counts the keys, if one does.
 struct Op {
   const char* arguments;
   size_t results;
+  const char* lengths;
 };
 
 constexpr Op kOps[] = {
     {"tttttoooooobwww"
      "w",
-     2},  // prefix_attention
+     2, "_22____13__"},  // prefix_attention
     {"tott"
      "tttttoooooobwww"
      "bbb"
      "w",
-     5},  // prefix_attention_backward
+     5, nullptr},  // prefix_attention_backward
     {"ttt"
      "w",
-     1},  // soft_embedding
+     1, nullptr},  // soft_embedding
     {"ttww"
      "w",
-     1},  // soft_embedding_backward
+     1, nullptr},  // soft_embedding_backward
 };
+
+// Of `prefix_attention`: places among its tensors and options.
+constexpr size_t kQuery = 0, kKey = 1, kCuSeqlens = 10, kWindow = 2;
 
 thread_local int64_t missed_ticket = 0;
 thread_local std::string failure;
+
+// Writes the signature that a call shares with those of other lengths; leaves it empty if the call does not decode.
+void sign_any_length(int64_t op, const std::vector<Seen>& seen, const Signature& options, Signature& signature) {
+  signature.clear();
+  const char* lengths = kOps[op].lengths;
+  if (lengths == nullptr || seen[kCuSeqlens].given || seen[kQuery].dim != 4 || seen[kKey].dim != 4) return;
+  if (seen[kQuery].sizes[2] > kDecodeQueries) return;
+  const int64_t keys = seen[kKey].sizes[2], window = options[kWindow];
+  signature.push_back(-1 - op);  // the signature of one length begins with the op's own number
+  signature.push_back(length_bucket(keys));
+  signature.push_back(number_class(keys));
+  signature.push_back(window > 0 && window < keys ? 1 : 0);  // whether it hides anything
+  for (size_t n = 0; n < seen.size(); ++n) {
+    if (!seen[n].given || lengths[n] == '_')
+      sign(seen[n], signature);
+    else
+      sign_any_length(seen[n], lengths[n] - '0', keys, signature);
+  }
+  signature.insert(signature.end(), options.begin(), options.end());
+}
 
 // The results, or none. Sets `missed_ticket` if a plan is wanted.
 std::vector<AtenTensorHandle> find_and_replay(int64_t op, const std::vector<Tensor>& tensors,
                                               const std::vector<bool>& given, const Signature& options) {
   missed_ticket = 0;
-  thread_local Signature signature;
-  thread_local std::vector<char*> addresses;
-  signature.clear();
-  addresses.clear();
-  signature.push_back(op);
+  thread_local Signature signature, any_length;
+  thread_local std::vector<Seen> seen;
+  seen.clear();
   for (size_t n = 0; n < tensors.size(); ++n) {
-    Seen seen;
-    if (given[n])
-      seen = sign(tensors[n], signature);
-    else
-      signature.push_back(kNone);
-    if (!seen.held) return {};  // the ordinary way says what is wrong
-    addresses.push_back(seen.address);
+    seen.push_back(given[n] ? see(tensors[n]) : Seen{});
+    if (!seen[n].held) return {};  // the ordinary way says what is wrong
   }
-  signature.insert(signature.end(), options.begin(), options.end());
-  const Found found = find(signature);
-  if (!found.known) missed_ticket = ask_for(signature);
-  if (!found.plan) return {};
+  sign_any_length(op, seen, options, any_length);
+  Found found;
+  if (!any_length.empty()) found = find(any_length);
+  if (!found.plan) {
+    signature.assign(1, op);
+    for (const Seen& x : seen) sign(x, signature);
+    signature.insert(signature.end(), options.begin(), options.end());
+    found = find(signature);
+    if (!found.known) missed_ticket = ask_for(signature, any_length);
+    if (!found.plan) return {};
+  }
   try {
-    return replay(*found.plan, tensors, addresses, tensors[0]);
+    return replay(*found.plan, tensors, seen, tensors[0]);
   } catch (const std::exception& error) {  // the ordinary way then fails with the true error, or does not
     failure = error.what();
     failed(found.number);
@@ -120,12 +145,13 @@ int64_t prefixcore_plan_wanted() {
   return ticket;
 }
 
-int64_t prefixcore_plan_keep(int64_t ticket, const int64_t* words, int64_t count, const char** problem) {
+int64_t prefixcore_plan_keep(int64_t ticket, const int64_t* words, int64_t count, int32_t any_length,
+                             const char** problem) {
   *problem = nullptr;
   try {
     std::shared_ptr<const prefixcore::launch::Plan> plan;
     if (count > 0) plan = std::make_shared<prefixcore::launch::Plan>(prefixcore::launch::read_plan(words, count));
-    return prefixcore::launch::keep(ticket, std::move(plan));
+    return prefixcore::launch::keep(ticket, std::move(plan), any_length != 0);
   } catch (const std::exception& error) {
     thread_local std::string last;
     last = error.what();
@@ -148,6 +174,7 @@ int64_t prefixcore_plans(prefixcore_kept_plan* plans, int64_t capacity) {
   return static_cast<int64_t>(entries.size());
 }
 
+int64_t prefixcore_length_bucket(int64_t keys) { return prefixcore::launch::length_bucket(keys); }
 int64_t prefixcore_plans_limit() { return prefixcore::launch::limit(); }
 void prefixcore_plans_set_limit(int64_t limit) { prefixcore::launch::set_limit(limit); }
 void prefixcore_plans_forget() { prefixcore::launch::forget_all(); }

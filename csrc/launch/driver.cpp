@@ -99,16 +99,27 @@ Target target_for(bool cuda, int32_t device) {
   return target;
 }
 
-void run_kernel(const Kernel& kernel, char* const* addresses, const Target& target) {
+namespace {
+
+uint64_t word_of(const Parameter& p, const Operands& operands) {
+  switch (p.kind) {
+    case Parameter::Kind::address: return reinterpret_cast<uint64_t>(operands.addresses[p.value]) + p.bits;
+    case Parameter::Kind::size: return static_cast<uint64_t>(operands.sizes[p.value][p.bits]);
+    case Parameter::Kind::stride: return static_cast<uint64_t>(operands.strides[p.value][p.bits]);
+    default: return p.bits;
+  }
+}
+
+}  // namespace
+
+void run_kernel(const Kernel& kernel, const Operands& operands, const Target& target) {
   constexpr size_t kMost = 128;
   uint64_t words[kMost];
   void* pointers[kMost];
   const size_t count = kernel.parameters.size();
   if (count > kMost) throw std::runtime_error("prefixcore: expected a kernel of at most 128 parameters");
   for (size_t n = 0; n < count; ++n) {
-    const Parameter& p = kernel.parameters[n];
-    words[n] = p.bits;
-    if (p.value != Parameter::kConstant) words[n] += reinterpret_cast<uint64_t>(addresses[p.value]);
+    words[n] = word_of(kernel.parameters[n], operands);
     pointers[n] = &words[n];
   }
   const Driver& d = driver();

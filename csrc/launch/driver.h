@@ -19,7 +19,14 @@ struct Target {
 // place.
 Target target_for(bool cuda, int32_t device);
 
-// Runs `kernel`; `addresses` are those of the plan's values. std::runtime_error with the driver's words if it fails.
-void run_kernel(const Kernel& kernel, char* const* addresses, const Target& target);
+// What a kernel's parameters are made of: the addresses of the plan's values, and its arguments' sizes and strides.
+struct Operands {
+  char* const* addresses = nullptr;
+  const int64_t* const* sizes = nullptr;
+  const int64_t* const* strides = nullptr;
+};
+
+// Runs `kernel`. std::runtime_error with the driver's words if it fails.
+void run_kernel(const Kernel& kernel, const Operands& operands, const Target& target);
 
 }  // namespace prefixcore::launch

@@ -5,6 +5,8 @@
 namespace prefixcore::launch {
 namespace {
 
+constexpr int64_t kMostDimensions = 64;  // PyTorch's own limit
+
 class Reader {
  public:
   Reader(const int64_t* words, int64_t count) : at_(words), end_(words + count) {}
@@ -25,6 +27,12 @@ class Reader {
     if (n < 0 || n >= values)
       throw std::invalid_argument("a plan: expected one of its values, got " + std::to_string(n));
     return static_cast<int32_t>(n);
+  }
+
+  int64_t dimension() {
+    const int64_t n = word();
+    if (n < 0 || n >= kMostDimensions) throw std::invalid_argument("a plan: expected a dimension");
+    return n;
   }
 
   std::vector<int64_t> words() {
@@ -51,7 +59,7 @@ class Reader {
   const int64_t *at_, *end_;
 };
 
-Kernel read_kernel(Reader& in, int32_t values) {
+Kernel read_kernel(Reader& in, int32_t arguments, int32_t values) {
   Kernel k;
   k.function = reinterpret_cast<void*>(in.word());  // NOLINT: a handle of the driver's
   k.grid = static_cast<uint32_t>(in.word());
@@ -59,14 +67,25 @@ Kernel read_kernel(Reader& in, int32_t values) {
   k.shared = static_cast<uint32_t>(in.word());
   k.parameters.resize(in.count());
   for (Parameter& p : k.parameters) {
-    const bool constant = in.word() != 0;
-    if (!constant) p.value = in.value(values);
-    p.bits = static_cast<uint64_t>(in.word());
+    p.kind = static_cast<Parameter::Kind>(in.word());
+    switch (p.kind) {
+      case Parameter::Kind::constant: p.bits = static_cast<uint64_t>(in.word()); break;
+      case Parameter::Kind::address:
+        p.value = in.value(values);
+        p.bits = static_cast<uint64_t>(in.word());
+        break;
+      case Parameter::Kind::size:
+      case Parameter::Kind::stride:
+        p.value = in.value(arguments);
+        p.bits = static_cast<uint64_t>(in.dimension());
+        break;
+      default: throw std::invalid_argument("a plan: expected a kind of parameter");
+    }
   }
   return k;
 }
 
-Step read_step(Reader& in, int32_t values) {
+Step read_step(Reader& in, int32_t arguments, int32_t values) {
   Step step;
   step.kind = static_cast<Step::Kind>(in.word());
   const int64_t makes = in.count();
@@ -79,11 +98,11 @@ Step read_step(Reader& in, int32_t values) {
       if (makes != 1 || step.memory.sizes.size() != step.memory.strides.size())
         throw std::invalid_argument("a plan: expected memory for one value, and a stride for each size");
       break;
-    case Step::Kind::kernel: step.kernel = read_kernel(in, values); break;
+    case Step::Kind::kernel: step.kernel = read_kernel(in, arguments, values); break;
     case Step::Kind::call: {
       step.call.number = in.word();
-      const int64_t arguments = in.count();
-      for (int64_t n = 0; n < arguments; ++n) step.call.arguments.push_back(in.view(values));
+      const int64_t given = in.count();
+      for (int64_t n = 0; n < given; ++n) step.call.arguments.push_back(in.view(values));
       break;
     }
     case Step::Kind::release: break;
@@ -102,7 +121,7 @@ Plan read_plan(const int64_t* words, int64_t count) {
   if (plan.arguments < 0 || plan.values < plan.arguments)
     throw std::invalid_argument("a plan: expected its arguments among its values");
   const int64_t steps = in.count();
-  for (int64_t n = 0; n < steps; ++n) plan.steps.push_back(read_step(in, plan.values));
+  for (int64_t n = 0; n < steps; ++n) plan.steps.push_back(read_step(in, plan.arguments, plan.values));
   const int64_t results = in.count();
   for (int64_t n = 0; n < results; ++n) plan.results.push_back(in.view(plan.values));
   if (!in.done()) throw std::invalid_argument("a plan: expected no more words");

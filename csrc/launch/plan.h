@@ -18,10 +18,12 @@ struct View {
   std::vector<int64_t> sizes, strides;
 };
 
-// A kernel's parameter: a constant, or an address `offset` bytes into a value.
+// A kernel's parameter: an address `bits` bytes into a value; a constant; or the size or stride of an argument's
+// dimension `bits`, which may differ from call to call.
 struct Parameter {
-  static constexpr int32_t kConstant = -1;
-  int32_t value = kConstant;
+  enum class Kind : int64_t { address = 0, constant = 1, size = 2, stride = 3 };
+  Kind kind = Kind::constant;
+  int32_t value = 0;
   uint64_t bits = 0;
 };
 

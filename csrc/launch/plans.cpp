@@ -20,6 +20,11 @@ struct Kept {
   Entry entry;
 };
 
+struct Ticket {
+  int64_t number = 0;
+  Signature signature, any_length;
+};
+
 struct HashOf {
   size_t operator()(const Signature& words) const {
     uint64_t hash = 0x9e3779b97f4a7c15U;
@@ -36,7 +41,7 @@ struct Store {
   int64_t limit = kLimit, last_entry = 0, last_ticket = 0;
   std::list<Kept> by_use;  // the last used first
   std::unordered_map<Signature, std::list<Kept>::iterator, HashOf> by_signature;
-  std::list<std::pair<int64_t, Signature>> tickets;
+  std::list<Ticket> tickets;
 
   void trim() {
     while (static_cast<int64_t>(by_use.size()) > limit) {
@@ -78,20 +83,21 @@ Found find(const Signature& signature) {
   return {true, entry.number, entry.plan};
 }
 
-int64_t ask_for(const Signature& signature) {
+int64_t ask_for(const Signature& signature, const Signature& any_length) {
   Store& s = store();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  s.tickets.emplace_back(++s.last_ticket, signature);
+  s.tickets.push_back({++s.last_ticket, signature, any_length});
   if (s.tickets.size() > kMostTickets) s.tickets.pop_front();
   return s.last_ticket;
 }
 
-int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan) {
+int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan, bool any_length) {
   Store& s = store();
   const std::lock_guard<std::mutex> lock(s.mutex);
-  const auto asked = std::find_if(s.tickets.begin(), s.tickets.end(), [&](auto& t) { return t.first == ticket; });
+  const auto asked = std::find_if(s.tickets.begin(), s.tickets.end(), [&](auto& t) { return t.number == ticket; });
   if (asked == s.tickets.end()) return 0;
-  Signature signature = std::move(asked->second);
+  any_length = any_length && !asked->any_length.empty();
+  Signature signature = std::move(any_length ? asked->any_length : asked->signature);
   s.tickets.erase(asked);
   const auto before = s.by_signature.find(signature);
   if (before != s.by_signature.end()) {  // another thread has recorded the same

@@ -29,12 +29,13 @@ struct Found {
 
 Found find(const Signature& signature);
 
-// A ticket for whoever records the plan of this signature.
-int64_t ask_for(const Signature& signature);
+// A ticket for whoever records the plan of a call: its signature, and the one that it shares with calls of other
+// lengths; empty if it has none.
+int64_t ask_for(const Signature& signature, const Signature& any_length);
 
-// Keeps `plan` (nullptr: that there is none) for the signature of a ticket; returns the number of the entry, 0 if
-// nobody asked with this ticket.
-int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan);
+// Keeps `plan` (nullptr: that there is none) for the signature of a ticket, or if it is one for any length, for that.
+// Returns the number of the entry, 0 if nobody asked with this ticket.
+int64_t keep(int64_t ticket, std::shared_ptr<const Plan> plan, bool any_length);
 
 // Tells that a replay of an entry has failed, as for want of memory. An entry that fails again and again loses its
 // plan.

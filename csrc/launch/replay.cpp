@@ -16,10 +16,14 @@ void check(AOTITorchError error, const char* what) {
 // The values of one replay. Those that it makes are its own.
 class Values {
  public:
-  Values(const Plan& plan, const std::vector<Tensor>& arguments, const std::vector<char*>& addresses)
-      : given_(plan.arguments), handles_(plan.values, nullptr), addresses_(addresses) {
-    for (size_t n = 0; n < arguments.size(); ++n) handles_[n] = arguments[n].get();
-    addresses_.resize(plan.values, nullptr);
+  Values(const Plan& plan, const std::vector<Tensor>& arguments, const std::vector<Seen>& seen)
+      : given_(plan.arguments), handles_(plan.values, nullptr), addresses_(plan.values, nullptr) {
+    for (size_t n = 0; n < arguments.size(); ++n) {
+      handles_[n] = arguments[n].get();
+      addresses_[n] = seen[n].address;
+      sizes_.push_back(seen[n].sizes);
+      strides_.push_back(seen[n].strides);
+    }
   }
   Values(const Values&) = delete;
   Values& operator=(const Values&) = delete;
@@ -27,7 +31,7 @@ class Values {
     for (size_t n = given_; n < handles_.size(); ++n) release(n);
   }
 
-  char* const* addresses() const { return addresses_.data(); }
+  Operands operands() const { return {addresses_.data(), sizes_.data(), strides_.data()}; }
 
   void put(int32_t value, AtenTensorHandle handle) {
     handles_[value] = handle;
@@ -56,6 +60,7 @@ class Values {
   size_t given_;
   std::vector<AtenTensorHandle> handles_;
   std::vector<char*> addresses_;
+  std::vector<const int64_t*> sizes_, strides_;  // of the arguments
 };
 
 // Calls what Python knows by its number, by way of an op that is implemented there.
@@ -85,8 +90,8 @@ void call(const Step& step, Values& values) {
 }  // namespace
 
 std::vector<AtenTensorHandle> replay(const Plan& plan, const std::vector<Tensor>& arguments,
-                                     const std::vector<char*>& addresses, const Tensor& like) {
-  if (arguments.size() != static_cast<size_t>(plan.arguments))
+                                     const std::vector<Seen>& seen, const Tensor& like) {
+  if (arguments.size() != static_cast<size_t>(plan.arguments) || seen.size() != arguments.size())
     throw std::runtime_error("prefixcore: expected as many tensors as the plan has arguments");
   int32_t type, device;
   check(aoti_torch_get_device_type(like.get(), &type), "finding the device");
@@ -96,7 +101,7 @@ std::vector<AtenTensorHandle> replay(const Plan& plan, const std::vector<Tensor>
   if (cuda) guard.emplace(device);
   const Target target = target_for(cuda, device);
 
-  Values values(plan, arguments, addresses);
+  Values values(plan, arguments, seen);
   for (const Step& step : plan.steps) {
     switch (step.kind) {
       case Step::Kind::memory: {
@@ -108,7 +113,7 @@ std::vector<AtenTensorHandle> replay(const Plan& plan, const std::vector<Tensor>
         values.put(step.makes[0], handle);
         break;
       }
-      case Step::Kind::kernel: run_kernel(step.kernel, values.addresses(), target); break;
+      case Step::Kind::kernel: run_kernel(step.kernel, values.operands(), target); break;
       case Step::Kind::call: call(step, values); break;
       case Step::Kind::release:
         for (const int32_t value : step.makes) values.release(value);

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import calls, recording
-from .plan_words import Address, Call, Kernel, Memory, NotKept, Plan, Release, Step, View
+from .plan_words import Address, Call, Kernel, Measure, Memory, NotKept, Plan, Release, Step, View
+from .recording import Measured
 
 _ALLOCATIONS = frozenset(
     f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
@@ -28,7 +29,7 @@ _ALLOCATIONS = frozenset(
 _QUESTIONS = frozenset(("aten::_fused_sdp_choice", "aten::is_same_size"))
 """Ops that answer with a number, from the shapes of their tensors and from switches of PyTorch's (`replay.py`)."""
 
-LaunchReader = Callable[[Any, Any, int, dict[str, Any], Callable[[Tensor], Address]], Kernel]
+LaunchReader = Callable[[Any, Any, int, dict[str, Any], Callable[[Tensor], Address], dict[str, Any] | None], Kernel]
 """Makes a `Kernel` of a launch: `plan_kernel.kernel_of`."""
 
 
@@ -89,10 +90,13 @@ class PlanRecorder(TorchDispatchMode):
         self._take_down(self._call, name, function, arguments, keywords, result)
         return result
 
-    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def launch(
+        self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any],
+        measured: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
         with _disable_current_modes():
             compiled = kernel[(programs,)](**arguments, **options)
-        self._take_down(self._launch, kernel, compiled, programs, arguments)
+        self._take_down(self._launch, kernel, compiled, programs, arguments, measured)
 
     def _take_down(self, take_down: Callable[..., None], *what: Any) -> None:
         """The first problem is the one that is told; what a path does is never disturbed by it."""
@@ -105,8 +109,11 @@ class PlanRecorder(TorchDispatchMode):
 
     # --- what it means --------------------------------------------------------------------------------------
 
-    def _launch(self, kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any]) -> None:
-        self._steps.append(self._read_launch(kernel, compiled, programs, arguments, self._address))
+    def _launch(
+        self, kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any], measured: dict[str, Any] | None
+    ) -> None:
+        measures = None if measured is None else self._measures(measured)
+        self._steps.append(self._read_launch(kernel, compiled, programs, arguments, self._address, measures))
         self.kernels.append(compiled)
 
     def _op(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -185,6 +192,19 @@ class PlanRecorder(TorchDispatchMode):
 
     def _address(self, x: Tensor) -> Address:
         return Address(*self._find(x))
+
+    def _measures(self, x: Any) -> Any:
+        """`x` with a `Measure` for each `Measured`; None if one is not that of an argument as it came in."""
+        if isinstance(x, dict):
+            by_name = {name: self._measures(inner) for name, inner in x.items()}
+            return None if None in by_name.values() else by_name
+        if not isinstance(x, Measured):
+            in_order = [False if inner is None else self._measures(inner) for inner in x]
+            return None if None in in_order else tuple(in_order)
+        value, offset = self._find(x.of)
+        whole = self._made[value]
+        same = offset == 0 and x.of.shape == whole.shape and x.of.stride() == whole.stride
+        return Measure(value, x.kind, x.dim) if same and value < self._arguments else None
 
     def _as_view(self, x: Tensor) -> View:
         value, offset = self._find(x)

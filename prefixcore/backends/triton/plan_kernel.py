@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .plan_words import Address, Constant, Kernel, NotKept
+from .plan_words import Address, Constant, Kernel, NotKept, Parameter
 
 _MOST_SHARED = 228 * 1024
 """Bytes of shared memory above which Triton sets an attribute of the launch."""
@@ -26,10 +26,18 @@ _PACKED = {
 }  # fmt: skip
 
 
+_INTEGERS = ("i32", "i64", "u32", "u64")  # no narrower than a size: the upper bytes are not read
+
+
 def kernel_of(
-    kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any], address_of: Callable[[Tensor], Address]
-) -> Kernel:
-    """The launch of `compiled`, Triton's compiled kernel, with these arguments by name. NotKept: it needs more."""
+    kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any], address_of: Callable[[Tensor], Address],
+    measures: dict[str, Any] | None = None,
+) -> Kernel:  # fmt: skip
+    """The launch of `compiled`, Triton's compiled kernel, with these arguments by name. NotKept: it needs more.
+
+    `measures`: which of them are read from the op's arguments at each call, a `Measure` in the place of each; None if
+    the launch is one for this number of keys alone.
+    """
     name = kernel.fn.__name__
     metadata = compiled.metadata
     for what, needed in {
@@ -44,24 +52,30 @@ def kernel_of(
     }.items():
         if needed:
             raise NotKept(f"{name} needs {what}")
-    parameters: list[Address | Constant] = []
+    parameters: list[Parameter] = []
     for parameter, kind in compiled.src.signature.items():
         if parameter not in arguments and kind != "constexpr":
             raise NotKept(f"{name} takes {parameter}, which it was not given by name")
-        _add(name, kind, arguments.get(parameter), address_of, parameters)
+        _add(name, kind, arguments.get(parameter), address_of, parameters, (measures or {}).get(parameter))
     parameters += [Constant(0), Constant(0)]
     threads = 32 * metadata.num_warps
-    return Kernel(name, compiled.function, programs, threads, metadata.shared, tuple(parameters))
+    any_length = measures is not None
+    return Kernel(name, compiled.function, programs, threads, metadata.shared, tuple(parameters), any_length)
 
 
 def _add(
-    name: str, kind: Any, value: Any, address_of: Callable[[Tensor], Address], to: list[Address | Constant]
+    name: str, kind: Any, value: Any, address_of: Callable[[Tensor], Address], to: list[Parameter], measure: Any
 ) -> None:
     if isinstance(kind, (tuple, list)):
-        for inner_kind, inner in zip(kind, value, strict=True):
-            _add(name, inner_kind, inner, address_of, to)
-    elif kind == "constexpr":
+        measures = measure or (None,) * len(kind)
+        for inner_kind, inner, inner_measure in zip(kind, value, measures, strict=True):
+            _add(name, inner_kind, inner, address_of, to, inner_measure)
+    elif kind == "constexpr":  # also of a measure: what is compiled in is part of the signature
         return
+    elif measure:
+        if kind not in _INTEGERS:
+            raise NotKept(f"{name} takes a size or a stride as a {kind}")
+        to.append(measure)
     elif isinstance(kind, str) and kind.startswith("*"):
         to.append(address_of(value) if isinstance(value, Tensor) else Constant(int(value or 0)))
     elif kind in _PACKED:

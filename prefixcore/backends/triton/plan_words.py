@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 _KINDS = {"memory": 1, "kernel": 2, "call": 3, "release": 4}
+_PARAMETERS = {"address": 0, "constant": 1, "size": 2, "stride": 3}
 _DTYPES = {
     torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6,
     torch.float64: 7, torch.bool: 11, torch.bfloat16: 15,
@@ -46,6 +47,17 @@ class Constant(NamedTuple):
     bits: int
 
 
+class Measure(NamedTuple):
+    """A kernel's parameter: a size or a stride of one of the op's arguments, as it is at each call."""
+
+    value: int
+    kind: str  # "size" or "stride"
+    dim: int
+
+
+Parameter = Address | Constant | Measure
+
+
 class Memory(NamedTuple):
     value: int
     dtype: torch.dtype
@@ -67,13 +79,20 @@ class Kernel(NamedTuple):
     programs: int
     threads: int
     shared: int
-    parameters: tuple[Address | Constant, ...]
+    parameters: tuple[Parameter, ...]
+    any_length: bool = False
+    """Whether all that depends on the number of keys is a `Measure`, or the same for all of a `length_bucket`."""
 
     def words(self) -> list[int]:
         out = [_KINDS["kernel"], 0, _signed(self.function), self.programs, self.threads, self.shared]
         out.append(len(self.parameters))
         for p in self.parameters:
-            out += [0, p.value, p.offset] if isinstance(p, Address) else [1, _signed(p.bits)]
+            if isinstance(p, Address):
+                out += [_PARAMETERS["address"], p.value, p.offset]
+            elif isinstance(p, Measure):
+                out += [_PARAMETERS[p.kind], p.value, p.dim]
+            else:
+                out += [_PARAMETERS["constant"], _signed(p.bits)]
         return out
 
 
@@ -107,6 +126,16 @@ class Plan(NamedTuple):
     values: int
     steps: tuple[Step, ...]
     results: tuple[View, ...]
+
+    @property
+    def any_length(self) -> bool:
+        """Whether it does for calls of other numbers of keys, of the same `length_bucket`, as well.
+
+        A call of something that is not ours may see the query (value 0), whose shape has nothing to do with them.
+        """
+        kernels = [step for step in self.steps if isinstance(step, Kernel)]
+        calls = [view for step in self.steps if isinstance(step, Call) for view in step.arguments]
+        return bool(kernels) and all(k.any_length for k in kernels) and all(v.value == 0 for v in calls)
 
     def words(self) -> list[int]:
         out = [self.arguments, self.values, len(self.steps)]

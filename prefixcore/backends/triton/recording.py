@@ -16,12 +16,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 _Result = TypeVar("_Result")
+
+
+class Measured(NamedTuple):
+    """A number among the arguments of a launch that is the size or a stride of a tensor."""
+
+    of: Tensor
+    kind: str  # "size" or "stride"
+    dim: int
 
 
 class Recorder(Protocol):
@@ -30,8 +38,15 @@ class Recorder(Protocol):
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], /) -> Any:
         """Calls `function`, takes it down and returns what it returns."""
 
-    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any], /) -> None:
-        """Launches `programs` programs of a Triton kernel and takes it down."""
+    def launch(
+        self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any],
+        measured: dict[str, Any] | None, /,
+    ) -> None:  # fmt: skip
+        """Launches `programs` programs of a Triton kernel and takes it down.
+
+        `measured` says of a launch that is the same for all numbers of keys in a bucket which of its arguments are
+        sizes or strides: a `Measured` in the place of each. None: it is not.
+        """
 
 
 class _Here(threading.local):

@@ -189,9 +189,10 @@ def _record(name: str, path: Callable[..., Any], arguments: tuple[Any, ...], tic
             _refused[name, str(reason)] += 1
             return out
         with _lock:
-            number = host.plan_keep(ticket, words)
+            number = host.plan_keep(ticket, words, plan.any_length)
             kept = True
-            _plans[number] = _Known(name, _describe(arguments), plan, numbers, recorder.kernels)
+            signature = _describe(arguments) + (" and other lengths" if plan.any_length else "")
+            _plans[number] = _Known(name, signature, plan, numbers, recorder.kernels)
             _drop_what_is_gone(host)
         return out
     finally:

@@ -195,7 +195,9 @@ def compiled(case: str, name: str, architecture: int) -> Iterator[tuple[str, dic
     launch.family = lambda device: chips  # type: ignore[assignment]
     found: list[tuple[str, dict[str, int]]] = []
 
-    def compile_instead(kernel: Any, programs: int, blocks: launch.Blocks, on: Any, **arguments: Any) -> None:
+    def compile_instead(
+        kernel: Any, programs: int, blocks: launch.Blocks, on: Any, keys_of: Any = None, **arguments: Any
+    ) -> None:
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
         needs = remember(lambda: kernel.run(grid=(1,), warmup=True, **arguments, **options), needed)
         label = f"sm_{architecture}, {case}: {kernel.__name__}"

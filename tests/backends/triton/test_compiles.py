@@ -30,7 +30,7 @@ from tests.backends.triton import resources
 resources.triton.runtime.driver.set_active(resources._NoDevice(90))
 launch.family = lambda device: 90
 
-def compile_instead(kernel, programs, blocks, on, **arguments):
+def compile_instead(kernel, programs, blocks, on, keys_of=None, **arguments):
     compiled = kernel.run(grid=(1,), warmup=True, **arguments, num_warps=blocks.warps, num_stages=blocks.stages)
     if arguments["SHARED_M"]:
         print(compiled.asm["ptx"])

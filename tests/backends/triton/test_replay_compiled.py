@@ -57,15 +57,17 @@ def same_launches(ordinary: dict[str, Any], replayed: dict[str, Any]) -> None:
                 assert word % 16 == other % 16 == 0, f"{where}: scratch"
                 assert min(word, other) > 2**20, f"{where}: scratch"
         assert a["words"][-2:] == [0, 0], "no scratch of Triton's"
-    assert met >= {"given query", "given prefix_key", "out", "lse", "grad of query"}
+    assert met >= {"given query", "given prefix_key", "out", "lse"}
+    assert "grad of query" in met or "grad of query" not in ordinary["known"]
 
 
 def check_cases(names: tuple[str, ...]) -> None:
     found = launched(*names)
     assert found["refused"] == []
-    assert [plan[3] for plan in found["kept"]] == [2] * (2 * len(names))
-    for name in names:
-        ordinary, *replays = found["cases"][name]
+    lengths = [len(CASES[name].get("then", ())) for name in reversed(names)]
+    assert [plan[3] for plan in found["kept"] if plan[0] == "prefix_attention_backward"] == [2] * len(names)
+    assert [plan[3] for plan in found["kept"] if plan[0] == "prefix_attention"] == [2 + more for more in lengths]
+    for ordinary, *replays in found["cases"].values():
         for replayed in replays:
             same_launches(ordinary, replayed)
 

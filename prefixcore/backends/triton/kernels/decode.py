@@ -166,6 +166,7 @@ def launch_decode(p: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     # A batch row sees one entry of a bank, so all entries together make about the work of one.
     prefix_splits, prefix_share = _splits(p.virtual_tokens, shared_tiles * p.kv_heads, shared.block_n)
     visible = min(p.keys, p.window + p.queries - 1) if p.window else p.keys
+    visible = launch.length_bucket(visible)
     own_splits, own_share = _splits(visible, own_tiles * p.kv_heads * p.batch, own.block_n)
     splits = prefix_splits + own_splits
     partial_out = launch.empty(splits, *out.shape, like=out, dtype=torch.float32)
@@ -175,17 +176,17 @@ def launch_decode(p: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     del arguments["cu_seqlens"]
     arguments |= {"partial_out": partial_out, "partial_lse": partial_lse, "batches": p.batch}
     launch.launch(
-        decode_kernel, shared_tiles * prefix_splits * p.kv_heads * entries, shared, p.query, tiles=shared_tiles,
+        decode_kernel, shared_tiles * prefix_splits * p.kv_heads * entries, shared, p.query, p.key, tiles=shared_tiles,
         splits=prefix_splits, first_split=0, share=prefix_share, PREFIX=True,
         **arguments, **launch.constants(p, shared),
     )  # fmt: skip
     launch.launch(
-        decode_kernel, own_tiles * own_splits * p.kv_heads * p.batch, own, p.query, tiles=own_tiles,
+        decode_kernel, own_tiles * own_splits * p.kv_heads * p.batch, own, p.query, p.key, tiles=own_tiles,
         splits=own_splits, first_split=prefix_splits, share=own_share, PREFIX=False,
         **arguments, **launch.constants(p, own),
     )  # fmt: skip
     launch.launch(
-        merge_kernel, p.batch * p.heads * p.queries, launch.Blocks(1, _BLOCK_SPLITS, 4, 1), p.query,
+        merge_kernel, p.batch * p.heads * p.queries, launch.Blocks(1, _BLOCK_SPLITS, 4, 1), p.query, p.key,
         out=launch.view(out), lse=launch.view(lse), partial_out=partial_out, partial_lse=partial_lse,
         bank=arguments["bank"], sinks=launch.contiguous(p.sinks), sizes=arguments["sizes"], batches=p.batch,
         prefix_splits=prefix_splits, splits=splits, GROUP=p.group, VALUE_DIM=p.value_dim,

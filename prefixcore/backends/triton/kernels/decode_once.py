@@ -294,7 +294,7 @@ def launch_decode_once(p: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     arguments = launch.arguments(p)
     del arguments["cu_seqlens"]
     launch.launch(
-        decode_once_kernel, work.shared + p.batch * p.kv_heads * work.units * work.own_splits, blocks, p.query,
+        decode_once_kernel, work.shared + p.batch * p.kv_heads * work.units * work.own_splits, blocks, p.query, p.key,
         out=launch.view(out), lse=launch.view(lse), scratch=scratch, counters=counters,
         sinks=launch.contiguous(p.sinks), SHARED_M=shared_m, PREFIX=p.virtual_tokens > 0 and not work.shared,
         THREADS=32 * blocks.warps, MERGED_M=merged_m, MERGED_SPLITS=_merged_splits(merged_m * wide, blocks.warps),
@@ -321,7 +321,7 @@ def shared_out(p: AttentionProblem, blocks: launch.Blocks) -> tuple[Work, int, i
     tiles = triton.cdiv(owners, shared_m // unit)
     # Reading an entry for a tile of rows pays where at least two rows would have read it themselves.
     shares = p.virtual_tokens >= SHARED_KEYS and 2 * tiles * entries <= owners
-    own_keys = min(p.keys, p.window + p.queries - 1) if p.window else p.keys
+    own_keys = launch.length_bucket(min(p.keys, p.window + p.queries - 1) if p.window else p.keys)
     if not shares:
         own_keys += p.virtual_tokens
     keys = p.kv_heads * (owners * own_keys + (tiles * p.virtual_tokens if shares else 0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...problem import AttentionProblem
 from .. import recording
-from ..recording import call, empty
+from ..recording import Measured, call, empty
 
 __all__ = ["call", "empty"]  # passed on to the kernels' launchers
 
@@ -244,11 +244,12 @@ def blocks_for(kernel: str, p: AttentionProblem) -> Blocks:
 # --- launching ----------------------------------------------------------------------------------------
 
 
-def launch(kernel: Any, programs: int, blocks: Blocks, on: Tensor, **arguments: Any) -> None:
+def launch(kernel: Any, programs: int, blocks: Blocks, on: Tensor, keys_of: Any = None, **arguments: Any) -> None:
     """Runs `programs` programs of `kernel` on the device of `on`, if there are any.
 
     Tensors stand among the arguments themselves or in their tuples, as views of what `empty` gave or of the op's own
-    arguments. All else is a constant of the signature.
+    arguments. All else is a constant of the signature; with `keys_of`, the op's `key`, but for the number of keys and
+    the strides of what has one entry a key, on which nothing else depends except by `length_bucket`.
     """
     if programs == 0:
         return
@@ -257,4 +258,27 @@ def launch(kernel: Any, programs: int, blocks: Blocks, on: Tensor, **arguments: 
         if recording.here.recorder is None:
             kernel[(programs,)](**arguments, **options)
         else:
-            recording.here.recorder.launch(kernel, programs, arguments, options)
+            measured = None if keys_of is None else _measured(arguments, keys_of)
+            recording.here.recorder.launch(kernel, programs, arguments, options, measured)
+
+
+def length_bucket(keys: int) -> int:
+    """`keys` rounded up to a multiple of 64, or if more than 512 of an eighth of the power of two that is not above it.
+
+    A cache grows with each token. What is decided by this number alone is decided anew every 64 tokens or more, and
+    the work is split almost as evenly. `csrc/launch/length.h` has its twin.
+    """
+    step = max(64, (1 << max(keys.bit_length() - 1, 0)) // 8)
+    return triton.cdiv(keys, step) * step
+
+
+def _measured(arguments: dict[str, Any], keys_of: Tensor) -> dict[str, Any]:
+    """Which of the arguments of a launch follow the number of keys: a `Measured` in the place of each such number."""
+    found: dict[str, Any] = {}
+    for name in ("key", "value", "padding", "mask"):
+        view = arguments.get(name)  # a tensor, then its strides from the first dimension on
+        if view is not None:
+            found[name] = (None, *(Measured(view.data, "stride", dim) for dim in range(len(view) - 1)))
+    keys = Measured(keys_of, "size", 2)
+    found["sizes"] = tuple(keys if name == "keys" else None for name in Sizes._fields)
+    return found

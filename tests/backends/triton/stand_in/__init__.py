@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prefixcore.backends.triton import replay
-from prefixcore.backends.triton.plan_words import Address, Constant, Kernel
+from prefixcore.backends.triton.plan_words import Address, Constant, Kernel, Parameter
 
 HERE = Path(__file__).parent
 VARIABLE = "PREFIXCORE_STAND_IN_DRIVER"
@@ -127,14 +127,15 @@ class Interpreted:
         self._counts: dict[int, int] = {}
 
     def read(
-        self, kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any], address_of: Callable[..., Address]
-    ) -> Kernel:
-        parameters: list[Address | Constant] = []
+        self, kernel: Any, compiled: Any, programs: int, arguments: dict[str, Any], address_of: Callable[..., Address],
+        measures: dict[str, Any] | None = None,
+    ) -> Kernel:  # fmt: skip
+        parameters: list[Parameter] = []
         constexprs = {name for name in arguments if name.isupper()}
 
-        def leaf(x: Any) -> Any:
+        def leaf(x: Any, measure: Any = None) -> Any:
             if isinstance(x, tuple):
-                inner = [leaf(y) for y in x]
+                inner = [leaf(y, m) for y, m in zip(x, measure or (None,) * len(x), strict=True)]
                 return type(x)(*inner) if hasattr(x, "_fields") else tuple(inner)
             if x is None:
                 return None
@@ -142,15 +143,16 @@ class Interpreted:
                 parameters.append(address_of(x))
                 return _Leaf(tuple(x.shape), x.stride(), x.dtype)
             packed = struct.pack("<d", x) if isinstance(x, float) else struct.pack("<q", int(x))
-            parameters.append(Constant(int.from_bytes(packed, "little")))
+            parameters.append(measure or Constant(int.from_bytes(packed, "little")))
             return _Leaf(kind=type(x))
 
-        template = {name: x if name in constexprs else leaf(x) for name, x in arguments.items()}
+        given = measures or {}
+        template = {name: x if name in constexprs else leaf(x, given.get(name)) for name, x in arguments.items()}
         key = repr((kernel.fn.__name__, template))
         number = self._numbers.setdefault(key, 0x5000 + len(self._numbers))
         self._known[number] = _Known(kernel, template, frozenset(constexprs))
         self._counts[number] = len(parameters)
-        return Kernel(kernel.fn.__name__, number, programs, 32, 0, tuple(parameters))
+        return Kernel(kernel.fn.__name__, number, programs, 32, 0, tuple(parameters), measures is not None)
 
     def run(self, launch: Launch) -> None:
         self.launches.append(launch)

@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "single": {"path": "single", "T": 16, "P": 5},
     "odd": {"path": "single", "T": 17, "P": 1, "H": 3, "Hkv": 1, "D": 80, "scale": 0.3, "softcap": 3.0},
     "decode": {"path": "decode", "T": 1, "S": 40, "P": 20, "sliding_window": 7},
+    "growing": {"path": "decode", "T": 1, "S": 33, "P": 20, "mask": "padding", "then": (41, 63)},
+    "growing, once": {"path": "decode_once", "T": 2, "S": 33, "P": 20, "mask": "additive", "then": (41, 63)},
     "merged": {"path": "merged", "T": 33, "P": 20, "heads_last": True},
     "bank": {"path": "single", "N": 3, "index": True, "lengths": True, "B": 5, "T": 12, "mask": "padding"},
     "packed": {"path": "single", "packed": (5, 1, 0, 33), "N": 2, "index": True, "sinks": True},
@@ -84,6 +86,7 @@ class Heard:
         """Triton's compiled kernels so far: what a handle is."""
         from prefixcore.backends.triton.kernels import (
             decode,
+            decode_once,
             delta,
             forward,
             grad_keys,
@@ -92,7 +95,7 @@ class Heard:
             grad_short_prefix,
         )  # fmt: skip
 
-        for module in (decode, delta, forward, grad_keys, grad_prefix, grad_query, grad_short_prefix):
+        for module in (decode, decode_once, delta, forward, grad_keys, grad_prefix, grad_query, grad_short_prefix):
             for value in list(vars(module).values()):
                 if hasattr(value, "device_caches"):
                     for kernel in value.device_caches[0][0].values():
@@ -129,7 +132,7 @@ def main(names: list[str]) -> None:
         replay._switch.read_launch = kernel_of
         for name in names or CASES:
             case = dict(CASES[name])
-            path = case.pop("path")
+            path, lengths = case.pop("path"), case.pop("then", ())
             tensors, options = Problem(**case).tensors()
             leaves = {key: x.requires_grad_() for key, x in tensors.items()}
             rounds = []
@@ -147,6 +150,18 @@ def main(names: list[str]) -> None:
                 known |= {f"grad of {key}": x.data_ptr() for key, x in zip(leaves, found, strict=True)}
                 rounds.append({"launches": heard.launches, "known": known})
             out[name] = rounds
+            for length in lengths:  # replayed by the plan of the first
+                tensors, options = Problem(**case | {"S": length}).tensors()
+                given = {key: x for key, x in {**tensors, **options}.items() if isinstance(x, torch.Tensor)}
+                known = {f"given {key}": x.data_ptr() for key, x in given.items()}
+                rounds = []
+                for on in (False, True):
+                    heard.launches = []
+                    with choose.use_path(path), replay.use_replay(on):
+                        result, lse = prefixcore.prefix_attention(**tensors, **options, return_lse=True)
+                    here = known | {"out": result.data_ptr(), "lse": lse.data_ptr()}
+                    rounds.append({"launches": heard.launches, "known": here})
+                out[f"{name}, {length} keys"] = rounds
         kept, refused = replay.kept(), replay.not_kept()
     json.dump({"cases": out, "kept": kept, "refused": refused}, sys.stdout)
 
