@@ -296,7 +296,7 @@ def save(
     """Write adapter, record and curve as one; whether Ctrl-C came meanwhile (it is heeded afterwards)."""
     from ..adapters import AdapterError
     from ..training import Curve, draw_curve
-    from ..training.loop import stop_on_signal
+    from ..training.stopping import stop_on_signal
 
     method = handle.config.method
     fields = {

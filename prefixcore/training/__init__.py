@@ -6,7 +6,9 @@ from .curve import Curve, draw_curve, write_curve
 from .data import DataError, Example, TokenizedExample, collate, split, tokenize
 from .describe import describe_data
 from .evaluate import Evaluation, evaluate, held_out_loss, predict
-from .loop import TrainingOptions, TrainingRecord, fit, train
+from .loop import fit, train
+from .optimization import optimize
+from .options import TrainingOptions, TrainingRecord
 from .reading import read_examples, read_jsonl
 from .remeasure import Remeasured, remeasure
 from .weights import base_parameters, weights_digest
@@ -27,6 +29,7 @@ __all__ = [
     "evaluate",
     "fit",
     "held_out_loss",
+    "optimize",
     "predict",
     "read_examples",
     "read_jsonl",

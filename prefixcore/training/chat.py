@@ -48,8 +48,8 @@ class Conversation(Example):
         for index, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
-            asked = _write(tokenizer, messages[:index], self.source, add_generation_prompt=True)
-            whole = _write(tokenizer, messages[: index + 1], self.source, add_generation_prompt=False)
+            asked = write_turns(tokenizer, messages[:index], self.source, add_generation_prompt=True)
+            whole = write_turns(tokenizer, messages[: index + 1], self.source, add_generation_prompt=False)
             if not asked.startswith(written) or not whole.startswith(asked):
                 raise DataError(
                     f"{self.source}: the model's chat template does not write message {index + 1} after what it "
@@ -82,11 +82,12 @@ def question_ids(tokenizer: Any, question: str, source: str) -> list[int]:
         source: what a message about it begins with.
     """
     messages = [{"role": "user", "content": question}]
-    text = _write(tokenizer, messages, source, add_generation_prompt=True)
+    text = write_turns(tokenizer, messages, source, add_generation_prompt=True)
     return encode(tokenizer, text, source, add_special_tokens=False)
 
 
-def _write(tokenizer: Any, messages: Sequence[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
+def write_turns(tokenizer: Any, messages: Sequence[dict[str, str]], source: str, *, add_generation_prompt: bool) -> str:
+    """Messages as the model's chat template writes them; DataError, which begins with `source`: it refuses them."""
     check_template(tokenizer)
     try:
         text = tokenizer.apply_chat_template(

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from .loop import TrainingRecord
+from .options import TrainingRecord
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, also in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

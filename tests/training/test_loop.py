@@ -22,7 +22,7 @@ from prefixcore.training import (
     tokenize,
     weights_digest,
 )
-from prefixcore.training.loop import stop_on_signal
+from prefixcore.training.stopping import stop_on_signal
 from tests import tiny
 
 

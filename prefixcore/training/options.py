@@ -1,0 +1,107 @@
+"""How to train, and what happened in a training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: of AdamW, after the warm-up.
+        batch_size: examples a step.
+        warmup_steps: steps over which the learning rate rises from 0.
+        schedule: "constant", or "linear" (falls to 0 at the last step).
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm; None: never.
+        seed: decides the order of the examples.
+        eval_every: steps between two held-out losses; 0: at the start and the end only.
+        keep: the values that are left when training ends: of the "last" step, or of the "best" held-out loss, the start
+            included. A training that a signal ends leaves its last step's.
+        early_stopping_patience: training ends after as many held-out losses in a row that are not below the least one
+            before; None: never.
+
+    Examples:
+        >>> from prefixcore.training import TrainingOptions
+        >>> options = TrainingOptions(steps=200, learning_rate=5e-3, schedule="linear")
+        >>> options.batch_size, options.warmup_steps
+        (8, 0)
+    """
+
+    steps: int = 100
+    learning_rate: float = 2e-3
+    batch_size: int = 8
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    seed: int = 0
+    eval_every: int = 0
+    keep: str = "last"
+    early_stopping_patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("eval_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0 or None, got {self.max_grad_norm}")
+        if self.schedule not in ("constant", "linear"):
+            raise ValueError(f"schedule must be 'constant' or 'linear', got {self.schedule!r}")
+        if self.keep not in ("best", "last"):
+            raise ValueError(f"keep must be 'best' or 'last', got {self.keep!r}")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience must be at least 1 or None, got {self.early_stopping_patience}")
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rate is multiplied by at `step` (0 is the first)."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "linear":
+            return max(0.0, (self.steps - step) / max(1, self.steps - self.warmup_steps))
+        return 1.0
+
+
+@dataclass
+class TrainingRecord:
+    """What happened in a training run.
+
+    Attributes:
+        options: how it was trained.
+        train_loss: `(step, loss)` of each step, from 1; nats per completion token.
+        held_out_loss: `(step, loss)` where it was evaluated; step 0 is before training.
+        step_seconds: seconds of each step, evaluation aside.
+        interrupted: whether a signal stopped it before the last step.
+        stopped_early: whether it ended because the held-out loss no longer fell.
+        kept_step: the step whose values were left; 0: the start's.
+
+    Examples:
+        >>> from prefixcore.training import TrainingOptions, TrainingRecord
+        >>> record = TrainingRecord(TrainingOptions(steps=2), train_loss=[(1, 2.0), (2, 1.5)])
+        >>> record.steps_done, record.interrupted
+        (2, False)
+    """
+
+    options: TrainingOptions
+    train_loss: list[tuple[int, float]] = field(default_factory=list)
+    held_out_loss: list[tuple[int, float]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    interrupted: bool = False
+    stopped_early: bool = False
+    kept_step: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        return len(self.train_loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
