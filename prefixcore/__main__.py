@@ -8,7 +8,21 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from . import _interrupt
-from .cli import add, audit, bake, convert, doctor, generate, inspect, output, serve, train, validate_serving, verify
+from .cli import (
+    add,
+    audit,
+    bake,
+    convert,
+    distill,
+    doctor,
+    generate,
+    inspect,
+    output,
+    serve,
+    train,
+    validate_serving,
+    verify,
+)
 from .cli import list as list_
 from .cli.common import INTERRUPTED, USER_ERROR
 from .cli.failures import message
@@ -21,6 +35,7 @@ COMMANDS = {
     "verify": verify,
     "audit": audit,
     "bake": bake,
+    "distill": distill,
     "convert": convert,
     "list": list_,
     "add": add,

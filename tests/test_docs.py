@@ -28,6 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.encoder_decoder_folder(tmp_path / "my-translator")
     examples = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(12)]
     (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    (tmp_path / "context.txt").write_text("France -> Paris\nJapan -> Tokyo\n")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     return tmp_path
@@ -35,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_pages_are_found() -> None:
     assert {"docs/index.md", "docs/mathematics.md", "docs/guides/trainer.md"} <= set(WITH_CODE)
-    expected = ["audit", "cli", "formats", "gpu"]
+    expected = ["audit", "cli", "distill", "formats", "gpu"]
     assert [*(f"docs/guides/{name}.md" for name in expected), "docs/quickstart.md"] == WITH_COMMANDS
 
 

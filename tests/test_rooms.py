@@ -12,7 +12,7 @@ import prefixcore
 
 PACKAGE = Path(prefixcore.__file__).parent
 
-ROOMS = ("backends", "ops", "nn", "adapters", "hf", "training", ("serving", "audit"), "cli")
+ROOMS = ("backends", "ops", "nn", "adapters", "hf", "training", ("serving", "audit", "distill"), "cli")
 """Each room may import itself and those before it."""
 
 HF = ("families", "batch", "model", "attention", "positions", "prompts", "bank", "attaching", "baking", "peft")

@@ -14,21 +14,26 @@ from ..families import ROTARY, family_of, known_families
 from .bake_prefix import has_moving_positions
 
 
-def turn(model: PreTrainedModel, pairs: list[KeyValue], by: int) -> list[KeyValue]:
+def turn(model: PreTrainedModel, pairs: list[KeyValue], by: int | Tensor) -> list[KeyValue]:
     """Prefixes whose keys stand `by` positions further on, in float64 and back; values stay.
+
+    Args:
+        model: whose keys they are.
+        pairs: the keys and values.
+        by: how far all of them go, or each of the P tokens [P].
 
     Raises:
         AdapterError: the model does not turn keys by a fixed angle a position (learned positions, an unknown family,
             frequencies that change with the length of the text).
     """
     frequencies = _frequencies(model)
-    angle = by * frequencies.double()
+    angle = (by[:, None] if isinstance(by, Tensor) else by) * frequencies.double()
     return [(_turned(key, angle), value) for key, value in pairs]
 
 
 def _turned(key: Tensor, angle: Tensor) -> Tensor:
-    """Halves of the head are the two coordinates that turn."""
-    half = len(angle)
+    """Halves of the head are the two coordinates that turn; `angle` is [D/2], or [P, D/2] for keys [Hkv, P, D]."""
+    half = angle.shape[-1]
     if key.shape[-1] != 2 * half:
         raise AdapterError(f"the rotary embedding turns {2 * half} numbers of a key, but heads have {key.shape[-1]}")
     first, second = key.double().split(half, -1)

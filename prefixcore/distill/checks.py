@@ -1,0 +1,31 @@
+"""What is refused before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..hf.families import text_config
+from ..hf.positions.position_table import position_limit
+from .errors import DistillError
+
+
+def check_model_answers(model: Any) -> None:
+    """Raises NotImplementedError unless the model goes on with a text."""
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise NotImplementedError(
+            f"{type(model).__name__} does not go on with a text, so there are no answers to learn from: expected a "
+            "causal language model"
+        )
+
+
+def check_length(model: Any, front: int, rest: int, what: str) -> None:
+    """Raises DistillError if the teacher cannot read so many tokens."""
+    learned = position_limit(model)
+    stated = getattr(text_config(model), "max_position_embeddings", None)
+    positions = learned if learned is not None else stated if isinstance(stated, int) and stated > 0 else None
+    if positions is not None and front + rest > positions:
+        raise DistillError(
+            f"{what}: {front:,} tokens of the text and {rest:,} behind it, with the answer, are more than the "
+            f"{positions:,} positions of the model, so nobody can say how it answers behind the whole text: "
+            "shorten the text, the prompts or max_answer_tokens, or take a model that reads more"
+        )

@@ -1,0 +1,97 @@
+"""Learning the teacher's probabilities: the loss of a batch, and the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training import TrainingOptions, TrainingRecord, optimize
+from .divergence import divergence, tops
+from .front import Reader
+from .options import DistillOptions
+from .running import answer_logits, in_batches
+from .targets import Target
+
+EVALUATIONS = 5
+"""How often the validation loss is measured on the way."""
+
+
+def learn(
+    handle: Any,
+    targets: Sequence[Target],
+    validation: Sequence[Target],
+    options: DistillOptions,
+    padding: int,
+    *,
+    show_progress: bool | None = None,
+    on_held_out: Callable[[int, float], None] | None = None,
+) -> TrainingRecord:
+    """Trains what is attached to give the teacher's probabilities; the values at the least validation loss are left.
+
+    The loss is KL(teacher || student) in nats, the mean over the answers' tokens.
+    """
+    model = handle.model
+    reader = Reader(model, [], packed=handle.can_pack)
+    batches = orders(len(targets), options.batch_size, options.seed)
+
+    def next_loss() -> Tensor:
+        return divergences(reader, [targets[i] for i in next(batches)], padding).mean()
+
+    def validation_loss() -> float:
+        model.eval()
+        try:
+            return mean_divergence(reader, validation, padding)
+        finally:
+            model.train()
+
+    was_training = model.training
+    model.train()
+    try:
+        return optimize(
+            handle.parameters(),
+            next_loss,
+            held_out_loss=validation_loss,
+            options=TrainingOptions(
+                steps=options.steps,
+                learning_rate=options.learning_rate,
+                batch_size=options.batch_size,
+                warmup_steps=options.steps // 10,
+                schedule="linear",
+                seed=options.seed,
+                eval_every=max(1, options.steps // EVALUATIONS),
+                keep="best",
+            ),
+            show_progress=show_progress,
+            on_held_out=on_held_out,
+        )
+    finally:
+        model.train(was_training)
+
+
+def divergences(reader: Reader, targets: Sequence[Target], padding: int) -> Tensor:
+    """KL(teacher || student) at each token of the teacher's answers."""
+    logits = answer_logits(reader, [(target.asked.alone, target.answer) for target in targets], padding)
+    return divergence(logits, *tops(targets, logits.device))
+
+
+@torch.no_grad()
+def mean_divergence(reader: Reader, targets: Sequence[Target], padding: int) -> float:
+    """The mean of `divergences` over all tokens of all targets."""
+    total, tokens = 0.0, 0
+    vocabulary = reader.model.config.get_text_config().vocab_size
+    for indices in in_batches([len(target.answer) for target in targets], vocabulary, most=16):
+        values = divergences(reader, [targets[i] for i in indices], padding)
+        total, tokens = total + float(values.sum()), tokens + len(values)
+    return total / tokens
+
+
+def orders(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Indices of one batch after another, without end: a new order each epoch, the short last batch kept."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, batch_size):
+            yield order[start : start + batch_size]

@@ -1,0 +1,109 @@
+"""The user's own prompts: JSON lines with `prompt` and perhaps `completion`, or plain lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import DistillError
+from .options import DistillOptions
+from .writing import Prompt
+
+VALIDATION = 0.1
+"""The share of the prompts by whose divergence the step is chosen that is kept."""
+
+MOST_HELD_OUT = 128
+"""Prompts that are set aside to measure on, where none are given."""
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    r"""Reads prompts, one a line.
+
+    A file whose first line is a JSON object is read as JSON lines with `prompt` and, where there is a right answer,
+    `completion`; any other as plain lines, each a prompt. Blank lines are passed over.
+
+    Args:
+        path: the file, in UTF-8.
+
+    Raises:
+        DistillError: no such file, one that cannot be read, a line that is not what the first one is, or no prompt.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from prefixcore.distill import read_prompts
+        >>> _ = Path("prompts.jsonl").write_text('{"prompt": "Peru ->", "completion": " Lima"}\n')
+        >>> read_prompts("prompts.jsonl")[0].completion
+        ' Lima'
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "no such file"
+        raise DistillError(f"{path}: {what}; expected JSON lines with the field prompt, or plain lines")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DistillError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise DistillError(f"{path}: no prompts; expected lines like " + '{"prompt": "..."}, or plain lines')
+    if not lines[0][1].lstrip().startswith("{"):
+        return [Prompt(line, None, f"{path}, line {number}") for number, line in lines]
+    return [_prompt(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _prompt(line: str, source: str) -> Prompt:
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DistillError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise DistillError(f"{source}: expected a JSON object with the field prompt")
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DistillError(f"{source}: the field 'prompt' must be a text that is not empty")
+    if completion is not None and (not isinstance(completion, str) or not completion.strip()):
+        raise DistillError(f"{source}: the field 'completion' must be a text that is not empty, or be left out")
+    return Prompt(prompt, completion, source)
+
+
+def split_off(prompts: Sequence[Prompt], fraction: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Sets a fraction of the prompts aside, at least one: `(the others, those set aside)`; each text on one side."""
+    groups: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.text, []).append(prompt)
+    if len(groups) < 2:
+        raise DistillError(
+            f"{len(groups)} different prompts are too few to hold one out: give more of them, more questions, or "
+            "held-out prompts of their own"
+        )
+    texts = list(groups)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
+    kept, held_out = order[aside:], order[:aside]
+    return [p for i in kept for p in groups[texts[i]]], [p for i in held_out for p in groups[texts[i]]]
+
+
+def parts(
+    prompts: Sequence[Prompt], questions: Sequence[Prompt], held_out: Sequence[Prompt], options: DistillOptions
+) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """Prompts to learn from, to choose the step by, and held out; those that are held out are in no other part.
+
+    What is set aside is like what will be asked: from the user's prompts, where there are any.
+    """
+    aside = list(held_out)
+    taken = {prompt.text for prompt in aside}
+    own = [prompt for prompt in prompts if prompt.text not in taken]
+    more = [prompt for prompt in questions if prompt.text not in taken]
+    pool, rest = (own, more) if own else (more, [])
+    if not pool:
+        raise DistillError("there is no prompt to learn from: give prompts, or questions above 0")
+    if not aside:
+        pool, aside = split_off(pool, options.eval_fraction, options.seed)
+        aside = aside[:MOST_HELD_OUT]
+    training, validation = split_off(pool, VALIDATION, options.seed + 1)
+    known = {prompt.text for prompt in (*validation, *aside)}
+    return [*training, *(prompt for prompt in rest if prompt.text not in known)], validation, aside

@@ -1,0 +1,196 @@
+"""Self-study: prompts that the model asks itself about parts of the text (Cartridges, arXiv:2506.06266).
+
+Without a chat template the model goes on behind a part of the text: with lines of its own, which are cut at a random
+token and so become prompts; with a question, behind a word that asks for one; and lines of the text itself, cut in the
+same way, ask it to go on with what it has read. With a template it writes the user's turn itself, behind the text as
+the system message (as Magpie does, arXiv:2406.08464), or is asked for a question.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .front import Front
+from .options import DistillOptions
+from .running import answer
+from .store import Store
+from .writing import Plain, Prompt, writer
+
+TOGETHER = 32
+"""Prompts that are made at once, about one part of the text."""
+
+MOST_TOKENS = 40
+"""Of a prompt that the model makes."""
+
+TOP_P = 0.95
+
+ASKING = (
+    "\n\nQuestion:",
+    "\n\nQ:",
+    "\n\nA question about this: ",
+)
+"""What is put behind a part of a text to get a question."""
+
+REQUESTS = (
+    "Ask one short question that can be answered with what you were told. Write the question and nothing else.",
+    "Write one message that somebody could send you. Write the message and nothing else.",
+    "Which question about one detail of your instructions would be hard to answer? Write the question alone.",
+)
+"""What a chat model is asked for a prompt with."""
+
+
+@dataclass(frozen=True)
+class SelfStudy:
+    """Makes prompts about a text.
+
+    Attributes:
+        model, tokenizer: the model, with nothing attached, and its tokenizer.
+        text: the whole.
+        digest: of the model's weights.
+        padding: the id to pad with.
+        options: how many prompts, and how they end.
+        store: where they are kept.
+    """
+
+    model: Any
+    tokenizer: Any
+    text: str
+    digest: str
+    padding: int
+    options: DistillOptions
+    store: Store
+
+    def prompts(self, progress: Callable[[int], object] = lambda count: None) -> list[Prompt]:
+        """About `options.questions` different prompts; `progress` is told how many more were made."""
+        found: dict[str, Prompt] = {}
+        chunks = chunks_of(self.tokenizer, self.text, self.options.chunk_tokens)
+        kinds = (self._users, self._asked) if self.options.chat else (self._lines, self._questions, self._quotes)
+        wanted = self.options.questions
+        for number in range(4 * -(-wanted // TOGETHER)):  # some come twice, and some are empty
+            if len(found) >= wanted:
+                break
+            before = len(found)
+            # Each part meets each kind, also where there are as many parts as kinds.
+            kind = kinds[(number + number // len(chunks)) % len(kinds)]
+            for text in self._round(kind, chunks[number % len(chunks)], self.options.seed + number):
+                if len(found) < wanted:
+                    found.setdefault(text, Prompt(text, None, f"question {len(found) + 1}"))
+            progress(len(found) - before)
+        return list(found.values())
+
+    def _round(self, kind: Callable[[str, int], list[str]], chunk: str, seed: int) -> list[str]:
+        """The prompts of one batch."""
+        if kind == self._quotes:
+            return self._quotes(chunk, seed)
+        facts = {
+            "model": self.digest,
+            "chunk": chunk,
+            "chat": self.options.chat,
+            "kind": kind.__name__,
+            "seed": seed,
+            "together": TOGETHER,
+            "tokens": MOST_TOKENS,
+        }
+        kept = self.store.keep("questions", facts, lambda: _pack(kind(chunk, seed)))
+        return [text for text in _unpack(kept) if text.strip()]
+
+    def _users(self, chunk: str, seed: int) -> list[str]:
+        """A user's turns, which the model writes itself behind the text."""
+        written = writer(self.tokenizer, chunk, chat=True)
+        return self._sample(written.front, [[]] * TOGETHER, seed, None)
+
+    def _asked(self, chunk: str, seed: int) -> list[str]:
+        """What the model answers when it is asked for a user's turn."""
+        written = writer(self.tokenizer, chunk, chat=True)
+        asked = [written.ask(Prompt(request)).behind for request in REQUESTS]
+        return self._sample(written.front, [asked[i % len(asked)] for i in range(TOGETHER)], seed, None)
+
+    def _lines(self, chunk: str, seed: int) -> list[str]:
+        """Lines with which the model goes on, each cut at a random token."""
+        ids = Plain(self.tokenizer, chunk.rstrip() + "\n").front
+        lines = self._sample(ids, [[]] * TOGETHER, seed, "\n")
+        return cut_somewhere(self.tokenizer, lines, seed)
+
+    def _quotes(self, chunk: str, seed: int) -> list[str]:
+        """Lines of the text itself, each cut at a random token."""
+        lines = [line for line in chunk.splitlines() if line.strip()]
+        chosen = random.Random(seed).choices(lines, k=TOGETHER)
+        return cut_somewhere(self.tokenizer, chosen, seed)
+
+    def _questions(self, chunk: str, seed: int) -> list[str]:
+        """Questions, with the words that ask for an answer behind them."""
+        front = Plain(self.tokenizer, chunk).front
+        asking = [ASKING[i % len(ASKING)] for i in range(TOGETHER)]
+        behind = [list(self.tokenizer(each, add_special_tokens=False)["input_ids"]) for each in asking]
+        questions = self._sample(front, behind, seed, "?")
+        return [
+            f"{ask}{text}?\nAnswer:" for ask, text in zip(asking, questions, strict=True) if text and "\n" not in text
+        ]
+
+    def _sample(self, front: Sequence[int], behind: list[list[int]], seed: int, end: str | None) -> list[str]:
+        """What the model says behind a part of the text and each of `behind`."""
+        last = list(front[-1:])  # something has to be read for there to be something said
+        with Front.of(self.model, front[:-1]).before(self.model) as reader:
+            found = answer(
+                reader,
+                self.tokenizer,
+                [last + ids for ids in behind],
+                max_new_tokens=MOST_TOKENS,
+                padding=self.padding,
+                end=end,
+                temperature=1.0,
+                seed=seed,
+                top_p=TOP_P,
+            )
+        return [said_as_is(self.tokenizer, ids, end) for ids in found]
+
+
+def chunks_of(tokenizer: Any, text: str, most: int) -> list[str]:
+    """The text in parts of about `most` tokens, which begin and end where lines do."""
+    parts: list[str] = [""]
+    used = 0
+    for line in text.splitlines(keepends=True):
+        length = len(tokenizer(line, add_special_tokens=False)["input_ids"])
+        if used and used + length > most:
+            parts.append("")
+            used = 0
+        parts[-1] += line
+        used += length
+    return [part for part in parts if part.strip()]
+
+
+def cut_somewhere(tokenizer: Any, lines: Sequence[str], seed: int) -> list[str]:
+    """The beginnings of lines, as far as a token chosen at random, never the whole."""
+    draw = random.Random(seed)
+    found = []
+    for line in lines:
+        ids = tokenizer(line, add_special_tokens=False)["input_ids"]
+        if len(ids) > 1:
+            found.append(tokenizer.decode(ids[: draw.randint(1, len(ids) - 1)]))
+    return found
+
+
+def said_as_is(tokenizer: Any, ids: Sequence[int], end: str | None) -> str:
+    """The text of an answer without what ends it, its white space as it is at the beginning."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return (text.split(end)[0] if end is not None else text).rstrip()
+
+
+def _pack(texts: Sequence[str]) -> dict[str, Tensor]:
+    data = [text.encode("utf-8", "replace") for text in texts]
+    whole = b"".join(data)
+    return {
+        "text": torch.frombuffer(bytearray(whole), dtype=torch.uint8) if whole else torch.zeros(0, dtype=torch.uint8),
+        "lengths": torch.tensor([len(each) for each in data], dtype=torch.int64),
+    }
+
+
+def _unpack(kept: dict[str, Tensor]) -> list[str]:
+    pieces = kept["text"].split(kept["lengths"].tolist())
+    return [bytes(piece.tolist()).decode("utf-8", "replace") for piece in pieces]

@@ -1,0 +1,135 @@
+"""`distill`: a long text becomes a short prefix behind which the frozen model answers as behind the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..hf import attach
+from ..hf.attaching import check_model
+from ..training import weights_digest
+from ..training.data import pad_id
+from .checks import check_length, check_model_answers
+from .errors import DistillError
+from .front import Front
+from .measuring import measure
+from .options import DistillOptions
+from .progress import Progress
+from .prompts import parts
+from .questions import SelfStudy
+from .report import Report
+from .result import Distilled
+from .store import Store
+from .student import Student
+from .targets import Teacher
+from .writing import Prompt, writer
+
+
+def distill(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    context: str,
+    *,
+    options: DistillOptions,
+    prompts: Sequence[Prompt] = (),
+    held_out: Sequence[Prompt] = (),
+    cache: str | Path | None = None,
+    show_progress: bool | None = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Distilled:
+    """Makes a prefix of P virtual tokens that stands in for a text of many more.
+
+    The teacher is the model itself with the whole text before each prompt, the student the same model with the prefix,
+    which starts from keys and values of the text and learns the teacher's probabilities on the teacher's answers.
+    Prompts are yours, or those that the model asks itself about parts of the text, or both.
+
+    Args:
+        model: a causal transformers model with nothing attached; it is frozen.
+        tokenizer: the model's.
+        context: the text; with `options.chat` the system message.
+        options: P, how many questions, and how it is trained.
+        prompts: yours, to learn from; where they have a completion it says what is right, and is not learnt.
+        held_out: prompts that are never trained on, on which all is measured; none: a part of `prompts`, or of the
+            questions where there are no prompts, is set aside.
+        cache: a folder in which questions and the teacher's answers are kept, to go on from; None: nothing is kept.
+        show_progress: bars on standard error; None: on a terminal.
+        say: is told what is being done.
+
+    Returns:
+        The prefix, attached to the model, with its report; `save` writes the adapter.
+
+    Raises:
+        DistillError: no text, a P that saves nothing, too few prompts, a text and prompts that the model has no
+            positions for, or files in `cache` that are damaged.
+        DataError: a text that cannot be encoded, or a model without a chat template that is to have one.
+        TypeError, ValueError, NotImplementedError: as of `attach`.
+
+    After an error the model is as it was.
+
+    Examples:
+        >>> from prefixcore.distill import DistillOptions, distill
+        >>> options = DistillOptions(num_virtual_tokens=4, questions=24, max_answer_tokens=4, steps=2)
+        >>> distilled = distill(model, tokenizer, "France -> Paris; Japan -> Tokyo", options=options)
+        >>> distilled.report.tokens_saved
+        27
+        >>> distilled.save("capitals").name
+        'capitals'
+    """
+    check_model(model)
+    check_model_answers(model)
+    written = writer(tokenizer, context, chat=options.chat)
+    count, length = options.num_virtual_tokens, len(written.front)
+    if count >= length:
+        raise DistillError(
+            f"{count:,} virtual tokens save nothing of a text of {length:,} tokens: take fewer, or make the text "
+            "itself a prefix (prefixcore bake --text-file)"
+        )
+    check_length(model, length, 1 + options.max_answer_tokens, "the text")
+    progress = Progress(show_progress)
+    padding = pad_id(tokenizer, model)
+    store = Store(None if cache is None else Path(cache))
+    digest = "" if cache is None else weights_digest(model)
+
+    questions: list[Prompt] = []
+    if options.questions:
+        study = SelfStudy(model, tokenizer, context, digest, padding, options, store)
+        with progress(options.questions, "questions") as advance:
+            questions = study.prompts(advance)
+        say(f"{len(questions)} questions that the model asked itself")
+    training, validation, held = parts(prompts, questions, held_out, options)
+    asked = [[written.ask(prompt) for prompt in part] for part in (training, validation, held)]
+    longest = max(len(each.behind) for part in asked for each in part)
+    check_length(model, length, longest + options.max_answer_tokens, "the text and the longest prompt")
+    say(f"{len(training)} prompts to learn from, {len(validation)} to choose the step by, {len(held)} held out")
+
+    front = Front.of(model, written.front)
+    if front.pairs is None:
+        say(f"no prefix is equal to a text on {type(model).__name__}: its tokens stand before each prompt (slow)")
+    teacher = Teacher(model, tokenizer, front, digest, padding, options, store)
+    with progress(sum(map(len, asked)), "answers") as advance:
+        taught = teacher.targets(asked[0], greedy=False, progress=advance)
+        judged = teacher.targets(asked[1], greedy=True, progress=advance)
+        measured = teacher.targets(asked[2], greedy=True, progress=advance)
+    report = Report(
+        length,
+        count,
+        {"training": len(taught), "validation": len(judged), "held_out": len(measured)},
+        is_prefix_exact=front.pairs is not None,
+    )
+    student = Student(model, tokenizer, front, taught, judged, options, padding, show_progress, say)
+    found, interrupted = student.search(report)
+    if not interrupted:
+        say("measuring on held-out prompts")
+        measure(report, student, found, measured, writer(tokenizer, cut(tokenizer, context, report), chat=options.chat))
+    handle = attach(model, student.config(found.values), tokenizer=tokenizer)
+    handle.module.requires_grad_(False)
+    return Distilled(handle, report, found.record, interrupted, options, context, taught, measured)
+
+
+def cut(tokenizer: Any, context: str, report: Report) -> str:
+    """The text as far as its first P tokens."""
+    ids = tokenizer(context, add_special_tokens=False)["input_ids"][: report.num_virtual_tokens]
+    return str(tokenizer.decode(ids))

@@ -1,0 +1,83 @@
+"""What the prefix starts from: the text's own keys and values, of P of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import AdapterError
+from ..audit.attention_mass import virtual_weights
+from ..audit.running import FrozenRun, WatchedCall
+from ..audit.virtual import VirtualTokens
+from ..hf.attention.prefix import KeyValue
+from ..hf.baking.rotary import turn
+from .front import Front
+from .targets import Target
+
+MOST_PROMPTS = 16
+"""Whose attention on the text is measured."""
+
+
+def starting_values(
+    model: Any, front: Front, count: int, kind: str, targets: Sequence[Target], own: list[KeyValue]
+) -> tuple[list[KeyValue], list[int]]:
+    """Keys and values of `count` tokens of the text, and which they are.
+
+    What was computed at a token's place in the text is moved to its place in the prefix, so that the prompt stands
+    behind the last of them as it stands behind the text. On a model whose keys cannot be moved, the first tokens,
+    which need no moving, are taken.
+    """
+    length = len(front.ids)
+    if kind == "first":
+        places = list(range(count))
+    elif kind == "spread":
+        places = spread(length, count)
+    else:
+        places = heaviest(attention_on(model, front, targets), count)
+    try:
+        return moved(model, own, places), places
+    except AdapterError:
+        places = list(range(count))
+        return [(key[:, places], value[:, places]) for key, value in own], places
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` places out of `length`, the first and the last among them."""
+    if count == 1:
+        return [0]
+    return [round(i * (length - 1) / (count - 1)) for i in range(count)]
+
+
+def heaviest(mass: Tensor, count: int) -> list[int]:
+    """The first place, on which attention rests where it finds nothing, and those of the largest mass [N], in order."""
+    mass = mass.clone()
+    mass[0] = torch.inf
+    return sorted(mass.topk(count).indices.tolist())
+
+
+def attention_on(model: Any, front: Front, targets: Sequence[Target]) -> Tensor:
+    """The attention [N] that a few prompts and answers pay to each token of the text, the mean over layers and heads.
+
+    Each layer counts the same, and so does each token that reads.
+    """
+    assert front.pairs is not None
+    virtual = VirtualTokens(len(front.ids), tuple(range(len(front.ids))), dict(enumerate(front.pairs)))
+    total = torch.zeros(len(front.ids), dtype=torch.float64)
+    run = FrozenRun(model)
+
+    def watch(call: WatchedCall) -> None:
+        total.add_(virtual_weights(call)[0].double().sum(1).mean(0).cpu())  # [H, T, N]
+
+    for target in targets[:MOST_PROMPTS]:
+        run(torch.tensor([target.asked.behind + target.answer], device=model.device), virtual=virtual, watch=watch)
+    return total
+
+
+def moved(model: Any, pairs: list[KeyValue], places: list[int]) -> list[KeyValue]:
+    """The keys and values at `places`, turned to places 0, 1, ...; AdapterError: the model's keys cannot be turned."""
+    by = torch.arange(len(places)) - torch.tensor(places)
+    picked = [(key[:, places].cpu(), value[:, places].cpu()) for key, value in pairs]
+    return turn(model, picked, by) if bool(by.any()) else picked

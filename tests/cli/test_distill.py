@@ -1,0 +1,129 @@
+"""`prefixcore distill`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from prefixcore.distill import DistillOptions
+
+TEXT = "ab -> ba\ncd -> dc\nxy -> yx\n"
+
+
+@pytest.fixture
+def context(tmp_path):
+    path = tmp_path / "examples.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def distill(prefixcore, model_folder, context, tmp_path):
+    """`distill(*options)` -> (exit code, standard output, standard error), the text as four virtual tokens."""
+
+    def call(*options, out=tmp_path / "adapter", context=context, count=4):
+        base = ["distill", "--model", model_folder, "--context", context, "--num-virtual-tokens", count, "--out", out]
+        return prefixcore(*base, "--steps", 2, "--max-answer-tokens", 4, *options)
+
+    return call
+
+
+def test_a_text_becomes_an_adapter(distill, prefixcore, model_folder, tmp_path):
+    code, out, err = distill("--questions", 40, "--license", "CC-BY-4.0")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].split("  ")[0] == "before the prompt"
+    names = [re.split(r"  +", line)[0] for line in lines[1:6]]
+    assert names == ["the full text", "distilled prefix", "its start", "the text cut to 4", "nothing"]
+    assert "each request saves 23 of 27 tokens" in lines[6]
+    folder = tmp_path / "adapter"
+    assert (folder / "curve.png").is_file()
+    code, out, err = prefixcore("inspect", folder, "--json")
+    found = json.loads(out)
+    assert (code, found["license"], found["num_virtual_tokens"]) == (0, "CC-BY-4.0", 4)
+    assert found["settings"]["context"] == "examples.txt"
+    assert found["training"]["distilled"]["prompts"]["held_out"] == 8
+    code, out, err = prefixcore("generate", "--model", model_folder, "--adapter", folder, "--prompt", "ef ->")
+    assert code == 0, err
+
+
+def test_questions_and_answers_are_kept(distill, tmp_path):
+    code, _, err = distill("--questions", 20)
+    assert code == 0, err
+    kept = sorted((tmp_path / "adapter.distill").iterdir())
+    times = [path.stat().st_mtime_ns for path in kept]
+    code, _, err = distill("--questions", 20, "--steps", 3)
+    assert code == 0, err
+    assert sorted((tmp_path / "adapter.distill").iterdir()) == kept
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_prompts_of_ones_own(distill, data, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{a}{b} ->" for a in "klm" for b in "nop"))
+    code, out, err = distill("--prompts", prompts, "--eval-prompts", data, "--end", "\\n", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["prompts"] == {"training": 8, "validation": 1, "held_out": 25}
+    assert report["scores"]["the full text"]["agreement"] == 1
+    assert 0 <= report["scores"]["distilled prefix"]["accuracy"] <= 1
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert record["end"] == "\n"
+
+
+def test_what_cannot_be_done_is_one_line_and_nothing_is_written(distill, tmp_path, data):
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.write_text(" \n")
+    binary.write_bytes(b"\xff\xfe\xfa")
+    long = tmp_path / "long"
+    long.write_text("abc " * 50)
+    cases = [
+        (distill(context=empty), "empty; expected a text that a prefix is to stand for"),
+        (distill(context=binary), "not UTF-8 text"),
+        (distill(context=tmp_path / "nowhere"), "no such file"),
+        (distill(count=27), "27 virtual tokens save nothing of a text of 27 tokens"),
+        (distill(count=4000), "leave no room"),
+        (distill(context=long), "more than the 128 positions"),
+        (distill("--prompts", empty), "no prompts"),
+        (distill("--prompts", data, "--questions", "-1"), "must be at least 0"),
+        (distill("--chat"), "has no chat template"),
+        (distill("--chat", "--end", "x"), "--end cannot be given with --chat"),
+        (distill("--least-share", "2"), "least_share must be above 0 and at most 1"),
+        (distill("--questions", "0"), "no prompt to learn from"),
+        (distill("--cache", empty), "not a folder"),
+    ]
+    for (code, out, err), message in cases:
+        assert code == 2, message
+        assert message in err
+        assert out == ""
+        assert "Traceback" not in err
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_defaults_in_its_help_are_those_of_the_options(prefixcore):
+    _, out, _ = prefixcore("distill", "--help")
+    text = " ".join(out.split())
+    default = DistillOptions(num_virtual_tokens=1)
+    for words in (
+        f"a part (default: {default.chunk_tokens})",
+        f"--max-answer-tokens N default: {default.max_answer_tokens}",
+        f"a token (default: {default.top_k})",
+        f"starts from (default: {default.start})",
+        f"--steps N default: {default.steps}",
+        f"of AdamW (default: {default.learning_rate:g})",
+        f"--batch-size N default: {default.batch_size}",
+        f"held out (default: {default.eval_fraction:g})",
+        f"contains it (default: {default.match})",
+        f"parts of the text (default: {default.questions};",
+    ):
+        assert words in text, words
+
+
+def test_the_command_has_an_option_for_every_field():
+    from dataclasses import fields
+
+    from prefixcore.cli.distill_options import FIELDS
+
+    assert set(FIELDS.values()) == {field.name for field in fields(DistillOptions)}

@@ -1,0 +1,202 @@
+"""A long text as a short prefix, from prompts to the adapter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import prefixcore
+from prefixcore.distill import DistillError, DistillOptions, Prompt, distill
+from prefixcore.distill import targets as targets_module
+from prefixcore.distill.divergence import tops
+from prefixcore.distill.front import Front, Reader
+from prefixcore.distill.learning import divergences
+from prefixcore.distill.report import CUT, FULL, NOTHING, PREFIX, START
+from prefixcore.distill.scores import is_right
+from prefixcore.distill.store import Store
+from prefixcore.distill.targets import Teacher
+from prefixcore.distill.writing import writer
+from prefixcore.hf.handle import Handle
+from prefixcore.training import weights_digest
+from tests import tiny
+from tests.distill.conftest import TEXT
+
+OPTIONS = {"num_virtual_tokens": 6, "questions": 0, "max_answer_tokens": 4, "steps": 30, "learning_rate": 0.02}
+
+
+def teach(model, tokenizer, prompts, folder=None, **options):
+    options = DistillOptions(**{**OPTIONS, **options})
+    written = writer(tokenizer, TEXT, chat=False)
+    front = Front.of(model, written.front)
+    teacher = Teacher(model, tokenizer, front, "digest", 0, options, Store(folder))
+    return teacher.targets([written.ask(prompt) for prompt in prompts], greedy=True)
+
+
+def test_the_prefix_learns_what_the_text_does(model, tokenizer, prompts):
+    before = weights_digest(model)
+    distilled = distill(model, tokenizer, TEXT, options=DistillOptions(**OPTIONS), prompts=prompts)
+    scores, report = distilled.report.scores, distilled.report
+    assert list(scores) == [FULL, PREFIX, START, CUT, NOTHING]
+    assert [score.tokens for score in scores.values()] == [44, 6, 6, 6, 0]
+    assert (scores[FULL].agreement, scores[FULL].token_agreement, scores[FULL].divergence) == (1, 1, 0)
+    assert scores[PREFIX].divergence < 0.8 * scores[START].divergence
+    assert scores[PREFIX].divergence < 0.8 * scores[CUT].divergence
+    assert 0 <= scores[NOTHING].accuracy <= 1
+    assert report.tokens_saved == 38
+    assert report.prompts == {"training": 29, "validation": 3, "held_out": 8}
+    assert report.prefill_saved == report.prefill_seconds[FULL] - report.prefill_seconds[PREFIX]
+    assert len(distilled.record.train_loss) == 30
+    distilled.handle.detach()
+    assert weights_digest(model) == before
+
+
+def test_the_adapter_is_one_as_any_other(model, tokenizer, prompts, tmp_path):
+    options = DistillOptions(**{**OPTIONS, "steps": 3})
+    distilled = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
+    folder = distilled.save(tmp_path / "adapter", name="capitals.txt", task="capitals")
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    distilled.handle.detach()
+    with prefixcore.load(model, folder):
+        torch.testing.assert_close(model(ids).logits, expected)
+    manifest = prefixcore.adapters.read_adapter(folder).manifest
+    assert manifest.task == "capitals"
+    assert manifest.metrics["agreement"] == distilled.report.scores[PREFIX].agreement
+    assert manifest.split["examples"] == 8
+    assert manifest.training["context_tokens"] == 44
+    record = prefixcore.adapters.read_record(folder)
+    assert record["distilled"]["scores"][CUT]["tokens"] == 6
+    assert (folder / "curve.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_two_runs_are_the_same(model, tokenizer, prompts):
+    options = DistillOptions(**{**OPTIONS, "steps": 3})
+    first = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
+    first.handle.detach()
+    again = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
+    assert again.record.train_loss == first.record.train_loss
+    for (key, value), (other_key, other_value) in zip(again.handle.bake(), first.handle.bake(), strict=True):
+        assert torch.equal(key, other_key)
+        assert torch.equal(value, other_value)
+
+
+def test_targets_are_the_answers_behind_the_text(model, tokenizer, prompts):
+    targets = teach(model, tokenizer, prompts[:5], top_k=97)
+    ids = writer(tokenizer, TEXT, chat=False).front
+    for target in targets:
+        whole = torch.tensor([ids + target.asked.behind + target.answer])
+        logits = model(whole).logits[0, -len(target.answer) - 1 : -1]
+        assert logits.argmax(-1).tolist() == target.answer
+        expected = logits.log_softmax(-1).gather(-1, target.top_ids)
+        torch.testing.assert_close(target.top_log_probs, expected, atol=1e-4, rtol=1e-4)
+    with Front.of(model, ids).before(model) as reader:
+        assert divergences(reader, targets, 0).abs().max() < 1e-3
+    assert tops(targets, torch.device("cpu"))[0].shape[1] == 97
+
+
+def test_a_distillation_that_was_stopped_goes_on(model, tokenizer, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(targets_module, "TOGETHER", 8)
+    expected = teach(model, tokenizer, prompts)
+    made, real = [], targets_module.answer
+
+    def answer(*args, **options):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(targets_module, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        teach(model, tokenizer, prompts, tmp_path)
+    assert not hasattr(model, "prefixcore")
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(targets_module, "answer", real)
+    found = teach(model, tokenizer, prompts, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+    assert [target.answer for target in found] == [target.answer for target in expected]
+    monkeypatch.setattr(targets_module, "answer", lambda *args, **options: pytest.fail("answered again"))
+    again = teach(model, tokenizer, prompts, tmp_path)
+    assert all(torch.equal(a.top_log_probs, b.top_log_probs) for a, b in zip(again, found, strict=True))
+
+
+def test_padded_batches_give_the_same_loss(model, tokenizer, prompts, monkeypatch):
+    targets = teach(model, tokenizer, prompts[:6])
+    with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4, seed=0)):
+        packed = divergences(Reader(model, [], packed=True), targets, 0)
+        padded = divergences(Reader(model, [], packed=False), targets, 0)
+    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(Handle, "can_pack", property(lambda handle: False))
+    options = DistillOptions(**{**OPTIONS, "steps": 2})
+    distilled = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
+    assert math.isfinite(distilled.report.scores[PREFIX].divergence)
+
+
+def test_the_least_that_keeps_a_share(model, tokenizer, prompts):
+    options = {**OPTIONS, "num_virtual_tokens": 8}
+    plain = [Prompt(prompt.text) for prompt in prompts]
+    distilled = distill(model, tokenizer, TEXT, options=DistillOptions(**options, least_share=0.01), prompts=plain)
+    report = distilled.report
+    assert [trial.num_virtual_tokens for trial in report.trials][:2] == [8, 4]
+    kept = [trial.num_virtual_tokens for trial in report.trials if trial.share >= 0.01]
+    assert report.share_kept
+    assert report.num_virtual_tokens == distilled.handle.num_virtual_tokens == min(kept)
+    distilled.handle.detach()
+    distilled = distill(model, tokenizer, TEXT, options=DistillOptions(**options, least_share=1.0), prompts=plain)
+    assert (distilled.report.share_kept, distilled.handle.num_virtual_tokens) == (False, 8)
+    assert "no P that was tried" in distilled.report.notes()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the text has no token"),
+        ("abc", "6 virtual tokens save nothing of a text of 3 tokens"),
+        ("a" * 126, "more than the 128 positions"),
+        ("a" * 120, "the text and the longest prompt: 120 tokens of the text and 9 behind it"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(model, tokenizer, text, message):
+    options = DistillOptions(**OPTIONS)
+    prompts = [Prompt("abcde"), Prompt("b"), Prompt("c")]
+    with pytest.raises(DistillError, match=message):
+        distill(model, tokenizer, text, options=options, prompts=prompts)
+    assert not hasattr(model, "prefixcore")
+
+
+def test_a_model_that_does_not_go_on_with_a_text(tmp_path):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tiny.encoder_folder(tmp_path / "bert"))
+    with pytest.raises(NotImplementedError, match="does not go on with a text"):
+        distill(model, tiny.tokenizer(), TEXT, options=DistillOptions(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_virtual_tokens", 0),
+        ("questions", -1),
+        ("top_k", True),
+        ("start", "last"),
+        ("match", "same"),
+        ("learning_rate", math.nan),
+        ("temperature", -1.0),
+        ("eval_fraction", 1.0),
+        ("least_share", 0.0),
+        ("num_frozen_tokens", 6),
+        ("end", ""),
+    ],
+)
+def test_options_out_of_range(field, value):
+    with pytest.raises(ValueError, match=field):
+        DistillOptions(**{**OPTIONS, field: value})
+
+
+def test_when_an_answer_is_right():
+    exact = DistillOptions(num_virtual_tokens=1, end="\n")
+    contains = DistillOptions(num_virtual_tokens=1, match="contains")
+    assert is_right(" Lima ", " Lima\nand", exact)
+    assert not is_right("In Lima", " Lima", exact)
+    assert is_right("It is lima, I think.", " Lima", contains)

@@ -1,0 +1,72 @@
+"""Prompts: read from a file, and shared out among training, validation and what is held out."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefixcore.distill import DistillError, DistillOptions, Prompt, read_prompts
+from prefixcore.distill.prompts import parts, split_off
+
+
+def test_json_lines_and_plain_lines(tmp_path):
+    path = tmp_path / "prompts"
+    path.write_text('{"prompt": "Peru ->", "completion": " Lima", "more": 1}\n\n{"prompt": "Chad ->"}\n')
+    found = read_prompts(path)
+    assert [(p.text, p.completion) for p in found] == [("Peru ->", " Lima"), ("Chad ->", None)]
+    assert found[1].source.endswith("prompts, line 3")
+    path.write_text("How old?\n  \nHow far?\n")
+    assert [p.text for p in read_prompts(path)] == ["How old?", "How far?"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no prompts; expected lines like"),
+        (b"\xff\n", "not UTF-8 text"),
+        (b'{"prompt": "a"}\nplain\n', "line 2: not valid JSON"),
+        (b'{"text": "a"}\n', "line 1: the field 'prompt' must be a text"),
+        (b'{"prompt": "a", "completion": 3}\n', "'completion' must be a text"),
+        (b'{"prompt": "a"}\n[1]\n', "line 2: expected a JSON object"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, content, message):
+    path = tmp_path / "prompts"
+    path.write_bytes(content)
+    with pytest.raises(DistillError, match=message):
+        read_prompts(path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(DistillError, match="no such file"):
+        read_prompts(tmp_path / "nowhere")
+    with pytest.raises(DistillError, match="not a regular file"):
+        read_prompts(tmp_path)
+
+
+def texts(prompts):
+    return {prompt.text for prompt in prompts}
+
+
+def test_parts_have_no_prompt_in_common(prompts):
+    options = DistillOptions(num_virtual_tokens=4)
+    questions = [Prompt(f"q{i}") for i in range(30)] + [Prompt("as ->")]
+    training, validation, held = parts(prompts, questions, [], options)
+    assert len(held) == 8
+    assert len(validation) == 3
+    assert texts(validation) <= texts(prompts)  # what is set aside is like what will be asked
+    assert texts(held) <= texts(prompts)
+    assert not texts(training) & texts([*validation, *held])
+    assert {"q0", "q29"} <= texts(training)
+    training, validation, held = parts(prompts, [], [Prompt("as ->"), Prompt("new")], options)
+    assert texts(held) == {"as ->", "new"}
+    assert not texts([*training, *validation]) & texts(held)
+    training, validation, held = parts([], questions, [], options)
+    assert len(training) + len(validation) + len(held) == 31
+
+
+def test_too_few_prompts():
+    options = DistillOptions(num_virtual_tokens=4)
+    with pytest.raises(DistillError, match="no prompt to learn from"):
+        parts([], [], [], options)
+    with pytest.raises(DistillError, match="too few to hold one out"):
+        split_off([Prompt("a"), Prompt("a")], 0.5, 0)

@@ -1,0 +1,47 @@
+"""Prompts that the model asks itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefixcore.distill import DistillOptions
+from prefixcore.distill import questions as module
+from prefixcore.distill.questions import SelfStudy, chunks_of, cut_somewhere
+from prefixcore.distill.store import Store
+from tests.distill.conftest import TEXT
+from tests.distill.test_front import CHAT
+
+
+def study(model, tokenizer, folder=None, **options):
+    options = DistillOptions(num_virtual_tokens=4, questions=40, **options)
+    return SelfStudy(model, tokenizer, TEXT, "digest", 0, options, Store(folder))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_they_are_different_and_the_same_by_seed(model, tokenizer, chat):
+    tokenizer.chat_template = CHAT
+    found = study(model, tokenizer, chat=chat).prompts()
+    assert len({prompt.text for prompt in found}) == len(found) == 40
+    assert all(prompt.text.strip() for prompt in found)
+    assert study(model, tokenizer, chat=chat).prompts() == found
+    assert study(model, tokenizer, chat=chat, seed=1).prompts() != found
+
+
+def test_they_are_kept(model, tokenizer, tmp_path: Path, monkeypatch):
+    found = study(model, tokenizer, tmp_path).prompts()
+    monkeypatch.setattr(module, "answer", lambda *args, **options: pytest.fail("asked again"))
+    assert study(model, tokenizer, tmp_path).prompts() == found
+
+
+def test_parts_of_the_text_end_where_lines_do(tokenizer):
+    parts = chunks_of(tokenizer, TEXT, 32)
+    assert "".join(parts) == TEXT
+    assert parts == ["France -> Paris\nJapan -> Tokyo\n", "Peru -> Lima\n"]
+
+
+def test_lines_are_cut_and_never_whole(tokenizer):
+    found = cut_somewhere(tokenizer, ["abcdef", "x", "abc"], seed=0)
+    assert len(found) == 2
+    assert all("abcdef".startswith(each) and len(each) < 6 for each in found)
