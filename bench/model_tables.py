@@ -65,6 +65,28 @@ def packed_step(rows: Sequence[Row], isa: str) -> str:
     return markdown(PACKED, lines)
 
 
+CACHED = ["model", "data", "B,T,P", "tokens", "prefix from layer", "cached, ms", "over bare, padded", "spread"]
+CACHED += ["over no cache", "over a prefix in every layer"]
+
+
+def cached_step(rows: Sequence[Row], isa: str) -> str:
+    """Steps of a prefix in the upper layers, from kept activations."""
+    lines = []
+    for row in rows:
+        case = row.case
+        name = [case["model"], case["data"]]
+        if row.skipped:
+            lines.append(skipped(name, row, len(CACHED)))
+            continue
+        lines.append(
+            [*name, model(case)[1], f"{case['tokens']} of {case['B'] * case['T']}"]
+            + [f"{case['first']} of {case['layers']}", milliseconds(row.seconds())]
+            + [over(row, "bare model", targets.cached_over_bare(case)), spread(row, "bare model")]
+            + [over(row, "without a cache"), over(row, "prefix in every layer")]
+        )
+    return markdown(CACHED, lines)
+
+
 def profile(rows: Sequence[Row], isa: str) -> str:
     """Where a step goes, by parts."""
     lines = []

@@ -17,6 +17,7 @@ TABLES: dict[str, tuple[str, Table]] = {
     "soft embedding": ("`soft_embedding`", of_ops.soft_embedding),
     "step": ("Whole training steps", of_models.step),
     "packed step": ("Training steps on ragged data, packed and padded, float32", of_models.packed_step),
+    "cached step": ("Training steps from kept activations, packed, float32", of_models.cached_step),
     "profile": ("Where a step goes", of_models.profile),
     "generation": ("Greedy generation, float32", of_models.generation),
     "adapter files": ("Saving and loading a prefix", of_models.files),

@@ -51,6 +51,7 @@ STEP_OVER_BARE = Target(1.00)
 STEP_OVER_PEFT = Target(0.85)  # at T = 1024, P = 64
 PACKED = Target(0.50)  # a packed batch over PEFT's padded one
 PACKED_SHORT = Target(0.75)  # the same with a prefix on the demo's examples: of 80 places 57 hold a token
+CACHED = Target(0.55)  # a step from activations kept at the middle layer over the bare one
 PEAK = Target(1.02)  # over the bare step's peak plus the prefix's own gradient and optimizer
 
 
@@ -80,3 +81,8 @@ def packed_over_peft(case: Mapping[str, Any]) -> Target:
     """The goal of a packed step over PEFT's padded one."""
     short = case["data"] == "the demo" and case.get("kind", "prefix") == "prefix"
     return PACKED_SHORT if short else PACKED
+
+
+def cached_over_bare(case: Mapping[str, Any]) -> Target | None:
+    """The goal of a step from kept activations over the bare one, if this row has one."""
+    return CACHED if 2 * case["first"] == case["layers"] else None

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import _interrupt
-from .common import INTERRUPTED, OK, load_adapter, open_model, option
+from .common import load_adapter, open_model, option
 from .failures import UserError, user_errors
 from .limits import (
     MOST_VIRTUAL_TOKENS,
@@ -25,20 +24,17 @@ from .limits import (
     learned_positions,
     stated_positions,
 )
-from .output import check_open, results, say
+from .output import check_open, say
 from .train_examples import HeldOutEvaluator, read_examples, tokenize_all
 from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
+from .train_result import conclude
 
 if TYPE_CHECKING:
-    from ..training import TrainingOptions, TrainingRecord
+    from ..training import TrainingOptions
 
 __all__ = ["add_arguments", "run"]
-
-CURVE = "curve.png"
-AFTER = "after training"
-"""The name of the evaluation whose numbers are the adapter's own."""
 
 EPOCHS = 5.0
 MOST_EPOCHS = 1e9
@@ -63,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if held_out:
         check_open()
     options = training_options(arguments, len(training), has_held_out=bool(held_out))
+    check_cache(arguments, config)
 
     model, tokenizer = open_model(arguments)
     if arguments.chat:
@@ -90,38 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
     with Report(arguments, handle, options, held_out_ids) as report:
         evaluator("at the start")
         with user_errors(ValueError):  # a loss that is not finite
-            record = train(handle, tokenizer, train_ids, held_out=held_out_ids, options=options, **report.hooks())
+            record = train(
+                handle,
+                tokenizer,
+                train_ids,
+                held_out=held_out_ids,
+                options=options,
+                activations_dir=activations_dir(arguments),
+                say=say,
+                **report.hooks(),
+            )
         return conclude(arguments, handle, record, evaluator, provenance, report)
-
-
-def conclude(
-    arguments: argparse.Namespace,
-    handle: Any,
-    record: TrainingRecord,
-    evaluator: HeldOutEvaluator,
-    provenance: Provenance,
-    report: Report,
-) -> int:
-    """Save, evaluate, and save again with what came of it."""
-    if record.steps_done == 0:
-        say("stopped before the first step; nothing was saved")
-        return INTERRUPTED
-    say_what_is_kept(record)
-    stopped = save(arguments, handle, record, evaluator, provenance)
-    if record.interrupted:
-        steps = f"{record.steps_done} of {record.options.steps} steps"
-        say(f"stopped after {steps}; saved what there is to {arguments.out}")
-        return INTERRUPTED
-    if evaluator.held_out and not stopped:
-        evaluator(AFTER)
-        report.result(record, evaluator.results[AFTER])
-        stopped = save(arguments, handle, record, evaluator, provenance)
-    if stopped:
-        raise KeyboardInterrupt
-    say(f"adapter  {arguments.out}\ncurve    {arguments.out / CURVE}")
-    if evaluator.held_out:
-        results(evaluator.table())
-    return OK
 
 
 def check_out(out: Path) -> None:
@@ -154,22 +130,6 @@ def signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def say_what_is_kept(record: TrainingRecord) -> None:
-    """Which step's values are saved, where that is not the last of all."""
-    options = record.options
-    if record.stopped_early:
-        say(
-            f"stopped early after {record.steps_done} of {options.steps} steps: the last "
-            f"{options.early_stopping_patience} held-out losses were not below the least before"
-        )
-    if options.keep == "best" and not any(math.isfinite(loss) for _, loss in record.held_out_loss):
-        say("warning: no held-out loss was a number, so none is the best, and the last step's values are kept")
-    elif record.kept_step == 0:
-        say("warning: no held-out loss was below that of the start, whose values are kept; --keep last keeps the last")
-    elif record.kept_step < record.steps_done:
-        say(f"kept the values of step {record.kept_step}, whose held-out loss is the least")
 
 
 def inherit_from_resumed(arguments: argparse.Namespace) -> None:
@@ -238,7 +198,38 @@ def training_options(arguments: argparse.Namespace, examples: int, *, has_held_o
             eval_every=arguments.eval_every or max(1, steps // 5),
             keep=arguments.keep or ("best" if has_held_out else "last"),
             early_stopping_patience=arguments.early_stopping_patience,
+            cache_activations=arguments.cache_activations,
+            activation_dtype=arguments.activation_dtype,
         )
+
+
+def check_cache(arguments: argparse.Namespace, config: Any) -> None:
+    """Raises UserError if activations are to be kept and cannot be, whatever the model; or their folder is not one."""
+    from ..training.activations.disk import Folder
+
+    if arguments.activations_dir is not None and arguments.cache_activations != "disk":
+        raise UserError("--activations-dir is for --cache-activations disk; leave it out")
+    if arguments.cache_activations is None:
+        return
+    if config is not None and 0 in (getattr(config, "layers", None) or [0]):
+        raise UserError(
+            "--cache-activations keeps what the layers below the prefix make of each example, and here is none below: "
+            "give --method prefix and --layers without the first ones, such as 15-29 of 30"
+        )
+    folder = activations_dir(arguments)
+    if folder is not None:
+        with user_errors(ValueError):
+            Folder.check(folder)
+
+
+def activations_dir(arguments: argparse.Namespace) -> Path | None:
+    """Where activations are kept on the disk."""
+    if arguments.cache_activations != "disk":
+        return None
+    if arguments.activations_dir is not None:
+        return Path(arguments.activations_dir)
+    out: Path = arguments.out
+    return out.with_name(f"{out.name}.activations")
 
 
 def check_goes_by_held_out(arguments: argparse.Namespace, has_held_out: bool) -> None:
@@ -284,46 +275,3 @@ def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: An
         if config is None:
             return load_adapter(model, arguments.resume, trainable=True, force=arguments.force)
         return hf.attach(model, config, tokenizer=tokenizer)
-
-
-def save(
-    arguments: argparse.Namespace,
-    handle: Any,
-    record: TrainingRecord,
-    evaluator: HeldOutEvaluator,
-    provenance: Provenance,
-) -> bool:
-    """Write adapter, record and curve as one; whether Ctrl-C came meanwhile (it is heeded afterwards)."""
-    from ..adapters import AdapterError
-    from ..training import Curve, draw_curve
-    from ..training.stopping import stop_on_signal
-
-    method = handle.config.method
-    fields = {
-        "model": arguments.model,
-        "data": str(arguments.data),
-        "end": arguments.end,
-        "chat": arguments.chat,
-        "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
-        "held_out": evaluator.to_dict(),
-        **record.to_dict(),
-    }
-    before = _interrupt.written()
-    saving = before
-    if before == _interrupt.NOTHING:
-        saving = f"{arguments.out} is as it was before, or the new adapter, whole"
-    with stop_on_signal() as stopping, user_errors(AdapterError):
-        curve = draw_curve([Curve(method, record)], title=f"{method}, {arguments.data.name}")
-        # A second Ctrl-C ends the save. It raises, so that what is half written is taken away.
-        _interrupt.tell(saving, at_once=False)
-        try:
-            said = provenance.fields(record, evaluator.results.get(AFTER))
-            handle.save(arguments.out, record=fields, curve=curve, **said)
-        except AdapterError:
-            _interrupt.tell(before)
-            raise
-        except BaseException:
-            _interrupt.tell(saving)
-            raise
-        _interrupt.tell(f"the adapter is in {arguments.out}")
-        return stopping()

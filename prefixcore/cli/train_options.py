@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .common import add_force_argument, add_model_arguments, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
 from .train_provenance import add_author_arguments
+
+Number = TypeVar("Number", int, float)
+
+MOST_LAYERS = 4096
+"""In a run of layers: more than any model has."""
 
 METHODS = ("prefix", "prompt", "p-tuning")
 LEARNING_RATES = {"prefix": 2e-3, "prompt": 5e-3, "p-tuning": 1e-3}
@@ -30,6 +36,21 @@ INIT_OPTIONS = ("num_virtual_tokens", "init", "init_text")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore train`."""
     add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="ADAPTER", help="folder to write the adapter to")
+    parser.add_argument("--method", choices=METHODS, help="what to train (not with --resume)")
+    parser.add_argument("--resume", type=Path, metavar="ADAPTER", help="go on training this adapter")
+    add_force_argument(parser)
+    add_author_arguments(parser.add_argument_group("what you say of it, for the manifest"))
+    add_start_arguments(parser)
+    add_reparameterization_arguments(parser)
+    add_loop_arguments(parser)
+    add_text_arguments(parser)
+    add_tracker_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--data` and `--chat`."""
     parser.add_argument(
         "--data",
         type=Path,
@@ -42,12 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the data hold messages: they are written by the model's chat template, and the assistant's turns learnt",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="ADAPTER", help="folder to write the adapter to")
-    parser.add_argument("--method", choices=METHODS, help="what to train (not with --resume)")
-    parser.add_argument("--resume", type=Path, metavar="ADAPTER", help="go on training this adapter")
-    add_force_argument(parser)
 
-    add_author_arguments(parser.add_argument_group("what you say of it, for the manifest"))
+
+def add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many virtual tokens there are, and what they start from."""
     start = parser.add_argument_group("virtual tokens and how they start")
     start.add_argument(
         "--num-virtual-tokens", type=positive, metavar="P", help="default: as many as --init-text has, else 20"
@@ -64,8 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--num-frozen-tokens", type=positive, metavar="N", help="the first N tokens of a prefix stay as they start"
     )
-    start.add_argument("--layers", type=layer_list, metavar="0,1,...", help="layers that get a prefix (default: all)")
+    start.add_argument("--layers", type=layer_list, metavar="0,1-5,...", help="layers that get a prefix (default: all)")
 
+
+def add_reparameterization_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained in place of the virtual tokens."""
     inside = parser.add_argument_group("what is trained in place of the virtual tokens")
     inside.add_argument(
         "--reparameterization",
@@ -84,6 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder-reparameterization-type", choices=("MLP", "LSTM"), help="p-tuning's encoder (default: MLP)"
     )
 
+
+def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to train."""
     loop = parser.add_argument_group("training")
     length = loop.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps")
@@ -109,7 +134,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="of the start, the order and the split (default: 0)"
     )
+    loop.add_argument(
+        "--cache-activations",
+        choices=("memory", "disk"),
+        help="keep what the layers below --layers make of each example, so that later epochs begin there",
+    )
+    loop.add_argument(
+        "--activation-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of what is kept (default: the model's, with which nothing is lost)",
+    )
+    loop.add_argument(
+        "--activations-dir",
+        type=Path,
+        metavar="DIR",
+        help="where on the disk; it stays for trainings on the same model and data (default: ADAPTER.activations)",
+    )
 
+
+def add_text_arguments(parser: argparse.ArgumentParser, *, eval_every: bool = True) -> None:
+    """How examples are read, and which are held out.
+
+    Args:
+        parser: gets the options.
+        eval_every: whether held-out losses are measured every so many steps.
+    """
     text = parser.add_argument_group("examples and evaluation")
     text.add_argument(
         "--end",
@@ -129,13 +178,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     held.add_argument(
         "--eval-fraction", type=float, default=0.1, metavar="X", help="share of --data held out; 0: none (default: 0.1)"
     )
-    text.add_argument(
-        "--eval-every", type=positive, metavar="N", help="steps between held-out losses (default: a fifth of the run)"
-    )
+    if eval_every:
+        text.add_argument(
+            "--eval-every",
+            type=positive,
+            metavar="N",
+            help="steps between held-out losses (default: a fifth of the run)",
+        )
     text.add_argument(
         "--eval-limit", type=positive, default=256, metavar="N", help="most held-out examples to score (default: 256)"
     )
 
+
+def add_tracker_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--report-to` and `--logging-dir`."""
     track = parser.add_argument_group("experiment trackers")
     track.add_argument(
         "--report-to",
@@ -150,11 +206,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def layer_list(text: str) -> list[int]:
-    """An argparse type: layer indices with commas between them."""
+    """An argparse type: layer indices with commas between them, and runs of them as 15-29."""
+    layers: list[int] = []
     try:
-        return [int(part) for part in text.split(",")]
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            run = range(int(first), int(last) + 1) if dash else [int(first)]
+            if not 0 < len(run) <= MOST_LAYERS:
+                raise ValueError
+            layers += run
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected layer numbers like 0,1,2, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected layer numbers like 0,1,2 or 15-29, got {text!r}") from None
+    return layers
+
+
+def number_list(text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Of an argparse type: numbers with commas between them."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 def build_config(arguments: argparse.Namespace) -> Any:

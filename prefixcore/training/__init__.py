@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activations import CachedActivations, CacheError, cache_activations
 from .curve import Curve, draw_curve, write_curve
 from .data import DataError, Example, TokenizedExample, collate, split, tokenize
 from .describe import describe_data
@@ -14,6 +15,8 @@ from .remeasure import Remeasured, remeasure
 from .weights import base_parameters, weights_digest
 
 __all__ = [
+    "CacheError",
+    "CachedActivations",
     "Curve",
     "DataError",
     "Evaluation",
@@ -23,6 +26,7 @@ __all__ = [
     "TrainingOptions",
     "TrainingRecord",
     "base_parameters",
+    "cache_activations",
     "collate",
     "describe_data",
     "draw_curve",

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .batch import Batch, Call, call_model, loss_of
 from .chat import question_ids
-from .data import IGNORED, DataError, Example, TokenizedExample, collate, encode, make_batch, pad_id
+from .data import IGNORED, DataError, Example, TokenizedExample, collate, encode, pad_id
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def held_out_loss(
     *,
     batch_size: int = 16,
     packed: bool = False,
+    call: Call = call_model,
 ) -> float:
     """Mean loss in nats over every completion token of `examples`, each token counting the same.
 
@@ -62,6 +64,7 @@ def held_out_loss(
         pad_token_id: fills short batch rows.
         batch_size: examples at once.
         packed: give the model packed batches, as in `fit`: the same loss but for rounding.
+        call: calls the model with a batch.
 
     Examples:
         >>> from prefixcore.training import Example, held_out_loss, tokenize
@@ -73,10 +76,10 @@ def held_out_loss(
     total, tokens = 0.0, 0
     with _in_eval_mode(model) as device:
         for start in range(0, len(examples), batch_size):
-            batch = make_batch(examples[start : start + batch_size], pad_token_id, packed=packed, device=device)
+            batch = Batch.of(examples[start : start + batch_size], pad_token_id, packed=packed, device=device)
             # A model predicts from the token before: a label on the very first token is never scored.
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**batch, use_cache=False).loss) * count
+            count = int((batch.arguments["labels"][:, 1:] != IGNORED).sum())
+            total += float(loss_of(model, batch, call)) * count
             tokens += count
     return total / tokens
 

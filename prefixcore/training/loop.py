@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data import TokenizedExample, batches, make_batch, pad_id
+from .activations import cache_activations
+from .batch import Batch, Call, call_model, loss_of
+from .data import TokenizedExample, batches, pad_id
 from .evaluate import held_out_loss
 from .optimization import optimize
 from .options import TrainingOptions, TrainingRecord
@@ -22,6 +26,8 @@ def train(
     held_out: Sequence[TokenizedExample] = (),
     options: TrainingOptions | None = None,
     packed: bool | None = None,
+    activations_dir: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
     **progress: Any,
 ) -> TrainingRecord:
     """Train what `prefixcore.attach` put on a model.
@@ -34,6 +40,9 @@ def train(
         options: how to train.
         packed: batches without padding, and logits for the completions alone: the same losses but for rounding, in
             less time. None: where `handle.can_pack`.
+        activations_dir: where `options.cache_activations="disk"` keeps them for other trainings too; None: in a
+            temporary folder.
+        say: told how much `options.cache_activations` takes, before it is taken.
         progress: `show_progress`, `on_held_out` and `on_step`, as in `fit`.
 
     Returns:
@@ -47,16 +56,34 @@ def train(
         >>> train(handle, tokenizer, examples, options=TrainingOptions(steps=3)).steps_done
         3
     """
-    return fit(
-        handle.model,
-        handle.parameters(),
-        examples,
-        held_out=held_out,
-        pad_token_id=pad_id(tokenizer, handle.model),
-        options=options,
-        packed=handle.can_pack if packed is None else packed,
-        **progress,
-    )
+    options = options or TrainingOptions()
+    packed = handle.can_pack if packed is None else packed
+    with ExitStack() as stack:
+        call: Call = call_model
+        if options.cache_activations is not None:
+            call = stack.enter_context(
+                cache_activations(
+                    handle,
+                    tokenizer,
+                    [*examples, *held_out],
+                    options.cache_activations,
+                    dtype=getattr(torch, options.activation_dtype) if options.activation_dtype else None,
+                    folder=activations_dir,
+                    packed=packed,
+                    say=say,
+                )
+            )
+        return fit(
+            handle.model,
+            handle.parameters(),
+            examples,
+            held_out=held_out,
+            pad_token_id=pad_id(tokenizer, handle.model),
+            options=options,
+            packed=packed,
+            call=call,
+            **progress,
+        )
 
 
 def fit(
@@ -68,6 +95,7 @@ def fit(
     pad_token_id: int = 0,
     options: TrainingOptions | None = None,
     packed: bool = False,
+    call: Call = call_model,
     show_progress: bool | None = None,
     on_held_out: Callable[[int, float], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -81,6 +109,7 @@ def fit(
         pad_token_id: fills short batch rows.
         options: how to train.
         packed: give the model packed batches (see `prefixcore.PackedCollator`) in place of padded ones.
+        call: calls the model with a batch.
         show_progress: a progress bar on standard error; None: only on a terminal.
         on_held_out: called with `(step, loss)` after each held-out loss.
         on_step: called after each step with `(step, {"loss": ..., "learning_rate": ...})`; its gradients are there.
@@ -104,12 +133,10 @@ def fit(
     source = batches(examples, options.batch_size, options.seed)
 
     def next_loss() -> Tensor:
-        batch = make_batch(next(source), pad_token_id, packed=packed, device=device)
-        loss: Tensor = model(**batch, use_cache=False).loss
-        return loss
+        return loss_of(model, Batch.of(next(source), pad_token_id, packed=packed, device=device), call)
 
     def loss_of_held_out() -> float:
-        return held_out_loss(model, held_out, pad_token_id, packed=packed)
+        return held_out_loss(model, held_out, pad_token_id, packed=packed, call=call)
 
     was_training = model.training
     model.train()

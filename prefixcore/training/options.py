@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+ACTIVATION_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -22,6 +24,9 @@ class TrainingOptions:
         eval_every: steps between two held-out losses; 0: at the start and the end only.
         keep: the values that are left when training ends: of the "last" step, or of the "best" held-out loss, the start
             included. A training that a signal ends leaves its last step's.
+        cache_activations: "memory" or "disk": what the layers below the prefix make of each example is kept in the
+            first epoch, and later ones begin at its first layer. None: it is not.
+        activation_dtype: of what is kept, such as "bfloat16"; None: the model's, with which nothing is lost.
         early_stopping_patience: training ends after as many held-out losses in a row that are not below the least one
             before; None: never.
 
@@ -43,6 +48,8 @@ class TrainingOptions:
     eval_every: int = 0
     keep: str = "last"
     early_stopping_patience: int | None = None
+    cache_activations: str | None = None
+    activation_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("eval_every", 0)):
@@ -60,6 +67,15 @@ class TrainingOptions:
             raise ValueError(f"keep must be 'best' or 'last', got {self.keep!r}")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ValueError(f"early_stopping_patience must be at least 1 or None, got {self.early_stopping_patience}")
+        if self.cache_activations not in (None, "memory", "disk"):
+            raise ValueError(f"cache_activations must be 'memory', 'disk' or None, got {self.cache_activations!r}")
+        if self.activation_dtype not in (None, *ACTIVATION_DTYPES):
+            raise ValueError(
+                f"activation_dtype must be one of {', '.join(map(repr, ACTIVATION_DTYPES))} or None, "
+                f"got {self.activation_dtype!r}"
+            )
+        if self.activation_dtype is not None and self.cache_activations is None:
+            raise ValueError("activation_dtype is of what cache_activations keeps, and cache_activations is None")
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate is multiplied by at `step` (0 is the first)."""

@@ -33,7 +33,7 @@ def interrupted(*args: object, **kwargs: object) -> None:
         ("prefixcore.adapters.replace._write", "as it was before, or the new adapter, whole"),
         ("prefixcore.adapters.replace._put_in_place", "as it was before, or the new adapter, whole"),
         ("prefixcore.adapters.replace.remove_leftovers", "as it was before, or the new adapter, whole"),
-        ("prefixcore.cli.train.results", "the adapter is in"),
+        ("prefixcore.cli.train_result.results", "the adapter is in"),
     ],
 )
 @pytest.mark.parametrize("earlier", [True, False], ids=["over an earlier one", "new"])

@@ -1,0 +1,146 @@
+"""The layers below the first one with a prefix: what they make of a text stays the same while the prefix is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .model.wrapped import WrappedMethod
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+class LowerLayers:
+    """The layers of a model below the first one that has a prefix.
+
+    No gradient goes there, so autograd keeps nothing of them. What the last of them passes on can be recorded in one
+    call, and given in another one, which then begins at the first layer with a prefix. Embeddings, positions, masks and
+    what else a model hands to its layers it makes itself in either call. Calls inside the two blocks below are for one
+    thread.
+
+    Args:
+        handle: of a prefix whose `layers` leave out the first ones.
+
+    Attributes:
+        layers: the modules, in their order.
+        first: which attention layer, counted from 0, is the first with a prefix.
+
+    Raises:
+        ValueError: there are no such layers.
+        NotImplementedError: they cannot be told from the others, or something else is attached that may reach them.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        bank, own = handle._bank, handle._adapter.layers
+        if own is None:
+            raise ValueError(
+                "a soft prompt stands below the first layer, so no layer is the same in every step; take a prefix "
+                "(PrefixTuningConfig) with layers= that leave out the first ones"
+            )
+        self.first = min(own)
+        if self.first == 0:
+            raise ValueError(
+                "the prefix begins at layer 0, so no layer lies below it; give layers= (--layers) that leave out the "
+                f"first ones, such as those from {len(bank.layers) // 2} to {len(bank.layers) - 1}"
+            )
+        if len(bank.adapters) > 1:
+            raise NotImplementedError(
+                f"{len(bank.adapters)} adapters are attached, and others may reach the layers below this prefix; "
+                "attach it alone"
+            )
+        if bank.encoder is not None or isinstance(bank.decoder, str):
+            raise NotImplementedError(
+                f"{type(handle.model).__name__} is no decoder of one stack, so no layers lie below all with a prefix"
+            )
+        self.layers = _below(bank.decoder, bank.layers, self.first)
+        self._as_output: Callable[[Tensor], Any] | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """A block in which what each call of the model passes on to the first layer with a prefix is put in a list.
+
+        [B, T, E] each, without a graph.
+
+        Raises:
+            NotImplementedError: a layer passes on something else, or more; or what it passes on has a graph.
+        """
+        found: list[Tensor] = []
+
+        def record(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = forward(*args, **kwargs)
+            hidden, self._as_output = _read(output, self.layers[-1])
+            found.append(hidden)
+            return output
+
+        wrapped = WrappedMethod(self.layers[-1], "forward", record)
+        try:
+            yield found
+        finally:
+            wrapped.undo()
+
+    @contextmanager
+    def given(self, hidden: Tensor) -> Iterator[None]:
+        """A block in which calls of the model begin at the first layer with a prefix.
+
+        Args:
+            hidden: [B, T, E], what the layer below passes on, for as many rows and tokens as the calls have.
+
+        Raises:
+            RuntimeError: nothing has been recorded yet, so it is not known how a layer passes it on.
+        """
+        if self._as_output is None:
+            raise RuntimeError("record one call before giving what it recorded to others")
+        output = self._as_output(hidden)
+        wrapped = [WrappedMethod(layer, "forward", lambda forward, args, kwargs: output) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for each in reversed(wrapped):
+                each.undo()
+
+
+def _below(decoder: nn.Module, attention: Sequence[nn.Module], first: int) -> list[nn.Module]:
+    """The layers of `decoder` below the one that holds its attention layer `first`."""
+    for layers in decoder.modules():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        place = {inner: i for i, layer in enumerate(layers) for inner in layer.modules()}
+        where = [place.get(each, -1) for each in attention]
+        if where[0] >= 0 and all(one < other for one, other in zip(where, where[1:], strict=False)):
+            return list(layers)[: where[first]]
+    raise NotImplementedError(
+        f"{type(decoder).__name__} does not hold its layers as one list of modules, each called once, so it cannot "
+        f"begin at layer {first}"
+    )
+
+
+def _read(output: Any, layer: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What a layer passes on, and what makes such an output of other values."""
+    hidden = output
+    as_output: Callable[[Tensor], Any] = _alone
+    if isinstance(output, tuple) and output and all(each is None for each in output[1:]):
+        hidden, as_output = output[0], partial(_first_of, len(output))
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        got = f"a tensor {list(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise NotImplementedError(
+            f"{type(layer).__name__} passes on {got} in place of one tensor [B, T, E], so it cannot be kept"
+        )
+    if hidden.requires_grad:
+        raise NotImplementedError(
+            "something below the first layer with a prefix is trained too (modules_to_save, or a PEFT adapter), so "
+            "what these layers pass on changes from step to step and cannot be kept"
+        )
+    return hidden.detach(), as_output
+
+
+def _alone(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _first_of(length: int, hidden: Tensor) -> tuple[Tensor | None, ...]:
+    return (hidden, *[None] * (length - 1))
