@@ -24,10 +24,12 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo audit-demo serve-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-serving bench-avx2 gpu gpu-rehearsal gpu-wheels lint format docs docs-serve clean
+.PHONY: help demo demo-distill audit-demo serve-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-serving bench-avx2 gpu gpu-rehearsal gpu-wheels lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
+	@echo "make demo-distill   distill a handbook into a prefix of a twelfth of its tokens, on the same model (under ten minutes on"
+	@echo "             two cores); ARGS=\"--texts capitals desk\": sixty examples, a system prompt"
 	@echo "make audit-demo   audit the demo's adapters, trained first if need be, into bench/demo/out/audit/ (ten minutes on two"
 	@echo "             cores); ARGS=--keep puts the page into bench/demo/"
 	@echo "make serve-demo   three prefixes behind one unmodified vLLM, asked at once and validated (four minutes, and two more"
@@ -51,6 +53,9 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo $(ARGS)
+
+demo-distill: $(VENV)/.installed
+	$(BIN)/python -m bench.demo_distill $(ARGS)
 
 audit-demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo.audit $(ARGS)

@@ -30,12 +30,8 @@ MOST_TOKENS = 40
 
 TOP_P = 0.95
 
-ASKING = (
-    "\n\nQuestion:",
-    "\n\nQ:",
-    "\n\nA question about this: ",
-)
-"""What is put behind a part of a text to get a question."""
+ASKING = (("Q:", "\nA:"), ("Question:", "\nAnswer:"))
+"""What is put behind a part of a text to get a question, and behind the question to get an answer."""
 
 REQUESTS = (
     "Ask one short question that can be answered with what you were told. Write the question and nothing else.",
@@ -125,13 +121,13 @@ class SelfStudy:
 
     def _questions(self, chunk: str, seed: int) -> list[str]:
         """Questions, with the words that ask for an answer behind them."""
-        front = Plain(self.tokenizer, chunk).front
+        front = Plain(self.tokenizer, chunk.rstrip() + "\n").front
         asking = [ASKING[i % len(ASKING)] for i in range(TOGETHER)]
-        behind = [list(self.tokenizer(each, add_special_tokens=False)["input_ids"]) for each in asking]
-        questions = self._sample(front, behind, seed, "?")
-        return [
-            f"{ask}{text}?\nAnswer:" for ask, text in zip(asking, questions, strict=True) if text and "\n" not in text
-        ]
+        behind = [list(self.tokenizer(before, add_special_tokens=False)["input_ids"]) for before, _ in asking]
+        found = zip(asking, self._sample(front, behind, seed, "?"), strict=True)
+        # A line of its own, wherever the text ends.
+        begin = "" if self.text.endswith("\n") else "\n"
+        return [f"{begin}{ask}{text}?{after}" for (ask, after), text in found if text and "\n" not in text]
 
     def _sample(self, front: Sequence[int], behind: list[list[int]], seed: int, end: str | None) -> list[str]:
         """What the model says behind a part of the text and each of `behind`."""

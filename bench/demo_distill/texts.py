@@ -1,0 +1,73 @@
+"""The texts that the demo distills, each with prompts and the options of its command."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.demo.task import countries
+
+TEXTS = Path(__file__).parent / "texts"
+SHOWN, LEARNT = 60, 60
+"""Of the countries, how many stand in the text, and how many more prompts are learnt from; the others are held out."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what is asked about it.
+
+    Attributes:
+        name: of the text.
+        what: it is, in words.
+        context: its file.
+        options: of `prefixcore distill`, but for the model, the text, P and the adapter's folder.
+    """
+
+    name: str
+    what: str
+    context: Path
+    options: list[str]
+
+
+def make(name: str, folder: Path) -> Text:
+    """The text of that name; what has to be made is written into `folder`."""
+    return {"harbour": harbour, "capitals": capitals, "desk": desk}[name](folder)
+
+
+def harbour(folder: Path) -> Text:
+    """A document: the model asks itself about it, and is measured on questions that a person wrote."""
+    options = ["--questions", "256", "--eval-prompts", str(TEXTS / "harbour.jsonl"), "--end", "\\n"]
+    options += ["--match", "contains", "--max-answer-tokens", "20", "--batch-size", "8", "--steps", "200"]
+    return Text("harbour", "a handbook", TEXTS / "harbour.txt", options)
+
+
+def capitals(folder: Path) -> Text:
+    """Examples: sixty countries with their capitals; sixty others are asked for, and the rest held out."""
+    known = countries()
+    names = sorted(known)
+    random.Random(0).shuffle(names)
+    context = folder / "capitals.txt"
+    context.write_text("".join(f"{name} -> {known[name]}\n" for name in names[:SHOWN]), encoding="utf-8")
+    rows = [{"prompt": f"{name} ->", "completion": f" {known[name]}"} for name in names[SHOWN:]]
+    options = ["--prompts", str(write(folder / "capitals.jsonl", rows[:LEARNT]))]
+    options += ["--eval-prompts", str(write(folder / "capitals-held-out.jsonl", rows[LEARNT:]))]
+    options += ["--end", "\\n", "--max-answer-tokens", "10", "--steps", "100"]
+    return Text("capitals", "sixty examples", context, options)
+
+
+def desk(folder: Path) -> Text:
+    """A system prompt with rules: half of the messages are learnt from, the other half held out."""
+    rows = [json.loads(line) for line in (TEXTS / "desk.jsonl").read_text(encoding="utf-8").splitlines()]
+    options = ["--prompts", str(write(folder / "desk.jsonl", rows[::2]))]
+    options += ["--eval-prompts", str(write(folder / "desk-held-out.jsonl", rows[1::2]))]
+    options += ["--chat", "--match", "contains", "--max-answer-tokens", "12", "--steps", "100"]
+    return Text("desk", "a system prompt with rules", TEXTS / "desk.txt", options)
+
+
+def write(path: Path, rows: Iterable[dict[str, str]]) -> Path:
+    """Writes JSON lines, and returns the path."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,51 @@
+"""The demo of distillation: its texts, and a run of it on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench.demo_distill import __main__ as demo
+from bench.demo_distill.texts import TEXTS, Text, make
+from prefixcore.distill import read_prompts
+from tests import tiny
+
+
+def given(options, name):
+    return options[options.index(name) + 1]
+
+
+@pytest.mark.parametrize("name", demo.NAMES)
+def test_what_is_held_out_is_not_learnt_and_not_in_the_text(name, tmp_path):
+    text = make(name, tmp_path)
+    held_out = read_prompts(given(text.options, "--eval-prompts"))
+    assert len(held_out) >= 30
+    assert all(prompt.completion for prompt in held_out)
+    lines = text.context.read_text().splitlines()
+    assert not any(line.startswith(prompt.text.splitlines()[0]) for line in lines for prompt in held_out)
+    if "--prompts" in text.options:
+        learnt = read_prompts(given(text.options, "--prompts"))
+        assert not {prompt.text for prompt in learnt} & {prompt.text for prompt in held_out}
+
+
+def test_the_handbook_says_what_is_asked():
+    text = (TEXTS / "harbour.txt").read_text().casefold()
+    assert all(prompt.completion.strip().casefold() in text for prompt in read_prompts(TEXTS / "harbour.jsonl"))
+
+
+def test_a_run_writes_the_adapter_and_what_was_printed(tmp_path, monkeypatch, capsys):
+    context = tmp_path / "context.txt"
+    context.write_text("ab -> ba\ncd -> dc\nxy -> yx\nkl -> lk\n")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{a}{b} ->"}) + "\n" for a in "mno" for b in "pqrs"))
+    options = ["--prompts", str(prompts), "--steps", "2", "--max-answer-tokens", "3"]
+    monkeypatch.setattr(demo, "make", lambda name, folder: Text(name, "a few pairs", context, options))
+    model = tiny.folder(tmp_path / "model")
+    monkeypatch.setattr(demo.base_model, "converted_model", lambda: model)
+    assert demo.main(["--texts", "capitals", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "--num-virtual-tokens 3" in printed
+    summary = (tmp_path / "out" / "capitals.summary.txt").read_text()
+    assert "distilled prefix   3" in summary
+    assert (tmp_path / "out" / "capitals" / "curve.png").is_file()
