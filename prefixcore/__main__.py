@@ -20,6 +20,7 @@ from .cli import (
     output,
     serve,
     train,
+    tune,
     validate_serving,
     verify,
 )
@@ -30,6 +31,7 @@ from .version import __version__
 
 COMMANDS = {
     "train": train,
+    "tune": tune,
     "generate": generate,
     "inspect": inspect,
     "verify": verify,

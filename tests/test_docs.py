@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_pages_are_found() -> None:
     assert {"docs/index.md", "docs/mathematics.md", "docs/guides/trainer.md"} <= set(WITH_CODE)
-    expected = ["audit", "cli", "distill", "formats", "gpu"]
+    expected = ["audit", "cli", "distill", "formats", "gpu", "steps", "tune"]
     assert [*(f"docs/guides/{name}.md" for name in expected), "docs/quickstart.md"] == WITH_COMMANDS
 
 

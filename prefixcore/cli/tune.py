@@ -1,0 +1,249 @@
+"""Find learning rate and number of virtual tokens in a stated time, and save the best adapter."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import _interrupt
+from .common import INTERRUPTED, OK, add_model_arguments, load_adapter, open_model, option, positive, seed
+from .failures import UserError, user_errors
+from .limits import LengthLimit, learned_positions
+from .output import check_open, results, say, table
+from .train import check_out, count_virtual_tokens, signals_held_back
+from .train_examples import HeldOutEvaluator, read_examples, tokenize_all
+from .train_options import (
+    LEARNING_RATES,
+    METHODS,
+    add_data_arguments,
+    add_reparameterization_arguments,
+    add_start_arguments,
+    add_text_arguments,
+    build_config,
+    number_list,
+)
+from .train_provenance import Provenance, add_author_arguments
+from .train_result import AFTER, CURVE
+
+if TYPE_CHECKING:
+    from ..training.tuning import Candidate, Rung, Trial, Tuning
+
+FACTORS = (0.3, 1.0, 3.0, 10.0)
+"""Of the method's learning rate in `prefixcore train`, where none are given."""
+
+LENGTHS = (4, 16, 64)
+"""Numbers of virtual tokens, where neither they nor a text is given; with a text half, all and twice as many."""
+
+SHARED = (
+    "method", "num_virtual_tokens", "init_text", "init", "num_frozen_tokens", "layers", "reparameterization",
+    "prefix_projection", "rank", "num_basis", "encoder_hidden_size", "encoder_reparameterization_type", "batch_size",
+    "seed", "end", "max_length", "skip_too_long", "eval_data", "eval_fraction", "eval_limit", "chat", "dtype",
+)  # fmt: skip
+"""Options that `prefixcore train` has too, and which the printed command repeats."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `prefixcore tune`."""
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="ADAPTER", help="folder to write the best one to")
+    parser.add_argument("--method", choices=METHODS, required=True, help="what to train")
+    add_author_arguments(parser.add_argument_group("what you say of it, for the manifest"))
+
+    search = parser.add_argument_group("what is tried")
+    search.add_argument("--minutes", type=float, default=10.0, metavar="N", help="for all of it (default: 10)")
+    rates = ", ".join(f"{factor:g}" for factor in FACTORS)
+    search.add_argument(
+        "--lrs",
+        type=lambda text: number_list(text, float),
+        metavar="RATE,...",
+        help=f"learning rates (default: those of train for the method times {rates})",
+    )
+    search.add_argument(
+        "--lengths",
+        type=lambda text: number_list(text, int),
+        metavar="P,...",
+        help="numbers of virtual tokens (default: "
+        f"{', '.join(map(str, LENGTHS))}; with --init-text half, all and twice its tokens)",
+    )
+    search.add_argument("--most-steps", type=positive, metavar="N", help="of any candidate (default: as time allows)")
+    search.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    search.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="of the start, the order and the split (default: 0)"
+    )
+    add_start_arguments(parser)
+    add_reparameterization_arguments(parser)
+    add_text_arguments(parser, eval_every=False)
+    parser.set_defaults(resume=None, force=False, resumed_task=None)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tune, save, evaluate; exit code 130 if Ctrl-C ended it early (the best so far is saved)."""
+    from ..hf import PromptBank
+    from ..training import DataError
+    from ..training.chat import check_template
+    from ..training.tuning import grid, tune
+
+    check_out(arguments.out)
+    check_open()
+    if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
+        raise UserError(f"--minutes must be a finite number above 0, got {arguments.minutes}")
+    if arguments.lengths is not None and arguments.num_virtual_tokens is not None:
+        raise UserError("--lengths and --num-virtual-tokens say the same: give one of them")
+    config = build_config(arguments)
+    arguments.split_seed = arguments.seed
+    with user_errors(DataError):
+        training, held_out = read_examples(arguments)
+    if not held_out:
+        raise UserError("tuning goes by held-out examples, and there are none; give --eval-data or --eval-fraction")
+
+    model, tokenizer = open_model(arguments)
+    if arguments.chat:
+        with user_errors(DataError, what=f"--model {arguments.model}"):
+            check_template(tokenizer)
+    own = count_virtual_tokens(arguments, model, tokenizer, config)
+    with user_errors(ValueError, what="--lrs"):
+        candidates = grid(config, lengths_of(arguments, own), rates_of(arguments))
+    longest = max(candidate.num_virtual_tokens for candidate in candidates)
+    limit = LengthLimit.of(model, longest, arguments.max_length)
+    end, skip = arguments.end, arguments.skip_too_long
+    training, train_ids = tokenize_all(model, tokenizer, training, end, limit, skip=skip)
+    held_out, held_out_ids = tokenize_all(model, tokenizer, held_out, end, limit, skip=skip)
+    if not train_ids or not held_out_ids:
+        raise UserError(f"no example has at most {limit.tokens} tokens; raise --max-length or shorten the examples")
+    say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out to choose by")
+    say(f"{len(candidates)} candidates, {arguments.minutes:g} minutes")
+    provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
+
+    with user_errors(ValueError, TypeError, NotImplementedError), PromptBank(model) as bank:
+        found = tune(
+            bank,
+            tokenizer,
+            candidates,
+            train_ids,
+            held_out_ids,
+            seconds=60 * arguments.minutes,
+            most_steps=arguments.most_steps,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            on_rung=say_rung,
+        )
+        if not found.best.steps:
+            say("stopped before the first step; nothing was saved")
+            return INTERRUPTED
+        save(arguments, bank[found.best.name], found, {}, provenance, None)
+    learned = learned_positions(model)
+    room = None if learned is None else learned - longest
+    evaluator = HeldOutEvaluator(model, tokenizer, end, held_out, held_out_ids, room)
+    if not found.interrupted:
+        with load_adapter(model, arguments.out, trainable=True) as handle:
+            evaluator(AFTER)
+            save(arguments, handle, found, evaluator.to_dict(), provenance, evaluator.results[AFTER])
+    say_at_once(found)
+    say(f"adapter  {arguments.out}\npicture  {arguments.out / CURVE}")
+    results(f"{table_of(found)}\n\n{command(arguments, found)}")
+    return INTERRUPTED if found.interrupted else OK
+
+
+def lengths_of(arguments: argparse.Namespace, own: int) -> list[int]:
+    """The lengths to try; `own`: that of the text or of `--num-virtual-tokens`."""
+    if arguments.lengths is not None:
+        if any(length < 1 for length in arguments.lengths):
+            raise UserError(f"--lengths must be whole numbers from 1, got {','.join(map(str, arguments.lengths))}")
+        return list(arguments.lengths)
+    if arguments.num_virtual_tokens is not None:
+        return [own]
+    if arguments.init_text is not None:
+        return sorted({max(1, own // 2), own, 2 * own})
+    return list(LENGTHS)
+
+
+def rates_of(arguments: argparse.Namespace) -> list[float]:
+    """The learning rates to try."""
+    if arguments.lrs is not None:
+        return list(arguments.lrs)
+    usual = LEARNING_RATES[arguments.method]
+    return [float(f"{factor * usual:.2g}") for factor in FACTORS]
+
+
+def say_rung(rung: Rung, best: Trial) -> None:
+    """What came of a round."""
+    many = "1 candidate" if rung.candidates == 1 else f"{rung.candidates} candidates"
+    say(
+        f"{many}, {rung.steps} steps each in {rung.seconds:.0f} s ({rung.at_once} in one batch); "
+        f"best: {best.candidate.name}, held-out loss {best.last_loss:.3f}"
+    )
+
+
+def say_at_once(found: Tuning) -> None:
+    """What it costs to train several in one batch."""
+    if len(found.step_seconds) > 1:
+        shown = ", ".join(f"{count}: {seconds:.3f} s" for count, seconds in found.step_seconds.items())
+        say(f"a step of one candidate, by how many share a batch: {shown}")
+
+
+def table_of(found: Tuning) -> str:
+    """All candidates, the best first."""
+    rows = [("virtual tokens", "learning rate", "rounds", "steps", "held-out loss", "at step")]
+    for trial in found.trials:
+        step, loss = trial.best
+        candidate: Candidate = trial.candidate
+        rows.append(
+            (str(candidate.num_virtual_tokens), f"{candidate.learning_rate:g}", str(trial.rung))
+            + (str(trial.steps), f"{loss:.3f}", str(step))
+        )
+    return table(rows)
+
+
+def command(arguments: argparse.Namespace, found: Tuning) -> str:
+    """`prefixcore train` with what was found."""
+    best = found.best
+    parts = ["prefixcore", "train", "--model", str(arguments.model), "--data", str(arguments.data)]
+    chosen: dict[str, Any] = {name: getattr(arguments, name) for name in SHARED}
+    chosen["num_virtual_tokens"] = best.candidate.num_virtual_tokens
+    if arguments.init_text is None:
+        chosen["init"] = best.candidate.config.init_name
+    usual = {"batch_size": 8, "seed": 0, "eval_limit": 256, "dtype": "auto"}
+    if arguments.eval_data is not None or arguments.eval_fraction == 0.1:
+        del chosen["eval_fraction"]
+    for name, value in chosen.items():
+        if value is None or value is False or usual.get(name) == value:
+            continue
+        parts.append(option(name))
+        if value is not True:
+            escaped = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            parts.append(escaped.replace("\n", "\\n").replace("\t", "\\t"))
+    parts += ["--lr", f"{best.candidate.learning_rate:g}", "--steps", str(best.steps), "--out", str(arguments.out)]
+    return shlex.join(parts)
+
+
+def save(
+    arguments: argparse.Namespace,
+    handle: Any,
+    found: Tuning,
+    evaluations: dict[str, Any],
+    provenance: Provenance,
+    result: Any,
+) -> None:
+    """Write adapter, record and picture as one."""
+    from ..adapters import AdapterError
+    from ..training.tuning import draw_tuning
+
+    record = found.best.record(arguments.batch_size, arguments.seed, interrupted=found.interrupted)
+    fields = {
+        "model": arguments.model,
+        "data": str(arguments.data),
+        "end": arguments.end,
+        "chat": arguments.chat,
+        "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
+        "held_out": evaluations,
+        "tuning": found.to_dict(),
+        **record.to_dict(),
+    }
+    picture = draw_tuning(found, title=f"{handle.config.method}, {arguments.data.name}")
+    with signals_held_back(), user_errors(AdapterError):
+        handle.save(arguments.out, record=fields, curve=picture, **provenance.fields(record, result))
+    _interrupt.tell(f"the adapter is in {arguments.out}")

@@ -1,0 +1,9 @@
+"""Learning rate and number of virtual tokens, found in a stated time: successive halving over short runs."""
+
+from __future__ import annotations
+
+from .candidates import Candidate, grid
+from .halving import Rung, Trial, Tuning, tune
+from .picture import draw_tuning
+
+__all__ = ["Candidate", "Rung", "Trial", "Tuning", "draw_tuning", "grid", "tune"]

@@ -1,0 +1,99 @@
+"""`prefixcore tune`: the best adapter, the table, the command that trains it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+from prefixcore.adapters import read_adapter, read_record
+from prefixcore.training.tuning.halving import Tuning
+
+
+@pytest.fixture
+def tune(prefixcore, model_folder, data, tmp_path):
+    """`tune(*options)` -> (exit code, standard output, standard error)."""
+
+    def call(*options, out=tmp_path / "tuned"):
+        base = ["tune", "--model", model_folder, "--data", data, "--out", out, "--end", "\\n", "--minutes", 2]
+        return prefixcore(*base, *options)
+
+    return call
+
+
+def test_the_best_is_saved_and_its_command_trains_it_again(tune, prefixcore, tmp_path):
+    options = ("--method", "prefix", "--lengths", "2,3", "--lrs", "0.00001,0.03", "--most-steps", 14)
+    code, out, err = tune(*options, "--init", "vocab", "--license", "CC0-1.0", "--intended-use", "a test")
+    assert code == 0, err
+    assert "4 candidates, 2 minutes" in err
+    assert "4 candidates, 2 steps each" in err
+    table, _, command = out.strip().partition("\n\n")
+    assert len(table.splitlines()) == 5
+    length, rate, rounds, steps, loss, _ = table.splitlines()[1].split()
+    assert (rate, rounds, steps) == ("0.03", "3", "14")
+    record = read_record(tmp_path / "tuned")
+    assert [trial["rung"] for trial in record["tuning"]["trials"]] == [3, 2, 1, 1]
+    assert record["held_out"]["after training"]["loss"] == pytest.approx(float(loss), abs=1e-3)
+    manifest = read_adapter(tmp_path / "tuned").manifest
+    assert manifest.training["learning_rate"] == 0.03
+    assert manifest.metrics["loss"] == pytest.approx(float(loss), abs=1e-3)
+    assert prefixcore("verify", tmp_path / "tuned")[0] == 0
+
+    arguments = shlex.split(command)
+    assert arguments[:2] == ["prefixcore", "train"]
+    assert arguments[arguments.index("--num-virtual-tokens") + 1] == length
+    code, _, err = prefixcore(*arguments[1:-1], tmp_path / "trained")
+    assert code == 0, err
+    again = read_record(tmp_path / "trained")
+    assert [x for _, x in again["train_loss"]] == pytest.approx([x for _, x in record["train_loss"]], rel=1e-4)
+
+
+def test_lengths_go_by_the_text_and_rates_by_the_method(tune, tmp_path):
+    code, out, err = tune("--method", "prompt", "--init-text", "ab -> ba", "--most-steps", 1)
+    assert code == 0, err
+    rows = [line.split()[:2] for line in out.split("\n\n")[0].splitlines()[1:]]
+    assert {length for length, _ in rows} == {"4", "8", "16"}
+    assert {rate for _, rate in rows} == {"0.0015", "0.005", "0.015", "0.05"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--method", "prefix", "--minutes", 0), "--minutes must be a finite number above 0"),
+        (("--method", "prefix", "--eval-fraction", 0), "tuning goes by held-out examples, and there are none"),
+        (("--method", "prefix", "--lengths", "2", "--num-virtual-tokens", 3), "say the same"),
+        (("--method", "prefix", "--lrs", "a"), "expected numbers with commas"),
+        (("--method", "prompt", "--layers", "1"), "--layers is for --method prefix"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_opened(tune, tmp_path, monkeypatch, options, said):
+    monkeypatch.setattr("prefixcore.cli.tune.open_model", lambda arguments: 1 / 0)
+    code, out, err = tune(*options)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize(("option", "said"), [("--lengths", "whole numbers from 1"), ("--lrs", "finite number above")])
+def test_wrong_numbers_are_refused(tune, option, said):
+    code, _, err = tune("--method", "prefix", option, "0")
+    assert code == 2
+    assert said in err
+
+
+def test_ctrl_c_saves_the_best_so_far(tune, tmp_path, monkeypatch):
+    import prefixcore.training.tuning as tuning
+
+    whole = tuning.tune
+
+    def interrupted(*arguments, **options) -> Tuning:
+        found = whole(*arguments, **options)
+        found.interrupted = True
+        return found
+
+    monkeypatch.setattr(tuning, "tune", interrupted)
+    code, out, err = tune("--method", "prefix", "--lengths", "2", "--lrs", "0.01", "--most-steps", 3)
+    assert code == 130, err
+    assert json.loads((tmp_path / "tuned" / "training.json").read_text())["interrupted"]
+    assert "prefixcore train" in out
