@@ -30,6 +30,7 @@ from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
 from .train_result import conclude
+from .train_start import started
 
 if TYPE_CHECKING:
     from ..training import TrainingOptions
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.chat:
         with user_errors(DataError, what=f"--model {arguments.model}"):
             check_template(tokenizer)
+    with user_errors(DataError):
+        config = started(arguments, config, training, tokenizer)
     tokens = count_virtual_tokens(arguments, model, tokenizer, config)
     limit = LengthLimit.of(model, tokens, arguments.max_length)
     end, skip = arguments.end, arguments.skip_too_long

@@ -69,16 +69,16 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     """How many virtual tokens there are, and what they start from."""
     start = parser.add_argument_group("virtual tokens and how they start")
     start.add_argument(
-        "--num-virtual-tokens", type=positive, metavar="P", help="default: as many as --init-text has, else 20"
+        "--num-virtual-tokens", type=positive, metavar="P", help="default: as many as the text has, else 20"
     )
     start.add_argument(
         "--init-text",
         type=plain_escapes,
         metavar="TEXT",
-        help="start from this text: an instruction, with examples for a prefix",
+        help="start from this text: an instruction, with examples for a prefix (default: some of --data's examples)",
     )
     start.add_argument(
-        "--init", choices=("text", "vocab", "random", "zero"), help="default: text with --init-text, else vocab"
+        "--init", choices=("text", "vocab", "random", "zero"), help="default: text, of --init-text or of examples"
     )
     start.add_argument(
         "--num-frozen-tokens", type=positive, metavar="N", help="the first N tokens of a prefix stay as they start"

@@ -12,6 +12,7 @@ from .optimization import optimize
 from .options import TrainingOptions, TrainingRecord
 from .reading import read_examples, read_jsonl
 from .remeasure import Remeasured, remeasure
+from .starting import starting_text
 from .weights import base_parameters, weights_digest
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "read_jsonl",
     "remeasure",
     "split",
+    "starting_text",
     "tokenize",
     "train",
     "weights_digest",

@@ -49,7 +49,8 @@ def test_trains_saves_and_evaluates(train, tmp_path, method, options, numbers):
 
 
 def test_learns(train, tmp_path):
-    code, _, err = train("--method", "prompt", "--num-virtual-tokens", 8, "--steps", 120, "--lr", 0.05)
+    options = ["--init", "vocab", "--num-virtual-tokens", 8]
+    code, _, err = train("--method", "prompt", *options, "--steps", 120, "--lr", 0.05)
     assert code == 0, err
     held_out = json.loads((tmp_path / "adapter" / "training.json").read_text())["held_out"]
     assert held_out["after training"]["loss"] < held_out["at the start"]["loss"] - 0.1
@@ -242,3 +243,37 @@ def test_help_is_quick_and_whole(prefixcore):
         assert word in out
     code, out, _ = prefixcore("--version")
     assert out == f"prefixcore {package.__version__}\n"
+
+
+def test_without_a_start_the_training_examples_are_the_start(train, tmp_path, data):
+    code, _, err = train("--method", "prefix")
+    assert code == 0, err
+    assert "starting from some of the examples to train on" in err
+    config = read_adapter(tmp_path / "adapter").config
+    assert (config.init, config.num_virtual_tokens) == ("text", 27)  # three whole examples of nine tokens
+    lines = {"{prompt}{completion}".format(**json.loads(line)) for line in data.read_text().splitlines()}
+    assert set(config.init_text.splitlines()) <= lines
+    assert train("--method", "prompt", "--num-virtual-tokens", 11, out=tmp_path / "more")[0] == 0
+    assert read_adapter(tmp_path / "more").config.num_virtual_tokens == 11
+
+
+def test_what_is_held_out_is_never_in_the_start(train, tmp_path, data):
+    held_out = tmp_path / "held-out.jsonl"
+    lines = data.read_text().splitlines()
+    held_out.write_text("\n".join(lines[:20]))
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("\n".join(lines[20:]))
+    code, _, err = train("--method", "prompt", "--data", kept, "--eval-data", held_out)
+    assert code == 0, err
+    text = read_adapter(tmp_path / "adapter").config.init_text
+    asked = [json.loads(line)["prompt"] for line in lines[:20]]
+    assert text
+    assert not [prompt for prompt in asked if prompt in text]
+
+
+def test_a_start_that_is_given_is_taken(train, tmp_path):
+    code, _, err = train("--method", "prefix", "--init", "vocab")
+    assert code == 0, err
+    assert "starting from" not in err
+    config = read_adapter(tmp_path / "adapter").config
+    assert (config.init, config.init_text, config.num_virtual_tokens) == ("vocab", None, 20)

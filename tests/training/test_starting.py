@@ -1,0 +1,86 @@
+"""The text that virtual tokens start from, made of training examples."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefixcore import PrefixTuningConfig, attach
+from prefixcore.training import DataError, Example, starting_text, tokenize
+from prefixcore.training.chat import Conversation
+from prefixcore.training.evaluate import held_out_loss
+from tests import tiny
+
+PAIRS = [Example(f"{a}{b} ->", f" {b}{a}") for a in "abcde" for b in "vwxyz"]
+LABELLED = [Example(f"{a}{b}?", " yes" if a < "c" else " no") for a in "abcde" for b in "vwxyz"]
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def whole(text: str, end: str = "\n") -> list[str]:
+    return [line + end for line in text.split(end) if line]
+
+
+def test_whole_examples_are_put_one_after_the_other():
+    text = starting_text(PAIRS, tiny.tokenizer(), end="\n")
+    known = {each.prompt + each.completion + "\n" for each in PAIRS}
+    assert set(whole(text)) <= known
+    assert len(whole(text)) == 3  # of nine tokens each, of 32
+    assert text.endswith("\n")
+
+
+def test_it_fills_as_many_tokens_as_are_asked_for_and_ends_with_a_whole_example():
+    tokenizer = tiny.tokenizer()
+    for count in (1, 5, 9, 20, 27, 40):
+        text = starting_text(PAIRS, tokenizer, count, end="\n")
+        assert len(tokenizer(text)["input_ids"]) == count
+        if count >= 9:
+            assert whole(text)[-1] in {each.prompt + each.completion + "\n" for each in PAIRS}
+
+
+def test_classes_take_turns():
+    text = starting_text(LABELLED, tiny.tokenizer(), 15, end="\n")
+    answers = [line.split("?")[1].strip() for line in whole(text)]
+    assert sorted(answers) == ["no", "yes"]
+
+
+def test_the_seed_decides():
+    tokenizer = tiny.tokenizer()
+    texts = {starting_text(PAIRS, tokenizer, end="\n", seed=seed) for seed in range(5)}
+    assert len(texts) > 1
+    assert starting_text(PAIRS, tokenizer, end="\n", seed=3) == starting_text(PAIRS, tokenizer, end="\n", seed=3)
+
+
+def test_without_an_end_the_end_of_the_sequence_closes_each_example():
+    text = starting_text(PAIRS, tiny.tokenizer())
+    assert text.count("<end>") >= 2
+    assert text.endswith("<end>")
+
+
+def test_an_example_longer_than_the_room_gives_its_end():
+    text = starting_text([Example("a" * 100, "bcd")], tiny.tokenizer(), 8, end="\n")
+    assert text == "aaaabcd\n"
+    assert starting_text([Example("a" * 100, "bcd")], tiny.tokenizer(), end="\n") == "a" * 28 + "bcd\n"
+
+
+def test_a_conversation_is_written_by_the_template():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = CHAT
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+    assert starting_text([Conversation.of(turns, "one")], tokenizer, end=None).startswith("<user>ab<assistant>ba")
+
+
+def test_no_example_is_refused():
+    with pytest.raises(DataError, match="no examples to start from"):
+        starting_text([], tiny.tokenizer())
+
+
+def test_a_prefix_of_it_acts_as_the_text_before_the_question():
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    text = starting_text(PAIRS[:10], tokenizer, end="\n")
+    asked = [Example(text + each.prompt, each.completion) for each in PAIRS[10:14]]
+    expected = held_out_loss(model, tokenize(tokenizer, asked, end="\n"), 0)
+    with attach(model, PrefixTuningConfig(init_text=text), tokenizer=tokenizer):
+        found = held_out_loss(model, tokenize(tokenizer, PAIRS[10:14], end="\n"), 0)
+    assert found == pytest.approx(expected, abs=1e-4)
