@@ -60,12 +60,12 @@ def is_expressible(config: Config, shapes: Sequence[LayerShape], base_model: Map
     """Whether PEFT's files can hold it: a prefix must be in every layer, with one shape and D = Dv.
 
     PEFT puts every soft prompt before the text, so one that stands in the text (`virtual_token_ids`) would be loaded
-    without a word and be wrong.
+    without a word and be wrong; so would a prefix that leaves the text where it is (`position_offset=False`).
     """
     if not isinstance(config, PrefixTuningConfig):
         return getattr(config, "virtual_token_ids", None) is None
     every = config.layers is None and base_model.get("num_hidden_layers") in (None, len(shapes))
-    return every and len(set(shapes)) == 1 and shapes[0].key_dim == shapes[0].value_dim
+    return every and config.position_offset and len(set(shapes)) == 1 and shapes[0].key_dim == shapes[0].value_dim
 
 
 def to_peft(config: Config, values: Values, base_model: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:

@@ -28,7 +28,7 @@ def norms_by_layer(run: FrozenRun, probes: Probes, virtual: VirtualTokens, progr
 
     for text in progress(probes.ids, "norms"):
         ids = torch.tensor([text.prompt_ids + text.completion_ids], device=run.model.device)
-        run(ids, virtual=VirtualTokens(virtual.count, (), {}), watch=watch)
+        run(ids, virtual=VirtualTokens(virtual.text_position, (), {}), watch=watch)
     return {
         name: [
             {

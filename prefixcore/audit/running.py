@@ -134,8 +134,8 @@ class FrozenRun:
             raise NotMeasuredError(f"{type(self.model).__name__} takes no positions, so the text cannot be placed")
         rows, length = ids.shape
         mask = torch.ones_like(ids) if mask is None else mask
-        count = 0 if virtual is None else virtual.count
-        positions = torch.arange(length, device=ids.device) + count
+        first = 0 if virtual is None else virtual.text_position
+        positions = torch.arange(length, device=ids.device) + first
         inputs: dict[str, Any] = {"input_ids": ids}
         before = 0
         if virtual is not None and virtual.prompt is not None:

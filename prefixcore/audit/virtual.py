@@ -20,16 +20,23 @@ class VirtualTokens:
     """Baked virtual tokens: a prefix or a soft prompt.
 
     Attributes:
-        count: P of the adapter, also where one has been taken out: the text begins at this position.
+        count: P of the adapter, also where one has been taken out.
         places: the positions of those that are there; all, or all but one.
         pairs: of a prefix, by layer: key [Hkv, P, D] and value [Hkv, P, Dv].
         prompt: of a soft prompt, the embeddings [P, E].
+        position_offset: whether the text begins at position P, `count`; else at 0.
     """
 
     count: int
     places: tuple[int, ...]
     pairs: dict[int, tuple[Tensor, Tensor]]
     prompt: Tensor | None = None
+    position_offset: bool = True
+
+    @property
+    def text_position(self) -> int:
+        """The position of the first token of the text."""
+        return self.count if self.position_offset else 0
 
     @property
     def is_prefix(self) -> bool:
@@ -48,6 +55,7 @@ class VirtualTokens:
             tuple(self.places[i] for i in kept),
             {layer: (take(key, 1), take(value, 1)) for layer, (key, value) in self.pairs.items()},
             None if self.prompt is None else take(self.prompt, 0),
+            self.position_offset,
         )
 
 
@@ -65,7 +73,8 @@ def virtual_tokens(adapter: Adapter, device: torch.device | str = "cpu") -> Virt
         layer: (key.to(device), value.to(device)) for layer, (key, value) in zip(adapter.layers, tensors, strict=True)
     }
     count = tensors[0][0].shape[1]
-    return VirtualTokens(count, tuple(range(count)), pairs)
+    position_offset = getattr(adapter.config, "position_offset", True)
+    return VirtualTokens(count, tuple(range(count)), pairs, position_offset=position_offset)
 
 
 def check_method(adapter: Adapter) -> None:

@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether the text begins with the token that the tokenizer puts first; requests then come without it",
     )
     parser.add_argument(
+        "--position-offset",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the text behind the prefix begins at position P, which servers need (default), or at 0",
+    )
+    parser.add_argument(
         "--prompt", action="append", default=[], help="text to compare on; may be given several times (default: any)"
     )
     parser.add_argument("--json", action="store_true", help="what was compared, as one JSON object")
@@ -69,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             intended_use=arguments.intended_use,
             inputs=arguments.prompt,
             strict=not arguments.force,
+            position_offset=arguments.position_offset,
         )
     if arguments.json:
         results(to_json({"out": str(baked.path), "method": baked.method, **vars(baked.comparison)}))

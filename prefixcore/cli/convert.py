@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--task", help="with --from: what it does, in words")
     parser.add_argument("--task-id", type=int, metavar="N", help="with --from, of a table of several tasks: which one")
+    parser.add_argument(
+        "--position-offset",
+        action=argparse.BooleanOptionalAction,
+        help="with --from, where the text behind a prefix is to begin: at P, which servers need, or at 0 (default: at "
+        "P where the model's keys can be turned, else as the file has it)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,8 +74,8 @@ def _write(arguments: argparse.Namespace) -> None:
     from ..adapters import AdapterError
     from ..hf import export_adapter
 
-    if arguments.task is not None or arguments.task_id is not None:
-        raise UserError("--task and --task-id mean something with --from only; leave them out")
+    if arguments.task is not None or arguments.task_id is not None or arguments.position_offset is not None:
+        raise UserError("--task, --task-id and --position-offset mean something with --from only; leave them out")
     for folder in arguments.source:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; expected one that prefixcore or PEFT wrote")
@@ -100,5 +106,6 @@ def _read(arguments: argparse.Namespace) -> None:
             model=model,
             task=arguments.task,
             task_id=arguments.task_id,
+            position_offset=arguments.position_offset,
         )
     results(f"{arguments.out}: an adapter, read as {arguments.origin}")

@@ -152,7 +152,9 @@ def placement(facts: dict[str, Any]) -> str:
         size = f"{heads} key/value heads of {key}" + (f" and {value}" if value != key else "")
     else:
         size = "heads of several sizes"
-    return f"{len(facts['layers'])} layers ({ranges(facts['layers'])}), {size}"
+    at_zero = facts["config"].get("position_offset") is False
+    text = "; the text behind it begins at position 0" if at_zero else ""
+    return f"{len(facts['layers'])} layers ({ranges(facts['layers'])}), {size}{text}"
 
 
 def ranges(numbers: list[int]) -> str:

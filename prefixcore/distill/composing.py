@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import Manifest, check_target, read_adapter, write_adapter
 from ..hf.attaching import check_model
-from ..hf.baking.rotary import turn
+from ..hf.positions.rotary import turn
 from ..hf.loading import Target
 from ..nn import LayerShape, Prefix, PrefixTuningConfig
 from .errors import DistillError

@@ -13,7 +13,7 @@ from ..audit.attention_mass import virtual_weights
 from ..audit.running import FrozenRun, WatchedCall
 from ..audit.virtual import VirtualTokens
 from ..hf.attention.prefix import KeyValue
-from ..hf.baking.rotary import turn
+from ..hf.positions.rotary import turn
 from .front import Front
 from .targets import Target
 

@@ -266,7 +266,7 @@ def attach_prefix(
     `heads`: None: by its config.
     """
     heads = find_heads(model, module) if heads is None else heads
-    if moves_positions(model, backbone, calls):
+    if module.config.position_offset and moves_positions(model, backbone, calls):
         check_position_limit(model, module.num_virtual_tokens)
     if any(parameter.requires_grad for parameter in module.parameters()):
         warn_of_dropout(model)

@@ -34,6 +34,7 @@ from .model.sample_inputs import reads_tokens, sample_inputs
 from .model.sharded import embedded
 from .model.tensor_parallel import agree_on
 from .positions.position_table import position_limit
+from .positions.rotary import turn, why_fixed
 
 
 def initial_prefix(
@@ -46,7 +47,8 @@ def initial_prefix(
     """One (key [Hkv, P, D], value [Hkv, P, Dv]) for each of `layers`, or None where `Prefix` draws it itself.
 
     The keys and values of a text are those that the frozen model computes for it at positions 0 to P-1, so that the
-    untrained prefix has the effect of the text before the input.
+    untrained prefix has the effect of the text before the input. With `position_offset=False` they are turned back by
+    P, to the same effect, where positions are rotary; else they stay as computed.
 
     Args:
         model: the frozen model.
@@ -70,7 +72,10 @@ def initial_prefix(
     if limit is not None and len(ids) >= limit:
         raise ValueError(f"{len(ids)} virtual tokens leave no room: the model has learned {limit} positions")
     calls = record(model, torch.tensor([ids], device=device_of(model)))
-    return [(calls[layer].key[0].float(), calls[layer].value[0].float()) for layer in layers]
+    pairs = [(calls[layer].key[0].float(), calls[layer].value[0].float()) for layer in layers]
+    if not config.position_offset and why_fixed(model) is None:
+        return turn(model, pairs, -len(ids))
+    return pairs
 
 
 def initial_prompt(

@@ -210,8 +210,8 @@ class PromptBank(UndoneAfterBlock):
             raise NotImplementedError(
                 "modules_to_save: rows of a bank cannot differ in whole modules: leave it out, or attach it by itself"
             )
-        check_position_limit(self.model, module.num_virtual_tokens)
         adapter = Attached(module, layers, name)
+        check_position_limit(self.model, adapter.shift)
         shapes = []
         if layers is not None:
             calls, _ = _result(self._layers)

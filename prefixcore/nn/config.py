@@ -200,6 +200,10 @@ class PrefixTuningConfig(_Config):
         modules_to_save: modules of the model that are trained and saved too, by the ends of their names, such as
             `["score"]`. None: as PEFT does, the head ("classifier", "score" or "qa_outputs") where `task_type` is
             "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS", else none; `[]`: none.
+        position_offset: where the text behind the prefix begins: True, at position P, as in PEFT and in servers;
+            False, at position 0, as in the adapters library, so that a model with learned positions keeps all of them
+            for the text. PEFT's files cannot say so, nor can a server do it; `prefixcore.bake` makes one of the other,
+            exactly, where positions are rotary.
         init_weights: PEFT's name: "zero" is `init="zero"`; None leaves `init` as it is.
 
     Raises:
@@ -224,6 +228,7 @@ class PrefixTuningConfig(_Config):
     reparameterization: str = "none"
     rank: int = 8
     num_basis: int = 256
+    position_offset: bool = field(default=True, kw_only=True)
     init_weights: InitVar[str | None] = None
 
     def __post_init__(self, init_weights: str | None) -> None:
@@ -242,6 +247,8 @@ class PrefixTuningConfig(_Config):
             _check_positive("encoder_hidden_size", self.encoder_hidden_size)
         _check_positive("rank", self.rank)
         _check_positive("num_basis", self.num_basis)
+        if not isinstance(self.position_offset, bool):
+            raise ValueError(f"position_offset must be True or False, got {self.position_offset!r}")
         self._check_where()
         self._check_layers()
         self._check_frozen()

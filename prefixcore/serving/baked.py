@@ -29,7 +29,10 @@ def baked_folder(adapters: Path) -> Path:
 
 def needs_baking(entry: Entry) -> bool:
     """Whether an entry is sound, and not what a server takes."""
-    return entry.problem is None and entry.digest is not None and entry.method != "prefix"
+    if entry.problem is not None or entry.digest is None:
+        return False
+    config = {} if entry.manifest is None else entry.manifest.config
+    return entry.method != "prefix" or config.get("position_offset") is False
 
 
 def find_baked(baked: Registry, entry: Entry) -> Entry | None:

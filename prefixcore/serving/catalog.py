@@ -161,6 +161,8 @@ class Catalog:
         def fits(header: AdapterHeader) -> None:
             if header.config.method != "prefix":
                 raise AdapterError(_why_no_prefix(entry.path, header.config.method))
+            if not getattr(header.config, "position_offset", True):
+                raise AdapterError(_why_not_at_zero(entry.path))
             if self.model is not None:
                 self.model.check(header)
 
@@ -183,6 +185,14 @@ class Catalog:
         assert digest is not None
         task = manifest.task if manifest else None
         return Served(name, digest, config.num_virtual_tokens, task, created, entry.path)
+
+
+def _why_not_at_zero(folder: Path) -> str:
+    return (
+        "its text begins at position 0 (position_offset=False), and a server has the prefix's tokens before it, which "
+        f"take P positions: prefixcore bake {folder} --model MODEL --out NEW turns its keys, where they are rotary; "
+        "then prefixcore add NEW DIR --replace; or start the server with prefixcore serve --bake, which does so"
+    )
 
 
 def _why_no_prefix(folder: Path, method: str) -> str:

@@ -51,8 +51,9 @@ def read_prefix(folder: Path, digest: str, layers: int, heads: slice, dtype: tor
     """
 
     def fits(header: AdapterHeader) -> None:
-        if header.config.method != "prefix" or header.layers != list(range(layers)):
-            raise AdapterError(f"{folder}: not a prefix for each of {layers} layers")
+        at_zero = not getattr(header.config, "position_offset", True)
+        if header.config.method != "prefix" or at_zero or header.layers != list(range(layers)):
+            raise AdapterError(f"{folder}: not a prefix for each of {layers} layers with the text from position P on")
 
     adapter = read(folder, fits=fits, state=False)
     if adapter.digest != digest:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import prefixcore
+from prefixcore.adapters import read_adapter
 from prefixcore.audit.attention_mass import attention_mass, virtual_weights
 from prefixcore.audit.errors import NotMeasuredError
 from prefixcore.audit.leave_one_out import leave_one_out
 from prefixcore.audit.norms import norms_by_layer
 from prefixcore.audit.running import FrozenRun
-from prefixcore.audit.virtual import VirtualTokens
+from prefixcore.audit.virtual import VirtualTokens, virtual_tokens
 from prefixcore.hf.attaching import find_attention_layers
 from tests.audit import eager
 from tests.hf.models import FAMILIES, make, tokens, window_of
@@ -141,3 +142,14 @@ def test_the_model_is_as_it_was(model, virtual):
     before = state(model)
     FrozenRun(model)(tokens(1, 4) % 90, virtual=virtual)
     assert_same(before, state(model))
+
+
+def test_a_text_that_begins_at_position_0(model, tmp_path):
+    """What is watched is what the attached model computes, where the prefix leaves the text in its place, too."""
+    config = prefixcore.PrefixTuningConfig(num_virtual_tokens=5, init="random", seed=0, position_offset=False)
+    ids = tokens(2, 8) % 90
+    with prefixcore.attach(model, config) as handle:
+        folder, expected = handle.save(tmp_path / "zero"), model(input_ids=ids).logits
+    virtual = virtual_tokens(read_adapter(folder))
+    torch.testing.assert_close(FrozenRun(model)(ids, None, virtual), expected, rtol=1e-4, atol=1e-4)
+    assert virtual.without(2).text_position == virtual.text_position == 0

@@ -67,10 +67,12 @@ def test_a_prefix_is_compared_with_the_first_layer(model, tokenizer, prefix, qui
         check(at_place, key[place : place + 1], rotated[:, :, 0].flatten(1))
 
 
-def test_an_untrained_prefix_is_its_text(model, tokenizer, tmp_path, quiet):
+@pytest.mark.parametrize("position_offset", [True, False])
+def test_an_untrained_prefix_is_its_text(position_offset, model, tokenizer, tmp_path, quiet):
     import prefixcore
 
-    with prefixcore.attach(model, prefixcore.PrefixTuningConfig(init_text="ab ->"), tokenizer=tokenizer) as handle:
+    config = prefixcore.PrefixTuningConfig(init_text="ab ->", position_offset=position_offset)
+    with prefixcore.attach(model, config, tokenizer=tokenizer) as handle:
         handle.save(tmp_path / "start")
     adapter = read_adapter(tmp_path / "start")
     start = start_ids(model, adapter.config, tokenizer, 5)

@@ -68,3 +68,43 @@ def test_what_is_read_is_never_replaced(prefixcore, adapter, model_folder, tmp_p
     assert code == 2
     assert "would take its place; give another folder" in err
     assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore:read as the adapters library computes it")
+def test_where_the_text_begins(prefixcore, at_zero, model_folder, tmp_path):
+    """There and back with the convention of the adapters library, whose keys stay what they are."""
+    ours, model = tmp_path / "ours", ["--model", model_folder]
+    assert "the text behind it begins at position 0" in prefixcore("inspect", at_zero)[1]
+    assert prefixcore("convert", at_zero, "--to", "cartridges", "--out", tmp_path / "c.pt")[0] == 2
+    assert prefixcore("convert", at_zero, "--to", "cartridges", *model, "--out", tmp_path / "c.pt")[0] == 0
+    back = ["convert", tmp_path / "c.pt", "--from", "cartridges", *model]
+    assert prefixcore(*back, "--no-position-offset", "--out", ours)[0] == 0
+    assert read_adapter(ours).config.position_offset is False
+    for pair, other in zip(read_adapter(at_zero).tensors, read_adapter(ours).tensors, strict=True):
+        torch.testing.assert_close(other, pair, rtol=0, atol=1e-6)
+    assert prefixcore(*back, "--out", tmp_path / "p")[0] == 0
+    assert read_adapter(tmp_path / "p").config.position_offset is True
+    code, _, err = prefixcore("convert", at_zero, "--to", "peft", "--out", tmp_path / "peft")
+    assert code == 2
+    assert "position_offset=False (prefixcore bake makes an equal one of that)" in err
+    code, _, err = prefixcore("convert", tmp_path / "c.pt", "--to", "cartridges", "--position-offset", "--out", "x")
+    assert code == 2
+    assert "--position-offset mean something with --from only" in err
+
+
+@pytest.fixture
+def at_zero(tmp_path):
+    from prefixcore import PrefixTuningConfig, attach
+    from tests import tiny
+
+    config = PrefixTuningConfig(num_virtual_tokens=4, init="random", seed=0, position_offset=False)
+    with attach(tiny.model(), config) as handle:
+        return handle.save(tmp_path / "zero")
+
+
+def test_bake_to_either_convention(prefixcore, at_zero, model_folder, tmp_path):
+    prompts = ["--model", model_folder, "--prompt", "ab ->"]
+    assert prefixcore("bake", at_zero, *prompts, "--out", tmp_path / "p")[0] == 0
+    assert read_adapter(tmp_path / "p").config.position_offset is True
+    assert prefixcore("bake", tmp_path / "p", *prompts, "--no-position-offset", "--out", tmp_path / "again")[0] == 0
+    assert read_adapter(tmp_path / "again").config.position_offset is False

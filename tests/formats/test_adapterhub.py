@@ -74,7 +74,7 @@ def test_ours_are_the_same_numbers_again(name: str, llama: Any, tmp_path: Path) 
 def test_keys_turn_as_the_model_turns_them(family: str, tmp_path: Path) -> None:
     """A key at position 3 of the model is its key at position 0, moved on by 3."""
     from prefixcore.hf.attention.discover import record
-    from prefixcore.hf.baking.rotary import turn
+    from prefixcore.hf.positions.rotary import turn
 
     model = make(family)
     ids = torch.tensor([[7, 7, 7, 7]])
@@ -138,3 +138,38 @@ def test_an_unknown_activation_and_a_folder_of_something_else(llama: Any, tmp_pa
         prefixcore.import_adapter(tmp_path / "mlp", "adapters", tmp_path / "x", model=llama)
     with pytest.raises(AdapterError, match="as save_adapter writes it"):
         prefixcore.import_adapter(tmp_path, "adapters", tmp_path / "x", model=llama)
+
+
+@pytest.mark.parametrize("name", ["flat", "mlp"])
+def test_their_keys_as_they_are(
+    name: str, llama: Any, expected: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `position_offset=False` nothing is turned, there or back."""
+    from prefixcore.hf.baking import converting
+
+    def turn(*rest: Any) -> None:
+        raise AssertionError("keys are turned")
+
+    monkeypatch.setattr(converting, "turn", turn)
+    ours = prefixcore.import_adapter(THEIRS / name, "adapters", tmp_path / "a", model=llama, position_offset=False)
+    assert read_adapter(ours).config.position_offset is False
+    torch.testing.assert_close(with_adapter(llama, ours, expected["ids"]), expected[name], atol=1e-5, rtol=0)
+    prefixcore.export_adapter(ours, "adapters", tmp_path / "theirs", model=llama)
+    (written,) = torch.load(tmp_path / "theirs" / "pytorch_adapter.bin", weights_only=True).values()
+    if name == "flat":
+        original = torch.load(THEIRS / name / "pytorch_adapter.bin", weights_only=True)
+        assert torch.equal(written, next(iter(original.values())))
+
+
+def test_learned_positions_there_and_back(tmp_path: Path) -> None:
+    """What cannot be turned stays as it is: GPT-2, which heads as wide as this library takes them."""
+    gpt2, ids = make("gpt2"), torch.tensor([[5, 6, 7, 8]])
+    config = prefixcore.PrefixTuningConfig(num_virtual_tokens=3, position_offset=False)
+    folder = make_adapter(gpt2, config, tmp_path / "gpt2")
+    prefixcore.export_adapter(folder, "adapters", tmp_path / "theirs", model=gpt2)
+    back = prefixcore.import_adapter(tmp_path / "theirs", "adapters", tmp_path / "back", model=gpt2)
+    assert read_adapter(back).config.position_offset is False
+    assert torch.equal(with_adapter(gpt2, back, ids), with_adapter(gpt2, folder, ids))
+    with pytest.raises(AdapterError, match="has learned positions: keys cannot be moved"):
+        prefixcore.import_adapter(tmp_path / "theirs", "adapters", tmp_path / "p", model=gpt2, position_offset=True)
+    assert not (tmp_path / "p").exists()

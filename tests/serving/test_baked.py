@@ -176,3 +176,21 @@ def test_a_folder_for_them_that_is_no_folder(prefixcore: Any, place: Path, fake_
     (place / "file").write_text("")
     code, _, err = serve(prefixcore, place, fake_python, "--bake", "--baked", place / "file")
     assert (code, "is not a folder" in err) == (2, True)
+
+
+def test_a_prefix_whose_text_begins_at_0_is_baked_too(place: Path) -> None:
+    """A server has the prefix's tokens before the text, at positions of their own."""
+    shelf.write(place / "adapters" / "zero", seed=3, position_offset=False)
+    model = describe_model(str(place / "model"))
+    with pytest.raises(AdapterError, match=r"begins at position 0 \(position_offset=False\), and a server has"):
+        Catalog(place / "adapters", model).find("zero")
+    assert bake(place) == {}
+    served = Catalog(place / "adapters", model, place / "baked").find("zero")
+    assert served.baked_from == adapter_digest(place / "adapters" / "zero")
+    assert read_adapter(served.folder).config.position_offset is True
+    ids, logits = torch.tensor([[5, 6, 7]]), []
+    for folder in (place / "adapters" / "zero", served.folder):
+        model = tiny.model()
+        with package.load(model, folder), torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)

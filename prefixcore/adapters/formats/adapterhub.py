@@ -1,9 +1,9 @@
 """The `adapters` library (AdapterHub): a folder with `adapter_config.json` and `pytorch_adapter.bin`.
 
 Its prefix is one vector, `control_trans` ("flat") or made by an MLP of its own, laid out `[P, L*2, Hkv, D]` as PEFT's.
-Keys meet queries as they are, but the text behind them begins at position 0, not P, so with rotary positions they stand
-P positions nearer: moved on by P they are the keys of our convention, exactly. With learned positions nothing can be
-moved, as the text's own embeddings would change.
+Keys meet queries as they are, but the text behind them begins at position 0, not P: our `position_offset=False`. Rotary
+keys moved on by P are those of the other convention, exactly. With learned positions nothing can be moved, as the
+text's own embeddings would change.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ class AdapterHub:
     title = "the adapters library"
     kinds: tuple[str, ...] = (PREFIX,)
     is_folder = True
+    position_offset = False
     needs_model = True
     layout = "folder: adapter_config.json, pytorch_adapter.bin: control_trans [P*L*2*Hkv*D], the text at position 0"
-    lost = "manifest, heads; float32 rounding of the rotation"
+    lost = "manifest, heads; float32 rounding of the rotation, where the text began at position P"
 
     def read(self, source: Path, facts: Facts) -> Contents:
         """A prefix without gates, flat or made by an MLP."""
-        shapes, turn = _need(facts)
+        shapes = _need(facts)
         warnings.warn(_CAUSAL, stacklevel=2)
         config = load_json(source / CONFIG) if source.is_dir() else None
         if config is None:
@@ -61,11 +62,11 @@ class AdapterHub:
             width = sum(shape.width for shape in chosen)
             flat = _flat(tensors, tokens, width) if inner["flat"] else _made_by_mlp(tensors, inner, tokens, width)
             pairs = [(key.contiguous(), value.contiguous()) for key, value in split_layers(flat, chosen)]
-        return Contents(prefix=turn(pairs, tokens), layers=layers if left_out else None)
+        return Contents(prefix=pairs, layers=layers if left_out else None, position_offset=False)
 
     def write(self, contents: Contents, facts: Facts, dtype: torch.dtype) -> Written:
         """A flat prefix."""
-        shapes, turn = _need(facts)
+        shapes = _need(facts)
         assert contents.prefix is not None
         prefix = contents.prefix
         shape = one_shape(prefix, self.title)
@@ -77,7 +78,7 @@ class AdapterHub:
                 f"{facts.num_attention_heads}, but those of this model are {shape.key_dim} wide"
             )
         layers = contents.layers if contents.layers is not None else list(range(len(shapes)))
-        flat = join_layers(turn(prefix, -contents.num_virtual_tokens))
+        flat = join_layers(prefix)
         inner = {
             "architecture": "prefix_tuning",
             "bottleneck_size": 512,
@@ -106,12 +107,12 @@ class AdapterHub:
         return Written({CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: save_torch(state)})
 
 
-def _need(facts: Facts) -> tuple[list[LayerShape], Any]:
-    if facts.shapes is None or facts.turn is None:
+def _need(facts: Facts) -> list[LayerShape]:
+    if facts.shapes is None:
         raise AdapterError(
-            "the adapters library counts positions in another way: give the model (--model) to turn keys by"
+            "the adapters library's files do not say enough of layers and heads: give the model (--model)"
         )
-    return list(facts.shapes), facts.turn
+    return list(facts.shapes)
 
 
 def _check(config: dict[str, Any], num_layers: int) -> tuple[dict[str, Any], int, list[int]]:

@@ -40,6 +40,7 @@ class Cartridges:
     title = "HazyResearch Cartridges"
     kinds: tuple[str, ...] = (PREFIX,)
     is_folder = False
+    position_offset = True
     needs_model = False
     layout = ".pt: lists of keys and values [1, Hkv, tokens, D] a layer, frozen tokens apart"
     lost = "manifest, heads; a prefix in some layers alone is refused"

@@ -19,6 +19,7 @@ class Vllm:
     title = "vLLM prompt_embeds"
     kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
+    position_offset = True
     needs_model = False
     layout = ".pt: one tensor [P, E], of torch.save"
     lost = "manifest, heads; which model it is for"
@@ -43,6 +44,7 @@ class TensorRtLlm:
     title = "TensorRT-LLM prompt table"
     kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
+    position_offset = True
     needs_model = False
     layout = ".npy: [tasks, P, E]"
     lost = "manifest, heads, names of tasks; which model it is for"
@@ -67,6 +69,7 @@ class LlamaCpp:
     title = "llama.cpp embeddings"
     kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
+    position_offset = True
     needs_model = False
     layout = "raw float32 [P, E], as llama_batch.embd takes them"
     lost = "everything but the numbers, the shape too, so it is written and never read"
@@ -92,6 +95,7 @@ class Gguf:
     title = "GGUF tensor for llama.cpp"
     kinds: tuple[str, ...] = (PROMPT,)
     is_folder = False
+    position_offset = True
     needs_model = False
     layout = ".gguf: tensor prompt_embeddings [P, E], general.architecture = prefixcore"
     lost = "manifest, heads; which model it is for"

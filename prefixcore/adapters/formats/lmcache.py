@@ -33,6 +33,7 @@ class LmCache:
     title = "LMCache chunks"
     kinds: tuple[str, ...] = (PREFIX,)
     is_folder = True
+    position_offset = True
     needs_model = False
     layout = "folder of chunk-00000.data, ...: header, then [2, L, tokens, Hkv*D]"
     lost = "manifest, heads, the number of heads; LMCache's key, a hash of the placeholder tokens, names the files"

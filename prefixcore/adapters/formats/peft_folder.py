@@ -23,11 +23,12 @@ class PeftFolder:
     title = "PEFT"
     kinds: tuple[str, ...] = (PREFIX, PROMPT)
     is_folder = True
+    position_offset = True
     needs_model = False
     layout = "folder: adapter_config.json, adapter_model.safetensors with prompt_embeddings"
     lost = (
         "manifest (the base model's fingerprint goes along), record, reparameterization; refused: a prefix in some "
-        "layers alone, a soft prompt in the text"
+        "layers alone, one with position_offset=False, a soft prompt in the text"
     )
 
     def read(self, source: Path, facts: Facts) -> Contents:
@@ -43,8 +44,9 @@ class PeftFolder:
             raise AdapterError("PEFT's files are written in float32; leave --dtype out")
         if not (folder / PEFT_FILE).exists():
             raise AdapterError(
-                f"{folder}: PEFT cannot hold it: a prefix in some layers alone or of several shapes, or a soft prompt "
-                "that stands in the text"
+                f"{folder}: PEFT cannot hold it: a prefix in some layers alone, of several shapes or with "
+                "position_offset=False (prefixcore bake makes an equal one of that), or a soft prompt that stands in "
+                "the text"
             )
         files = {name: read_bytes(folder / name) for name in (PEFT_FILE, MODEL_FILE)}
         header, _ = read_header(folder)
@@ -63,6 +65,7 @@ def contents_of(adapter: Adapter, folder: Path | None = None) -> Contents:
             prefix=list(tensors),
             layers=None if every else adapter.layers,
             num_frozen_tokens=getattr(config, "num_frozen_tokens", 0),
+            position_offset=getattr(config, "position_offset", True),
             folder=folder,
         )
     module = build_module(adapter, trainable=False, share=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,11 +28,12 @@ class Contents:
     """Virtual tokens: a prefix, or the soft prompts of one or several tasks.
 
     Attributes:
-        prefix: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, fp32; keys as attention sees them at positions 0 to
-            P-1, with the text behind from position P on. None: soft prompts.
+        prefix: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer, fp32; keys as attention sees them. None: soft
+            prompts.
         prompts: `[tasks, P, E]`, fp32. None: a prefix.
         layers: of a prefix, the layers that have one; None: all.
         num_frozen_tokens: of a prefix, how many of the first were not trained.
+        position_offset: of a prefix, whether the text behind it begins at position P; else at 0.
         folder: the adapter's that they were read from; None: they are of another format.
     """
 
@@ -40,6 +41,7 @@ class Contents:
     prompts: Tensor | None = None
     layers: list[int] | None = None
     num_frozen_tokens: int = 0
+    position_offset: bool = True
     folder: Path | None = None
 
     @property
@@ -65,8 +67,6 @@ class Facts:
         hidden_size: E.
         num_attention_heads: H.
         model_type, class_name, name: of the model, as its configuration says.
-        turn: keys of some layers moved on by a number of positions, as the rotary embedding does; it refuses a model
-            whose positions cannot be moved.
     """
 
     shapes: Sequence[LayerShape] | None = None
@@ -75,7 +75,6 @@ class Facts:
     model_type: str | None = None
     class_name: str | None = None
     name: str | None = None
-    turn: Callable[[KeyValues, int], KeyValues] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,7 @@ class Format(Protocol):
         title: whose it is.
         kinds: what it holds: `PREFIX`, `PROMPT`.
         is_folder: whether it is a folder of files; else one file.
+        position_offset: of the prefixes that it holds, whether the text behind them begins at position P; else at 0.
         needs_model: whether it can be neither read nor written without a model.
         layout: what stands in it, in a line.
         lost: what of an adapter it does not hold, in a line.
@@ -103,6 +103,7 @@ class Format(Protocol):
     title: str
     kinds: tuple[str, ...]
     is_folder: bool
+    position_offset: bool
     needs_model: bool
     layout: str
     lost: str

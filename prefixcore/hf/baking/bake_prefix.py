@@ -21,10 +21,8 @@ from ..bank.bank import Bank
 from ..bank.prefix_calls import compute_once
 from ..families import text_config
 from ..positions.position_table import position_limit
+from ..positions.rotary import has_moving_positions
 from ..verify import own_words
-
-_MOVING = ("dynamic", "longrope")
-"""Kinds of rotary embedding whose frequencies change with the length of the text, and so the keys of all tokens."""
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 
@@ -58,20 +56,6 @@ def check_can_be_exact(model: PreTrainedModel, calls: Sequence[AttentionCall]) -
             "is, so that no keys hold for every text; train a prefix (PrefixTuningConfig), or serve the soft prompt "
             "itself"
         )
-
-
-def has_moving_positions(model: PreTrainedModel) -> str | None:
-    """The kind of rotary embedding whose frequencies change with the length of the text; None: there is none."""
-    kinds = _rope_types(getattr(text_config(model), "rope_parameters", None))
-    return next((kind for kind in sorted(kinds) if kind in _MOVING), None)
-
-
-def _rope_types(parameters: Any) -> list[str]:
-    """The kinds of rotary embedding that a configuration names, one or one for each kind of layer."""
-    if not isinstance(parameters, dict):
-        return []
-    inner = [kind for each in parameters.values() for kind in _rope_types(each)]
-    return [*inner, *([parameters["rope_type"]] if isinstance(parameters.get("rope_type"), str) else [])]
 
 
 def prompt_to_prefix(

@@ -25,6 +25,7 @@ from ..attention.prefix import KeyValue
 from ..families import text_config
 from ..handle import Handle
 from ..loading import Found, Target
+from ..positions.rotary import turn
 from .bake_check import Check, Comparison, Run, default_inputs
 from .bake_prefix import check_can_be_exact, encode_text, ids_to_prefix, prompt_to_prefix
 
@@ -73,6 +74,11 @@ class _Source:
     record: dict[str, Any] = field(default_factory=dict)
     found: Found | None = None
 
+    @property
+    def position_offset(self) -> bool:
+        """Whether the text behind it begins at position P; else at 0."""
+        return getattr(self.config, "position_offset", True)
+
 
 def bake(
     model: PreTrainedModel,
@@ -88,6 +94,7 @@ def bake(
     intended_use: str | None = None,
     inputs: Sequence[str] = (),
     strict: bool = True,
+    position_offset: bool = True,
 ) -> Baked:
     """Writes a plain prefix that is equal to a soft prompt, a text or a reparameterized prefix.
 
@@ -108,13 +115,15 @@ def bake(
         intended_use: what it is for, and what not; None: as the adapter says.
         inputs: texts to compare on; empty: a few of ordinary tokens.
         strict: as of `load`.
+        position_offset: where the text behind the prefix begins, as in `PrefixTuningConfig`. What stands in another
+            place is turned to it, which takes a model with rotary positions.
 
     Returns:
         The folder and how far the two are from each other, which is rounding alone.
 
     Raises:
         AdapterError: an adapter that cannot be read or is another model's; virtual tokens that stand in the text; a
-            task that is not said; a prefix that is not equal.
+            task that is not said; a prefix that is not equal; keys that cannot be turned.
         NotImplementedError: a model on which no prefix is equal: a sliding window that loses sight of what stands in
             front, layers that are no attention, keys that change with the length of the text.
         TypeError, ValueError: as of `attach`.
@@ -154,12 +163,14 @@ def bake(
     else:
         source = _from_adapter(target, Path(adapter), task_id, strict)
     virtual = source.pairs[0][0].shape[1]
+    if source.position_offset != position_offset:
+        source.pairs = turn(model, source.pairs, virtual if position_offset else -virtual)
     ids = [_encode(tokenizer, each, model, without_bos=bool(bos)) for each in inputs]
     ids = ids or default_inputs(model, virtual)
     with source.original() as run:
         check = Check(model, run, ids)
     check.measure_effect(lambda ids: _logits(model, ids))
-    module = _plain_prefix(source, len(target.attention_layers[0]))
+    module = _plain_prefix(source, len(target.attention_layers[0]), position_offset)
     with _attach(target, module, source.layers, source.found) as handle:
         comparison = check.compare(lambda ids: _logits(model, ids))
         author = {"task": task, "license": license, "intended_use": intended_use}
@@ -243,7 +254,7 @@ def _task_number(folder: Path, module: Any, task_id: int | None) -> int | None:
     return number
 
 
-def _plain_prefix(source: _Source, num_layers: int) -> Prefix:
+def _plain_prefix(source: _Source, num_layers: int, position_offset: bool) -> Prefix:
     """The prefix to write, of whose layers the model has `num_layers`."""
     config = source.config
     shapes = [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in source.pairs]
@@ -253,6 +264,7 @@ def _plain_prefix(source: _Source, num_layers: int) -> Prefix:
         task_type="CAUSAL_LM" if config is None else config.task_type,
         tokenizer_name_or_path=None if config is None else config.tokenizer_name_or_path,
         modules_to_save=None if config is None else config.modules_to_save,
+        position_offset=position_offset,
     )
     return Prefix(shapes, plain, source.pairs).requires_grad_(False)
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ...nn import LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, So
 from ..attaching import check_model
 from ..families import text_config
 from ..loading import Target, load
-from .rotary import turn
+from ..positions.rotary import turn, why_fixed
 
 
 def find_format(name: str) -> Format:
@@ -49,7 +50,8 @@ def export_adapter(
         adapter: its folder, ours or one that PEFT wrote; for "tensorrt-llm" also several, one task each.
         format: a name of `prefixcore.adapters.formats.FORMATS`.
         path: the file or folder to write, which must not be there.
-        model: the model, where the format counts positions in another way ("adapters").
+        model: the model; "adapters" needs it, and a format whose text begins elsewhere than the adapter's
+            (`position_offset`), to turn keys by.
         dtype: of the numbers.
 
     Returns:
@@ -74,7 +76,10 @@ def export_adapter(
     for folder, each in zip(folders, contents, strict=True):
         _check_kind(folder, each, kind)
     facts = Facts() if model is None else facts_of(model, needs_layers=kind.needs_model)
-    written = kind.write(_joined(contents, kind), facts, dtype)
+    joined = _joined(contents, kind)
+    if kind.name != "peft":  # whose files are the folder's own, or none
+        joined = _moved(str(adapter), joined, kind.position_offset, model)
+    written = kind.write(joined, facts, dtype)
     _put(target, written)
     lost = list(written.lost)
     if any(each.manifest is not None for each in read):
@@ -95,6 +100,7 @@ def import_adapter(
     model: PreTrainedModel,
     task: str | None = None,
     task_id: int | None = None,
+    position_offset: bool | None = None,
 ) -> Path:
     """Writes an adapter's folder from a file or folder in a format of others, checked against the model.
 
@@ -105,6 +111,8 @@ def import_adapter(
         model: the model that it was made for, with nothing attached; foreign formats rarely name one.
         task: what it does, in words; for the manifest.
         task_id: of a table of several tasks, which one.
+        position_offset: of a prefix, where the text behind it is to begin, as in `PrefixTuningConfig`: keys are turned
+            to it. None: at P, which servers need, where the model's keys can be turned; else as in the file.
 
     Returns:
         The folder.
@@ -126,6 +134,11 @@ def import_adapter(
     check_model(model)
     record = {"converted_from": {"format": kind.name, "name": origin.name, "sha256": _digest(origin)}}
     if kind.name == "peft":
+        if position_offset is False:
+            raise AdapterError(
+                f"{origin}: PEFT's prefixes are read as they are, with the text from position P on; "
+                "prefixcore bake --no-position-offset turns an adapter's keys"
+            )
         with load(model, origin) as handle:
             _warn_of_other_name(origin, model)
             return handle.save(directory, task=task, record=record)
@@ -134,6 +147,9 @@ def import_adapter(
     module: Prefix | SoftPrompt
     shapes: list[LayerShape] | None = None
     if contents.prefix is not None:
+        if position_offset is None:
+            position_offset = True if why_fixed(model) is None else contents.position_offset
+        contents = _moved(str(origin), contents, position_offset, model)
         module = _prefix(origin, contents, [call.shape for call in target.attention_layers[0]])
         shapes = list(module.shapes)
     else:
@@ -168,8 +184,24 @@ def facts_of(model: PreTrainedModel, *, needs_layers: bool = True) -> Facts:
         model_type=config.model_type,
         class_name=type(model).__name__,
         name=getattr(model.config, "name_or_path", None) or None,
-        turn=lambda pairs, by: turn(model, pairs, by),
     )
+
+
+def _moved(what: str, contents: Contents, position_offset: bool, model: PreTrainedModel | None) -> Contents:
+    """The same virtual tokens for a text that begins at position P, or at 0, as `position_offset` says.
+
+    Raises:
+        AdapterError: no model says how keys turn, or it is one whose keys cannot be moved.
+    """
+    if contents.prefix is None or contents.position_offset == position_offset:
+        return contents
+    if model is None:
+        raise AdapterError(
+            f"{what}: its text begins at position {'P' if contents.position_offset else '0'}, where the format has it "
+            f"at {'P' if position_offset else '0'}: give the model (--model) to turn keys by"
+        )
+    by = contents.num_virtual_tokens if position_offset else -contents.num_virtual_tokens
+    return replace(contents, prefix=turn(model, contents.prefix, by), position_offset=position_offset)
 
 
 def _check_kind(folder: str | Path, contents: Contents, kind: Format) -> None:
@@ -213,7 +245,10 @@ def _prefix(origin: Path, contents: Contents, shapes: list[LayerShape]) -> Prefi
                 f"{origin}: the prefix of layer {layer} is for {found}, but the model has {shapes[layer]}"
             )
     config = PrefixTuningConfig(
-        init=contents.prefix, layers=contents.layers, num_frozen_tokens=contents.num_frozen_tokens
+        init=contents.prefix,
+        layers=contents.layers,
+        num_frozen_tokens=contents.num_frozen_tokens,
+        position_offset=contents.position_offset,
     )
     return Prefix([shapes[layer] for layer in layers], config, contents.prefix)
 

@@ -57,6 +57,11 @@ class Attached:
         return self.module.num_virtual_tokens
 
     @property
+    def shift(self) -> int:
+        """How many positions further on a text stands behind it: P, or 0 by a prefix's `position_offset=False`."""
+        return self.num_virtual_tokens if getattr(self.module.config, "position_offset", True) else 0
+
+    @property
     def trains(self) -> bool:
         """Whether something of it gets a gradient in a forward that records them."""
         return any(parameter.requires_grad for parameter in self.module.parameters())

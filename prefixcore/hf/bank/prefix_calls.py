@@ -55,11 +55,11 @@ class RowPrefixes:
         """The tasks that rows see as a prefix, in the order of the stack."""
         return [task for task in self.rows.tasks if task.adapter.is_prefix or task in self.computed]
 
-    def length(self, task: Task) -> int:
-        """How many virtual tokens of a task are in its prefix."""
+    def shift(self, task: Task) -> int:
+        """How many positions further on a text stands behind the prefix of a task."""
         layers = self.computed.get(task)
         first = None if layers is None else layers[0]
-        return task.num_virtual_tokens if first is None else first[0].shape[1]
+        return task.adapter.shift if first is None else first[0].shape[1]
 
 
 def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
@@ -105,10 +105,9 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     call = prefixes_of_call(bank, given, tasks, num_rows, label, _input_device(bank, kwargs))
     if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
         set_empty_mask(kwargs)
-    lengths: dict[Any, int] = {}
+    shifts = label.order if label is not None else {task.key: given.shift(task) for task in tasks}
     if (tasks or from_model) and bank.moves_positions:
-        lengths = label.order if label is not None else {task.key: given.length(task) for task in tasks}
-        counts = [lengths.get(key, 0) if key else 0 for key in keys]
+        counts = [shifts.get(key, 0) if key else 0 for key in keys]
         shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit, bank.first_position)
     open_cache(cache)
     try:
@@ -120,7 +119,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     # A decoder alone has its soft prompts in the cache itself, which says so already.
     is_behind = bool(tasks) or (bank.encoder is not None and bool(given.rows.prompts))
     if label is None and is_behind and isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
-        set_label(cache, CacheLabel(keys, given.rows, lengths, call.detached(), [0] * num_rows))
+        set_label(cache, CacheLabel(keys, given.rows, shifts, call.detached(), [0] * num_rows))
         close_cache(cache)
     return output
 
@@ -147,11 +146,11 @@ def _forward(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], ca
 def _decoder_counts(
     bank: Bank, tasks: list[Task], given: RowPrefixes, num_rows: int, kwargs: dict[str, Any]
 ) -> list[int]:
-    """How many virtual tokens the decoder of an encoder-decoder counts before each row; nothing elsewhere."""
+    """By how much the decoder of an encoder-decoder moves the positions of each row; nothing elsewhere."""
     if bank.positions is None or not tasks:
         return []
     own = {task for task in tasks if bank.decoder_layers.intersection(task.adapter.layers or ())}
-    counts = [tasks[i].num_virtual_tokens if i >= 0 and tasks[i] in own else 0 for i in given.rows.of(tasks, num_rows)]
+    counts = [tasks[i].adapter.shift if i >= 0 and tasks[i] in own else 0 for i in given.rows.of(tasks, num_rows)]
     most, limit = max(counts, default=0), bank.limit
     if limit is not None and most:
         past = past_length(kwargs)

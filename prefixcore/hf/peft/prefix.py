@@ -66,6 +66,11 @@ class PeftAttached(Attached):
         """None: a prefix stands in no text."""
 
     @property
+    def shift(self) -> int:
+        """P: PEFT knows no other convention."""
+        return self.num_virtual_tokens
+
+    @property
     def trains(self) -> bool:
         """Whether something of the active adapter gets a gradient in a forward that records them."""
         encoder = self._peft_model.prompt_encoder[self._peft_model.active_adapter]

@@ -64,7 +64,7 @@ class CacheLabel:
     Attributes:
         keys: of each row what it was filled behind (`Task.key`), or None.
         rows: the `Rows` of that time.
-        order: the keys of the prefixes that are stacked in `prefixes`, and how many virtual tokens each has.
+        order: the keys of the prefixes that are stacked in `prefixes`, and by how much each moves the text's positions.
         prefixes: the `PrefixCall` of that time, so that every token of a sequence sees the same prefix; None: none.
         inserted: how many virtual tokens each row holds in the cache itself: those of soft prompts.
         slots: how many tokens each row of the cache has for them, those that are padding in rows with fewer included.
