@@ -1,4 +1,4 @@
-"""A prefix trained by Lightning: a LightningModule whose optimizer has the virtual tokens alone."""
+"""A prefix trained by Lightning: a LightningModule whose optimizer has the virtual tokens alone, and what it logs."""
 
 import argparse
 
@@ -17,12 +17,12 @@ options = parser.parse_args()
 
 
 class PrefixTuning(lightning.LightningModule):
-    def __init__(self, model, handle):
-        super().__init__()
-        self.model, self.handle = model, handle
-
     def training_step(self, batch, index):
-        return self.model(**batch).loss
+        self.batch, self.loss = batch, self.model(**batch).loss
+        return self.loss
+
+    def on_before_optimizer_step(self, optimizer):
+        self.log_dict({"loss": self.loss.detach(), **prefixcore.measure(self.handle, self.batch)})
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.handle.parameters(), lr=2e-3)
@@ -31,8 +31,9 @@ class PrefixTuning(lightning.LightningModule):
 model = AutoModelForCausalLM.from_pretrained(options.model)
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 handle = prefixcore.attach(model, prefixcore.PrefixTuningConfig(init_text="France -> Paris\n"), tokenizer=tokenizer)
-examples = tokenize(tokenizer, [Example("Portugal ->", " Lisbon"), Example("Norway ->", " Oslo")], end="\n")
-loader = torch.utils.data.DataLoader(examples, 2, collate_fn=lambda rows: collate(rows, pad_token_id=0))
-trainer = lightning.Trainer(max_steps=options.steps, logger=False, enable_checkpointing=False)
-trainer.fit(PrefixTuning(model, handle), loader)
+rows = tokenize(tokenizer, [Example("Portugal ->", " Lisbon"), Example("Norway ->", " Oslo")], end="\n")
+trainer = lightning.Trainer(max_steps=options.steps, enable_checkpointing=False, default_root_dir=f"{options.out}-logs")
+module = PrefixTuning()
+module.model, module.handle = model, handle
+trainer.fit(module, torch.utils.data.DataLoader(rows, 2, collate_fn=lambda rows: collate(rows, pad_token_id=0)))
 handle.save(options.out, task="name the capital")

@@ -3,7 +3,7 @@
 Three front doors:
 
 * a transformers model: `attach`, `load`, `accelerate`, `PromptBank`, the `*Config` classes, `PackedCollator`,
-  `PromptCallback`;
+  `PromptCallback`, `measure`;
 * a framework of your own: `prefix_attention` and `soft_embedding`;
 * the command line: `prefixcore --help` lists its commands, from `train` to `serve` and `audit`.
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         load,
     )
     from .hf.callback import PromptCallback
+    from .hf.measures import measure
     from .nn import CPTConfig, MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
 # Public name -> the room it is imported from at first use.
@@ -52,6 +53,7 @@ _LAZY = {
     "export_adapter": "hf",
     "import_adapter": "hf",
     "load": "hf",
+    "measure": "hf.measures",
     "Handle": "hf",
     "PackedCollator": "hf",
     "PromptBank": "hf",
@@ -79,6 +81,7 @@ __all__ = [
     "export_adapter",
     "import_adapter",
     "load",
+    "measure",
     "prefix_attention",
     "soft_embedding",
     "use_backend",

@@ -110,7 +110,8 @@ def build_module(adapter: Adapter, *, trainable: bool, share: bool = True) -> Mo
     if isinstance(adapter.config, MultitaskPromptTuningConfig):
         return _make_multitask(adapter.config, state or {}, share=share).requires_grad_(trainable)
     if isinstance(adapter.config, CPTConfig):
-        return _make_cpt(adapter.config, adapter.tensors, state if trainable else None).requires_grad_(trainable)
+        prompt = _make_cpt(adapter.config, adapter.tensors, state if trainable else None)
+        return prompt if trainable else prompt.requires_grad_(False)
     if state is None or not trainable:
         config = _without_reparameterization(adapter.config)
         module = _make_sharing(config, adapter.tensors) if share else _make(config, adapter.tensors)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import Manifest, write_adapter
 from ..nn import Config, CPTPrompt, LayerShape, Prefix
+from ..nn.trained import trained_parameters
 from ..ops import which_backend
 from ..ops.select import Choice
 from .attention.patch import ATTACHMENT
@@ -105,12 +106,15 @@ class Handle(UndoneAfterBlock):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the prefix, the soft prompt, or what reparameterizes it, and of `modules_to_save`."""
+        """The parameters of the prefix, the soft prompt, or what reparameterizes it, and of `modules_to_save`.
+
+        Without those that are never trained: initial values that something is added to, frozen virtual tokens.
+        """
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The same with their names in `module`; those of `modules_to_save` with their names in the model."""
-        yield from self.module.named_parameters()
+        yield from trained_parameters(self.module)
         yield from self.heads.named_parameters()
 
     def bake(self) -> list[tuple[Tensor, Tensor]] | Tensor:

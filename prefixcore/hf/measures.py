@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..adapters.weights import is_sharded
+from ..adapters.whole import whole_module
 from ..nn import Prefix
 from .attention.mass import watch_mass
 from .batch.tasks import TASK_IDS
+from .model.sharded import reshard
 from .model.signature import argument_names
 
 if TYPE_CHECKING:
@@ -22,6 +25,38 @@ _ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label")
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
+def measure(handle: Handle, batches: Mapping[str, Any] | Iterable[Mapping[str, Any]] = ()) -> dict[str, float]:
+    """How the virtual tokens fare, as numbers by their names: for the tracker of any training loop.
+
+    Called between the backward and the optimizer's step it has the gradients, too. What `PromptCallback` tells the
+    trackers of transformers' Trainer and of TRL's, Lightning's `self.log_dict(...)`, `accelerator.log(..., step=step)`
+    or a tracker of one's own gets by this:
+
+    - `prefix_norm/layer_<n>`: of the layer's keys and values;
+    - `prefix_grad_norm/layer_<n>`: of their gradient, where there is one; one `prefix_grad_norm` for a
+      reparameterization;
+    - `prefix_attention/layer_<n>`: the share of attention on the prefix, in `batches`;
+    - `prompt_norm`, `prompt_grad_norm`: of a soft prompt.
+
+    Args:
+        handle: what is attached.
+        batches: arguments of the model, of one call or of several; the model runs them in evaluation mode, without
+            gradients and beside the training. None given: the attention is not measured.
+
+    Returns:
+        The numbers. Where FSDP2 has the virtual tokens in parts, every process has to call, and all get the same.
+
+    Examples:
+        >>> handle = prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4))
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+        >>> model(**batch).loss.backward()
+        >>> sorted(prefixcore.measure(handle, batch))[::2]
+        ['prefix_attention/layer_0', 'prefix_grad_norm/layer_0', 'prefix_norm/layer_0']
+    """
+    some = [batches] if isinstance(batches, Mapping) else batches
+    return {**norms(handle), **attention_on_prefix(handle, (dict(batch) for batch in some))}
+
+
 @torch.no_grad()
 def norms(handle: Handle) -> dict[str, float]:
     """Norms of the virtual tokens, and of the gradients that their parameters have now.
@@ -31,11 +66,12 @@ def norms(handle: Handle) -> dict[str, float]:
     belong to no layer, `prefix_grad_norm` is one number. Of a soft prompt `prompt_norm` and `prompt_grad_norm`.
     """
     module = handle.module
+    whole = whole_module(module)
     found: dict[str, Tensor] = {}
     if isinstance(module, Prefix):
         layers = handle._adapter.layers or range(len(module.shapes))
         names = layer_names(layers)
-        for name, pair in zip(names, module(), strict=True):
+        for name, pair in zip(names, whole(), strict=True):
             found[f"prefix_norm/{name}"] = _norm(pair)
         if module.layers is not None:
             for name, layer in zip(names, module.layers, strict=True):
@@ -43,7 +79,7 @@ def norms(handle: Handle) -> dict[str, float]:
         else:
             _add_gradient(found, "prefix_grad_norm", module.parameters())
     else:
-        found["prompt_norm"] = _norm([parameter for parameter in module.parameters() if parameter.requires_grad])
+        found["prompt_norm"] = _norm([parameter for parameter in whole.parameters() if parameter.requires_grad])
         _add_gradient(found, "prompt_grad_norm", module.parameters())
     if not found:
         return {}
@@ -87,6 +123,7 @@ def attention_on_prefix(handle: Handle, batches: Iterable[dict[str, Any]]) -> di
                     tokens[layer] = tokens.get(layer, 0) + keep.sum()
     finally:
         model.train(was_training)
+        reshard(model)
     layers = sorted(sums)
     return {
         f"prefix_attention/{name}": float(sums[layer]) / float(tokens[layer])
@@ -116,5 +153,6 @@ def _norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def _add_gradient(found: dict[str, Tensor], name: str, parameters: Iterable[Any]) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [grad.full_tensor() if is_sharded(grad) else grad for grad in gradients]
     if gradients:
         found[name] = _norm(gradients)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import CPTConfig
 from .initialization import check_tensor
+from .trained import fixed
 
 _FORMAT_TOKENS = (1, 3)
 _INPUT_TOKENS = (2,)
@@ -30,6 +31,7 @@ class CPTPrompt(nn.Module):
         hidden_size: E.
         num_virtual_tokens: P.
         config: what is trained.
+        fixed: the names of what is not trained: parameters of these names have no gradient.
 
     Raises:
         ValueError: values that do not fit.
@@ -43,7 +45,7 @@ class CPTPrompt(nn.Module):
     """
 
     is_reparameterized = True
-    embedding: Tensor
+    fixed = ("embedding",)
     _is_trained: Tensor
     _epsilon: Tensor
 
@@ -52,7 +54,7 @@ class CPTPrompt(nn.Module):
         self.hidden_size, self.num_virtual_tokens = hidden_size, len(config.cpt_token_ids)
         check_tensor("initial soft prompt", initial, (self.num_virtual_tokens, hidden_size))
         self.config = config
-        self.register_buffer("embedding", initial.detach().float().clone(memory_format=torch.contiguous_format))
+        self.embedding = fixed(initial.detach().float().clone(memory_format=torch.contiguous_format))
         self.delta_embedding = nn.Parameter(torch.zeros(self.num_virtual_tokens, hidden_size))
         kinds = [kind % 4 for kind in config.cpt_tokens_type_mask]
         scale = math.sqrt(hidden_size / 2048)
@@ -73,10 +75,10 @@ class CPTPrompt(nn.Module):
         """`[P, E]`, differentiable; where a gradient is wanted, what is learned is first projected for good."""
         delta = self.delta_embedding
         if not (torch.is_grad_enabled() and delta.requires_grad):
-            return self.embedding + self.projected()
+            return self.embedding.detach() + self.projected()
         with torch.no_grad():
             delta.copy_(self.projected())
-        return self.embedding + torch.where(self._is_trained, delta, delta.detach())
+        return self.embedding.detach() + torch.where(self._is_trained, delta, delta.detach())
 
     @torch.no_grad()
     def bake(self) -> Tensor:

@@ -10,25 +10,26 @@ from torch import Tensor, nn
 from .config import KeyValues, PrefixTuningConfig
 from .initialization import LayerShape, random_init, seeded, split_layers, tensor_init, zero_init
 from .reparameterization import LowRank, Mlp, RandomBasis, without_autocast
+from .trained import fixed
 
 
 class KeyValue(nn.Module):
-    """One layer's key `[Hkv, P, D]` and value `[Hkv, P, Dv]`: parameters if `trainable`, else buffers."""
+    """One layer's key `[Hkv, P, D]` and value `[Hkv, P, Dv]`: parameters, with a gradient if `trainable`."""
 
     key: Tensor
     value: Tensor
 
     def __init__(self, key: Tensor, value: Tensor, *, trainable: bool):
         super().__init__()
+        self.trainable = trainable
         for name, tensor in (("key", key), ("value", value)):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-            if trainable:
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
+            self.register_parameter(name, nn.Parameter(tensor) if trainable else fixed(tensor))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Both, by a call, in which DeepSpeed's ZeRO-3 puts its parts together; afterwards it takes them away again."""
+        if not self.trainable:
+            return self.key.detach(), self.value.detach()
         if hasattr(self.key, "ds_id"):
             return self.key.view_as(self.key), self.value.view_as(self.value)
         return self.key, self.value
@@ -48,6 +49,7 @@ class Prefix(nn.Module):
         config: what is trained, its `num_virtual_tokens` set.
         num_virtual_tokens: P.
         num_frozen_tokens: how many of them, from the first, never change.
+        fixed: the names of what is not trained: parameters in it have no gradient.
 
     Raises:
         ValueError: no initial values, values that do not fit, or a reparameterization larger than the prefix.
@@ -60,6 +62,8 @@ class Prefix(nn.Module):
         >>> len(pairs), pairs[0][0].shape
         (4, torch.Size([2, 20, 16]))
     """
+
+    fixed = ("frozen", "initial")
 
     def __init__(
         self, layers: Sequence[LayerShape], config: PrefixTuningConfig, initial: KeyValues | None = None

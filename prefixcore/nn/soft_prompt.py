@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .config import PromptTuningConfig, PTuningConfig
 from .initialization import check_tensor, seeded
 from .reparameterization import LowRank, PromptEncoder, RandomBasis, without_autocast
+from .trained import fixed
 
 
 class SoftPrompt(nn.Module):
@@ -22,6 +23,7 @@ class SoftPrompt(nn.Module):
         hidden_size: E.
         num_virtual_tokens: P.
         config: what is trained, its `num_virtual_tokens` set.
+        fixed: the names of what is not trained: parameters of these names have no gradient.
 
     Raises:
         ValueError: no initial values, values that do not fit, or a reparameterization larger than the prompt.
@@ -32,11 +34,11 @@ class SoftPrompt(nn.Module):
         ...     num_virtual_tokens=8, init="random", reparameterization="random_basis", num_basis=10
         ... )
         >>> prompt = SoftPrompt(32, config)
-        >>> prompt().shape, sum(parameter.numel() for parameter in prompt.parameters())
+        >>> prompt().shape, sum(each.numel() for each in prompt.parameters() if each.requires_grad)
         (torch.Size([8, 32]), 10)
     """
 
-    initial: Tensor | None
+    fixed = ("initial",)
 
     def __init__(
         self, hidden_size: int, config: PromptTuningConfig | PTuningConfig, initial: Tensor | None = None
@@ -58,7 +60,7 @@ class SoftPrompt(nn.Module):
         self.config = config.resolved(num_tokens)
         self.embedding: nn.Parameter | None = None
         self.reparameterization: nn.Module | None = None
-        self.register_buffer("initial", None)
+        self.initial: nn.Parameter | None = None
         with seeded(config.seed):
             if isinstance(config, PTuningConfig):
                 self.reparameterization = PromptEncoder(
@@ -71,7 +73,7 @@ class SoftPrompt(nn.Module):
                     begin_at_zero=initial is not None or config.init == "zero",
                 )
                 # Without initial values the encoder makes the whole prompt, as in PEFT.
-                self.initial = initial
+                self.initial = None if initial is None else fixed(initial)
                 return
             if initial is None:
                 make = torch.randn if config.init == "random" else torch.zeros
@@ -79,7 +81,7 @@ class SoftPrompt(nn.Module):
             if config.reparameterization == "none":
                 self.embedding = nn.Parameter(initial)
                 return
-            self.initial = initial
+            self.initial = fixed(initial)
             if config.reparameterization == "low_rank":
                 self.reparameterization = LowRank(num_tokens, [hidden_size], config.rank)
             else:
@@ -96,7 +98,7 @@ class SoftPrompt(nn.Module):
             assert self.embedding is not None
             return self.embedding
         prompt = without_autocast(self.reparameterization)
-        return prompt if self.initial is None else self.initial + prompt
+        return prompt if self.initial is None else self.initial.detach() + prompt
 
     def bake(self) -> Tensor:
         """The final prompt without dropout, detached and in memory of its own."""

@@ -41,7 +41,9 @@ def test_goes_on_bit_for_bit(name, shapes, llama, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), module.state_dict().values(), strict=True)
     )
-    assert [n for n, p in again.named_parameters() if p.requires_grad] == [n for n, _ in module.named_parameters()]
+    assert [(n, p.requires_grad) for n, p in again.named_parameters()] == [
+        (n, p.requires_grad) for n, p in module.named_parameters()
+    ]
     assert again.config.to_dict() == module.config.to_dict()
 
     resumed = torch.optim.AdamW(again.parameters(), lr=1e-2)

@@ -26,15 +26,7 @@ HOW = (
     "fsdp of accelerate",
     "fsdp of accelerate, from rank 0",
 )
-
-
-CASES = [
-    (name, how)
-    for name in CONFIGS
-    for how in HOW
-    # Accelerate takes all of a state dict to be DTensors; the values that an MLP is added to are a buffer.
-    if name != "mlp" or "accelerate" not in how
-]
+CASES = [(name, how) for name in CONFIGS for how in HOW]
 
 
 def shard(model: Any, mesh: Any, **how: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefixcore.nn import LayerShape, Prefix, PrefixTuningConfig, join_layers, split_layers
+from prefixcore.nn.trained import trained_parameters
 
 SHAPES = [LayerShape(2, 8, 8), LayerShape(1, 6, 4)]
 P = 5
@@ -77,7 +78,8 @@ def test_one_parameter_a_tensor_and_the_gradient_goes_there():
 def test_how_many_numbers_are_trained(name, count):
     prefix = Prefix(SHAPES, _config(name), _initial())
     assert prefix.is_reparameterized
-    assert sum(p.numel() for p in prefix.parameters()) == count
+    assert sum(p.numel() for p in prefix.parameters() if p.requires_grad) == count
+    assert {n.partition(".")[0] for n, p in prefix.named_parameters() if not p.requires_grad} == {"initial"}
 
 
 @pytest.mark.parametrize("frozen", [0, 2, P])
@@ -137,6 +139,15 @@ def test_the_start_is_not_shared_with_the_caller():
     prefix = Prefix(SHAPES, _config("none"), initial)
     initial[0][0].zero_()
     assert _same(prefix(), _initial())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_fixed_never_gets_a_gradient_whoever_asks_for_one(name):
+    prefix = Prefix(SHAPES, _config(name, num_frozen_tokens=2), _initial()).requires_grad_(True)
+    _distance(prefix(), [(torch.randn_like(key), torch.randn_like(value)) for key, value in prefix()]).backward()
+    trained = dict(trained_parameters(prefix))
+    assert 0 < len(trained) < len(list(prefix.parameters()))
+    assert {name for name, parameter in prefix.named_parameters() if parameter.grad is not None} == set(trained)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -204,14 +215,15 @@ def test_layers_of_one_shape_are_laid_out_by_one_copy(name):
         # Random, without a start to add: an MLP alone; for a basis the start stays out of the count.
         prefix = Prefix(shapes, _config(name, init="random" if name == "mlp" else "zero"))
         with torch.no_grad():
-            for parameter in prefix.parameters():
+            for _, parameter in trained_parameters(prefix):
                 parameter.normal_()
         expected = split_layers(prefix.reparameterization(), shapes)
         assert _same(prefix(), expected)
         assert all(t.is_contiguous() for pair in prefix() for t in pair)
         target = [(torch.randn(2, P, 8), torch.randn(2, P, 8)) for _ in shapes]
-        wanted = torch.autograd.grad(_distance(expected, target), prefix.parameters())
-        got = torch.autograd.grad(_distance(prefix(), target), prefix.parameters())
+        trained = [parameter for _, parameter in trained_parameters(prefix)]
+        wanted = torch.autograd.grad(_distance(expected, target), trained)
+        got = torch.autograd.grad(_distance(prefix(), target), trained)
         torch.testing.assert_close(got, wanted)
         prefix.initial = None
         with torch.no_grad(), Calls() as calls:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ...nn.trained import trained_parameters
 from ..model.peft_parameters import peft_parameters
 from .peft_checkpoint import extend_peft_checkpoints
 
@@ -68,7 +69,7 @@ def train_together(bank: Bank, adapter: Attached, *, virtual_tokens: bool, peft:
         raise ValueError(
             f"the virtual tokens of {adapter.name!r} were loaded to be used: load them with trainable=True"
         )
-    own = list(adapter.module.parameters())
+    own = [parameter for _, parameter in trained_parameters(adapter.module)]
     for parameter in own:
         parameter.requires_grad_(virtual_tokens)
     adapter.trained = own if virtual_tokens else []

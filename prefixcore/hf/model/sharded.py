@@ -37,6 +37,21 @@ def data_meshes(model: nn.Module) -> list[Any]:
     return [mesh[name] for name in names if name != "tp" and mesh[name].size() > 1]
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees the parts of other processes that FSDP2 keeps behind a forward without a backward; nothing elsewhere.
+
+    The next forward would read them as they were, also after a step of the optimizer, and the parameters that the model
+    has meanwhile are not those with the gradients.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def agree_on_values(module: nn.Module, meshes: Sequence[Any]) -> None:
     """Lets every process of `meshes` have the values of the first one: each has drawn its own."""
