@@ -81,10 +81,12 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, 
     for reason, names in unreadable.items():
         left_out.append(f"{listed(names)}: {reason}")
     sizes = [(math.prod(weight.shape), id(weight.tensor) in tables) for weight in weights]
+    decoder = {} if (count := _decoder_layers(model)) is None else {"decoder_layers": count}
     return {
         "name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "class": _class_name(model),
         **facts,
+        **decoder,
         "num_parameters": sum(size for size, _ in sizes),
         "body_parameters": sum(size for size, is_table in sizes if not is_table),
         "tables": [weight.name for weight, (_, is_table) in zip(weights, sizes, strict=True) if is_table],
@@ -92,6 +94,17 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, 
         "samples": {name: str(sample) for name, sample in samples.items()},
         "left_out": left_out,
     }
+
+
+def _decoder_layers(model: nn.Module) -> int | None:
+    """Of an encoder-decoder that reads text, how many layers its decoder has; None: of all other models.
+
+    Those with a learned bias of positions (T5) name them otherwise: PEFT's prefix, which has a place there, is another.
+    """
+    config: Any = getattr(model, "config", None)
+    reads_text = getattr(model, "main_input_name", None) == "input_ids"
+    count = getattr(config, "decoder_layers", None)
+    return count if reads_text and getattr(config, "is_encoder_decoder", False) and type(count) is int else None
 
 
 def check_fingerprint(value: Mapping[str, Any]) -> None:

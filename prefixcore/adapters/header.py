@@ -18,6 +18,7 @@ from .manifest import Manifest
 from .peft import (
     PROMPT_EMBEDDINGS,
     from_peft,
+    is_seq2seq,
     peft_tensor_shape,
     task_shapes,
 )
@@ -83,6 +84,8 @@ def header_of(folder: Path, manifest: Manifest | None, peft_config: dict[str, An
     if manifest is not None:
         with naming(folder / MANIFEST_FILE):
             if peft_config is not None:
+                if is_seq2seq(peft_config):
+                    layer_shapes = layer_shapes[::2]  # as `for_seq2seq` has written them
                 check_agreement(manifest, config, layer_shapes)
                 check_method(manifest.make_config(), config)
             config, layer_shapes = manifest.make_config(), manifest.make_layer_shapes()

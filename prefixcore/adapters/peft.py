@@ -64,8 +64,19 @@ def is_expressible(config: Config, shapes: Sequence[LayerShape], base_model: Map
     """
     if not isinstance(config, PrefixTuningConfig):
         return getattr(config, "virtual_token_ids", None) is None
+    if config.where is not None:
+        return _is_of_decoder(config, shapes, base_model)
     every = config.layers is None and base_model.get("num_hidden_layers") in (None, len(shapes))
     return every and config.position_offset and len(set(shapes)) == 1 and shapes[0].key_dim == shapes[0].value_dim
+
+
+def _is_of_decoder(config: PrefixTuningConfig, shapes: Sequence[LayerShape], base_model: Mapping[str, Any]) -> bool:
+    """Whether it is what PEFT can give an encoder-decoder: a prefix in the self-attention of its whole decoder."""
+    if config.where != ("decoder",) or base_model.get("decoder_layers") != len(shapes) or config.num_frozen_tokens:
+        return False
+    generates = str(base_model.get("class")).endswith(("ForConditionalGeneration", "MTModel"))
+    same = len(set(shapes)) == 1 and shapes[0].key_dim == shapes[0].value_dim
+    return generates and same and config.position_offset
 
 
 def to_peft(config: Config, values: Values, base_model: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -92,9 +103,12 @@ def to_peft(config: Config, values: Values, base_model: Mapping[str, Any]) -> tu
             "token_dim": values.shape[1],
         }
         return {**common, **shape, **_prompt_keys(config), "num_virtual_tokens": values.shape[0]}, values
+    assert isinstance(config, PrefixTuningConfig)
+    if config.where is not None:
+        values = for_seq2seq(values)
+        common |= {"num_transformer_submodules": 2, "task_type": "SEQ_2_SEQ_LM"}
     heads, tokens, dim = values[0][0].shape
     shape = {"num_layers": len(values), "num_attention_heads": heads, "token_dim": heads * dim}
-    assert isinstance(config, PrefixTuningConfig)
     keys: dict[str, Any]
     if config.num_frozen_tokens:
         keys = {"peft_type": "CARTRIDGE", "num_frozen_tokens": config.num_frozen_tokens}
@@ -209,6 +223,15 @@ def seen_by_seq2seq(values: Values, num_virtual_tokens: int) -> Values:
         return values[:num_virtual_tokens]
     pairs = [values[2 * i % len(values)] for i in range(len(values))]
     return [(key.clone(), value.clone()) for key, value in pairs]
+
+
+def for_seq2seq(values: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The inverse of `seen_by_seq2seq`: the pair of each layer, and an empty one for cross-attention, which PEFT drops.
+
+    With as many pairs as the decoder has layers PEFT would come around to the first halfway, so the file says that
+    there are twice as many; PEFT makes a cache of so many layers, of which the decoder reads those that it has.
+    """
+    return [pair for key, value in values for pair in ((key, value), (torch.zeros_like(key), torch.zeros_like(value)))]
 
 
 def task_shapes(peft_config: Mapping[str, Any]) -> dict[str, list[int]]:

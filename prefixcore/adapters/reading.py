@@ -31,6 +31,7 @@ from .module import Adapter, build_module
 from .peft import (
     HEAD,
     PROMPT_EMBEDDINGS,
+    from_peft,
     head_shapes,
     is_seq2seq,
     read_peft,
@@ -306,9 +307,11 @@ def _read_folder(folder: Path, fits: Fits | None, state: bool) -> Adapter:
         if state_file is not None and not state:
             state_file.check_digest()
         if peft_config is not None:
-            values, modules, tasks = read_peft(model_file, header.layer_shapes, heads)
+            values, modules, tasks = read_peft(model_file, from_peft(peft_config)[1], heads)
             if is_seq2seq(peft_config):
                 values = seen_by_seq2seq(values, peft_config["num_virtual_tokens"])
+                if manifest is not None and not isinstance(values, Tensor):
+                    values = values[: len(header.layer_shapes)]
         else:
             assert manifest is not None
             tensors = model_file.read()

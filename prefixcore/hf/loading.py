@@ -132,14 +132,16 @@ class Target:
         """
         self.folder, self.strict, self.forced = find_adapter(folder), strict, []
         adapter = read(self.folder, fits=self.check, state=trainable)
+        layers, config = adapter.layers, adapter.config
+        if adapter.manifest is None and isinstance(config, PrefixTuningConfig) and config.where is not None:
+            layers = choose_layers(self.attention_layers[0], config)
+            adapter = replace(adapter, tensors=adapter.tensors[: len(layers)])
         with naming(self.folder / STATE_FILE):  # the values were checked against the header
             module = build_module(adapter, trainable=trainable)
         if trainable and isinstance(module, CPTPrompt) and adapter.training_state is None:
             with naming(self.folder):  # PEFT's files hold the sum of examples and of what was learned
                 module = self._go_on_from(module)
-        layers = adapter.layers
-        if isinstance(module, Prefix) and adapter.manifest is None and module.config.where is not None:
-            layers = choose_layers(self.attention_layers[0], module.config)
+        if adapter.manifest is None and isinstance(module, Prefix) and module.config.where is not None:
             module.config = replace(module.config, layers=layers)
         earlier = [] if adapter.manifest is None else adapter.manifest.base_model.get("forced", [])
         forced = tuple(dict.fromkeys([*earlier, *self.forced]))
@@ -192,7 +194,7 @@ def _check_layers(header: AdapterHeader, calls: list[AttentionCall]) -> None:
                 "PEFT puts its prefix at positions, to which the model adds a learned bias; a prefix here has none, so "
                 "it would not be the same: train one with prefixcore.attach"
             )
-        if len(layers) != len(header.layers):
+        if len(header.layers) not in (len(layers), 2 * len(layers)):  # see `for_seq2seq`
             raise AdapterError(
                 f"it has a prefix for {len(header.layers)} layers of a decoder, but the model's has {len(layers)}; it "
                 "was trained for another model"
@@ -204,7 +206,7 @@ def _check_layers(header: AdapterHeader, calls: list[AttentionCall]) -> None:
         )
     if max(layers) >= len(calls):
         raise AdapterError(f"it has a prefix for layer {max(layers)}, but the model has {len(calls)} attention layers")
-    for layer, shape in zip(layers, header.layer_shapes, strict=True):
+    for layer, shape in zip(layers, header.layer_shapes[: len(layers)], strict=True):
         if shape != calls[layer].shape:
             raise AdapterError(
                 f"the prefix of layer {layer} is for {shape}, but the model has {calls[layer].shape}; it was trained "

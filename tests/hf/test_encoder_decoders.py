@@ -360,3 +360,50 @@ def test_the_attention_on_the_prefix(family: str) -> None:
         patch.setattr(torch.nn.functional, "softmax", watching)
         model(**batch)
     assert got == pytest.approx(shares, rel=1e-4)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("family", IN_PEFT)
+def test_a_prefix_of_the_decoder_goes_to_peft(family: str, layers: int, tmp_path: Any) -> None:
+    """Its files hold a pair for each layer and an empty one behind it, so that none comes around twice."""
+    model, batch = make(family, decoder_layers=layers), {**inputs(family), "labels": labels()}
+    handle = prefixcore.attach(model, PrefixTuningConfig(P, init="random", seed=1, where=("decoder",)))
+    folder = handle.save(tmp_path / "ours")
+    with torch.no_grad():
+        expected = model(**batch).logits
+    beams = model.generate(**inputs(family), **GREEDY, num_beams=2)
+    tokens, pairs = model.generate(**inputs(family), **GREEDY), handle.bake()
+    handle.detach()
+    theirs = peft.PeftModel.from_pretrained(make(family, decoder_layers=layers), folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(theirs.generate(**inputs(family), **GREEDY), tokens)
+    assert torch.equal(theirs.generate(**inputs(family), **GREEDY, num_beams=2), beams)
+    prefixcore.export_adapter(folder, "peft", tmp_path / "bare")
+    theirs.save_pretrained(tmp_path / "again")
+    for saved in (folder, tmp_path / "bare", tmp_path / "again"):  # ours, ours without a manifest, and PEFT's own
+        with prefixcore.load(model, saved) as loaded:
+            assert loaded.config.where == ("decoder",)
+            for pair, other in zip(loaded.bake(), pairs, strict=True):
+                assert torch.equal(pair[0], other[0])
+                assert torch.equal(pair[1], other[1])
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("bart", {"where": ("encoder",)}),
+        ("bart", {"where": ("decoder", "cross")}),
+        ("bart", {"where": ("decoder",), "layers": [2]}),
+        ("bart", {"where": ("decoder",), "num_frozen_tokens": 1}),
+        ("bart", {"where": ("decoder",), "position_offset": False}),
+        ("t5", {"where": ("decoder",)}),
+    ],
+    ids=str,
+)
+def test_what_peft_cannot_hold_is_not_written_for_it(family: str, options: Any, tmp_path: Any) -> None:
+    with prefixcore.attach(make(family), PrefixTuningConfig(P, init="random", **options)) as handle:
+        folder = handle.save(tmp_path / "ours")
+    assert not (folder / "adapter_config.json").exists()
+    with pytest.raises(prefixcore.AdapterError, match="PEFT cannot hold it"):
+        prefixcore.export_adapter(folder, "peft", tmp_path / "peft")
