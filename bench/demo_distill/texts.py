@@ -34,13 +34,13 @@ class Text:
 
 def make(name: str, folder: Path) -> Text:
     """The text of that name; what has to be made is written into `folder`."""
-    return {"harbour": harbour, "capitals": capitals, "desk": desk}[name](folder)
+    return {"harbour": harbour, "capitals": capitals, "shop": shop}[name](folder)
 
 
 def harbour(folder: Path) -> Text:
     """A document: the model asks itself about it, and is measured on questions that a person wrote."""
-    options = ["--questions", "256", "--eval-prompts", str(TEXTS / "harbour.jsonl"), "--end", "\\n"]
-    options += ["--match", "contains", "--max-answer-tokens", "20", "--batch-size", "8", "--steps", "200"]
+    options = ["--questions", "192", "--eval-prompts", str(TEXTS / "harbour.jsonl"), "--end", "\\n"]
+    options += ["--match", "contains", "--max-answer-tokens", "20", "--batch-size", "8", "--steps", "140"]
     return Text("harbour", "a handbook", TEXTS / "harbour.txt", options)
 
 
@@ -58,13 +58,13 @@ def capitals(folder: Path) -> Text:
     return Text("capitals", "sixty examples", context, options)
 
 
-def desk(folder: Path) -> Text:
-    """A system prompt with rules: half of the messages are learnt from, the other half held out."""
-    rows = [json.loads(line) for line in (TEXTS / "desk.jsonl").read_text(encoding="utf-8").splitlines()]
-    options = ["--prompts", str(write(folder / "desk.jsonl", rows[::2]))]
-    options += ["--eval-prompts", str(write(folder / "desk-held-out.jsonl", rows[1::2]))]
-    options += ["--chat", "--match", "contains", "--max-answer-tokens", "12", "--steps", "100"]
-    return Text("desk", "a system prompt with rules", TEXTS / "desk.txt", options)
+def shop(folder: Path) -> Text:
+    """A system prompt: half of the customers' messages are learnt from, the other half held out."""
+    rows = [json.loads(line) for line in (TEXTS / "shop.jsonl").read_text(encoding="utf-8").splitlines()]
+    options = ["--prompts", str(write(folder / "shop.jsonl", rows[::2])), "--questions", "160"]
+    options += ["--eval-prompts", str(write(folder / "shop-held-out.jsonl", rows[1::2]))]
+    options += ["--chat", "--match", "contains", "--max-answer-tokens", "24", "--batch-size", "8", "--steps", "120"]
+    return Text("shop", "a system prompt with rules", TEXTS / "shop.txt", options)
 
 
 def write(path: Path, rows: Iterable[dict[str, str]]) -> Path:

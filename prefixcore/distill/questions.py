@@ -66,7 +66,9 @@ class SelfStudy:
         """About `options.questions` different prompts; `progress` is told how many more were made."""
         found: dict[str, Prompt] = {}
         chunks = chunks_of(self.tokenizer, self.text, self.options.chunk_tokens)
-        kinds = (self._users, self._asked) if self.options.chat else (self._lines, self._questions, self._quotes)
+        kinds = [self._questions, self._lines, self._questions, self._quotes]
+        if self.options.chat:
+            kinds = [self._users, self._asked]
         wanted = self.options.questions
         for number in range(4 * -(-wanted // TOGETHER)):  # some come twice, and some are empty
             if len(found) >= wanted:

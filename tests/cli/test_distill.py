@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 
 import pytest
 
@@ -100,6 +101,38 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(distill, tmp_pat
         assert out == ""
         assert "Traceback" not in err
     assert not (tmp_path / "adapter").exists()
+
+
+def test_ctrl_c_while_answers_are_made(distill, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefixcore.distill.targets.answer", stop)
+    code, out, err = distill("--questions", 20)
+    assert code == 130
+    assert "stopped; nothing was written but what is in" in err
+    assert not (tmp_path / "adapter").exists()
+    assert len(list((tmp_path / "adapter.distill").iterdir())) == 1  # the questions
+
+
+def test_ctrl_c_while_it_learns_saves_what_there_is(distill, prefixcore, tmp_path, monkeypatch):
+    from prefixcore.distill import learning
+
+    real, calls = learning.divergences, []
+
+    def divergences(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(learning, "divergences", divergences)
+    code, out, err = distill("--questions", 20, "--steps", 9)
+    assert (code, out) == (130, "")
+    assert re.search(r"stopped after \d steps; saved what there is", err)
+    code, out, _ = prefixcore("inspect", tmp_path / "adapter", "--json")
+    assert code == 0
+    assert json.loads(out)["metrics"] is None
 
 
 def test_the_defaults_in_its_help_are_those_of_the_options(prefixcore):
