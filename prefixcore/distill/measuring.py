@@ -40,7 +40,7 @@ def measure(report: Report, student: Student, found: Found, targets: Sequence[Ta
     report.scores = {
         FULL: of_teacher(tokenizer, targets, report.context_tokens, options),
         PREFIX: student.score(found.values, targets),
-        START: student.score(found.start, targets),
+        START: student.score(found.start.values, targets),
         CUT: of_cut,
         NOTHING: of_nothing,
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..adapters import AdapterError
 from ..audit.attention_mass import virtual_weights
+from ..audit.errors import NotMeasuredError
 from ..audit.running import FrozenRun, WatchedCall
 from ..audit.virtual import VirtualTokens
 from ..hf.attention.prefix import KeyValue
@@ -21,27 +22,50 @@ MOST_PROMPTS = 16
 """Whose attention on the text is measured."""
 
 
+class Start(NamedTuple):
+    """Where a prefix starts from.
+
+    Attributes:
+        values: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer.
+        places: of the text's tokens that they are of.
+        kind: how these were chosen.
+    """
+
+    values: list[KeyValue]
+    places: list[int]
+    kind: str
+
+
 def starting_values(
     model: Any, front: Front, count: int, kind: str, targets: Sequence[Target], own: list[KeyValue]
-) -> tuple[list[KeyValue], list[int]]:
-    """Keys and values of `count` tokens of the text, and which they are.
+) -> Start:
+    """Keys and values of `count` tokens of the text.
 
     What was computed at a token's place in the text is moved to its place in the prefix, so that the prompt stands
     behind the last of them as it stands behind the text. On a model whose keys cannot be moved, the first tokens,
-    which need no moving, are taken.
+    which need no moving, are taken; where its attention cannot be watched, tokens spread evenly.
+
+    Args:
+        model: the model, with nothing attached.
+        front: the text.
+        count: P.
+        kind: "first", "spread" or "mass".
+        targets: prompts and answers, whose attention on the text is the mass.
+        own: the keys and values of the whole text.
     """
-    length = len(front.ids)
-    if kind == "first":
-        places = list(range(count))
-    elif kind == "spread":
-        places = spread(length, count)
-    else:
-        places = heaviest(attention_on(model, front, targets), count)
+    places = list(range(count))
+    if kind == "mass":
+        try:
+            places = heaviest(attention_on(model, front, targets), count)
+        except NotMeasuredError:
+            kind = "spread"
+    if kind == "spread":
+        places = spread(len(front.ids), count)
     try:
-        return moved(model, own, places), places
+        return Start(moved(model, own, places), places, kind)
     except AdapterError:
         places = list(range(count))
-        return [(key[:, places], value[:, places]) for key, value in own], places
+        return Start([(key[:, places], value[:, places]) for key, value in own], places, "first")
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -59,11 +83,15 @@ def heaviest(mass: Tensor, count: int) -> list[int]:
 
 
 def attention_on(model: Any, front: Front, targets: Sequence[Target]) -> Tensor:
-    """The attention [N] that a few prompts and answers pay to each token of the text, the mean over layers and heads.
+    """The attention [N] that a few prompts and answers pay to each token of the text, summed over what reads.
 
-    Each layer counts the same, and so does each token that reads.
+    Each layer and head counts the same, and so does each token that reads.
+
+    Raises:
+        NotMeasuredError: no prefix is equal to the text, or the model's attention cannot be watched.
     """
-    assert front.pairs is not None
+    if front.pairs is None:
+        raise NotMeasuredError("no prefix is equal to the text")
     virtual = VirtualTokens(len(front.ids), tuple(range(len(front.ids))), dict(enumerate(front.pairs)))
     total = torch.zeros(len(front.ids), dtype=torch.float64)
     run = FrozenRun(model)

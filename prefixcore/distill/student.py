@@ -18,7 +18,7 @@ from .learning import learn
 from .options import DistillOptions
 from .report import Report, Trial
 from .scores import Score, alone, of_teacher, score
-from .start import starting_values
+from .start import Start, starting_values
 from .targets import Target
 
 Values = list[tuple[Tensor, Tensor]]
@@ -32,13 +32,11 @@ class Found:
     Attributes:
         values: of the prefix.
         start: what it started from.
-        places: of the text's tokens that it started from.
         record: of the training.
     """
 
     values: Values
-    start: Values
-    places: list[int]
+    start: Start
     record: TrainingRecord
 
 
@@ -75,8 +73,8 @@ class Student:
     def train(self, count: int) -> Found:
         """A prefix of `count` virtual tokens."""
         own = ids_to_prefix(self.model, self.front.ids) if self.front.pairs is None else self.front.pairs
-        start, places = starting_values(self.model, self.front, count, self.options.start, self.taught, own)
-        with attach(self.model, self.config(start)) as handle:
+        start = starting_values(self.model, self.front, count, self.options.start, self.taught, own)
+        with attach(self.model, self.config(start.values)) as handle:
             record = learn(
                 handle,
                 self.taught,
@@ -86,7 +84,7 @@ class Student:
                 show_progress=self.show_progress,
                 on_held_out=lambda step, loss: self.say(f"step {step}: validation KL {loss:.3f}"),
             )
-            return Found(list(handle.bake()), start, places, record)  # type: ignore[arg-type]
+            return Found(list(handle.bake()), start, record)  # type: ignore[arg-type]
 
     def search(self, report: Report) -> tuple[Found, bool]:
         """The prefix of P virtual tokens, and whether a signal ended its training.
@@ -109,7 +107,7 @@ class Student:
                 break
             count //= 2
             found = self.train(count)
-        report.start = {"kind": self.options.start, "places": kept.places}
+        report.start = {"kind": kept.start.kind, "places": kept.start.places}
         return kept, found.record.interrupted
 
     def score(self, values: Values, targets: list[Target]) -> Score:

@@ -7,7 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import MistralConfig, MistralForCausalLM
 
-from prefixcore.distill import DistillError, Prompt
+from prefixcore.distill import DistillError, DistillOptions, Prompt, distill
 from prefixcore.distill.front import Front, Reader
 from prefixcore.distill.running import answer, answer_logits, cut
 from prefixcore.distill.writing import writer
@@ -42,12 +42,17 @@ def test_keys_and_values_stand_for_the_text(model, tokenizer):
 def test_where_no_prefix_is_equal_the_tokens_stand_before_each_prompt(tokenizer):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=97, num_key_value_heads=2, max_position_embeddings=128, sliding_window=8, **sizes)
+    config = MistralConfig(vocab_size=98, num_key_value_heads=2, max_position_embeddings=128, sliding_window=8, **sizes)
     model = MistralForCausalLM(config).eval()
     front = Front.of(model, [5, 6, 7])
     assert front.pairs is None
     with front.before(model) as reader:
         assert (reader.before, reader.packed) == ([5, 6, 7], False)
+    options = DistillOptions(num_virtual_tokens=3, questions=0, max_answer_tokens=3, steps=2)
+    distilled = distill(model, tokenizer, TEXT, options=options, prompts=[Prompt(each) for each in "abcdef"])
+    assert distilled.report.start["kind"] == "spread"
+    assert not distilled.report.is_prefix_exact
+    assert distilled.report.scores["the full text"].divergence == 0
 
 
 def test_a_token_that_begins_texts_stands_before_the_text_and_before_a_request(tokenizer):

@@ -37,7 +37,8 @@ def test_keys_are_moved_to_where_the_token_would_be_computed(model):
 @pytest.mark.parametrize("kind", ["first", "spread", "mass"])
 def test_values_are_those_of_the_text(model, kind):
     front = Front.of(model, IDS)
-    start, places = starting_values(model, front, 3, kind, [target([30, 31])], front.pairs)
+    start, places, used = starting_values(model, front, 3, kind, [target([30, 31])], front.pairs)
+    assert used == kind
     assert places[0] == 0
     assert len(places) == 3
     for (_, value), (_, own) in zip(start, front.pairs, strict=True):
@@ -52,3 +53,14 @@ def test_attention_on_the_text_is_a_share_of_all(model):
     assert mass.shape == (8,)
     assert (mass > 0).all()
     assert mass.sum() < 2 * 4  # two layers, four tokens that read
+
+
+def test_where_keys_cannot_be_moved_the_first_tokens_are_taken(model):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=98, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
+    front = Front.of(learned, IDS)
+    start = starting_values(learned, front, 3, "spread", [], front.pairs)
+    assert (start.places, start.kind) == ([0, 1, 2], "first")
+    assert torch.equal(start.values[0][0], front.pairs[0][0][:, :3])
