@@ -87,6 +87,25 @@ def cached_step(rows: Sequence[Row], isa: str) -> str:
     return markdown(CACHED, lines)
 
 
+SHARED = ["model", "data", "B,T,P", "tokens", "in the tree", "tree, ms", "over packed", "spread", "over bare, padded"]
+
+
+def shared_texts(rows: Sequence[Row], isa: str) -> str:
+    """Steps on examples that begin alike, as a tree."""
+    lines = []
+    for row in rows:
+        case = row.case
+        name = [case["model"], case["data"]]
+        if row.skipped:
+            lines.append(skipped(name, row, len(SHARED)))
+            continue
+        lines.append(
+            [*name, model(case)[1], str(case["tokens"]), str(case["nodes"]), milliseconds(row.seconds())]
+            + [over(row, "packed", targets.FASTER), spread(row, "packed"), over(row, "bare model")]
+        )
+    return markdown(SHARED, lines)
+
+
 def profile(rows: Sequence[Row], isa: str) -> str:
     """Where a step goes, by parts."""
     lines = []

@@ -18,6 +18,7 @@ TABLES: dict[str, tuple[str, Table]] = {
     "step": ("Whole training steps", of_models.step),
     "packed step": ("Training steps on ragged data, packed and padded, float32", of_models.packed_step),
     "cached step": ("Training steps from kept activations, packed, float32", of_models.cached_step),
+    "shared texts": ("Training steps on examples that begin alike, as a tree, float32", of_models.shared_texts),
     "profile": ("Where a step goes", of_models.profile),
     "generation": ("Greedy generation, float32", of_models.generation),
     "adapter files": ("Saving and loading a prefix", of_models.files),

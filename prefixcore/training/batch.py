@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .data import TokenizedExample, make_batch
+from .tree import tree
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,30 @@ class Batch:
 
     examples: Sequence[TokenizedExample]
     arguments: dict[str, Any]
-    places: list[slice]
+    places: Sequence[slice | Tensor]
 
     @classmethod
     def of(
-        cls, examples: Sequence[TokenizedExample], pad_token_id: int, *, packed: bool, device: torch.device
+        cls,
+        examples: Sequence[TokenizedExample],
+        pad_token_id: int,
+        *,
+        packed: bool,
+        device: torch.device,
+        sharing_width: int = 0,
     ) -> Batch:
-        """Packed, or padded on the right; see `make_batch`."""
+        """Packed, or padded on the right; see `make_batch`.
+
+        Args:
+            examples: what is in it.
+            pad_token_id: fills short rows.
+            packed: whether it has no padding.
+            device: where its tensors go.
+            sharing_width: of a packed batch that may be a `tree` where that is less work, the model's hidden size; 0:
+                it may not.
+        """
+        if packed and sharing_width and (shared := tree(examples, sharing_width, device)) is not None:
+            return cls(examples, *shared)
         arguments = make_batch(examples, pad_token_id, packed=packed, device=device)
         row = 0 if packed else arguments["input_ids"].shape[1]
         places, start = [], 0

@@ -54,6 +54,7 @@ def held_out_loss(
     *,
     batch_size: int = 16,
     packed: bool = False,
+    sharing_width: int = 0,
     call: Call = call_model,
 ) -> float:
     """Mean loss in nats over every completion token of `examples`, each token counting the same.
@@ -64,6 +65,7 @@ def held_out_loss(
         pad_token_id: fills short batch rows.
         batch_size: examples at once.
         packed: give the model packed batches, as in `fit`: the same loss but for rounding.
+        sharing_width: as in `fit`.
         call: calls the model with a batch.
 
     Examples:
@@ -76,7 +78,13 @@ def held_out_loss(
     total, tokens = 0.0, 0
     with _in_eval_mode(model) as device:
         for start in range(0, len(examples), batch_size):
-            batch = Batch.of(examples[start : start + batch_size], pad_token_id, packed=packed, device=device)
+            batch = Batch.of(
+                examples[start : start + batch_size],
+                pad_token_id,
+                packed=packed,
+                device=device,
+                sharing_width=sharing_width,
+            )
             # A model predicts from the token before: a label on the very first token is never scored.
             count = int((batch.arguments["labels"][:, 1:] != IGNORED).sum())
             total += float(loss_of(model, batch, call)) * count

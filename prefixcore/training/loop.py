@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hf.shared_texts import sharing_width as width_of
 from .activations import cache_activations
 from .batch import Batch, Call, call_model, loss_of
 from .data import TokenizedExample, batches, pad_id
@@ -81,6 +82,7 @@ def train(
             pad_token_id=pad_id(tokenizer, handle.model),
             options=options,
             packed=packed,
+            sharing_width=width_of(handle) if packed else 0,
             call=call,
             **progress,
         )
@@ -95,6 +97,7 @@ def fit(
     pad_token_id: int = 0,
     options: TrainingOptions | None = None,
     packed: bool = False,
+    sharing_width: int = 0,
     call: Call = call_model,
     show_progress: bool | None = None,
     on_held_out: Callable[[int, float], None] | None = None,
@@ -109,6 +112,8 @@ def fit(
         pad_token_id: fills short batch rows.
         options: how to train.
         packed: give the model packed batches (see `prefixcore.PackedCollator`) in place of padded ones.
+        sharing_width: the model's hidden size, where packed batches of texts that begin alike may become a tree
+            (`tree.py`): only with a prefix, and where every layer lets a token see all before it. 0: they may not.
         call: calls the model with a batch.
         show_progress: a progress bar on standard error; None: only on a terminal.
         on_held_out: called with `(step, loss)` after each held-out loss.
@@ -133,10 +138,11 @@ def fit(
     source = batches(examples, options.batch_size, options.seed)
 
     def next_loss() -> Tensor:
-        return loss_of(model, Batch.of(next(source), pad_token_id, packed=packed, device=device), call)
+        batch = Batch.of(next(source), pad_token_id, packed=packed, device=device, sharing_width=sharing_width)
+        return loss_of(model, batch, call)
 
     def loss_of_held_out() -> float:
-        return held_out_loss(model, held_out, pad_token_id, packed=packed, call=call)
+        return held_out_loss(model, held_out, pad_token_id, packed=packed, sharing_width=sharing_width, call=call)
 
     was_training = model.training
     model.train()
