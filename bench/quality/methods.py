@@ -12,12 +12,13 @@ import torch
 
 import prefixcore
 from bench.demo.methods import shared_copy
-from prefixcore.training import starting_text
+from prefixcore.training import best_start, starting_text, tokenize
+from prefixcore.training.starting import DRAWS, in_turns
 
 from .tasks import END, Task
 
 SHOTS = (0, 2, 8)
-DRAWS = 3
+WRITTEN_DRAWS = 3
 """How many draws of examples a written prompt is the best of, by its score on the validation side."""
 
 
@@ -79,7 +80,7 @@ def written(shots: int) -> Method:
 
     def texts(task: Task, seed: int) -> list[str]:
         found = []
-        for draw in range(DRAWS if shots else 1):
+        for draw in range(WRITTEN_DRAWS if shots else 1):
             examples = random.Random(f"{seed} {draw}").sample(list(task.training), shots)
             found.append(instruction(task) + "".join(each.prompt + each.completion for each in examples))
         return found
@@ -121,8 +122,8 @@ def ours(
         name, title: of the method.
         config: the class of the configuration.
         rates: tried learning rates.
-        start: "examples" (the default of `prefixcore train`), "instruction" (a person's text with two examples),
-            "labels", "vocab", "random" or "zero".
+        start: "examples" (the default of `prefixcore train`: the best of a few draws), "one draw" (of examples),
+            "instruction" (a person's text with two examples), "labels", "vocab", "random" or "zero".
         tokens: P; None: what the start has, or 20.
         training: options of the training.
         options: of the configuration; a function is asked for its value with the model's number of layers.
@@ -132,6 +133,8 @@ def ours(
     def attach(model: Any, tokenizer: Any, task: Task, seed: int) -> Iterator[Attached]:
         given: dict[str, Any] = {"seed": seed, "num_virtual_tokens": tokens, **resolved(options, model)}
         if start == "examples":
+            given["init_text"] = text_of_examples(model, tokenizer, task, seed, tokens)
+        elif start == "one draw":
             given["init_text"] = starting_text(task.training, tokenizer, tokens, end=END, seed=seed)
         elif start == "instruction":
             given["init_text"] = shown(task)
@@ -144,6 +147,14 @@ def ours(
             yield Attached(handle.model, parameters, handle.can_pack, handle.num_virtual_tokens)
 
     return Method(name, title, "ours", attach, rates, dict(training or {}))
+
+
+def text_of_examples(model: Any, tokenizer: Any, task: Task, seed: int, tokens: int | None) -> str:
+    """What `prefixcore train` starts from where no start is given."""
+    texts = [starting_text(task.training, tokenizer, tokens, end=END, seed=seed + draw) for draw in range(DRAWS)]
+    outside = [each for each in in_turns(task.training, 0) if not any(each.prompt in text for text in texts)]
+    configs = [PREFIX(init_text=text) for text in texts]
+    return str(best_start(model, tokenizer, configs, tokenize(tokenizer, outside, end=END)).init_text)
 
 
 def resolved(options: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -240,12 +251,13 @@ _ALL = (
     ),
     of_peft("lora", "LoRA, rank 8 (PEFT)", (2e-3, 5e-4), _peft("LoraConfig", r=8, lora_dropout=0.0), "LoRA"),
     # Levers: each is the prefix or the soft prompt with one thing otherwise.
+    ours("prefix@one-draw", "start: examples, the first draw", PREFIX, KV, start="one draw"),
     ours("prefix@vocab", "start: vocabulary", PREFIX, KV, start="vocab"),
     ours("prefix@instruction", "start: instruction, two examples", PREFIX, KV, start="instruction"),
     ours("prefix@labels", "start: class labels", PREFIX, KV, start="labels"),
     ours("prefix@zero", "start: zeros", PREFIX, KV, start="zero"),
-    ours("prefix@16", "16 tokens", PREFIX, KV, tokens=16),
-    ours("prefix@64", "64 tokens", PREFIX, KV, tokens=64),
+    ours("prefix@16", "16 tokens, the first draw", PREFIX, KV, start="one draw", tokens=16),
+    ours("prefix@64", "64 tokens, the first draw", PREFIX, KV, start="one draw", tokens=64),
     ours("prefix@frozen", "first token frozen", PREFIX, KV, num_frozen_tokens=1),
     ours("prefix@mlp", "MLP", PREFIX, (1e-3, 3e-3), reparameterization="mlp"),
     ours("prefix@low-rank", "low rank, 4", PREFIX, KV, reparameterization="low_rank", rank=4),
@@ -253,10 +265,11 @@ _ALL = (
     ours("prefix@linear", "linear schedule, warm-up of 10 steps", PREFIX, KV, training=LINEAR),
     ours("prefix@upper", "upper half of the layers", PREFIX, KV, layers=lambda n: list(range(n // 2, n))),
     ours("prefix@lower", "lower half of the layers", PREFIX, KV, layers=lambda n: list(range(n // 2))),
+    ours("prompt@one-draw", "start: examples, the first draw", PROMPT, EMBEDDING, start="one draw"),
     ours("prompt@vocab", "start: vocabulary", PROMPT, EMBEDDING, start="vocab"),
     ours("prompt@instruction", "start: instruction, two examples", PROMPT, EMBEDDING, start="instruction"),
     ours("prompt@linear", "linear schedule, warm-up of 10 steps", PROMPT, EMBEDDING, training=LINEAR),
-    ours("prompt@64", "64 tokens", PROMPT, EMBEDDING, tokens=64),
+    ours("prompt@64", "64 tokens, the first draw", PROMPT, EMBEDDING, start="one draw", tokens=64),
 )  # fmt: skip
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 """All of them, by name; those with an @ are levers."""

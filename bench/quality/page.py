@@ -10,11 +10,13 @@ from pathlib import Path
 
 from bench import pages, pictures
 from bench.cells import markdown
+from prefixcore.training.starting import DRAWS
 
-from . import drawings, plan, records
+from . import drawings, plan, records, sustained
 from .intervals import mean, percent
 from .methods import METHODS
 from .records import Record, chosen
+from .starts import FILE, best_draw
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "quality.md"
@@ -71,6 +73,8 @@ def where_others_win(kept: Sequence[Record]) -> str:
     lines = []
     for task, title in TITLES.items():
         own = ranking(kept, task, ["ours"])
+        if not own and any(each.task == task for each in kept):
+            lines.append(f"- {title}: nothing of ours has been run yet.")
         for share, name in ranking(kept, task, ["PEFT", "LoRA", "written"]):
             if own and share > own[0][0]:
                 ours = f"{METHODS[own[0][1]].title} {100 * own[0][0]:.0f} %"
@@ -92,14 +96,19 @@ def task_table(kept: Sequence[Record], task: str, names: Sequence[str]) -> str:
                 METHODS[name].title,
                 f"{record.numbers:,}" if trained else "-",
                 str(record.num_virtual_tokens or "-"),
-                f"{record.rate:g}" if trained else "-",
+                f"{record.rate:g} (of {tried(kept, task, name)})" if trained else "-",
                 percent(rows_of(mine)),
                 f"{statistics.mean(each.loss for each in mine):.2f}",
                 "any" if METHODS[name].is_fixed else str(len(mine)),
             ]
         )
-    header = ("", "numbers trained", "tokens", "learning rate", "% right (95 %)", "loss", "seeds")
+    header = ("", "numbers trained", "tokens", "learning rate (of how many)", "% right (95 %)", "loss", "seeds")
     return markdown(header, rows)
+
+
+def tried(kept: Sequence[Record], task: str, method: str) -> int:
+    """How many learning rates the one that is shown was chosen from."""
+    return len({each.rate for each in kept if (each.task, each.method, each.seed) == (task, method, 0)})
 
 
 def tables(kept: Sequence[Record], names: Sequence[str]) -> str:
@@ -129,6 +138,41 @@ def levers(kept: Sequence[Record]) -> str:
                 rows.append([f"{title} as it is" if name == base else METHODS[name].title, *cells])
         parts.append(markdown((title, *(TITLES[task] for task in tasks)), rows))
     return "\n\n".join(parts)
+
+
+def starts() -> str:
+    """What each start is worth untrained; of several draws, the mean, and the one that is taken."""
+    if not FILE.exists():
+        return "Not run: `python -m bench.quality.starts`."
+    found = json.loads(FILE.read_text(encoding="utf-8"))
+    tasks = [task for task in TITLES if any(each["task"] == task for each in found)]
+    rows = []
+    for name in dict.fromkeys(each["start"].partition(", draw")[0] for each in found):
+        means, taken = [], []
+        for task in tasks:
+            mine = [each for each in found if each["task"] == task and each["start"].partition(", draw")[0] == name]
+            means.append(f"{100 * statistics.mean(each['share'] for each in mine):.0f}" if mine else "-")
+            taken.append(f"{100 * best_draw(mine)['share']:.0f}" if mine else "-")
+        if any(each["start"].startswith(f"{name}, draw") for each in found):
+            rows += [[f"{name}: mean of {DRAWS} draws", *means], [f"{name}: the draw that is taken", *taken]]
+        else:
+            rows.append([name, *taken])
+    return markdown(("% right, untrained", *(TITLES[task] for task in tasks)), rows)
+
+
+def holding() -> str:
+    """The share of capital letters in each 25 tokens."""
+    if not sustained.FILE.exists():
+        return "Not run: `python -m bench.quality.sustained`."
+    found = json.loads(sustained.FILE.read_text(encoding="utf-8"))
+    ends = range(sustained.WINDOW, sustained.TOKENS + 1, sustained.WINDOW)
+    rows = []
+    for name in sustained.METHODS:
+        mine = [each["windows"] for each in found if each["method"] == name]
+        if mine:
+            shares = [f"{100 * statistics.mean(window):.0f}" for window in zip(*mine, strict=True)]
+            rows.append([name, str(len(mine)), *shares])
+    return markdown(("% capital letters, up to token", "seeds", *map(str, ends)), rows)
 
 
 def encoder() -> str:
@@ -175,6 +219,8 @@ PARTS: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "setting": setting,
     "tables": lambda kept: tables(kept, plan.MAIN),
     "levers": levers,
+    "starts": lambda kept: starts(),
+    "holding": lambda kept: holding(),
     "encoder": lambda kept: encoder(),
     "missing": lambda kept: missing(),
 }

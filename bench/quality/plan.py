@@ -17,25 +17,30 @@ LEVERS = [name for name in METHODS if "@" in name]
 LEVER_TASKS = ("capitals", "continents", "currencies", "movies")
 """The tasks on which levers are tried, beside the methods themselves."""
 
-FIRST = (
-    *("bare", "written-0", "written-2", "written-8", "prefix", "prompt", "prefix@64", "prefix@vocab", "prompt@vocab"),
-    *("lora", "peft-prompt-text", "peft-prefix-text"),
+ROUNDS = (
+    ("bare", "written-0", "written-2", "written-8", "prefix", "prompt", "prefix@vocab", "lora"),
+    ("peft-prompt-text", "prefix@linear", "prefix@one-draw", "prompt@vocab"),
+    ("peft-prefix-text", "prefix@instruction", "prompt@instruction", "prompt@linear", "peft-prefix"),
 )
-"""The methods that are run first on each task, with the first of their learning rates."""
+"""The methods that are run first: a round on all tasks, each with the first of its learning rates, then the next."""
 
 Stage: TypeAlias = "tuple[str, str, Sequence[int], int | None]"
 """A task, a method, the seeds, and the place of a learning rate; None: all of them."""
 
 
 def stages(parts: Collection[str]) -> Iterator[Stage]:
-    """In order: the first methods on all tasks, their other learning rates, the other methods, further seeds."""
+    """In order: the rounds, their other learning rates, the other methods, further seeds."""
     tasks = [name for name in TASKS if name in parts]
+
+    def on(task: str, names: Sequence[str]) -> list[str]:
+        return [name for name in names if "@" not in name or task in LEVER_TASKS]
+
+    for place in (0, None):
+        for names in ROUNDS:
+            for task in tasks:
+                yield from ((task, name, [0], place) for name in on(task, names))
     for task in tasks:
-        yield from ((task, name, [0], 0) for name in FIRST if "@" not in name or task in LEVER_TASKS)
-    for task in tasks:
-        yield from ((task, name, [0], None) for name in FIRST if "@" not in name or task in LEVER_TASKS)
-    for task in tasks:
-        yield from ((task, name, [0], None) for name in (*MAIN, *(LEVERS if task in LEVER_TASKS else ())))
+        yield from ((task, name, [0], None) for name in on(task, [*MAIN, *LEVERS]))
     for seed in range(1, SEEDS):
         for task in tasks:
             yield from ((task, name, [seed], None) for name in MAIN)

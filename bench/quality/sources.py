@@ -55,7 +55,7 @@ def facts(field: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def reviews(name: str, *, most_words: int = 16) -> list[tuple[str, str]]:
+def reviews(name: str, *, most_words: int = 12) -> list[tuple[str, str]]:
     """Short sentences of `name` ("movieReviewSnippets" or "amazonReviewSnippets") with what people felt they say.
 
     Sentences that people scored near the middle are left out.

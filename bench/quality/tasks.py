@@ -85,14 +85,14 @@ def of_dates() -> Task:
 
 TASKS: Mapping[str, Callable[[], Task]] = {
     "capitals": lambda: of_countries("capitals", "capital", "Give the capital city of each country. Only the name.\n"),
-    "currencies": lambda: of_countries(
-        "currencies", "currencyname", "Give the currency of each country. Only the name.\n"
-    ),
     "continents": lambda: of_countries(
         "continents", "continent", "Give the continent of each country. Only the name.\n"
     ),
-    "dates": of_dates,
     "movies": lambda: of_reviews("movies", "movieReviewSnippets", "sentences of movie reviews"),
+    "currencies": lambda: of_countries(
+        "currencies", "currencyname", "Give the currency of each country. Only the name.\n"
+    ),
+    "dates": of_dates,
     "products": lambda: of_reviews("products", "amazonReviewSnippets", "sentences of product reviews"),
 }
 """What there is, by name."""

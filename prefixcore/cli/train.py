@@ -30,7 +30,7 @@ from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
 from .train_result import conclude
-from .train_start import started
+from .train_start import Start
 
 if TYPE_CHECKING:
     from ..training import TrainingOptions
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         with user_errors(DataError, what=f"--model {arguments.model}"):
             check_template(tokenizer)
     with user_errors(DataError):
-        config = started(arguments, config, training, tokenizer)
-    tokens = count_virtual_tokens(arguments, model, tokenizer, config)
+        start = Start(arguments, config, training, tokenizer)
+    tokens = count_virtual_tokens(arguments, model, tokenizer, start.longest)
     limit = LengthLimit.of(model, tokens, arguments.max_length)
     end, skip = arguments.end, arguments.skip_too_long
     training, train_ids = tokenize_all(model, tokenizer, training, end, limit, skip=skip)
@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     longest = None if learned is None else learned - tokens
     evaluator = HeldOutEvaluator(model, tokenizer, end, held_out, held_out_ids, longest)
     evaluator("bare model")
+    with user_errors(ValueError, TypeError, NotImplementedError):  # what `attach` refuses
+        config = start.best(model, training, train_ids)
     handle = attach(arguments, model, tokenizer, config)
     say(f"{handle.num_trainable:,} numbers to train in {handle.num_virtual_tokens} virtual tokens")
     with Report(arguments, handle, options, held_out_ids) as report:

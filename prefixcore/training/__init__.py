@@ -12,7 +12,7 @@ from .optimization import optimize
 from .options import TrainingOptions, TrainingRecord
 from .reading import read_examples, read_jsonl
 from .remeasure import Remeasured, remeasure
-from .starting import starting_text
+from .starting import best_start, starting_text
 from .weights import base_parameters, weights_digest
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TrainingOptions",
     "TrainingRecord",
     "base_parameters",
+    "best_start",
     "cache_activations",
     "collate",
     "describe_data",

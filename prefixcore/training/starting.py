@@ -1,4 +1,7 @@
-"""The text that virtual tokens start from, where nobody gives one: some of the training examples themselves."""
+"""The text that virtual tokens start from, where nobody gives one: some of the training examples themselves.
+
+Which examples matters, before training and after it: a few draws are tried, untrained, and the best is taken.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,20 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .data import DataError, Example, TokenizedExample
+from .data import DataError, Example, TokenizedExample, pad_id
+from .evaluate import held_out_loss
 
 NUM_VIRTUAL_TOKENS = 32
 """How many tokens the examples may fill where no number is asked for."""
 
 TRIED = 64
 """How many examples are looked at for one that fits."""
+
+DRAWS = 4
+"""How many texts `prefixcore train` chooses from."""
+
+PROBES, MOST_TOKENS = 32, 2048
+"""How many examples, and tokens in all, a text is tried on."""
 
 
 def starting_text(
@@ -66,6 +76,46 @@ def starting_text(
     if room > 0 and left_out and (num_virtual_tokens is not None or not whole):
         whole.insert(0, min(left_out, key=len)[-room:])
     return tokenizer.decode([token for ids in whole for token in ids], clean_up_tokenization_spaces=False)
+
+
+def best_start(model: Any, tokenizer: Any, configs: Sequence[Any], examples: Sequence[TokenizedExample]) -> Any:
+    """The configuration whose virtual tokens, before any training, have the least loss on the first examples.
+
+    On at most 32 examples and 2,048 tokens, so that a configuration takes about as long as two steps of training.
+
+    Args:
+        model: the model to train, with nothing attached; it is left as it is.
+        tokenizer: the model's.
+        configs: those to choose from, such as the same one with several texts.
+        examples: training examples, in a random order; best such as are in none of the texts.
+
+    Returns:
+        One of `configs`; the first where there is nothing to choose, or no loss is a number.
+
+    Examples:
+        >>> from prefixcore.training import Example, best_start, starting_text, tokenize
+        >>> examples = [Example(f"{a}{b} ->", f" {b}{a}") for a in "abc" for b in "xyz"]
+        >>> texts = [starting_text(examples, tokenizer, end=".", seed=seed) for seed in range(4)]
+        >>> configs = [prefixcore.PrefixTuningConfig(init_text=text) for text in texts]
+        >>> best = best_start(model, tokenizer, configs, tokenize(tokenizer, examples, end="."))
+        >>> best in configs
+        True
+    """
+    from ..hf import attach
+
+    probes: list[TokenizedExample] = []
+    for example in examples[:PROBES]:
+        if probes and sum(each.length for each in probes) + example.length > MOST_TOKENS:
+            break
+        probes.append(example)
+    if len(configs) < 2 or not probes:
+        return configs[0]
+    losses = []
+    for config in configs:
+        with attach(model, config, tokenizer=tokenizer) as handle:
+            loss = held_out_loss(handle.model, probes, pad_id(tokenizer, model), packed=handle.can_pack)
+        losses.append(loss if loss == loss else float("inf"))
+    return configs[losses.index(min(losses))]
 
 
 def in_turns(examples: Sequence[Example], seed: int) -> Iterator[Example]:

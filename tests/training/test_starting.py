@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from prefixcore import PrefixTuningConfig, attach
-from prefixcore.training import DataError, Example, starting_text, tokenize
+from prefixcore.training import DataError, Example, best_start, starting_text, tokenize
 from prefixcore.training.chat import Conversation
 from prefixcore.training.evaluate import held_out_loss
 from tests import tiny
@@ -84,3 +85,25 @@ def test_a_prefix_of_it_acts_as_the_text_before_the_question():
     with attach(model, PrefixTuningConfig(init_text=text), tokenizer=tokenizer):
         found = held_out_loss(model, tokenize(tokenizer, PAIRS[10:14], end="\n"), 0)
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_best_start_is_the_one_with_the_least_loss_and_leaves_the_model_alone():
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    probes = tokenize(tokenizer, PAIRS[10:14], end="\n")
+    configs = [PrefixTuningConfig(init_text=starting_text(PAIRS[:10], tokenizer, seed=seed)) for seed in range(4)]
+    losses = []
+    for config in configs:
+        with attach(model, config, tokenizer=tokenizer):
+            losses.append(held_out_loss(model, probes, 0))
+    assert len(set(losses)) > 1
+    assert best_start(model, tokenizer, configs, probes) is configs[losses.index(min(losses))]
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_where_there_is_nothing_to_choose_from_the_first_start_is_taken():
+    configs = [PrefixTuningConfig(init_text="ab"), PrefixTuningConfig(init_text="cd")]
+    assert best_start(None, None, configs[:1], tokenize(tiny.tokenizer(), PAIRS)) is configs[0]
+    assert best_start(None, None, configs, []) is configs[0]
