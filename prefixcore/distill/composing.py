@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..adapters import Manifest, check_target, read_adapter, write_adapter
 from ..hf.attaching import check_model
-from ..hf.positions.rotary import turn
 from ..hf.loading import Target
+from ..hf.positions.rotary import turn
 from ..nn import LayerShape, Prefix, PrefixTuningConfig
 from .errors import DistillError
 
@@ -69,7 +69,9 @@ def compose(
             raise DistillError(f"{folder}: its layers are not those of {adapters[0]}, so the two cannot stand together")
         layers, shapes = found.layers, found.module.shapes
         own = [(key.cpu(), value.cpu()) for key, value in found.module.bake()]
-        pairs.append(turn(model, own, before) if before else own)
+        # Keys of a prefix that leaves the text at position 0 stand at -P to -1.
+        by = before if found.module.config.position_offset else before + found.module.num_virtual_tokens
+        pairs.append(turn(model, own, by) if by else own)
         before += found.module.num_virtual_tokens
         digests.append(read_adapter(folder).digest)
     joined = [

@@ -8,6 +8,7 @@ import torch
 import prefixcore
 from prefixcore.distill import DistillError, compose
 from prefixcore.hf.baking.bake_prefix import ids_to_prefix
+from prefixcore.hf.baking.baking import bake
 
 ONE, OTHER = [5, 6, 7], [8, 9]
 
@@ -35,6 +36,21 @@ def test_the_second_stands_behind_the_first(model, folders, tmp_path):
     assert torch.equal(pairs[0][1][:, 3:], value)
     manifest = prefixcore.adapters.read_adapter(out).manifest
     assert manifest.training["composed_1"] == prefixcore.adapters.read_adapter(folders[0]).digest
+
+
+def test_prefixes_that_leave_the_text_at_position_0_are_turned(model, folders, tmp_path):
+    """Of the other convention, the same prefixes: their keys stand before position 0."""
+    for name, folder in (("one at 0", folders[0]), ("other at 0", folders[1])):
+        bake(model, folder, tmp_path / name, position_offset=False)
+    both = compose(model, folders, tmp_path / "both")
+    at_zero = compose(model, [tmp_path / "one at 0", tmp_path / "other at 0"], tmp_path / "both, once more")
+    with prefixcore.load(model, both) as handle:
+        expected = handle.bake()
+    with prefixcore.load(model, at_zero) as handle:
+        assert handle.module.config.position_offset
+        for (key, value), (same_key, same_value) in zip(handle.bake(), expected, strict=True):
+            torch.testing.assert_close(key, same_key, atol=1e-5, rtol=1e-5)
+            assert torch.equal(value, same_value)
 
 
 def test_what_cannot_be_composed(model, folders, tmp_path):
