@@ -27,13 +27,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def whole_module(module: M) -> M:
-    """`module` itself if each of its tensors is whole here, else a copy on the CPU whose tensors are.
+    """`module` itself if each of its tensors is whole here and stays so, else a copy on the CPU whose tensors are.
 
     Raises:
         AdapterError: a tensor is sharded and another process does not call too, or has no data.
     """
     tensors = list(_tensors(module))
-    if not any(tensor.is_meta or is_sharded(tensor) or is_partitioned(tensor) for _, _, tensor in tensors):
+    if not any(tensor.is_meta or is_sharded(tensor) or _comes_and_goes(tensor) for _, _, tensor in tensors):
         return module
     if any(_needs_others(tensor) for _, _, tensor in tensors):
         _meet()
@@ -69,7 +69,12 @@ def _whole(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
         if kept is None:
             raise AdapterError(f"{name} of the virtual tokens has no values (it is on the meta device)")
         return kept
-    return tensor
+    return tensor.detach().clone() if _comes_and_goes(tensor) else tensor
+
+
+def _comes_and_goes(tensor: Tensor) -> bool:
+    """Whether it is a parameter of DeepSpeed's ZeRO-3, which may take its numbers away in any call of its module."""
+    return getattr(tensor, "ds_shape", None) is not None
 
 
 def _needs_others(tensor: Any) -> bool:

@@ -23,7 +23,7 @@ def main(folder: str) -> None:
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
     found: dict[str, Any] = {}
-    for name in ("prefix", "prompt"):
+    for name in CONFIGS:
         for how, threshold in THRESHOLDS.items():
             handle = prefixcore.attach(tiny.model(), CONFIGS[name])
             optimizer = {"type": "AdamW", "params": {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.01, "torch_adam": True}}
