@@ -216,10 +216,11 @@ def check_cache(arguments: argparse.Namespace, config: Any) -> None:
         raise UserError("--activations-dir is for --cache-activations disk; leave it out")
     if arguments.cache_activations is None:
         return
-    if config is not None and 0 in (getattr(config, "layers", None) or [0]):
+    reached = arguments.train_layers or (None if config is None else getattr(config, "layers", None) or [0])
+    if reached is not None and 0 in reached:
         raise UserError(
-            "--cache-activations keeps what the layers below the prefix make of each example, and here is none below: "
-            "give --method prefix and --layers without the first ones, such as 15-29 of 30"
+            "--cache-activations keeps what the layers below the trained ones make of each example, and here is none "
+            "below: give --method prefix and --train-layers (or --layers) without the first ones, such as 15-29 of 30"
         )
     folder = activations_dir(arguments)
     if folder is not None:
@@ -275,8 +276,13 @@ def attach(arguments: argparse.Namespace, model: Any, tokenizer: Any, config: An
     """Attach a new adapter, or the one to go on with."""
     from .. import hf
     from ..adapters import AdapterError
+    from ..training import train_layers
 
     with user_errors(AdapterError, ValueError, TypeError, NotImplementedError):
         if config is None:
-            return load_adapter(model, arguments.resume, trainable=True, force=arguments.force)
-        return hf.attach(model, config, tokenizer=tokenizer)
+            handle = load_adapter(model, arguments.resume, trainable=True, force=arguments.force)
+        else:
+            handle = hf.attach(model, config, tokenizer=tokenizer)
+        if arguments.train_layers is not None:
+            train_layers(handle, arguments.train_layers)
+        return handle

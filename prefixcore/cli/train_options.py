@@ -135,9 +135,15 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=seed, default=0, metavar="N", help="of the start, the order and the split (default: 0)"
     )
     loop.add_argument(
+        "--train-layers",
+        type=layer_list,
+        metavar="0,1-5,...",
+        help="layers whose prefix is trained; that of the others keeps its start (default: all of --layers)",
+    )
+    loop.add_argument(
         "--cache-activations",
         choices=("memory", "disk"),
-        help="keep what the layers below --layers make of each example, so that later epochs begin there",
+        help="keep what the layers below the trained ones make of each example, so that later epochs begin there",
     )
     loop.add_argument(
         "--activation-dtype",

@@ -42,6 +42,11 @@ def author_text(text: str) -> str:
     return text
 
 
+def _listed(layers: Sequence[int] | None) -> str | None:
+    """Layers as a manifest's setting holds them: a text."""
+    return None if layers is None else ",".join(map(str, layers))
+
+
 class Provenance:
     """The data, the split and the settings of a training, known before it; its metrics come with the result."""
 
@@ -78,6 +83,7 @@ class Provenance:
             "max_length": None if math.isinf(most_tokens) else int(most_tokens),
             "skip_too_long": arguments.skip_too_long,
             "eval_limit": arguments.eval_limit,
+            "train_layers": _listed(getattr(arguments, "train_layers", None)),
         }
 
     def fields(self, record: TrainingRecord, result: Evaluation | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The layers below the first one with a prefix: what they make of a text stays the same while the prefix is trained."""
+"""The layers below the first one whose prefix is trained: what they make of a text is the same in every step."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .model.wrapped import WrappedMethod
+from .trained_layers import first_trained
 
 if TYPE_CHECKING:
     from .handle import Handle
 
 
 class LowerLayers:
-    """The layers of a model below the first one that has a prefix.
+    """The layers of a model below the first one whose prefix is trained.
 
-    No gradient goes there, so autograd keeps nothing of them. What the last of them passes on can be recorded in one
-    call, and given in another one, which then begins at the first layer with a prefix. Embeddings, positions, masks and
+    They have no prefix, or one that stays as it is (`train_layers`). No gradient goes there, so autograd keeps nothing
+    of them. What the last of them passes on can be recorded in one call, and given in another one, which then begins at
+    the layer above. Embeddings, positions, masks and
     what else a model hands to its layers it makes itself in either call. Calls inside the two blocks below are for one
     thread.
 
     Args:
-        handle: of a prefix whose `layers` leave out the first ones.
+        handle: of a prefix that is not trained in the first layers.
 
     Attributes:
         layers: the modules, in their order.
-        first: which attention layer, counted from 0, is the first with a prefix.
+        first: which attention layer, counted from 0, is the first whose prefix is trained.
+        prefix: the keys and values that these layers see before the text, one after another.
 
     Raises:
         ValueError: there are no such layers.
@@ -40,14 +43,20 @@ class LowerLayers:
         if own is None:
             raise ValueError(
                 "a soft prompt stands below the first layer, so no layer is the same in every step; take a prefix "
-                "(PrefixTuningConfig) with layers= that leave out the first ones"
+                "(PrefixTuningConfig) that is trained in the upper layers"
             )
-        self.first = min(own)
-        if self.first == 0:
+        first = first_trained(handle)
+        if first is None:
+            raise ValueError("no layer's prefix is trained; load the adapter with trainable=True")
+        if first == 0:
             raise ValueError(
-                "the prefix begins at layer 0, so no layer lies below it; give layers= (--layers) that leave out the "
-                f"first ones, such as those from {len(bank.layers) // 2} to {len(bank.layers) - 1}"
+                "the prefix of layer 0 is trained, so no layer lies below; train upper layers alone (train_layers, "
+                f"--train-layers), such as {len(bank.layers) // 2} to {len(bank.layers) - 1}"
             )
+        self.first = first
+        self.prefix = [
+            tensor.detach() for layer, pair in zip(own, handle.bake(), strict=True) if layer < first for tensor in pair
+        ]
         if len(bank.adapters) > 1:
             raise NotImplementedError(
                 f"{len(bank.adapters)} adapters are attached, and others may reach the layers below this prefix; "
@@ -62,7 +71,7 @@ class LowerLayers:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """A block in which what each call of the model passes on to the first layer with a prefix is put in a list.
+        """A block in which what each call of the model passes on to the layer above these is put in a list.
 
         [B, T, E] each, without a graph.
 
@@ -85,7 +94,7 @@ class LowerLayers:
 
     @contextmanager
     def given(self, hidden: Tensor) -> Iterator[None]:
-        """A block in which calls of the model begin at the first layer with a prefix.
+        """A block in which calls of the model begin at the layer above these.
 
         Args:
             hidden: [B, T, E], what the layer below passes on, for as many rows and tokens as the calls have.
@@ -132,8 +141,8 @@ def _read(output: Any, layer: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any
         )
     if hidden.requires_grad:
         raise NotImplementedError(
-            "something below the first layer with a prefix is trained too (modules_to_save, or a PEFT adapter), so "
-            "what these layers pass on changes from step to step and cannot be kept"
+            "something below the first trained layer of the prefix is trained too (modules_to_save, a PEFT adapter), "
+            "so what these layers pass on changes from step to step and cannot be kept"
         )
     return hidden.detach(), as_output
 

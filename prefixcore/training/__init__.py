@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..hf.trained_layers import train_layers
 from .activations import CachedActivations, CacheError, cache_activations
 from .curve import Curve, draw_curve, write_curve
 from .data import DataError, Example, TokenizedExample, collate, split, tokenize
@@ -44,6 +45,7 @@ __all__ = [
     "starting_text",
     "tokenize",
     "train",
+    "train_layers",
     "weights_digest",
     "write_curve",
 ]

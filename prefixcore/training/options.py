@@ -24,8 +24,8 @@ class TrainingOptions:
         eval_every: steps between two held-out losses; 0: at the start and the end only.
         keep: the values that are left when training ends: of the "last" step, or of the "best" held-out loss, the start
             included. A training that a signal ends leaves its last step's.
-        cache_activations: "memory" or "disk": what the layers below the prefix make of each example is kept in the
-            first epoch, and later ones begin at its first layer. None: it is not.
+        cache_activations: "memory" or "disk": what the layers below the trained prefix make of each example is kept in
+            the first epoch, and later ones begin at its first layer. None: it is not.
         activation_dtype: of what is kept, such as "bfloat16"; None: the model's, with which nothing is lost.
         early_stopping_patience: training ends after as many held-out losses in a row that are not below the least one
             before; None: never.

@@ -6,14 +6,17 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prefixcore.adapters import read_adapter, read_record
 
 UPPER = ("--method", "prefix", "--num-virtual-tokens", 3, "--init", "vocab", "--layers", "1")
 
 
-def values(folder) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for pair in read_adapter(folder).bake() for tensor in pair])
+def prefix_of(folder) -> torch.Tensor:
+    """What is in the file of an adapter whose prefix is trained as it is, [P, layers, 2, Hkv * D]."""
+    (tensor,) = load_file(folder / "adapter_model.safetensors").values()
+    return tensor.view(len(tensor), 2, 2, -1)
 
 
 def test_the_same_is_learnt_and_the_folder_serves_the_next_training(train, tmp_path):
@@ -35,6 +38,21 @@ def test_the_same_is_learnt_and_the_folder_serves_the_next_training(train, tmp_p
     assert not (tmp_path / "again.activations").exists()
 
 
+def test_the_lower_layers_keep_their_start(train, tmp_path):
+    whole = ("--method", "prefix", "--init-text", "ab -> ba", "--train-layers", "1")
+    code, _, err = train(*whole, "--cache-activations", "memory", "--keep", "last")
+    assert code == 0, err
+    assert "activations before layer 1 take" in err
+    assert train(*whole[:-2], "--lr", 1e-9, "--keep", "last", out=tmp_path / "start")[0] == 0
+    found, start = (prefix_of(tmp_path / name) for name in ("adapter", "start"))
+    torch.testing.assert_close(found[:, 0], start[:, 0], rtol=0, atol=1e-6)
+    assert not torch.allclose(found[:, 1], start[:, 1], rtol=0, atol=1e-3)
+    assert read_adapter(tmp_path / "adapter").manifest.training["train_layers"] == "1"
+    code, _, err = train(*whole[:-1], "2", out=tmp_path / "none")
+    assert code == 2
+    assert "layer 2 is not among the layers with a prefix" in err
+
+
 def test_a_smaller_dtype(train, tmp_path):
     code, _, err = train(*UPPER, "--cache-activations", "memory", "--activation-dtype", "bfloat16")
     assert code == 0, err
@@ -46,7 +64,7 @@ def test_a_smaller_dtype(train, tmp_path):
     [
         (("--method", "prefix", "--init", "vocab", "--cache-activations", "memory"), "here is none below"),
         (("--method", "prompt", "--init", "vocab", "--cache-activations", "memory"), "here is none below"),
-        ((*UPPER[:-1], "0,1", "--cache-activations", "disk"), "--layers without the first ones"),
+        ((*UPPER[:-1], "0,1", "--cache-activations", "disk"), "(or --layers) without the first ones"),
         ((*UPPER, "--activations-dir", "x"), "--activations-dir is for --cache-activations disk"),
         ((*UPPER, "--activation-dtype", "bfloat16"), "cache_activations is None"),
     ],

@@ -12,7 +12,7 @@ import transformers
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 from prefixcore.hf.lower_layers import LowerLayers
-from prefixcore.training import TokenizedExample, TrainingOptions, held_out_loss, train
+from prefixcore.training import TokenizedExample, TrainingOptions, held_out_loss, train, train_layers
 from prefixcore.training.activations import CacheError, cache_activations, room
 from prefixcore.training.batch import Batch, call_model
 from tests import tiny
@@ -216,11 +216,55 @@ def test_what_does_not_fit_is_refused_beforehand(tmp_path, monkeypatch):
 def test_a_prefix_of_the_first_layer_and_a_soft_prompt_are_refused():
     options = TrainingOptions(steps=1, cache_activations="memory")
     for config, why in (
-        (PrefixTuningConfig(num_virtual_tokens=3, init="random"), "begins at layer 0"),
+        (PrefixTuningConfig(num_virtual_tokens=3, init="random"), "prefix of layer 0 is trained"),
         (PromptTuningConfig(num_virtual_tokens=3, init="random"), "soft prompt stands below the first layer"),
     ):
         with prefixcore.attach(models.make("llama"), config) as handle, pytest.raises(CacheError, match=why):
             train(handle, tiny.tokenizer(), EXAMPLES, options=options)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_layers_below_may_have_a_prefix_that_stays(family):
+    """It is seen, and what is kept is of its values."""
+    handle = attach(models.make(family).train(), [0, 1])
+    train_layers(handle, [1])
+    before = [tensor.clone() for tensor in handle.bake()[0]]
+    first, _ = two_batches(packed=True)
+    trained = [parameter for parameter in handle.parameters() if parameter.requires_grad]
+    with cache_activations(handle, tiny.tokenizer(), EXAMPLES, "memory") as cached:
+        outputs = [call(handle.model, first).loss for call in (call_model, cached, cached)]
+        assert cached.calls == 1
+    whole, _, kept = (torch.autograd.grad(loss, trained) for loss in outputs)
+    assert all(torch.equal(one, other) for one, other in zip(whole, kept, strict=True))
+    options = TrainingOptions(steps=6, batch_size=2, learning_rate=0.1, cache_activations="memory")
+    train(handle, tiny.tokenizer(), EXAMPLES, options=options)
+    assert all(torch.equal(one, other) for one, other in zip(before, handle.bake()[0], strict=True))
+    assert not torch.equal(handle.bake()[1][0], before[0])
+
+
+def test_a_folder_is_of_the_prefix_below(tmp_path):
+    for seed, calls in ((0, 0), (0, 1), (1, 0)):
+        handle = attach(models.make("llama"), [0, 1], seed=seed)
+        train_layers(handle, [1])
+        lines, _, found = lines_of(handle, tmp_path)
+        assert found == calls
+        handle.detach()
+    assert "of other prefix" in lines[0]
+
+
+def test_layers_to_train_are_checked():
+    handle = attach(models.make("llama", num_hidden_layers=3), [1, 2])
+    for layers, why in (([0], "layer 0 is not among the layers with a prefix, 1 to 2"), ([], "at least one of")):
+        with pytest.raises(ValueError, match=why):
+            train_layers(handle, layers)
+    handle.detach()
+    handle = attach(models.make("llama"), [0, 1], reparameterization="low_rank", rank=1)
+    with pytest.raises(ValueError, match="through 'low_rank'"):
+        train_layers(handle, [1])
+    handle.detach()
+    handle = prefixcore.attach(models.make("llama"), PromptTuningConfig(num_virtual_tokens=3, init="random"))
+    with pytest.raises(ValueError, match="is for a prefix, and what is attached is 'prompt'"):
+        train_layers(handle, [1])
 
 
 def test_dropout_below_the_prefix_is_refused():
@@ -244,7 +288,7 @@ def test_a_model_whose_layers_hand_on_more_is_refused(monkeypatch):
 def test_what_is_trained_below_the_prefix_is_refused():
     handle = attach(models.make("llama"))
     handle.model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(CacheError, match="below the first layer with a prefix is trained"):
+    with pytest.raises(CacheError, match="below the first trained layer of the prefix is trained"):
         train(handle, tiny.tokenizer(), EXAMPLES, options=TrainingOptions(steps=1, cache_activations="memory"))
 
 

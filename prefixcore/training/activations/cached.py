@@ -1,4 +1,4 @@
-"""Calls of a model that begin at the first layer with a prefix, where what comes before is known."""
+"""Calls of a model that begin at the first layer whose prefix is trained, where what comes before is known."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PROBES = 3
 
 
 class CachedActivations:
-    """Calls a model with batches, and keeps what its layers below the prefix make of each text.
+    """Calls a model with batches, and keeps what its layers below the trained prefix make of each text.
 
-    A batch whose texts are all known begins at the first layer with a prefix. Any other one runs through all layers,
-    and what the lower ones make of its texts is kept.
+    A batch whose texts are all known begins at the first layer whose prefix is trained. Any other one runs through all
+    layers, and what the lower ones make of its texts is kept.
 
     Args:
         lower: the layers.
@@ -35,9 +35,9 @@ class CachedActivations:
         found: what layers pass on.
 
     Attributes:
-        lower: the layers below the prefix.
+        lower: the layers below the trained prefix.
         rows: what is kept.
-        calls: how many calls of the model have begun at the first layer with a prefix.
+        calls: how many calls of the model have begun at that layer.
 
     Examples:
         >>> from prefixcore.training import Example, cache_activations, tokenize
@@ -90,7 +90,7 @@ def cache_activations(
     """A block in which the activations of some examples are kept, for the model that the prefix of `handle` is on.
 
     Args:
-        handle: of a prefix whose `layers` leave out the first ones.
+        handle: of a prefix that is not trained in the first layers: `layers` leave them out, or `train_layers` does.
         tokenizer: the model's; only its padding id is used.
         examples: all that may be kept; of others nothing is.
         place: "memory", or "disk".
@@ -132,7 +132,7 @@ def cache_activations(
         return
     with tempfile.TemporaryDirectory(prefix="prefixcore-activations-") as temporary:
         kept = Folder(Path(folder if folder is not None else temporary))
-        of = identity(handle.model, texts, size, lower.first, handle.num_virtual_tokens)
+        of = identity(handle.model, texts, size, lower.first, handle.num_virtual_tokens, lower.prefix)
         rows, why = kept.open(texts, size, of, lambda: check_room(size, place, kept.path))
         if why is not None:
             say(f"the activations in {kept.path} are not taken ({why}), and are made anew")

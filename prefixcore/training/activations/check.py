@@ -1,4 +1,4 @@
-"""Whether a model can begin at the first layer with a prefix: one batch from the start, and once more from there."""
+"""Whether a model can begin at the first layer with a trained prefix: a batch from the start, and again from there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CacheError(ValueError):
         ...             pass
         ...     except CacheError as error:
         ...         print(str(error).partition(";")[0])
-        activations cannot be kept: the prefix begins at layer 0, so no layer lies below it
+        activations cannot be kept: the prefix of layer 0 is trained, so no layer lies below
     """
 
 

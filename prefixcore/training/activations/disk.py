@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..weights import weights_digest
 from .room import Size
@@ -19,15 +19,23 @@ NUMBERS, RECORD = "activations.bin", "activations.json"
 FORMAT = 1
 
 
-def identity(model: Any, texts: Sequence[Text], size: Size, layer: int, num_virtual_tokens: int) -> dict[str, Any]:
+def identity(
+    model: Any,
+    texts: Sequence[Text],
+    size: Size,
+    layer: int,
+    num_virtual_tokens: int,
+    prefix: Sequence[Tensor],
+) -> dict[str, Any]:
     """All that the numbers depend on.
 
     Args:
         model: its weights and its configuration.
         texts: in their order.
         size: of what is kept.
-        layer: the first one with a prefix.
+        layer: the first one whose prefix is trained.
         num_virtual_tokens: P, which positions are moved by.
+        prefix: keys and values of the layers below.
     """
     return {
         "format": FORMAT,
@@ -39,6 +47,7 @@ def identity(model: Any, texts: Sequence[Text], size: Size, layer: int, num_virt
         "dtype": str(size.dtype).removeprefix("torch."),
         "layer": layer,
         "num_virtual_tokens": num_virtual_tokens,
+        "prefix": _tensors_digest(prefix),
     }
 
 
@@ -131,6 +140,14 @@ def _configuration_digest(model: nn.Module) -> str:
         values.pop(name, None)  # where it lies, who wrote it, and what computes it
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tensors_digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:
