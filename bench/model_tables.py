@@ -65,12 +65,12 @@ def packed_step(rows: Sequence[Row], isa: str) -> str:
     return markdown(PACKED, lines)
 
 
-CACHED = ["model", "data", "B,T,P", "tokens", "prefix from layer", "cached, ms", "over bare, padded", "spread"]
-CACHED += ["over no cache", "over a prefix in every layer"]
+CACHED = ["model", "data", "B,T,P", "tokens", "trained from layer", "cached, ms", "over bare, padded", "spread"]
+CACHED += ["over no cache", "over every layer trained"]
 
 
 def cached_step(rows: Sequence[Row], isa: str) -> str:
-    """Steps of a prefix in the upper layers, from kept activations."""
+    """Steps that train the prefix of the upper layers, from kept activations."""
     lines = []
     for row in rows:
         case = row.case
@@ -82,7 +82,7 @@ def cached_step(rows: Sequence[Row], isa: str) -> str:
             [*name, model(case)[1], f"{case['tokens']} of {case['B'] * case['T']}"]
             + [f"{case['first']} of {case['layers']}", milliseconds(row.seconds())]
             + [over(row, "bare model", targets.cached_over_bare(case)), spread(row, "bare model")]
-            + [over(row, "without a cache"), over(row, "prefix in every layer")]
+            + [over(row, "without a cache"), over(row, "every layer trained")]
         )
     return markdown(CACHED, lines)
 

@@ -1,4 +1,4 @@
-"""Steps that begin at the first layer with a prefix, and the gate that they pass."""
+"""Steps that begin at the first layer whose prefix is trained, and the gate that they pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import prefixcore
 from bench import models
 from bench.gates import gate
 from bench.steps.packed import Data
-from prefixcore.training.activations import CachedActivations, cache_activations
+from prefixcore.training import CachedActivations, cache_activations, train_layers
 from prefixcore.training.batch import Batch, Call, call_model
 
 TOLERANCE = 1e-6
@@ -22,7 +22,7 @@ TOLERANCE = 1e-6
 
 @dataclass
 class Upper:
-    """A model in training whose prefix begins at some layer.
+    """A model in training whose prefix is trained from some layer up.
 
     Attributes:
         model: the model.
@@ -36,9 +36,14 @@ class Upper:
     batch: Batch
     cached: CachedActivations
 
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters of the layers that are trained."""
+        return [parameter for parameter in self.handle.parameters() if parameter.requires_grad]
+
     def step(self, call: Call) -> Callable[[], None]:
         """Forward, backward and AdamW."""
-        optimizer = torch.optim.AdamW(self.handle.parameters(), lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
@@ -64,11 +69,10 @@ class _Padding:
 
 
 def upper(stack: ExitStack, model: Any, data: Data, first: int) -> Upper:
-    """A prefix on the layers of a twin of `model` from `first` up; its cache lives as long as `stack`."""
+    """A prefix on a twin of `model`, trained in the layers from `first` up; its cache lives as long as `stack`."""
     twin = models.twin(model).train()
-    layers = list(range(first, twin.config.num_hidden_layers))
-    config = prefixcore.PrefixTuningConfig(data.virtual, init="random", seed=0, layers=layers)
-    handle = prefixcore.attach(twin, config)
+    handle = prefixcore.attach(twin, prefixcore.PrefixTuningConfig(data.virtual, init="random", seed=0))
+    train_layers(handle, range(first, twin.config.num_hidden_layers))
     batch = Batch.of(data.examples, data.pad_token_id, packed=True, device=torch.device("cpu"))
     cached = cache_activations(handle, _Padding(data.pad_token_id), data.examples, "memory")
     return Upper(twin, handle, batch, stack.enter_context(cached))
@@ -81,7 +85,7 @@ def check(found: Upper) -> float:
         found.handle.module.zero_grad()
         loss = call(found.model, found.batch).loss
         loss.backward()
-        gradients = [parameter.grad.flatten() for parameter in found.handle.parameters()]
+        gradients = [parameter.grad.flatten() for parameter in found.trained if parameter.grad is not None]
         learnt.append({"loss": loss.detach(), "gradient": torch.cat(gradients)})
     if found.cached.calls != 1:
         raise AssertionError(f"expected one call to begin at the prefix, got {found.cached.calls}")

@@ -1,5 +1,5 @@
-"""A training step that begins at the first layer with a prefix, from activations that an earlier epoch has kept, beside
-the whole step, a step with a prefix in every layer, and the bare model's."""
+"""A training step that begins at the first layer whose prefix is trained, from activations that an earlier epoch kept,
+beside the whole step, a step that trains the prefix of every layer, and the bare model's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.steps.cached import check, upper
 from bench.steps.contenders import MAKERS
 from bench.steps.packed import SHORTEST, Data, demo_data, ragged
 
-# Rows, the longest of them, and the share of the layers that lie below the prefix.
+# Rows, the longest of them, and the share of the layers that lie below those trained.
 CASES = pick(
     smoke=[(TINY[0], 3, 40, 0.5), (TINY[2], 3, 40, 0.5)],
     quick=[(SMALL[0], 4, 256, 0.5)],
@@ -63,7 +63,7 @@ def compare(measure: Measure, leave_out: Callable[..., Any], shape: Shape, data:
             {
                 "bare model": MAKERS["bare model"](model, data.padded(), data.virtual).step,
                 "without a cache": found.whole(),
-                "prefix in every layer": MAKERS["prefixcore prefix"](model, data.packed(), data.virtual).step,
+                "every layer trained": MAKERS["prefixcore prefix"](model, data.packed(), data.virtual).step,
             },
             relative_error=error,
         )
