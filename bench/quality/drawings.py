@@ -62,6 +62,7 @@ def draw(content: Content, label: str) -> Any:
     """A plot a task; what trains nothing is a line across."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     columns = min(3, len(content))
     lines = -(-len(content) // columns)
@@ -77,7 +78,12 @@ def draw(content: Content, label: str) -> Any:
             reach = [[max(0.0, y - 100 * point["low"])], [max(0.0, 100 * point["high"] - y)]]
             plot.errorbar([x], [y], yerr=reach, color=colour, marker="o", markersize=4, linewidth=0.8)
             plot.annotate(point["title"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        places = [point["across"] for point in found if point["across"] is not None] or [1.0]
         plot.set_xscale("log")
+        plot.set_xlim(min(places) / 2, max(places) * 4)  # room for the names
+        plot.xaxis.set_major_locator(LogLocator(subs=(1,) if max(places) > 30 * min(places) else (1, 2, 5)))
+        plot.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        plot.minorticks_off()
         plot.set_ylim(-3, 103)
         plot.set_title(task, fontsize=9)
         plot.set_xlabel(label, fontsize=8)

@@ -249,7 +249,7 @@ _ALL = (
         (1e-3, 3e-3),
         _peft("PromptEncoderConfig", num_virtual_tokens=20, encoder_hidden_size=576),
     ),
-    of_peft("lora", "LoRA, rank 8 (PEFT)", (2e-3, 5e-4), _peft("LoraConfig", r=8, lora_dropout=0.0), "LoRA"),
+    of_peft("lora", "LoRA, rank 8 (PEFT)", (5e-4, 2e-3), _peft("LoraConfig", r=8, lora_dropout=0.0), "LoRA"),
     # Levers: each is the prefix or the soft prompt with one thing otherwise.
     ours("prefix@one-draw", "start: examples, the first draw", PREFIX, KV, start="one draw"),
     ours("prefix@vocab", "start: vocabulary", PREFIX, KV, start="vocab"),

@@ -113,7 +113,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
     model, tokenizer = base_model.load()
-    model = model.to(torch.bfloat16)
     kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
     there = {(each["method"], each["seed"]) for each in kept}
     for seed in range(options.seeds):

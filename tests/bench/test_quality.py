@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench.quality import cells, intervals, page, plan, records, sources, sustained
+from bench.quality import cells, intervals, page, plan, records, sources, starts, sustained
 from bench.quality.methods import METHODS, shown
 from bench.quality.records import Cell, Record
 from bench.quality.tasks import TASKS, Task, of_dates
@@ -150,3 +150,14 @@ def test_a_date_is_rewritten():
 
 def test_capitals_are_counted_window_by_window():
     assert sustained.windows([["AB c", "DE"], ["d", "f1"]]) == [0.5, 0.6667]
+
+
+def test_starts_are_measured_untrained_and_the_best_draw_is_the_one_of_least_loss(model):
+    tokenizer = tiny.tokenizer()
+    found = dict(starts.starts(TASK, tokenizer))
+    assert len(found) == len(starts.SIZES) * 4 + 2  # no labels
+    names = ("examples, 32 tokens, draw 0", "vocabulary")
+    rows = [starts.measure(model, tokenizer, TASK, found[name]) for name in names]
+    assert all(set(row) == {"chosen_by", "share", "loss"} for row in rows)
+    assert rows[0]["loss"] != rows[1]["loss"]
+    assert starts.best_draw(rows)["chosen_by"] == min(row["chosen_by"] for row in rows)
