@@ -129,7 +129,7 @@ def without_training(cell: Cell, method: Method, task: Task, model: Any, tokeniz
         right=right,
         loss=round(loss, 4),
         cpu_seconds_a_step=None,
-        text=text,
+        text=text if task.may_be_quoted else "",
         setting=setting(model),
     )
 

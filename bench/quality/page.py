@@ -28,6 +28,7 @@ TITLES = {
     "currencies": "Countries to currencies",
     "continents": "Countries to continents",
     "dates": "Dates rewritten",
+    "news": "BBC headlines to sections",
     "movies": "Sentences of movie reviews",
     "products": "Sentences of product reviews",
 }

@@ -14,7 +14,7 @@ from .tasks import TASKS
 SEEDS = 3
 MAIN = [name for name in METHODS if "@" not in name]
 LEVERS = [name for name in METHODS if "@" in name]
-LEVER_TASKS = ("capitals", "continents", "currencies", "movies")
+LEVER_TASKS = ("capitals", "continents", "news", "currencies", "movies")
 """The tasks on which levers are tried, beside the methods themselves."""
 
 ROUNDS = (

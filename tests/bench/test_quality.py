@@ -161,3 +161,9 @@ def test_starts_are_measured_untrained_and_the_best_draw_is_the_one_of_least_los
     assert all(set(row) == {"chosen_by", "share", "loss"} for row in rows)
     assert rows[0]["loss"] != rows[1]["loss"]
     assert starts.best_draw(rows)["chosen_by"] == min(row["chosen_by"] for row in rows)
+
+
+def test_what_must_not_be_handed_on_is_in_no_record(model):
+    task = dataclasses.replace(TASK, may_be_quoted=False)
+    assert cells.run(Cell("dates", "written-2"), METHODS["written-2"], task, model, tiny.tokenizer()).text == ""
+    assert cells.run(Cell("dates", "written-2"), METHODS["written-2"], TASK, model, tiny.tokenizer()).text
