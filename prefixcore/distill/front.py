@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..hf import attach
-from ..hf.attaching import find_attention_layers
 from ..hf.baking.bake_prefix import check_can_be_exact, ids_to_prefix
+from ..hf.reaching import find_attention_layers
 from ..nn import PrefixTuningConfig
 
 

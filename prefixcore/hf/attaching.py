@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,24 +22,21 @@ from ..nn import (
     PTuningConfig,
     SoftPrompt,
 )
-from .attention.discover import AttentionCall, check_stacks, discover, find_backbone, is_encoder, moves_positions
+from .attention.discover import moves_positions
 from .attention.interface import LAYER
 from .attention.patch import ATTACHMENT, MODULE
+from .attention.recording import AttentionCall
 from .attention.refusals import warn_of_dropout
 from .bank.attached import AnyPrompt, Attached
 from .bank.bank import Bank
 from .bank.beside_peft import warn_of_frozen_peft
 from .bank.heads import find_heads
 from .checkpoint import install
-from .families import is_known, is_known_encoder, is_known_encoder_decoder, known_encoders, known_families, text_config
 from .handle import Handle
 from .initialize import initial_prefix, initial_prompt
 from .model.devices import device_of, without_values
-from .model.sample_inputs import reads_tokens
-from .positions.model_inputs import OTHER, SEQUENCE, head_of
 from .positions.position_table import position_limit
-from .verify import check_causal, own_words, verify_prefix, verify_soft_prompt
-from .verify_encoder import verify_encoder, verify_encoder_prompt
+from .reaching import find_attention_layers, find_decoder, find_hidden_size
 
 
 def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> Handle:
@@ -106,7 +102,7 @@ def make_prefix(
     if config.where is not None:  # kept as layers, too, so that an adapter says which without its model
         config = replace(config, layers=layers)
     shapes = [calls[layer].shape for layer in layers]
-    module = Prefix(shapes, config, initial_prefix(model, config, layers, shapes, tokenizer))
+    module = Prefix(shapes, config, initial_prefix(model, config, layers, shapes, tokenizer, calls))
     return module.to(calls[0].key.device).train(model.training), layers
 
 
@@ -156,81 +152,6 @@ def check_model(model: Any) -> None:
         )
 
 
-def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], PreTrainedModel]:
-    """One attention call for each layer that a prefix reaches, and the decoder that holds the layers.
-
-    Raises:
-        ValueError, NotImplementedError: a prefix cannot be attached to this model.
-    """
-    if model.config.output_attentions or text_config(model).output_attentions:
-        raise ValueError("config.output_attentions is on, but prefix attention never forms weights: set it to False")
-    with own_words(model, "a prefix"):
-        calls = discover(model)
-    backbone = find_backbone(model, calls)
-    if model.config.is_encoder_decoder:
-        if not is_known_encoder_decoder(model):
-            body: Any = model.base_model
-            verify_encoder(model, body, calls)
-            _warn_of_unknown_family(model, "a prefix computed what concatenated keys and values do")
-        return calls, backbone
-    if is_encoder(model, calls):
-        if not is_known_encoder(model):
-            verify_encoder(model, backbone, calls)
-            _warn_of_unknown_family(model, "a prefix computed what concatenated keys and values do")
-        return calls, backbone
-    if not is_tested(model):
-        verify_prefix(model, backbone, calls)
-    if not is_known(model):
-        _warn_of_unknown_family(model)
-    return calls, backbone
-
-
-def find_hidden_size(model: PreTrainedModel) -> int:
-    """E, the width of the model's input embeddings.
-
-    Raises:
-        NotImplementedError: a soft prompt cannot be attached to this model.
-    """
-    model_class = type(model).__name__
-    if not reads_tokens(model):
-        raise NotImplementedError(
-            f"{model_class} reads {model.main_input_name}; soft prompts are for models that read input_ids (an encoder "
-            "can have a prefix: PrefixTuningConfig)"
-        )
-    if model.config.is_encoder_decoder:
-        check_stacks(model)
-        try:
-            table: Any = model.get_encoder().get_input_embeddings()
-        except (AttributeError, NotImplementedError):  # transformers' own of an encoder that has none
-            raise NotImplementedError(f"the encoder of {model_class} has no table of input embeddings") from None
-        width = _width(model, table)
-        if not is_known_encoder_decoder(model):
-            verify_encoder_prompt(model, width)
-            _warn_of_unknown_family(model)
-        return width
-    if head_of(model) == OTHER:
-        raise NotImplementedError(
-            f"{model_class} has a head that may count on where the text stands; soft prompts are for causal and masked "
-            "language models, for heads of classification and question answering (...ForSequenceClassification, "
-            "...ForTokenClassification, ...ForQuestionAnswering) and models without a head so far, a prefix "
-            "(PrefixTuningConfig) for any head"
-        )
-    hidden_size = _width(model, model.get_input_embeddings())
-    if not is_tested(model):
-        check_causal(model)
-        verify_soft_prompt(model, hidden_size)
-    if not is_known(model) and not is_known_encoder(model):
-        _warn_of_unknown_family(model)
-    return hidden_size
-
-
-def _width(model: PreTrainedModel, embed: Any) -> int:
-    if getattr(embed, "weight", None) is None or embed.weight.dim() != 2:
-        raise NotImplementedError(f"{type(model).__name__} has no table of input embeddings [V, E]")
-    width: int = embed.weight.shape[1]
-    return width
-
-
 def choose_layers(calls: list[AttentionCall], config: PrefixTuningConfig) -> list[int]:
     """The indices of the layers that get a prefix; ValueError: the model has no such layer."""
     if config.where is not None:
@@ -268,7 +189,7 @@ def attach_prefix(
     heads = find_heads(model, module) if heads is None else heads
     if module.config.position_offset and moves_positions(model, backbone, calls):
         check_position_limit(model, module.num_virtual_tokens)
-    if any(parameter.requires_grad for parameter in module.parameters()):
+    if calls[0].cache_layer is None and any(parameter.requires_grad for parameter in module.parameters()):
         warn_of_dropout(model)
     warn_of_frozen_peft(model)
     module.to(calls[0].key.device).train(model.training)
@@ -300,26 +221,6 @@ def _finish(bank: Bank, handle: Handle, heads: list[str]) -> Handle:
     return handle
 
 
-def find_decoder(model: PreTrainedModel) -> tuple[PreTrainedModel | str, list[AttentionCall]]:
-    """The decoder inside `model` whose attention a soft prompt may use, and its layers; or, as text, why there is none.
-
-    Without one a soft prompt works with padded batches and dynamic caches.
-    """
-    if model.config.is_encoder_decoder:  # whose stacks are called one by one; attention is left as it is
-        return model.get_decoder(), []
-    if not is_known(model):
-        return f"only known families can ({known_families()})", []
-    if head_of(model) == SEQUENCE:
-        return "its head gives one output a row", []
-    try:
-        calls = discover(model)
-        if is_encoder(model, calls):
-            return "its tokens see later ones, so each text changes what the prompt before it is", []
-        return find_backbone(model, calls), calls
-    except NotImplementedError as error:
-        return str(error), []
-
-
 def check_position_limit(model: PreTrainedModel, num_virtual_tokens: int) -> None:
     limit = position_limit(model)
     if limit is not None and num_virtual_tokens >= limit:
@@ -327,18 +228,3 @@ def check_position_limit(model: PreTrainedModel, num_virtual_tokens: int) -> Non
             f"{num_virtual_tokens} virtual tokens leave no room for an input: {type(model).__name__} has learned "
             f"{limit} positions"
         )
-
-
-def is_tested(model: PreTrainedModel) -> bool:
-    """Whether the model is a text model of a known family: not one inside of another, which has ways of its own."""
-    return is_known(model) and text_config(model) is model.config
-
-
-def _warn_of_unknown_family(
-    model: PreTrainedModel, found: str = "attached virtual tokens made of a text acted as the text does"
-) -> None:
-    warnings.warn(
-        f"{text_config(model).model_type!r} is not among the families that prefixcore is tested with "
-        f"({known_families()}, {known_encoders()}); {found}, so it is attached",
-        stacklevel=4,
-    )

@@ -41,6 +41,8 @@ class Family:
         attention_arguments: what its attention passes besides heads, scale and window: "softcap", "s_aux" (sinks).
         attention_dropout: the field of its configuration with the dropout rate of attention weights.
         peft_methods: what PEFT can train on it, so that tests compare with PEFT: "prefix", "prompt".
+        window_buffer: of attention that nothing but its cache reaches, its buffer [1, 1, T, S] that says which keys are
+            in the window of each query, so that the prefix is put there, too; None: there is none.
     """
 
     model_type: str
@@ -50,6 +52,7 @@ class Family:
     attention_arguments: frozenset[str] = frozenset()
     attention_dropout: str = "attention_dropout"
     peft_methods: frozenset[str] = frozenset({"prefix", "prompt"})
+    window_buffer: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -65,6 +68,30 @@ FAMILIES: dict[str, Family] = {
     )
 }
 """The known families by their `model_type`."""
+
+CACHED: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("bloom", "Bloom"),
+        Family("falcon", "Falcon"),
+        Family("mpt", "MPT", positions=LEARNED),
+        Family("gpt_neo", "GPT-Neo", positions=LEARNED, window_buffer="bias"),
+        Family("gptj", "GPT-J", positions=LEARNED),
+        Family("codegen", "CodeGen", positions=LEARNED),
+        Family("xglm", "XGLM"),
+    )
+}
+"""The families that transformers' attention interface does not reach: a prefix is concatenated with keys and values.
+
+By their `model_type`. Biases by distance (ALiBi) are what the model makes of P more keys: Bloom's and Falcon's count
+what the mask shows, MPT's the places of keys. So a prefix stands before the text as P tokens would, as in PEFT.
+"""
+
+RESETS_AT_FIRST_POSITION = frozenset({"recurrent_gemma"})
+"""Families, by their `model_type`, with layers that take position 0 for the start of a text and forget what was before.
+
+Their positions stay as they are: moved behind a prefix, a text would have no start.
+"""
 
 _BERT_DROPOUT = "attention_probs_dropout_prob"
 _OUT_OF_PEFT = frozenset({"prompt"})

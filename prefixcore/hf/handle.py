@@ -25,6 +25,7 @@ from .families import is_known
 from .model.devices import device_of
 from .model.signature import argument_names
 from .model.undone import UndoneAfterBlock
+from .tested_classes import PACKED, TESTED
 
 
 class Handle(UndoneAfterBlock):
@@ -95,10 +96,12 @@ class Handle(UndoneAfterBlock):
 
     @property
     def can_pack(self) -> bool:
-        """Whether the model takes what `PackedCollator` makes: a known family, whose head knows `logits_to_keep`."""
-        if isinstance(self.module, CPTPrompt) or not (self._adapter.is_prefix or self._bank.can_pack):
+        """Whether the model takes what `PackedCollator` makes: a class tested so, whose head knows `logits_to_keep`."""
+        is_prefix = self._adapter.is_prefix
+        if isinstance(self.module, CPTPrompt) or not (is_prefix or self._bank.can_pack):
             return False
-        return is_known(self.model) and "logits_to_keep" in argument_names(self.model)
+        packs = is_known(self.model) or (is_prefix and type(self.model).__name__ in TESTED[PACKED])
+        return packs and "logits_to_keep" in argument_names(self.model)
 
     @property
     def num_trainable(self) -> int:
@@ -125,7 +128,12 @@ class Handle(UndoneAfterBlock):
         return self.module.bake()
 
     def backend(self) -> Choice:
-        """Which backend the op behind this handle (`prefix_attention` or `soft_embedding`) uses here, and why."""
+        """Which backend the op behind this handle (`prefix_attention` or `soft_embedding`) uses here, and why.
+
+        "concatenated", which is no backend of the op, where the model's own attention reads the prefix with its keys.
+        """
+        if self._adapter.is_prefix and self._bank.cache_layers:
+            return Choice("concatenated", "transformers' attention interface does not reach this model's attention")
         op = "prefix_attention" if isinstance(self.module, Prefix) else "soft_embedding"
         return which_backend(op, device_of(self.model), self.model.dtype)
 

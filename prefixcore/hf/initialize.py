@@ -26,8 +26,9 @@ from ..nn import (
     vocab_ids,
 )
 from ..nn.initialization import check_tensor
-from .attention.discover import record
+from .attention.discover_cached import record_again
 from .attention.patch import frozen_run
+from .attention.recording import AttentionCall, record
 from .families import text_config
 from .model.devices import device_of
 from .model.sample_inputs import reads_tokens, sample_inputs
@@ -43,6 +44,7 @@ def initial_prefix(
     layers: Sequence[int],
     shapes: Sequence[LayerShape],
     tokenizer: Any = None,
+    found: Sequence[AttentionCall] = (),
 ) -> list[tuple[Tensor, Tensor]] | None:
     """One (key [Hkv, P, D], value [Hkv, P, Dv]) for each of `layers`, or None where `Prefix` draws it itself.
 
@@ -56,6 +58,7 @@ def initial_prefix(
         layers: the indices of the layers that get a prefix.
         shapes: the shape of each of these layers.
         tokenizer: reads `config.init_text`; None: the one that `config.tokenizer_name_or_path` names.
+        found: the attention calls that say how the layers are reached; none: by transformers' attention interface.
     """
     if config.init is not None and not isinstance(config.init, str):
         return tensor_init(config.init, shapes, config.num_virtual_tokens)
@@ -71,7 +74,8 @@ def initial_prefix(
     limit = position_limit(model)
     if limit is not None and len(ids) >= limit:
         raise ValueError(f"{len(ids)} virtual tokens leave no room: the model has learned {limit} positions")
-    calls = record(model, torch.tensor([ids], device=device_of(model)))
+    text = torch.tensor([ids], device=device_of(model))
+    calls = record_again(model, text, found) if found else record(model, text)
     pairs = [(calls[layer].key[0].float(), calls[layer].value[0].float()) for layer in layers]
     if not config.position_offset and why_fixed(model) is None:
         return turn(model, pairs, -len(ids))

@@ -26,15 +26,15 @@ from .attaching import (
     attach_soft_prompt,
     check_model,
     choose_layers,
-    find_attention_layers,
-    find_hidden_size,
 )
-from .attention.discover import AttentionCall
+from .attention.recording import AttentionCall
 from .bank.attached import AnyPrompt
 from .bank.cpt_calls import prompt_of_examples
 from .bank.heads import check_heads
+from .families import text_config
 from .handle import Handle
 from .initialize import initial_prompt
+from .reaching import find_attention_layers, find_hidden_size
 
 
 def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False, *, strict: bool = True) -> Handle:
@@ -166,6 +166,12 @@ class Target:
         if header.hidden_size is None:
             with naming(self.folder):
                 _check_layers(header, self.attention_layers[0])
+                if header.manifest is None and getattr(text_config(self.model), "num_kv_shared_layers", None):
+                    raise AdapterError(
+                        "PEFT gives layers that share keys (config.num_kv_shared_layers) the prefix of the layer that "
+                        "they share them with; here each has its own, so it would not be the same: train one with "
+                        "prefixcore.attach"
+                    )
         elif header.hidden_size != self.hidden_size:
             raise AdapterError(
                 f"{self.folder}: its virtual tokens have {header.hidden_size} numbers, but the model's embeddings have "

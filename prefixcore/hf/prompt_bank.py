@@ -14,8 +14,6 @@ from .attaching import (
     check_config,
     check_model,
     check_position_limit,
-    find_attention_layers,
-    find_hidden_size,
     make_prefix,
     make_prompt,
 )
@@ -28,6 +26,7 @@ from .handle import Handle
 from .loading import Target
 from .model.devices import device_of
 from .model.undone import UndoneAfterBlock
+from .reaching import find_attention_layers, find_hidden_size
 
 
 class PromptBank(UndoneAfterBlock):
@@ -218,7 +217,7 @@ class PromptBank(UndoneAfterBlock):
             shapes = [calls[layer].shape for layer in layers]
         if adapter.trains:
             module.to(device_of(self.model)).train(self.model.training)
-            if layers is not None:
+            if layers is not None and not self._bank.cache_layers:
                 warn_of_dropout(self.model)
         else:
             module.to("cpu")

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from ..nn import Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from .attention.concatenated import CONCATENATED, prefixes_in_order
-from .attention.discover import AttentionCall, find_backbone, moves_positions
+from .attention.discover import find_backbone, moves_positions
 from .attention.patch import frozen_run
+from .attention.recording import AttentionCall
 from .bank.attached import Attached
 from .bank.bank import Bank
-from .families import known_encoders
 from .model.devices import device_of
 from .model.sample_inputs import reads_tokens, sample_inputs
 from .model.signature import argument_names
@@ -143,5 +143,5 @@ def _compare(model: PreTrainedModel, what: str, effect: Tensor, missing: Tensor)
         raise NotImplementedError(
             f"a prefix on {type(model).__name__} is not what it would be if it was concatenated with keys and values "
             f"(off by {float(missing.float().norm()):.3g}, where it {what} {float(effect.float().norm()):.3g}), so "
-            f"this family is not supported; known families of encoders: {known_encoders()}"
+            "this family is not supported"
         )

@@ -15,7 +15,7 @@ from prefixcore.audit.leave_one_out import leave_one_out
 from prefixcore.audit.norms import norms_by_layer
 from prefixcore.audit.running import FrozenRun
 from prefixcore.audit.virtual import VirtualTokens, virtual_tokens
-from prefixcore.hf.attaching import find_attention_layers
+from prefixcore.hf.reaching import find_attention_layers
 from tests.audit import eager
 from tests.hf.models import FAMILIES, make, tokens, window_of
 

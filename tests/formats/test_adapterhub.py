@@ -73,7 +73,7 @@ def test_ours_are_the_same_numbers_again(name: str, llama: Any, tmp_path: Path) 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_keys_turn_as_the_model_turns_them(family: str, tmp_path: Path) -> None:
     """A key at position 3 of the model is its key at position 0, moved on by 3."""
-    from prefixcore.hf.attention.discover import record
+    from prefixcore.hf.attention.recording import record
     from prefixcore.hf.positions.rotary import turn
 
     model = make(family)

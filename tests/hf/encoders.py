@@ -84,10 +84,11 @@ def concatenated(model: Any, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> I
         if pair is None:
             return original(module, query, key, value, mask, **kwargs)
         prefix_key, prefix_value = (x.to(key.dtype).expand(len(key), -1, -1, -1) for x in pair)
+        virtual = prefix_key.shape[2]
         if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = torch.nn.functional.pad(kwargs["position_bias"], (P, 0))
+            kwargs["position_bias"] = torch.nn.functional.pad(kwargs["position_bias"], (virtual, 0))
         key, value = torch.cat((prefix_key, key), 2), torch.cat((prefix_value, value), 2)
-        mask = None if mask is None else torch.nn.functional.pad(mask, (P, 0))
+        mask = None if mask is None else torch.nn.functional.pad(mask, (virtual, 0))
         return original(module, query, key, value, mask, **kwargs)
 
     before = model.config._attn_implementation

@@ -11,6 +11,7 @@ A class works if virtual tokens made of a text act as the model does that reads 
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,12 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
+from prefixcore.hf.attention.discover import has_other_layers
 from prefixcore.hf.positions.model_inputs import has_axes, reads_ids, stand_in
+from prefixcore.hf.tested_classes import PACKED
 
+from .columns import columns
+from .hybrids import hybrid_fault
 from .tiny_models import every_class, make
 
 TEXT, PADDING, NEW = 3, 2, 3
@@ -61,7 +66,17 @@ def judge(name: str, model_type: str, method: str, **changes: Any) -> Verdict:
         handle.detach()  # the model sees stand-ins for virtual tokens, so the text to compare with is of these
         text = torch.full((TEXT,), stand_in(model))
         handle = _attach(model, method, stand_in(model))
-    return Verdict(True, fault=_fault(model, handle, make(name, model_type, **changes), text))
+    bare = make(name, model_type, **changes)
+    if method == "prefix" and has_other_layers(model, handle._bank.layers):
+        return Verdict(True, "hybrid", _hybrid_fault(model, handle, bare, text))
+    return Verdict(True, fault=_fault(model, handle, bare, text))
+
+
+def _hybrid_fault(model: Any, handle: Any, bare: Any, text: Tensor) -> str | None:
+    try:
+        return hybrid_fault(model, handle, bare) or _check_training(model, handle, bare, text, _ids())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def is_ours(error: Exception) -> bool:
@@ -201,6 +216,8 @@ def _difference(expected: Tensor, got: Tensor, without: Tensor) -> str | None:
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
+TESTED = Path(prefixcore.hf.__file__).parent / "tested_classes.py"
+
 METHODS = "prefix", "soft prompt"
 
 UNTRIED = {
@@ -217,13 +234,22 @@ UNTRIED = {
 _REASONS = {
     r"is an encoder-decoder": "an encoder-decoder",
     r"reads (\w+); virtual tokens": r"reads `\1` in place of `input_ids`",
-    r"does not run its attention through": "attention of its own, out of reach",
+    r"has no attention that a prefix reaches": "no attention interface, no cache",
+    r"itself generates otherwise than it reads": "its generate counts positions otherwise than its forward",
+    r"generate with padding on the left": "padding on the left would stand between prefix and text",
+    r"computes from the text \(position_bias\)": "a bias by position that depends on the text",
+    r"calls attention with indices": "each query chooses its keys (`indices`)",
+    r"in an argument of its own \((\w+)\)": r"keeps its past in `\1`, in no cache",
+    r"input embeddings of \w+ are no tensor": "its embeddings are no tensor",
+    r"takes no inputs_embeds": "takes no `inputs_embeds`",
+    r"has no attention that calls": "attention of its own, out of reach",
     r"is not causal; in models": "attention is not causal, or does not say so",
     r"takes no position_ids": "takes no `position_ids`",
-    r"attention modules were reached": "not one attention call a layer",
-    r"does not act as the text": "not as the text: other layers than attention remember it, or ids are looked up",
-    r"position_bias": "a learned bias by position",
+    r"modules (were reached|write to its cache)": "not one attention call a layer",
     r"should have the sliding window": "its windows are not those of its configuration",
+    r"has a window \(config\.(\w+)\)": r"out of reach but for its cache, where `\1` would hide it",
+    r"does not act as the text": "not as the text",
+    r"position_bias": "a learned bias by position",
     r"the encoder of \w+ has no table": "its encoder has no table of embeddings",
     r"no table of input embeddings": "several tables of embeddings",
     r"no tiny model: (\w+)": r"not tried: its tiny model raises \1",
@@ -250,7 +276,7 @@ def cell(verdict: Verdict) -> str:
     """What the page says of a verdict; AssertionError: it is a fault, or a refusal that the page has no words for."""
     assert verdict.fault is None, verdict.fault
     if verdict.works:
-        return "works"
+        return "works, in its attention layers" if verdict.reason == "hybrid" else "works"
     for pattern, words in _REASONS.items():
         if found := re.search(pattern, verdict.reason):
             return found.expand(words)
@@ -258,10 +284,14 @@ def cell(verdict: Verdict) -> str:
 
 
 def cells(name: str, model_type: str) -> list[str]:
-    """What the page says of a class, by method."""
+    """What the page says of a class, by method, and of a prefix on it in the other columns."""
     if name in UNTRIED:
-        return [f"not tried: {UNTRIED[name]}"] * len(METHODS)
-    return [_cell_of(name, model_type, method) for method in METHODS]
+        return [f"not tried: {UNTRIED[name]}"] * len(METHODS) + [""] * 4
+    said = [_cell_of(name, model_type, method) for method in METHODS]
+    if not said[0].startswith("works"):
+        return [*said, "", "", "", ""]
+    changes = {"is_decoder": True} if "is_decoder" in said[0] else {}
+    return [*said, *columns(make(name, model_type, **changes), make(name, model_type, **changes))]
 
 
 def _cell_of(name: str, model_type: str, method: str) -> str:
@@ -270,7 +300,7 @@ def _cell_of(name: str, model_type: str, method: str) -> str:
     if "is_decoder=True" not in verdict.reason:
         return cell(verdict)
     said = cell(judge(name, model_type, method, is_decoder=True))
-    return f"{said} with `is_decoder=True`" if said == "works" else said
+    return f"{said} with `is_decoder=True`" if said.startswith("works") else said
 
 
 def row(name: str, model_type: str, said: list[str]) -> str:
@@ -283,7 +313,7 @@ def page_rows() -> dict[str, str]:
     return {line.split("`")[1]: line for line in lines if line.startswith("| `")}
 
 
-HEADER = "| class | `model_type` | prefix | soft prompt |"
+HEADER = "| class | `model_type` | prefix | soft prompt | packs | caches | backend | beside PEFT's prefix |"
 
 
 def write_table(header: str, rows: list[str]) -> None:
@@ -292,6 +322,28 @@ def write_table(header: str, rows: list[str]) -> None:
     first = lines.index(header) + 2
     last = next((i for i in range(first, len(lines)) if not lines[i].startswith("|")), len(lines))
     PAGE.write_text("\n".join([*lines[:first], *rows, *lines[last:]]) + "\n", encoding="utf-8")
+    write_tested()
+
+
+def tested() -> dict[str, set[str]]:
+    """The classes of which the page says that they work, by method, and those whose sequences can be packed."""
+    found: dict[str, set[str]] = {method: set() for method in (*METHODS, PACKED)}
+    for name, line in page_rows().items():
+        for method, said in zip(METHODS, line.split(" | ")[2:4], strict=True):
+            if said.strip(" |").startswith("works"):
+                found[method].add(name)
+        if line.count(" | ") == 7 and line.split(" | ")[4] == "yes":
+            found[PACKED].add(name)
+    return found
+
+
+def write_tested() -> None:
+    """Writes them where `attach` reads which classes it need not warn of."""
+    text = TESTED.read_text(encoding="utf-8")
+    for name, names in zip(("_PREFIX", "_SOFT_PROMPT", "_PACKED"), tested().values(), strict=True):
+        block = textwrap.fill(" ".join(sorted(names)), 116, initial_indent="    ", subsequent_indent="    ")
+        text = re.sub(rf'(?s)\n{name} = """.*?"""', f'\n{name} = """\n{block}\n"""', text)
+    TESTED.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

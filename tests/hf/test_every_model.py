@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from prefixcore.hf.tested_classes import TESTED
+
 from . import every_encoder, every_encoder_decoder
-from .every_model import cells, page_rows, row
+from .every_model import cells, page_rows, row, tested
 from .tiny_models import every_class
 
 CLASSES = every_class()
@@ -88,6 +90,10 @@ def test_every_other_class(name: str) -> None:
     if name not in page_rows():
         pytest.skip("a class that came later than the page")
     check(name)
+
+
+def test_what_is_attached_without_a_warning_is_what_the_page_says() -> None:
+    assert {method: set(names) for method, names in TESTED.items()} == tested()
 
 
 def test_the_page_has_every_class() -> None:

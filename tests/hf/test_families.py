@@ -10,7 +10,7 @@ import torch
 import prefixcore
 from prefixcore import PrefixTuningConfig
 from prefixcore.hf import FAMILIES as KNOWN
-from prefixcore.hf.attention.discover import record
+from prefixcore.hf.attention.recording import record
 from prefixcore.hf.families import ALL_LAYERS, LEARNED, NO_LAYERS, SOME_LAYERS, Family
 
 from .models import FAMILIES, PEFT_PREFIX, PEFT_PROMPT, make, tokens

@@ -6,30 +6,23 @@ Nothing is guessed from names or configurations: the model reads a few tokens th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from ...nn import LayerShape
 from ...nn.config import PLACES
-from ..families import AS_DECODER, known_encoders, known_families, text_config
+from ..families import AS_DECODER, RESETS_AT_FIRST_POSITION, known_encoders, known_families, text_config
 from ..model.devices import device_of
-from ..model.sample_inputs import reads_tokens, sample_inputs
+from ..model.sample_inputs import CACHES, reads_tokens
 from ..model.signature import argument_names
-from ..model.tensor_parallel import HeadGroup, head_group
-from .interface import ATTENTION, PREFIXES, prefix_attention_forward
-from .mask import prefix_mask
-from .patch import frozen_run
-from .prefix import PrefixCall
+from .interface import ATTENTION
+from .recording import AttentionCall, record
 
-RECORDING = "prefixcore_recording"
-
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Values of `config.layer_types` that mean attention; others are linear attention, state spaces, convolutions."""
+_OTHER_LAYERS = {"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"}
+"""Values of `config.layer_types` that mean no attention: linear attention, state spaces, convolutions."""
 
 _KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cu_seq_lens_q",
@@ -39,108 +32,10 @@ _KNOWN_ARGUMENTS = {
 """Arguments of an attention call that the op honours, or that do not concern it."""
 
 
+NOT_ON_INTERFACE = "has no attention that calls transformers' attention interface"
+"""What a refusal says of a model whose attention has other ways, or that has none."""
+
 _NO_ENCODER = "{} reads {} and is no encoder; a prefix is for models that read input_ids, and for encoders"
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One attention call of a forward.
-
-    Attributes:
-        module, name: the attention module and its name in the model.
-        num_heads: H.
-        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], as attention sees them; of all heads, also where this process
-            computes some of them.
-        kwargs: the other arguments.
-        place: "encoder", "decoder" or "cross" in an encoder-decoder; None in a model of one stack.
-        group: the processes that share its heads; None: each has all of them.
-    """
-
-    module: nn.Module
-    name: str
-    num_heads: int
-    key: Tensor
-    value: Tensor
-    kwargs: dict[str, Any]
-    place: str | None = None
-    group: HeadGroup | None = None
-
-    @property
-    def shape(self) -> LayerShape:
-        """Hkv, D and Dv."""
-        return LayerShape(self.key.shape[1], self.key.shape[3], self.value.shape[3])
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether a token sees none of those after it, as attention functions find out."""
-        said = self.kwargs.get("is_causal")
-        return bool(getattr(self.module, "is_causal", True) if said is None else said)
-
-
-_calls: ContextVar[list[tuple[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]]] | None] = ContextVar(
-    "prefixcore_calls", default=None
-)
-
-
-def _record(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    calls = _calls.get()
-    if calls is not None:
-        calls.append((module, query, key, value, kwargs))
-    kwargs = {**kwargs, PREFIXES: PrefixCall([])}
-    return prefix_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(RECORDING, _record)
-AttentionMaskInterface.register(RECORDING, prefix_mask)
-
-
-def record(model: PreTrainedModel, input_ids: Tensor, decoder_input_ids: Tensor | None = None) -> list[AttentionCall]:
-    """The attention calls of one forward over `input_ids` [B, T], in order; the model is left as it was.
-
-    A model that does not read tokens is given one image, or some sound, of noise.
-
-    Keys and values are those that attention sees: after the rotary embedding, not repeated for the query heads. The
-    decoder of an encoder-decoder reads `decoder_input_ids`, or the same ids.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    # The heads of encoder-decoders have wishes of their own: as many tokens in both, an end of the text.
-    body: Any = model.base_model if model.config.is_encoder_decoder else model
-    token = _calls.set([])
-    try:
-        with frozen_run(model, RECORDING):
-            body(**sample_inputs(body, input_ids, decoder_ids=decoder_input_ids))
-        calls = _calls.get() or []
-    finally:
-        _calls.reset(token)
-    found = [
-        AttentionCall(module, names[module], query.shape[1], key, value, kwargs)
-        for module, query, key, value, kwargs in calls
-    ]
-    group = head_group(model)
-    return found if group is None else [_with_all_heads(model, call, group) for call in found]
-
-
-def _with_all_heads(model: PreTrainedModel, call: AttentionCall, group: HeadGroup) -> AttentionCall:
-    """A call with the keys and values of the heads of all processes.
-
-    Raises:
-        NotImplementedError: it cannot be told which heads are whose.
-    """
-    config = text_config(model)
-    expected = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    have = call.num_heads, call.key.shape[1]
-    if have == expected:
-        return call
-    if (have[0] * group.size, have[1] * group.size) != expected:
-        raise NotImplementedError(
-            f"{call.name} has {have[0]} query and {have[1]} key/value heads in this process, one of {group.size} that "
-            f"share {expected[0]} and {expected[1]}: for a prefix each of them needs the same share of both. Take a "
-            "number of processes (tp_size) that divides both"
-        )
-    key, value = group.gather(call.key, 1), group.gather(call.value, 1)
-    return replace(call, num_heads=expected[0], key=key, value=value, group=group)
 
 
 def discover(model: PreTrainedModel) -> list[AttentionCall]:
@@ -159,9 +54,8 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
     if not calls:
         raise NotImplementedError(
-            f"{model_class} does not run its attention through transformers' attention interface, so a prefix cannot "
-            "reach it; a soft prompt (PromptTuningConfig) can be attached, or take a model of a known family: "
-            f"{known_families()}"
+            f"{model_class} {NOT_ON_INTERFACE}; try a soft prompt (PromptTuningConfig), or take a model of a known "
+            f"family: {known_families()}"
         )
     if is_encoder(model, calls):
         _check_encoder(model, calls)
@@ -169,18 +63,30 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     if not reads_tokens(model):
         raise NotImplementedError(_NO_ENCODER.format(model_class, model.main_input_name))
     config = text_config(model)
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    expected = sum(layer_type in _ATTENTION_LAYERS for layer_type in layer_types)
+    expected = expected_layers(config)
     modules = {call.module for call in calls}
     if len(modules) != expected or len(calls) != expected:
         raise NotImplementedError(
-            f"{model_class} has {expected} attention layers, but {len(modules)} attention modules were reached in "
+            f"{model_class} has {expected} layers with attention, but {len(modules)} attention modules were reached in "
             f"{len(calls)} calls; a prefix must reach each layer once. Known families: {known_families()}"
         )
     for call in calls:
         _check_call(call, model.can_generate() and getattr(config, "is_decoder", None) is False)
     _check_windows(config, [call.kwargs.get("sliding_window") for call in calls])
     return calls
+
+
+def expected_layers(config: Any) -> int:
+    """How many attention layers a decoder has, as its configuration says."""
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return sum(layer_type not in _OTHER_LAYERS for layer_type in layer_types)
+
+
+def has_other_layers(model: PreTrainedModel, calls: Sequence[Any]) -> bool:
+    """Whether some layers of the decoder with these attention calls are no attention, or run more beside it."""
+    config = text_config(model)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return len(calls) < config.num_hidden_layers or bool(kinds & {"hybrid", "hybrid_sliding"})
 
 
 def is_encoder(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> bool:
@@ -199,7 +105,7 @@ def moves_positions(model: PreTrainedModel, backbone: PreTrainedModel, calls: Se
     An encoder that reads a cache counts what it holds. P-tuning v2 and PEFT put their prefix there, and so move it. One
     without a cache has never had its positions moved by a prefix.
     """
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or text_config(model).model_type in RESETS_AT_FIRST_POSITION:
         return False
     return not is_encoder(model, calls) or {"position_ids", "past_key_values"} <= set(argument_names(backbone))
 
@@ -266,6 +172,11 @@ def _check_encoder(model: PreTrainedModel, calls: list[AttentionCall]) -> None:
 
 def _check_call(call: AttentionCall, may_be_decoder: bool) -> None:
     """Raises NotImplementedError for attention of a decoder that `prefix_attention` does not compute."""
+    if call.kwargs.get("position_bias") is not None:
+        raise NotImplementedError(
+            f"{call.name} adds a bias to its scores that it computes from the text (position_bias), whose gradient "
+            "prefix attention does not give"
+        )
     _check_arguments(call)
     if not call.is_causal:
         hint = f". {AS_DECODER}" if may_be_decoder else ""
@@ -298,11 +209,12 @@ def _check_windows(config: Any, windows: list[int | None]) -> None:
     arguments.
     """
     window = getattr(config, "sliding_window", None)
-    layer_types = [each for each in getattr(config, "layer_types", None) or () if each in _ATTENTION_LAYERS]
+    layer_types = [each for each in getattr(config, "layer_types", None) or () if each not in _OTHER_LAYERS]
     layer_types = layer_types or ["sliding_attention"] * len(windows)
-    configured = [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
-    for layer, (expected, found) in enumerate(zip(configured, windows, strict=True)):
-        if expected != found:
+    for layer, (layer_type, found) in enumerate(zip(layer_types, windows, strict=True)):
+        expected = window if "sliding" in layer_type else None
+        # A window that the configuration has under another name (Inkling) is in the mask, which says everything then.
+        if expected != found and not ("sliding" in layer_type and window is None):
             raise NotImplementedError(
                 f"attention layer {layer} of {config.model_type} should have the sliding window {expected}, but tells "
                 f"its attention function {found}; known families: {known_families()}"
@@ -318,12 +230,14 @@ def find_backbone(model: PreTrainedModel, calls: list[AttentionCall]) -> PreTrai
     if model.config.is_encoder_decoder:
         decoder: PreTrainedModel = model.get_decoder()
         return decoder
-    needed = model.main_input_name if is_encoder(model, calls) else "position_ids"
+    needed = {model.main_input_name if is_encoder(model, calls) else "position_ids"}
+    if calls[0].cache_layer is not None:  # its positions are counted from what the cache holds, or given
+        needed = set(CACHES)
     paths = [call.name.split(".") for call in calls]
     common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(paths[0]))
     for end in range(common, -1, -1):
         module = model.get_submodule(".".join(paths[0][:end]))
-        if isinstance(module, PreTrainedModel) and needed in argument_names(module):
+        if isinstance(module, PreTrainedModel) and needed & set(argument_names(module)):
             return module
     raise NotImplementedError(
         f"{type(model).__name__} takes no position_ids, so the sequence cannot be placed after the prefix; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -40,6 +41,7 @@ class Patch:
         layers: the attention layers that were numbered.
         forwards: the forwards that were wrapped, by their modules.
         methods: other methods of the model that were wrapped.
+        attributes: what stands on modules in place of something of their own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -49,6 +51,7 @@ class Patch:
         self.layers: list[nn.Module] = []
         self.methods: list[WrappedMethod] = []
         self.forwards: dict[nn.Module, WrappedMethod] = {}
+        self.attributes: list[tuple[nn.Module, str]] = []
 
     def freeze(self) -> None:
         """Turns off the gradient of every parameter."""
@@ -109,6 +112,11 @@ class Patch:
         if hasattr(self.model, name):
             self.methods.append(WrappedMethod(self.model, name, around))
 
+    def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
+        """Puts `value` in place of a buffer or a method of a module, which stays behind it."""
+        module.__dict__[name] = value
+        self.attributes.append((module, name))
+
     def undo(self) -> None:
         """Puts the model back to what it was. A second call does nothing."""
         while self.forwards:
@@ -117,6 +125,9 @@ class Patch:
             module.__dict__.pop(_REPLICATE, None)
         while self.methods:
             self.methods.pop().undo()
+        while self.attributes:
+            module, name = self.attributes.pop()
+            module.__dict__.pop(name, None)
         self.forget_layers()
         if MODULE in self.model._modules:
             delattr(self.model, MODULE)
@@ -155,6 +166,21 @@ def restore_attention(implementations: list[tuple[PretrainedConfig, str | None]]
 
 
 @contextmanager
+def _without_warning() -> Iterator[None]:
+    """A block in which transformers does not warn of models that keep their attention: that is looked at afterwards."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_keep)
+
+
+def _keep(record: logging.LogRecord) -> bool:
+    return "does not support setting its attention implementation" not in record.getMessage()
+
+
+@contextmanager
 def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
     """A block in which `model` runs without gradients, dropout or autocast; afterwards it is as it was.
 
@@ -169,7 +195,8 @@ def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator
     try:
         model.eval()
         if attention is not None:
-            model.set_attn_implementation(attention)
+            with _without_warning():
+                model.set_attn_implementation(attention)
         with torch.no_grad(), torch.autocast(device_of(model).type, enabled=False):
             yield
     finally:

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters import AdapterError
-from ..attention.discover import AttentionCall, is_encoder, record
+from ..attention.discover import is_encoder
+from ..attention.discover_cached import record_again
 from ..attention.patch import frozen_run
 from ..attention.prefix import KeyValue
+from ..attention.recording import AttentionCall
 from ..bank.bank import Bank
 from ..bank.prefix_calls import compute_once
 from ..families import text_config
@@ -74,11 +76,11 @@ def prompt_to_prefix(
     return [(pair[0].float(), pair[1].float()) for pair in pairs if pair is not None]
 
 
-def ids_to_prefix(model: PreTrainedModel, ids: Sequence[int]) -> list[KeyValue]:
+def ids_to_prefix(model: PreTrainedModel, ids: Sequence[int], found: Sequence[AttentionCall]) -> list[KeyValue]:
     """The same of a text, given as the ids of its tokens."""
     check_room(model, len(ids))
     with own_words(model, "a prefix made of a text"):
-        calls = record(model, torch.tensor([list(ids)], device=model.device))
+        calls = record_again(model, torch.tensor([list(ids)], device=model.device), found)
     return [(call.key[0].float(), call.value[0].float()) for call in calls]
 
 

@@ -183,7 +183,7 @@ def _from_text(target: Target, text: str, tokenizer: Any, bos: bool | None) -> _
     calls, _ = target.attention_layers
     check_can_be_exact(model, calls)
     ids = encode_text(tokenizer, text, bos, text_config(model).vocab_size)
-    pairs = ids_to_prefix(model, ids)
+    pairs = ids_to_prefix(model, ids, calls)
     front = torch.tensor(ids, device=model.device)
     facts: dict[str, Any] = {
         "method": "text",

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from ...nn import CPTPrompt
 from ...ops import which_backend
 from ..attention.disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
-from ..attention.discover import AttentionCall, check_reached, moves_positions
+from ..attention.discover import check_reached, has_other_layers, is_encoder, moves_positions
+from ..attention.discover_cached import cache_name
 from ..attention.interface import ATTENTION, PREFIXES, NoArgumentsError
 from ..attention.patch import ATTACHMENT, Patch, frozen_run
 from ..attention.prefix import KeyValue, PrefixCall
+from ..attention.recording import AttentionCall
 from ..attention.refusals import refuse_context_parallelism
 from ..batch.tasks import (
     TASK_IDS,
@@ -45,9 +47,10 @@ from ..positions.positions import batch_rows, shift_positions
 from ..prompts.prompt_embeddings import is_inserted
 from .attached import Attached
 from .beside_peft import check_not_frozen
+from .cached_calls import reach_cached
 from .cpt_calls import TYPES, take_answers_loss
 from .encoder_calls import encode, find_encoder
-from .prefix_calls import ROWS, RowPrefixes, decode
+from .prefix_calls import ROWS, RowPrefixes, decode, hand_over
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
 from .residency import Residency
 
@@ -72,6 +75,10 @@ class Bank:
         layers: the attention layers.
         head_groups: for each the processes that share its heads; None: this one has all.
         data_meshes: the processes that FSDP2 shares the model's weights out to; none elsewhere.
+        cache_layers: which attention layer has which number in the cache, where nothing else reaches them; else empty.
+        cache_name: what the decoder's forward calls its cache.
+        is_hybrid: whether it has other layers than attention, which remember what they have read.
+        takes_positions: whether the decoder is told positions; else it counts them.
         decoder_layers: of an encoder-decoder which of them are self-attention of the decoder.
         names: the arguments of the forwards that are wrapped, by their modules.
         checkpointable: the modules that say whether gradient checkpointing is on.
@@ -97,6 +104,9 @@ class Bank:
         self.encoder = find_encoder(model)
         self.positions: nn.Module | None = None
         self.decoder_layers: frozenset[int] = frozenset()
+        self.cache_layers: dict[int, int] = {}
+        self.is_hybrid = False
+        self.cache_name, self.takes_positions = "past_key_values", True
         self.is_reached = False
         self.hands_on_arguments = True
         self.residency = Residency()
@@ -133,6 +143,9 @@ class Bank:
         """Says where the attention layers are, or why they cannot be reached."""
         self.decoder, self.layers = decoder, [call.module for call in calls]
         self.head_groups = [call.group for call in calls]
+        self.cache_layers = {call.cache_layer: i for i, call in enumerate(calls) if call.cache_layer is not None}
+        is_decoder = bool(calls) and self.encoder is None and not is_encoder(self.model, calls)
+        self.is_hybrid = is_decoder and has_other_layers(self.model, calls)
         self.decoder_layers = frozenset(i for i, call in enumerate(calls) if call.place == "decoder")
         if self.encoder is not None and not isinstance(decoder, str):
             self.positions = position_module(decoder)
@@ -146,6 +159,11 @@ class Bank:
         if self.is_reached or isinstance(self.decoder, str):
             return
         decoder = self.decoder
+        if self.cache_layers:
+            self.cache_name, self.takes_positions = cache_name(decoder) or "", "position_ids" in argument_names(decoder)
+            reach_cached(self)
+            self._wrap_decoder(decoder)
+            return
         self.patch.set_attention(decoder if self.encoder is None else self.model, ATTENTION)
         check_reached(decoder, self.layers)
         self.patch.number_layers(self.layers, True)
@@ -155,6 +173,9 @@ class Bank:
         is_given = is_known(self.model) or self.encoder is not None
         self.hands_on_arguments = is_given or self._find_handed_on(decoder)
         self.patch.number_layers(self.layers, self.hands_on_arguments)
+        self._wrap_decoder(decoder)
+
+    def _wrap_decoder(self, decoder: PreTrainedModel) -> None:
         if decoder not in self.patch.forwards:
             self.names[decoder] = argument_names(decoder)
             self.patch.wrap_forward(decoder, self.call_decoder)
@@ -177,6 +198,7 @@ class Bank:
         agree_on_values(adapter.module, [*self.data_meshes, *([group.mesh] if group is not None else [])])
         try:
             if adapter.is_prefix:
+                self._check_layers(adapter)
                 self.reach()
             self.register(adapter)
         except BaseException:
@@ -185,6 +207,14 @@ class Bank:
             raise
         self.adapters[adapter.name] = adapter
         return adapter
+
+    def _check_layers(self, adapter: Attached) -> None:
+        """Raises NotImplementedError for a prefix in some layers of a model whose layers share a mask that shows it."""
+        if self.cache_layers and set(adapter.layers or ()) != set(range(len(self.layers))):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} has attention of its own, to which a prefix is concatenated, in every "
+                f"layer or in none (0 to {len(self.layers) - 1}), got layers={adapter.layers}: leave layers out"
+            )
 
     def remove(self, adapter: Attached) -> None:
         """Detaches an adapter; with the last one the model is put back to what it was, unless the bank stays."""
@@ -259,6 +289,8 @@ class Bank:
             return forward(**kwargs)
         if self.model is self.decoder:
             forward = partial(decode, self, forward)
+        elif self.cache_layers:
+            forward = partial(hand_over, forward)
         if rows.placed:
             forward = place_prompts_in_text(self, forward, kwargs, rows)
         computed: dict[Task, Any] = {}

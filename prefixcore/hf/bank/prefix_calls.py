@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from ..positions.cache import (
 from ..positions.decoder_positions import moved
 from ..positions.positions import batch_rows, check_limit, past_length, query_length, shift_positions
 from ..prompts.prompt_arguments import tokens
+from .cached_calls import compute_once_cached, forward_cached, refuse_packed
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -62,6 +64,23 @@ class RowPrefixes:
         return task.adapter.shift if first is None else first[0].shape[1]
 
 
+class _Handed(threading.local):
+    rows: RowPrefixes | None = None
+
+
+_handed = _Handed()
+
+
+def hand_over(forward: Callable[..., Any], **kwargs: Any) -> Any:
+    """A forward of a model that hands no unknown arguments on to the decoder inside (Bloom, Falcon, GPT-J)."""
+    refuse_packed(kwargs)
+    before, _handed.rows = _handed.rows, kwargs.pop(ROWS, None)
+    try:
+        return forward(**kwargs)
+    finally:
+        _handed.rows = before
+
+
 def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     """A call of the decoder, whose layers get their prefixes."""
     decoder: Any = bank.decoder
@@ -70,7 +89,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
             f"{type(bank.model).__name__} needs either decoder_input_ids or decoder_inputs_embeds, or labels, which "
             "its decoder's input is made of"
         )
-    given: RowPrefixes | None = kwargs.pop(ROWS, None)
+    given: RowPrefixes | None = kwargs.pop(ROWS, None) or _handed.rows
     from_model = given is not None
     if given is None:
         bank.check_inserted(decoder, kwargs)
@@ -83,7 +102,8 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
             return behind_prompts(forward, given.rows, kwargs)
     if not bank.is_reached:
         return forward(**kwargs)
-    refuse_other_attention(decoder)
+    if not bank.cache_layers:
+        refuse_other_attention(decoder)
     tasks = given.tasks
     if given.rows.tasks:
         refuse_attention_weights(decoder, kwargs)
@@ -95,6 +115,11 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
                 "in the backward in another order, would give them the prefixes of others: turn it off"
             )
     num_rows, cache = batch_rows(kwargs), cache_argument(kwargs)
+    if bank.is_hybrid and kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            f"{type(decoder).__name__} has other layers than attention, which would remember the sequences before, so "
+            "sequences cannot be packed: pad them into rows of their own"
+        )
     if given.rows.index is not None and len(given.rows.index) != num_rows:
         raise NotImplementedError(
             f"{type(bank.model).__name__} makes {num_rows} rows of a batch with task_ids for {len(given.rows.index)}: "
@@ -106,9 +131,11 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
         set_empty_mask(kwargs)
     shifts = label.order if label is not None else {task.key: given.shift(task) for task in tasks}
-    if (tasks or from_model) and bank.moves_positions:
+    if (tasks or from_model) and bank.moves_positions and bank.takes_positions:
         counts = [shifts.get(key, 0) if key else 0 for key in keys]
         shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit, bank.first_position)
+        if bank.is_hybrid and kwargs["position_ids"].dim() == 2:  # Qwen4-Exp looks them up by row
+            kwargs["position_ids"] = kwargs["position_ids"].expand(num_rows, -1)
     open_cache(cache)
     try:
         with moved(_decoder_counts(bank, tasks, given, num_rows, kwargs)):
@@ -126,6 +153,8 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
 
 def _forward(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], call: PrefixCall) -> Any:
     """A forward of the decoder, whose layers find the prefixes of `call`."""
+    if bank.cache_layers:
+        return forward_cached(bank, forward, kwargs, call)
     if bank.hands_on_arguments:
         return forward(**kwargs, **{PREFIXES: call})
     decoder: Any = bank.decoder
@@ -231,6 +260,8 @@ def compute_once(bank: Bank, prompt: Tensor) -> LayerPrefixes:
     prompt = prompt.to(device=device_of(embed), dtype=embed.weight.dtype)
     recorded: dict[int, KeyValue] = {}
     forward = bank.patch.forwards[decoder].original
+    if bank.cache_layers:
+        return [_of_one_dtype(*pair) for pair in compute_once_cached(bank, forward, prompt)]
     inputs = {"inputs_embeds": prompt[None].clone(), "use_cache": False}  # CTRL scales what it is given in place
     _forward(bank, forward, inputs, PrefixCall([], recorded=recorded))
     return [_of_one_dtype(*recorded[layer]) for layer in range(len(bank.layers))]

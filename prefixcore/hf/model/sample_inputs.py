@@ -18,6 +18,9 @@ INPUTS = (
 )  # fmt: skip
 """The arguments that models read text, embeddings, images and sound from, each with a row of the batch first."""
 
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What the cache is called: `past_key_values` up to transformers 5.23, `cache` since; `cache_params` in Mamba."""
+
 _IMAGE = 224
 """Height and width of an image for a model that takes any."""
 

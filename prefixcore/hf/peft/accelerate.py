@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attaching import check_model, is_tested
+from ..attaching import check_model
 from ..attention.discover import discover, find_backbone
 from ..attention.patch import frozen_run
 from ..attention.refusals import warn_of_dropout
 from ..families import text_config
 from ..model.active import activate
+from ..reaching import is_tested
 from .accelerated import ACCELERATED, Accelerated
 from .checkpointing import checkpointing_hidden
 from .methods import check_peft_model, is_prefix, method

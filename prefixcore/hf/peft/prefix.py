@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from ...nn import LayerShape, split_layers
 from ..attention.disabled import is_disabled
-from ..attention.discover import AttentionCall
 from ..attention.prefix import KeyValue
+from ..attention.recording import AttentionCall
 from ..bank.attached import Attached
 from ..bank.bank import Bank
 from ..model.active import is_active

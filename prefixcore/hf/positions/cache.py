@@ -14,6 +14,7 @@ import torch
 from transformers import Cache
 
 from ..attention.prefix import PrefixCall
+from ..model.sample_inputs import CACHES
 
 if TYPE_CHECKING:
     from ..batch.tasks import Key, Rows
@@ -22,20 +23,16 @@ _LABEL = "_prefixcore_label"
 """The attribute of a cache that holds its label."""
 
 
-_NAMES = ("cache", "past_key_values", "cache_params")
-"""What the cache is called: `past_key_values` up to transformers 5.23, `cache` since; `cache_params` in Mamba."""
-
-
 def cache_argument(arguments: Mapping[str, Any]) -> Any:
     """The cache that a call is given, under any of its names; None: none."""
-    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
 def cache_output(output: Any) -> Any:
     """The cache that a model's output holds; None: none. Where the new name is there, reading the old one warns."""
     if isinstance(output, tuple):  # return_dict=False
         return next((each for each in output if isinstance(each, Cache)), None)
-    return next((getattr(output, name) for name in _NAMES if hasattr(output, name)), None)
+    return next((getattr(output, name) for name in CACHES if hasattr(output, name)), None)
 
 
 def cache_length(cache: Any) -> Any:
