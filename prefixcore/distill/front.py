@@ -41,7 +41,7 @@ class Front:
             check_can_be_exact(model, calls)
         except NotImplementedError:
             return cls(ids, None)
-        return cls(ids, ids_to_prefix(model, ids))
+        return cls(ids, ids_to_prefix(model, ids, calls))
 
     @contextmanager
     def before(self, model: PreTrainedModel) -> Iterator[Reader]:

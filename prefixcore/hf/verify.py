@@ -93,8 +93,8 @@ def _verify_soft_prompt(model: PreTrainedModel, hidden_size: int) -> None:
             initial = model.get_input_embeddings()(ids[0, :TEXT])
         if not isinstance(initial, Tensor):
             raise NotImplementedError(
-                f"the input embeddings of {type(model).__name__} are no tensor, but a {type(initial).__name__}, which a "
-                "soft prompt cannot be put into"
+                f"the input embeddings of {type(model).__name__} are no tensor, but a {type(initial).__name__}, into "
+                "which a soft prompt cannot be put"
             )
         initial = initial.float()
         module = SoftPrompt(hidden_size, PromptTuningConfig(init=initial), initial).to(device_of(model))

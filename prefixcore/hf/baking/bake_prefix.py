@@ -24,6 +24,7 @@ from ..bank.prefix_calls import compute_once
 from ..families import text_config
 from ..positions.position_table import position_limit
 from ..positions.rotary import has_moving_positions
+from ..reaching import find_attention_layers
 from ..verify import own_words
 
 _ATTENTION = {"full_attention", "sliding_attention"}
@@ -76,8 +77,11 @@ def prompt_to_prefix(
     return [(pair[0].float(), pair[1].float()) for pair in pairs if pair is not None]
 
 
-def ids_to_prefix(model: PreTrainedModel, ids: Sequence[int], found: Sequence[AttentionCall]) -> list[KeyValue]:
-    """The same of a text, given as the ids of its tokens."""
+def ids_to_prefix(
+    model: PreTrainedModel, ids: Sequence[int], found: Sequence[AttentionCall] | None = None
+) -> list[KeyValue]:
+    """The same of a text, given as the ids of its tokens; `found`: the model's attention layers, if they are known."""
+    found = find_attention_layers(model)[0] if found is None else found
     check_room(model, len(ids))
     with own_words(model, "a prefix made of a text"):
         calls = record_again(model, torch.tensor([list(ids)], device=model.device), found)
