@@ -92,7 +92,7 @@ def parts(
 ) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
     """Prompts to learn from, to choose the step by, and held out; those that are held out are in no other part.
 
-    What is set aside is like what will be asked: from the user's prompts, where there are any.
+    What is measured on is like what will be asked: set aside from the user's prompts, where there are any.
     """
     aside = list(held_out)
     taken = {prompt.text for prompt in aside}
@@ -104,6 +104,8 @@ def parts(
     if not aside:
         pool, aside = split_off(pool, options.eval_fraction, options.seed)
         aside = aside[:MOST_HELD_OUT]
-    training, validation = split_off(pool, VALIDATION, options.seed + 1)
-    known = {prompt.text for prompt in (*validation, *aside)}
-    return [*training, *(prompt for prompt in rest if prompt.text not in known)], validation, aside
+    known = {prompt.text for prompt in (*pool, *aside)}
+    training, validation = split_off(
+        [*pool, *(prompt for prompt in rest if prompt.text not in known)], VALIDATION, options.seed + 1
+    )
+    return training, validation, aside
