@@ -30,7 +30,7 @@ from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
 from .train_result import conclude
-from .train_start import Start
+from .train_start import SAID, Start
 
 if TYPE_CHECKING:
     from ..training import TrainingOptions
@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     evaluator("bare model")
     with user_errors(ValueError, TypeError, NotImplementedError):  # what `attach` refuses
         config = start.best(model, training, train_ids)
+    if start.is_made:
+        say(SAID)
     handle = attach(arguments, model, tokenizer, config)
     say(f"{handle.num_trainable:,} numbers to train in {handle.num_virtual_tokens} virtual tokens")
     with Report(arguments, handle, options, held_out_ids) as report:

@@ -7,11 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .output import say
-
 if TYPE_CHECKING:
     from ..training import Example, TokenizedExample
 
+SAID = "starting from some of the examples to train on; the adapter holds them as init_text (--init vocab: none)"
 FEWEST_PROBES = 8
 """With fewer examples outside the texts, all of them are what the texts are tried on."""
 
@@ -19,11 +18,25 @@ FEWEST_PROBES = 8
 class Start:
     """The configuration to train from: the one that was given, or one of several with a text of training examples.
 
+    Args:
+        arguments: of `train` or `tune`.
+        config: what they make; None: an adapter is there to go on with.
+        training: the examples to train on.
+        tokenizer: the model's.
+        tokens: P; None: that of the arguments, or what the examples need.
+
     Raises:
         DataError: an example that the tokenizer cannot encode.
     """
 
-    def __init__(self, arguments: argparse.Namespace, config: Any, training: Sequence[Example], tokenizer: Any):
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        config: Any,
+        training: Sequence[Example],
+        tokenizer: Any,
+        tokens: int | None = None,
+    ):
         from ..training.starting import DRAWS, starting_text
 
         self.tokenizer = tokenizer
@@ -31,7 +44,8 @@ class Start:
         self.is_made = False
         if config is None or arguments.init is not None or arguments.init_text is not None:
             return
-        tokens, end, seed = arguments.num_virtual_tokens, arguments.end, arguments.seed
+        tokens = tokens or arguments.num_virtual_tokens
+        end, seed = arguments.end, arguments.seed
         drawn = (starting_text(training, tokenizer, tokens, end=end, seed=seed + draw) for draw in range(DRAWS))
         if texts := [text for text in dict.fromkeys(drawn) if text]:
             self.is_made = True
@@ -60,7 +74,6 @@ class Start:
 
         if not self.is_made:
             return self.configs[0]
-        say("starting from some of the examples to train on; the adapter holds them as init_text (--init vocab: none)")
         known = dict(zip(map(id, training), ids, strict=True))
         order = list(in_turns(training, 0))
         outside = [each for each in order if not any(each.prompt in config.init_text for config in self.configs)]

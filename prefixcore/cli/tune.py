@@ -27,6 +27,7 @@ from .train_options import (
 )
 from .train_provenance import Provenance, add_author_arguments
 from .train_result import AFTER, CURVE
+from .train_start import SAID, Start
 
 if TYPE_CHECKING:
     from ..training.tuning import Candidate, Rung, Trial, Tuning
@@ -105,9 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
         with user_errors(DataError, what=f"--model {arguments.model}"):
             check_template(tokenizer)
     own = count_virtual_tokens(arguments, model, tokenizer, config)
+    lengths = lengths_of(arguments, own)
     with user_errors(ValueError, what="--lrs"):
-        candidates = grid(config, lengths_of(arguments, own), rates_of(arguments))
-    longest = max(candidate.num_virtual_tokens for candidate in candidates)
+        candidates = grid(config, lengths, rates_of(arguments))
+    longest = max(lengths)
     limit = LengthLimit.of(model, longest, arguments.max_length)
     end, skip = arguments.end, arguments.skip_too_long
     training, train_ids = tokenize_all(model, tokenizer, training, end, limit, skip=skip)
@@ -117,6 +119,13 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out to choose by")
     say(f"{len(candidates)} candidates, {arguments.minutes:g} minutes")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
+    with user_errors(DataError):
+        starts = {length: Start(arguments, config, training, tokenizer, length) for length in lengths}
+    with user_errors(ValueError, TypeError, NotImplementedError):
+        best = {length: start.best(model, training, train_ids) for length, start in starts.items()}
+        candidates = [each for length in best for each in grid(best[length], [length], rates_of(arguments))]
+    if any(start.is_made for start in starts.values()):
+        say(SAID)
 
     with user_errors(ValueError, TypeError, NotImplementedError), PromptBank(model) as bank:
         found = tune(
@@ -204,8 +213,6 @@ def command(arguments: argparse.Namespace, found: Tuning) -> str:
     parts = ["prefixcore", "train", "--model", str(arguments.model), "--data", str(arguments.data)]
     chosen: dict[str, Any] = {name: getattr(arguments, name) for name in SHARED}
     chosen["num_virtual_tokens"] = best.candidate.num_virtual_tokens
-    if arguments.init_text is None:
-        chosen["init"] = best.candidate.config.init_name
     usual = {"batch_size": 8, "seed": 0, "eval_limit": 256, "dtype": "auto"}
     if arguments.eval_data is not None or arguments.eval_fraction == 0.1:
         del chosen["eval_fraction"]

@@ -22,9 +22,10 @@ def tune(prefixcore, model_folder, data, tmp_path):
     return call
 
 
-def test_the_best_is_saved_and_its_command_trains_it_again(tune, prefixcore, tmp_path):
+@pytest.mark.parametrize("start", [("--init", "vocab"), ()])  # the other: some of the training examples
+def test_the_best_is_saved_and_its_command_trains_it_again(tune, prefixcore, tmp_path, start):
     options = ("--method", "prefix", "--lengths", "2,3", "--lrs", "0.00001,0.03", "--most-steps", 14)
-    code, out, err = tune(*options, "--init", "vocab", "--license", "CC0-1.0", "--intended-use", "a test")
+    code, out, err = tune(*options, *start, "--license", "CC0-1.0", "--intended-use", "a test")
     assert code == 0, err
     assert "4 candidates, 2 minutes" in err
     assert "4 candidates, 2 steps each" in err
