@@ -12,7 +12,7 @@ from bench import pages, pictures
 from bench.cells import markdown
 from prefixcore.training.starting import DRAWS
 
-from . import drawings, plan, records, sustained
+from . import drawings, goals, plan, records, sustained
 from .intervals import mean, percent
 from .methods import METHODS
 from .records import Record, chosen
@@ -217,6 +217,7 @@ def setting(kept: Sequence[Record]) -> str:
 PARTS: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "where others win": where_others_win,
     "summary": summary,
+    "goals": goals.table,
     "setting": setting,
     "tables": lambda kept: tables(kept, plan.MAIN),
     "levers": levers,

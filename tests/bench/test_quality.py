@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench.quality import cells, intervals, page, plan, records, sources, starts, sustained
+from bench.quality import cells, goals, intervals, page, plan, records, sources, starts, sustained
 from bench.quality.methods import METHODS, shown
 from bench.quality.records import Cell, Record
 from bench.quality.tasks import TASKS, Task, of_dates
@@ -120,6 +120,20 @@ def test_the_page_says_first_where_others_win():
     assert page.where_others_win(kept) == "- Dates rewritten: LoRA, rank 8 (PEFT) 75 %, ours at best prefix 50 %."
     assert "| Dates rewritten | 50 prefix | - | **75** | - | - |" in page.summary(kept)
     assert page.where_others_win(kept[:1]) == "On none of the tasks that were run."
+
+
+def test_goals_say_what_was_met_and_what_was_missed():
+    kept = [
+        record("prompt", 0, 1e-3, 0.5, "1111", task="capitals"),
+        record("lora", 0, 1e-3, 0.5, "0111", task="capitals"),
+        record("peft-prompt", 0, 1e-3, 0.5, "1111", task="capitals"),
+    ]
+    assert goals.capitals(kept) == ("soft prompt 100 %", True)
+    assert goals.ahead_of_peft(kept) == ("ahead on none; not on capitals", True)
+    assert goals.beside_lora(kept) == ("", None)  # as many numbers as LoRA
+    kept[0] = dataclasses.replace(kept[0], numbers=10)
+    assert goals.beside_lora(kept) == ("+25 points on average over 1 tasks", True)
+    assert "| not run | - |" in goals.table([])
 
 
 def test_the_page_and_its_pictures_say_what_the_records_say():

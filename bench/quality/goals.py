@@ -1,0 +1,68 @@
+"""The goals of the suite, each with what the records say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.cells import markdown
+
+from .intervals import mean
+from .methods import METHODS
+from .records import Record, chosen
+
+CAPITALS, WITHIN, A_PART = 70.0, 2.0, 10
+
+
+def shares(kept: Sequence[Record], task: str, kind: str, most_numbers: float = float("inf")) -> dict[str, float]:
+    """Right answers in percent by method, of one kind and with at most so many trained numbers; levers aside."""
+    found = {}
+    for name, method in METHODS.items():
+        mine = chosen(kept, task, name) if method.kind == kind and "@" not in name else []
+        if mine and mine[0].numbers <= most_numbers:
+            found[name] = 100 * mean([each.right for each in mine])
+    return found
+
+
+def capitals(kept: Sequence[Record]) -> tuple[str, bool | None]:
+    """What the prefix and the soft prompt of `prefixcore train` come to with no option set."""
+    found = {METHODS[n].title: s for n, s in shares(kept, "capitals", "ours").items() if n in ("prefix", "prompt")}
+    said = ", ".join(f"{name} {share:.0f} %" for name, share in found.items())
+    return said, max(found.values()) >= CAPITALS if found else None
+
+
+def ahead_of_peft(kept: Sequence[Record]) -> tuple[str, bool | None]:
+    """On which tasks the best of ours is ahead of the best of PEFT's prompts."""
+    ahead, behind = [], []
+    for task in dict.fromkeys(each.task for each in kept):
+        ours, others = shares(kept, task, "ours"), shares(kept, task, "PEFT")
+        if ours and others:
+            (ahead if max(ours.values()) > max(others.values()) else behind).append(task)
+    said = f"ahead on {', '.join(ahead) or 'none'}; not on {', '.join(behind) or 'none'}"
+    return said, len(behind) <= 1 if ahead or behind else None
+
+
+def beside_lora(kept: Sequence[Record]) -> tuple[str, bool | None]:
+    """How far the best of ours with a tenth of LoRA's numbers is from LoRA, on average over the tasks."""
+    ways = []
+    for task in dict.fromkeys(each.task for each in kept):
+        lora = chosen(kept, task, "lora")
+        if lora and (ours := shares(kept, task, "ours", lora[0].numbers / A_PART)):
+            ways.append(max(ours.values()) - 100 * mean([each.right for each in lora]))
+    if not ways:
+        return "", None
+    average = sum(ways) / len(ways)
+    return f"{average:+.0f} points on average over {len(ways)} tasks", average >= -WITHIN
+
+
+def table(kept: Sequence[Record]) -> str:
+    """A row a goal."""
+    goals = {
+        f"capitals at least {CAPITALS:.0f} % with no option set": capitals,
+        "ahead of PEFT's best prompt at equal steps, on every task but one at most": ahead_of_peft,
+        f"within {WITHIN:.0f} points of LoRA with a tenth of its numbers": beside_lora,
+    }
+    rows = []
+    for goal, measure in goals.items():
+        said, met = measure(kept)
+        rows.append([goal, said or "not run", "-" if met is None else "met" if met else "**missed**"])
+    return markdown(("goal", "so far", ""), rows)
