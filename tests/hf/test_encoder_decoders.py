@@ -11,7 +11,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
-from prefixcore.hf import ENCODER_DECODERS, attaching
+from prefixcore.hf import ENCODER_DECODERS, reaching
 from prefixcore.hf.attention import interface
 from prefixcore.hf.measures import attention_on_prefix
 
@@ -240,7 +240,7 @@ def test_detaching_leaves_the_model_as_it_was(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_of_an_unknown_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attaching, "is_known_encoder_decoder", lambda model: False)
+    monkeypatch.setattr(reaching, "is_known_encoder_decoder", lambda model: False)
     with prefixcore.attach(make(family), config()):
         pass
     op = interface.prefix_attention

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
-from prefixcore.hf import ENCODERS, attaching, verify_encoder
+from prefixcore.hf import ENCODERS, reaching, verify_encoder
 from prefixcore.hf.attention import interface
 from prefixcore.hf.measures import attention_on_prefix
 
@@ -226,7 +226,8 @@ def test_attention_weights_are_refused() -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_the_check_of_an_unknown_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It passes for what is right, and sees an op that leaves a hundredth of the prefix's values out."""
-    monkeypatch.setattr(attaching, "is_known_encoder", lambda model: False)
+    monkeypatch.setattr(reaching, "is_known_encoder", lambda model: False)
+    monkeypatch.setitem(reaching.TESTED, "prefix", frozenset())
     with (
         pytest.warns(UserWarning, match="a prefix computed what concatenated keys and values do"),
         prefixcore.attach(make(family), config()),
