@@ -200,6 +200,7 @@ class Bank:
             if adapter.is_prefix:
                 self._check_layers(adapter)
                 self.reach()
+                self._check_positions(adapter)
             self.register(adapter)
         except BaseException:
             if not self.adapters and not self.stays:
@@ -207,6 +208,15 @@ class Bank:
             raise
         self.adapters[adapter.name] = adapter
         return adapter
+
+    def _check_positions(self, adapter: Attached) -> None:
+        """Raises NotImplementedError for a text that is to begin at 0 on a model that counts it behind its cache."""
+        is_told = self.takes_positions and not getattr(text_config(self.model), "alibi", False)
+        if self.cache_layers and not is_told and adapter.shift != adapter.num_virtual_tokens:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} counts positions by its cache, in which the prefix stands, so the text "
+                "cannot begin at position 0: leave position_offset=False out"
+            )
 
     def _check_layers(self, adapter: Attached) -> None:
         """Raises NotImplementedError for a prefix in some layers of a model whose layers share a mask that shows it."""
