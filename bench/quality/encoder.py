@@ -10,7 +10,7 @@
 The data are movie reviews of vaderSentiment, one sentence each, with scores that people gave; from -0.5 to 0.5 they are
 left out. Every method trains the same head, on the mean of the last hidden states; the model is frozen but for the last
 method. Forwards are in bfloat16 by autocast. The epoch is the one that did best on a development set, apart from the
-test set; so is the learning rate, found with the first seed.
+test set; so is the learning rate, found with the first seed. A run that was stopped goes on from `--out`.
 """
 
 from __future__ import annotations
@@ -232,10 +232,14 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     results: list[dict[str, Any]] = []
+    if arguments.out and arguments.out.exists():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))
     best_rate: dict[str, float] = {}
     for seed in range(arguments.seeds):
         for method in METHODS:
             for rate in method.rates if seed == 0 else (best_rate[method.name],):
+                if any((r["method"], r["rate"], r["seed"]) == (method.name, rate, seed) for r in results):
+                    continue
                 result = run(method, rate, seed, arguments.data, arguments.data / "minilm")
                 results.append(result)
                 print(json.dumps(result), flush=True)
