@@ -48,7 +48,7 @@ def test_where_no_prefix_is_equal_the_tokens_stand_before_each_prompt(tokenizer)
     assert front.pairs is None
     with front.before(model) as reader:
         assert (reader.before, reader.packed) == ([5, 6, 7], False)
-    options = DistillOptions(num_virtual_tokens=3, questions=0, max_answer_tokens=3, steps=2)
+    options = DistillOptions(num_virtual_tokens=3, questions=0, max_answer_tokens=3, steps=2, start="mass")
     distilled = distill(model, tokenizer, TEXT, options=options, prompts=[Prompt(each) for each in "abcdef"])
     assert distilled.report.start["kind"] == "spread"
     assert not distilled.report.is_prefix_exact
