@@ -81,7 +81,7 @@ def draw(content: Content, label: str) -> Any:
         places = [point["across"] for point in found if point["across"] is not None] or [1.0]
         plot.set_xscale("log")
         plot.set_xlim(min(places) / 2, max(places) * 4)  # room for the names
-        plot.xaxis.set_major_locator(LogLocator(subs=(1,) if max(places) > 30 * min(places) else (1, 2, 5)))
+        plot.xaxis.set_major_locator(LogLocator(subs=(1,) if max(places) > 8 * min(places) else (1, 2, 5)))
         plot.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         plot.minorticks_off()
         plot.set_ylim(-3, 103)

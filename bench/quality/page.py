@@ -80,7 +80,11 @@ def where_others_win(kept: Sequence[Record]) -> str:
             if own and share > own[0][0]:
                 ours = f"{METHODS[own[0][1]].title} {100 * own[0][0]:.0f} %"
                 lines.append(f"- {title}: {METHODS[name].title} {100 * share:.0f} %, ours at best {ours}.")
-    return "\n".join(lines) or "On none of the tasks that were run."
+    if lines:
+        return "\n".join(lines)
+    others = [name for name, method in METHODS.items() if method.kind == "PEFT"]
+    run = [name for name in others if any(each.method == name for each in kept)]
+    return f"Nowhere among what has been run; of PEFT's prompts that is {len(run)} of {len(others)} settings."
 
 
 def task_table(kept: Sequence[Record], task: str, names: Sequence[str]) -> str:
