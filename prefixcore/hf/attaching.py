@@ -63,7 +63,9 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
         NotImplementedError: a model that a prefix or a soft prompt cannot reach. Known families are Llama, Mistral,
             Qwen2, Qwen3, Gemma 2, gpt-oss and GPT-2; the encoders BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ALBERT,
             DistilBERT, ModernBERT and ViT; the encoder-decoders BART, mBART, Pegasus, Marian, M2M100, T5, mT5 and
-            Whisper. Others are checked on the spot and named in a warning.
+            Whisper. Bloom, Falcon, MPT, GPT-Neo, GPT-J, CodeGen and XGLM take a prefix through their cache,
+            concatenated as in PEFT. Others are checked on the spot, and named in a warning where no test names their
+            class.
 
     After an error the model is as it was.
 

@@ -90,7 +90,8 @@ def norms(handle: Handle) -> dict[str, float]:
 def attention_on_prefix(handle: Handle, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """The share of attention that falls on the prefix: `prefix_attention/layer_<n>`, between 0 and 1.
 
-    The mean over heads and over the tokens of the batches, padding aside; empty where the virtual tokens are no prefix.
+    The mean over heads and over the tokens of the batches, padding aside; empty where the virtual tokens are no prefix,
+    or the model's own attention reads them (`handle.backend()` is "concatenated") and tells nothing of its weights.
 
     Args:
         handle: whose model is run, in evaluation mode and without gradients.

@@ -40,8 +40,9 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
         return _through_interface(model)
     except NotImplementedError as error:
         refusal = error
+    # A known family is never slower in silence: where the interface does not reach it, something is wrong with it.
     if is_known(model) or model.config.is_encoder_decoder or not reads_tokens(model):
-        raise refusal  # a known family is reached by the interface, or there is something to be said
+        raise refusal
     try:
         return _through_cache(model)
     except NotImplementedError as error:

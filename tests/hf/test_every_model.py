@@ -28,11 +28,13 @@ SAMPLE = [
     "JambaForCausalLM",
     "LlavaForConditionalGeneration",
     "MambaForCausalLM",
+    "MptForCausalLM",
     "OPTForCausalLM",
     "PaliGemmaForConditionalGeneration",
     "Phi3ForCausalLM",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
     "T5Gemma2ForConditionalGeneration",
     "XLNetLMHeadModel",
 ]
