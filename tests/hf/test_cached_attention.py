@@ -233,6 +233,8 @@ def test_what_it_says_of_its_backend(bloom: Any) -> None:
 def test_refusals(bloom: Any) -> None:
     with pytest.raises(NotImplementedError, match="in every layer or in none"):
         prefixcore.attach(bloom, PrefixTuningConfig(P, layers=[1]))
+    with pytest.raises(NotImplementedError, match="leave position_offset=False out"):
+        prefixcore.attach(bloom, PrefixTuningConfig(P, init="random", position_offset=False))
     assert prefixcore.hf.attached(bloom) is None
     attach(bloom)
     ids = tokens(1, 6)

@@ -219,7 +219,15 @@ class Bank:
             )
 
     def _check_layers(self, adapter: Attached) -> None:
-        """Raises NotImplementedError for a prefix in some layers of a model whose layers share a mask that shows it."""
+        """Raises NotImplementedError for a prefix in some layers of a model whose layers share a mask that shows it.
+
+        And for one whose text begins at position 0, where the model counts what its cache holds, or biases by it.
+        """
+        if self.cache_layers and adapter.shift != adapter.num_virtual_tokens:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} reads its prefix through its cache, where the text behind it begins at "
+                "position P: leave position_offset=False out"
+            )
         if self.cache_layers and set(adapter.layers or ()) != set(range(len(self.layers))):
             raise NotImplementedError(
                 f"{type(self.model).__name__} has attention of its own, to which a prefix is concatenated, in every "
