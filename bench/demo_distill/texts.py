@@ -56,7 +56,7 @@ def capitals(folder: Path) -> Text:
     small = [{"prompt": f"{name} ->"} for name in small_countries() if name not in known]
     options = ["--prompts", str(write(folder / "capitals.jsonl", [*rows[:LEARNT], *small]))]
     options += ["--eval-prompts", str(write(folder / "capitals-held-out.jsonl", rows[LEARNT:]))]
-    options += ["--end", "\\n", "--max-answer-tokens", "10", "--steps", "70"]
+    options += ["--end", "\\n", "--max-answer-tokens", "10", "--steps", "100"]
     return Text("capitals", "sixty examples", context, options)
 
 

@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument(
         "--start",
         choices=("first", "spread", "mass"),
-        help="whose keys and values the prefix starts from (default: spread)",
+        help="whose keys and values the prefix starts from (default: mass)",
     )
     loop.add_argument(
         "--num-frozen-tokens",

@@ -39,7 +39,7 @@ class DistillOptions:
     Examples:
         >>> from prefixcore.distill import DistillOptions
         >>> DistillOptions(num_virtual_tokens=32).start
-        'spread'
+        'mass'
     """
 
     num_virtual_tokens: int
@@ -49,7 +49,7 @@ class DistillOptions:
     max_answer_tokens: int = 48
     temperature: float = 0.0
     top_k: int = 20
-    start: str = "spread"
+    start: str = "mass"
     num_frozen_tokens: int = 0
     steps: int = 200
     learning_rate: float = 5e-3
