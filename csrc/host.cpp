@@ -61,8 +61,7 @@ PYBIND11_MODULE(_host, m) {
         return number;
       },
       py::arg("ticket"), py::arg("words"), py::arg("any_length") = false,
-      "Keeps a plan, in 64-bit words, for the signature of a ticket (no words: there is none), or for that which calls "
-      "of other lengths share with it; returns its number.");
+      "Keeps a plan, in 64-bit words, for the call of a ticket or for any length; returns its number.");
   m.def(
       "length_bucket", [](const py::int_& keys) { return prefixcore_length_bucket(keys.cast<int64_t>()); },
       py::arg("keys"), "The number of keys for which a plan of any length is made.");

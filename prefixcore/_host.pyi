@@ -16,8 +16,7 @@ def plan_wanted() -> int:
     """The ticket of the last call on this thread whose signature was unknown, once; 0 if it was known."""
 
 def plan_keep(ticket: int, words: bytes, any_length: bool = False) -> int:
-    """Keeps a plan, in 64-bit words, for the signature of a ticket (no words: there is none), or for that which calls
-    of other lengths share with it; returns its number."""
+    """Keeps a plan, in 64-bit words, for the call of a ticket or for any length; returns its number."""
 
 def length_bucket(keys: int) -> int:
     """The number of keys for which a plan of any length is made."""

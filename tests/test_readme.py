@@ -71,7 +71,7 @@ def test_someone_who_writes_a_framework():
 
 def test_the_commands_are_understood():
     commands = examples.commands(README)
-    assert len(commands) == 9
+    assert len(commands) == 11
     for arguments in commands:
         parser().parse_args(arguments)
 
