@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from ..hf import attach
 from ..hf.attaching import check_model
-from ..training import weights_digest
 from ..training.data import pad_id
+from ..training.weights import configuration_digest, weights_digest
 from .checks import check_length, check_model_answers
 from .errors import DistillError
 from .front import Front
@@ -91,7 +91,7 @@ def distill(
     progress = Progress(show_progress)
     padding = pad_id(tokenizer, model)
     store = Store(None if cache is None else Path(cache))
-    digest = "" if cache is None else weights_digest(model)
+    digest = "" if cache is None else f"{weights_digest(model)} {configuration_digest(model)}"
 
     questions: list[Prompt] = []
     if options.questions:

@@ -1,9 +1,11 @@
-"""The frozen weights: which they are, and a digest that shows they did not change."""
+"""The frozen weights: which they are, a digest that shows they did not change, and one of what else a model computes by."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,4 +44,41 @@ def weights_digest(model: nn.Module) -> str:
         tensor = parameter.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def configuration_digest(model: Any) -> str:
+    """SHA-256 (hex) over what a frozen model computes by besides its weights.
+
+    That is its configuration (RoPE's base, say), its buffers, and of layers that PEFT has put in which of them are
+    active and by what they are scaled. Where it lies, who wrote it and what computes attention are left out.
+
+    Examples:
+        >>> from prefixcore.training.weights import configuration_digest
+        >>> before = configuration_digest(model)
+        >>> model.config.rope_parameters["rope_theta"] *= 2
+        >>> configuration_digest(model) == before
+        False
+    """
+    digest = hashlib.sha256()
+    values = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation"):
+        values.pop(name, None)
+    digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, buffer in sorted(model.named_buffers()):
+        if not name.startswith("prefixcore."):
+            digest.update(f"{name} {tensors_digest([buffer])}".encode())
+    for name, module in model.named_modules():
+        if hasattr(module, "scaling") and hasattr(module, "active_adapters"):  # a tuner layer of PEFT's
+            said = [module.scaling, module.active_adapters, module.disable_adapters]
+            digest.update(f"{name} {json.dumps(said, sort_keys=True, default=str)}".encode())
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 (hex) over dtype, shape and bytes of tensors, one after another."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -165,8 +165,9 @@ def test_a_folder_is_taken_again_for_the_same_and_for_nothing_else(tmp_path):
     other.detach()
 
     for change, why in (
-        ({"num_virtual_tokens": 4}, "num virtual tokens"),
-        ({}, "num virtual tokens"),
+        ({"num_virtual_tokens": 4}, "positions"),
+        ({}, "positions"),
+        ({"position_offset": False}, "positions"),
     ):
         handle = attach(models.make("llama", seed=1), **change)
         lines, _, calls = lines_of(handle, folder)
@@ -176,6 +177,40 @@ def test_a_folder_is_taken_again_for_the_same_and_for_nothing_else(tmp_path):
     handle = attach(models.make("llama", seed=1))
     assert "of other dtype" in lines_of(handle, folder, dtype=torch.bfloat16)[0][0]
     assert lines_of(handle, folder, dtype=torch.bfloat16)[2] == 1
+
+
+def test_a_folder_is_of_the_configuration_and_of_what_peft_scales_by(tmp_path):
+    """Neither is in the weights, and both change what the lower layers make of a text."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = models.make("llama")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), model)
+    model.requires_grad_(False)
+    tuner = model.model.layers[0].self_attn.q_proj
+
+    def calls() -> int:
+        with attach(model) as handle:
+            return lines_of(handle, tmp_path)[2]
+
+    assert [calls(), calls()] == [0, 1]
+    tuner.scaling["default"] *= 2
+    assert [calls(), calls()] == [0, 1]
+    tuner.enable_adapters(False)
+    assert [calls(), calls()] == [0, 1]
+    model.config.rms_norm_eps *= 2
+    assert [calls(), calls()] == [0, 1]
+
+
+def test_two_processes_at_once_never_say_that_rows_are_there_which_are_not(tmp_path):
+    """The second makes the file anew; the first ends, and knows rows that the second has not made yet."""
+    handle = attach(models.make("llama"))
+    first, _ = two_batches(packed=True)
+    options = (handle, tiny.tokenizer(), EXAMPLES, "disk")
+    with cache_activations(*options, folder=tmp_path) as one:
+        with cache_activations(*options, folder=tmp_path):
+            one(handle.model, first)
+    with cache_activations(*options, folder=tmp_path) as third:
+        assert not third.rows.known
 
 
 @pytest.mark.parametrize("damage", ["numbers", "cut", "record"])

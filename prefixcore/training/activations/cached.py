@@ -96,7 +96,7 @@ def cache_activations(
         place: "memory", or "disk".
         dtype: of what is kept; None: the model's own, with which nothing is lost.
         folder: where on the disk. It stays, and what is in it is taken again for the same weights, configuration,
-            examples, layer and dtype. None: a temporary one.
+            examples, layer, prefix below it, positions and dtype. None: a temporary one.
         packed: batches that the check is made with; None: where `handle.can_pack`.
         say: told how much it takes before anything is kept, and what is taken of the folder.
 
@@ -132,7 +132,7 @@ def cache_activations(
         return
     with tempfile.TemporaryDirectory(prefix="prefixcore-activations-") as temporary:
         kept = Folder(Path(folder if folder is not None else temporary))
-        of = identity(handle.model, texts, size, lower.first, handle.num_virtual_tokens, lower.prefix)
+        of = identity(handle.model, texts, size, lower.first, handle._adapter.shift, lower.prefix)
         rows, why = kept.open(texts, size, of, lambda: check_room(size, place, kept.path))
         if why is not None:
             say(f"the activations in {kept.path} are not taken ({why}), and are made anew")

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..weights import weights_digest
+from ..weights import configuration_digest, tensors_digest, weights_digest
 from .room import Size
 from .rows import Rows, Text, texts_digest
 
 NUMBERS, RECORD = "activations.bin", "activations.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def identity(
@@ -24,30 +24,30 @@ def identity(
     texts: Sequence[Text],
     size: Size,
     layer: int,
-    num_virtual_tokens: int,
+    first_position: int,
     prefix: Sequence[Tensor],
 ) -> dict[str, Any]:
     """All that the numbers depend on.
 
     Args:
-        model: its weights and its configuration.
+        model: its weights, its configuration and what else it computes by.
         texts: in their order.
         size: of what is kept.
         layer: the first one whose prefix is trained.
-        num_virtual_tokens: P, which positions are moved by.
+        first_position: of a text: P, or 0 where the prefix does not move it (`position_offset=False`).
         prefix: keys and values of the layers below.
     """
     return {
         "format": FORMAT,
         "weights": weights_digest(model),
-        "configuration": _configuration_digest(model),
+        "configuration": configuration_digest(model),
         "texts": texts_digest(texts),
         "tokens": size.tokens,
         "width": size.width,
         "dtype": str(size.dtype).removeprefix("torch."),
         "layer": layer,
-        "num_virtual_tokens": num_virtual_tokens,
-        "prefix": _tensors_digest(prefix),
+        "positions": first_position,
+        "prefix": tensors_digest(prefix),
     }
 
 
@@ -104,9 +104,13 @@ class Folder:
         return rows, why
 
     def close(self, rows: Rows, of: Mapping[str, Any]) -> None:
-        """Notes which rows are there, whole or not at all."""
+        """Notes which rows are there, whole or not at all.
+
+        The digest is that of these rows: where another process has put a file of its own in their place meanwhile, it
+        does not match, and nothing is taken.
+        """
         known = [i for i, text in enumerate(rows.texts) if text in rows.known]
-        record = {**of, "sha256": _digest(self.path / NUMBERS), "known": known}
+        record = {**of, "sha256": _digest_of(rows.values), "known": known}
         unfinished = self.path / _unfinished(RECORD)
         unfinished.write_text(json.dumps(record) + "\n", encoding="utf-8")
         unfinished.replace(self.path / RECORD)
@@ -133,26 +137,14 @@ def _unfinished(name: str) -> str:
     return f".{name}.writing"
 
 
-def _configuration_digest(model: nn.Module) -> str:
-    config: Any = model.config
-    values = config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation"):
-        values.pop(name, None)  # where it lies, who wrote it, and what computes it
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _tensors_digest(tensors: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _digest_of(values: Tensor) -> str:
+    """That of the file that these numbers are mapped from."""
+    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
