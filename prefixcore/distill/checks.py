@@ -18,11 +18,16 @@ def check_model_answers(model: Any) -> None:
         )
 
 
-def check_length(model: Any, front: int, rest: int, what: str) -> None:
-    """Raises DistillError if the teacher cannot read so many tokens."""
+def positions_of(model: Any) -> int | None:
+    """How many tokens the model can read, or was made to read; None: nobody says."""
     learned = position_limit(model)
     stated = getattr(text_config(model), "max_position_embeddings", None)
-    positions = learned if learned is not None else stated if isinstance(stated, int) and stated > 0 else None
+    return learned if learned is not None else stated if isinstance(stated, int) and stated > 0 else None
+
+
+def check_length(model: Any, front: int, rest: int, what: str) -> None:
+    """Raises DistillError if the teacher cannot read so many tokens."""
+    positions = positions_of(model)
     if positions is not None and front + rest > positions:
         raise DistillError(
             f"{what}: {front:,} tokens of the text and {rest:,} behind it, with the answer, are more than the "

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import positions_of
 from .front import Front
 from .options import DistillOptions
 from .running import answer
@@ -65,7 +66,11 @@ class SelfStudy:
     def prompts(self, progress: Callable[[int], object] = lambda count: None) -> list[Prompt]:
         """About `options.questions` different prompts; `progress` is told how many more were made."""
         found: dict[str, Prompt] = {}
-        chunks = chunks_of(self.tokenizer, self.text, self.options.chunk_tokens)
+        positions = positions_of(self.model)
+        most = self.options.chunk_tokens
+        if positions is not None:  # behind a part there is to be room for what asks for a prompt, and for the prompt
+            most = max(1, min(most, positions - 2 * MOST_TOKENS))
+        chunks = chunks_of(self.tokenizer, self.text, most)
         kinds = [self._questions, self._lines, self._questions, self._quotes]
         if self.options.chat:
             kinds = [self._users, self._asked]
@@ -126,7 +131,7 @@ class SelfStudy:
         front = Plain(self.tokenizer, chunk.rstrip() + "\n").front
         asking = [ASKING[i % len(ASKING)] for i in range(TOGETHER)]
         behind = [list(self.tokenizer(before, add_special_tokens=False)["input_ids"]) for before, _ in asking]
-        found = zip(asking, self._sample(front, behind, seed, "?"), strict=True)
+        found = zip(asking, self._sample(front, behind, seed, "?"), strict=False)
         # A line of its own, wherever the text ends.
         begin = "" if self.text.endswith("\n") else "\n"
         return [f"{begin}{ask}{text}?{after}" for (ask, after), text in found if text and "\n" not in text]
@@ -134,12 +139,17 @@ class SelfStudy:
     def _sample(self, front: Sequence[int], behind: list[list[int]], seed: int, end: str | None) -> list[str]:
         """What the model says behind a part of the text and each of `behind`."""
         last = list(front[-1:])  # something has to be read for there to be something said
+        positions, new = positions_of(self.model), MOST_TOKENS
+        if positions is not None:
+            new = min(new, positions - len(front) - max(map(len, behind)))
+        if new < 1:  # one line that fills the model
+            return []
         with Front.of(self.model, front[:-1]).before(self.model) as reader:
             found = answer(
                 reader,
                 self.tokenizer,
                 [last + ids for ids in behind],
-                max_new_tokens=MOST_TOKENS,
+                max_new_tokens=new,
                 padding=self.padding,
                 end=end,
                 temperature=1.0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from ..hf import attach
 from ..hf.attaching import check_model
 from ..training.data import pad_id
 from ..training.weights import configuration_digest, weights_digest
-from .checks import check_length, check_model_answers
+from .checks import check_length, check_model_answers, positions_of
 from .errors import DistillError
 from .front import Front
 from .measuring import measure
@@ -91,14 +93,20 @@ def distill(
     progress = Progress(show_progress)
     padding = pad_id(tokenizer, model)
     store = Store(None if cache is None else Path(cache))
-    digest = "" if cache is None else f"{weights_digest(model)} {configuration_digest(model)}"
+    digest = "" if cache is None else digest_of(model)
 
     questions: list[Prompt] = []
     if options.questions:
         study = SelfStudy(model, tokenizer, context, digest, padding, options, store)
         with progress(options.questions, "questions") as advance:
-            questions = study.prompts(advance)
-        say(f"{len(questions)} questions that the model asked itself")
+            made = study.prompts(advance)
+        most = positions_of(model) or math.inf
+        room = most - length - options.max_answer_tokens
+        questions = [each for each in made if len(written.ask(each).behind) <= room]
+        left_out = (
+            f"; {len(made) - len(questions)} more leave no room for an answer" if len(questions) < len(made) else ""
+        )
+        say(f"{len(questions)} questions that the model asked itself{left_out}")
     training, validation, held = parts(prompts, questions, held_out, options)
     asked = [[written.ask(prompt) for prompt in part] for part in (training, validation, held)]
     longest = max(len(each.behind) for part in asked for each in part)
@@ -129,7 +137,18 @@ def distill(
     return Distilled(handle, report, found.record, interrupted, options, context, taught, measured)
 
 
+def digest_of(model: PreTrainedModel) -> str:
+    """What the model's answers follow from: weights, configuration, and where and how it is set to end and choose."""
+    said = getattr(model, "generation_config", None)
+    values = {} if said is None else said.to_dict()
+    values.pop("transformers_version", None)
+    return f"{weights_digest(model)} {configuration_digest(model)} {json.dumps(values, sort_keys=True, default=str)}"
+
+
 def cut(tokenizer: Any, context: str, report: Report) -> str:
-    """The text as far as its first P tokens."""
-    ids = tokenizer(context, add_special_tokens=False)["input_ids"][: report.num_virtual_tokens]
-    return str(tokenizer.decode(ids))
+    """The text as far as its first P tokens, or as its first token that is no white space, which says something."""
+    ids = tokenizer(context, add_special_tokens=False)["input_ids"]
+    for count in range(report.num_virtual_tokens, len(ids)):
+        if (text := str(tokenizer.decode(ids[:count]))).strip():
+            return text
+    return context

@@ -22,6 +22,7 @@ from prefixcore.hf.handle import Handle
 from prefixcore.training import weights_digest
 from tests import tiny
 from tests.distill.conftest import TEXT
+from tests.hf import models
 
 OPTIONS = {"num_virtual_tokens": 6, "questions": 0, "max_answer_tokens": 4, "steps": 30, "learning_rate": 0.02}
 
@@ -200,3 +201,35 @@ def test_when_an_answer_is_right():
     assert is_right(" Lima ", " Lima\nand", exact)
     assert not is_right("In Lima", " Lima", exact)
     assert is_right("It is lima, I think.", " Lima", contains)
+
+
+def test_answers_are_kept_by_the_configuration_too(model, tokenizer, prompts, tmp_path):
+    """It decides what the model says, as the weights do."""
+    options = DistillOptions(**{**OPTIONS, "steps": 1})
+
+    def files():
+        distill(model, tokenizer, TEXT, options=options, prompts=prompts, cache=tmp_path).handle.detach()
+        return len(list(tmp_path.iterdir()))
+
+    once = files()
+    assert files() == once
+    model.config.rms_norm_eps *= 10
+    assert files() == 2 * once
+    model.generation_config.eos_token_id = 7
+    assert files() == 3 * once
+
+
+def test_a_text_that_begins_with_white_space_is_cut_where_it_says_something(model, tokenizer, prompts):
+    options = DistillOptions(**{**OPTIONS, "num_virtual_tokens": 2, "steps": 1})
+    distilled = distill(model, tokenizer, "\n\n\n" + TEXT, options=options, prompts=prompts)
+    assert distilled.report.scores[CUT].tokens == 4
+
+
+def test_a_text_that_nearly_fills_the_model_is_asked_about_as_far_as_there_is_room(tokenizer):
+    """Learned positions end: a question behind a part of the text, and its answer behind the whole, are to fit."""
+    model = models.make("gpt2", vocab_size=len(tokenizer), n_positions=128)
+    options = DistillOptions(**{**OPTIONS, "questions": 64, "steps": 1})
+    said: list[str] = []
+    distilled = distill(model, tokenizer, TEXT * 2 + "x" * 12, options=options, say=said.append)
+    assert sum(distilled.report.prompts.values()) > 8
+    assert "leave no room for an answer" in said[0]
