@@ -1,4 +1,4 @@
-"""The frozen weights: which they are, a digest that shows they did not change, and one of what else a model computes by."""
+"""The frozen weights: which they are, a digest that shows they did not change, and one of what else there is."""
 
 from __future__ import annotations
 

@@ -206,9 +206,8 @@ def test_two_processes_at_once_never_say_that_rows_are_there_which_are_not(tmp_p
     handle = attach(models.make("llama"))
     first, _ = two_batches(packed=True)
     options = (handle, tiny.tokenizer(), EXAMPLES, "disk")
-    with cache_activations(*options, folder=tmp_path) as one:
-        with cache_activations(*options, folder=tmp_path):
-            one(handle.model, first)
+    with cache_activations(*options, folder=tmp_path) as one, cache_activations(*options, folder=tmp_path):
+        one(handle.model, first)
     with cache_activations(*options, folder=tmp_path) as third:
         assert not third.rows.known
 

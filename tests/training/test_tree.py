@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
@@ -117,3 +118,18 @@ def test_kept_activations_serve_a_tree():
         loss = cached(handle.model, tree).loss
         assert cached.calls == 1
     assert float(loss.detach()) == pytest.approx(float(loss_of(handle.model, tree).detach()), rel=1e-6)
+
+
+def test_routers_with_a_loss_of_their_own_are_given_padded_batches():
+    """Such a model gets its prefix through the cache, where nothing keeps packed texts apart."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, output_router_logits=True,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    handle = prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="random"))
+    assert not handle.can_pack
+    assert sharing_width(handle) == 0
+    record = train(handle, tiny.tokenizer(), EXAMPLES, options=TrainingOptions(steps=2, batch_size=3))
+    assert record.steps_done == 2
