@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _interrupt
 from .common import INTERRUPTED, OK, add_model_arguments, load_adapter, open_model, option, positive, seed
 from .failures import UserError, user_errors
-from .limits import LengthLimit, learned_positions
+from .limits import LengthLimit, check_virtual_tokens, learned_positions
 from .output import check_open, results, say, table
 from .train import check_out, count_virtual_tokens, signals_held_back
 from .train_examples import HeldOutEvaluator, read_examples, tokenize_all
@@ -107,9 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
             check_template(tokenizer)
     own = count_virtual_tokens(arguments, model, tokenizer, config)
     lengths = lengths_of(arguments, own)
-    with user_errors(ValueError, what="--lrs"):
-        candidates = grid(config, lengths, rates_of(arguments))
     longest = max(lengths)
+    check_virtual_tokens(model, longest)
+    with user_errors(ValueError, what="--lengths and --lrs"):
+        candidates = grid(config, lengths, rates_of(arguments))
     limit = LengthLimit.of(model, longest, arguments.max_length)
     end, skip = arguments.end, arguments.skip_too_long
     training, train_ids = tokenize_all(model, tokenizer, training, end, limit, skip=skip)
@@ -223,7 +224,7 @@ def command(arguments: argparse.Namespace, found: Tuning) -> str:
         if value is not True:
             escaped = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(escaped.replace("\n", "\\n").replace("\t", "\\t"))
-    parts += ["--lr", f"{best.candidate.learning_rate:g}", "--steps", str(best.steps), "--out", str(arguments.out)]
+    parts += ["--lr", str(best.candidate.learning_rate), "--steps", str(best.steps), "--out", str(arguments.out)]
     return shlex.join(parts)
 
 

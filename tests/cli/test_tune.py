@@ -98,3 +98,15 @@ def test_ctrl_c_saves_the_best_so_far(tune, tmp_path, monkeypatch):
     assert code == 130, err
     assert json.loads((tmp_path / "tuned" / "training.json").read_text())["interrupted"]
     assert "prefixcore train" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--lengths", "2,1000"), "1,000 virtual tokens leave no room for an example"),
+        (("--lengths", "2,4", "--num-frozen-tokens", 3), "--lengths and --lrs: num_frozen_tokens is 3 of 2"),
+    ],
+)
+def test_a_length_that_cannot_be_is_named(tune, options, said):
+    code, _, err = tune("--method", "prefix", *options)
+    assert (code, said in err) == (2, True), err
