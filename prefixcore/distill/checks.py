@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..hf.families import text_config
 from ..hf.positions.position_table import position_limit
+from ..training.data import vocabulary_size
 from .errors import DistillError
 
 
@@ -33,4 +35,14 @@ def check_length(model: Any, front: int, rest: int, what: str) -> None:
             f"{what}: {front:,} tokens of the text and {rest:,} behind it, with the answer, are more than the "
             f"{positions:,} positions of the model, so nobody can say how it answers behind the whole text: "
             "shorten the text, the prompts or max_answer_tokens, or take a model that reads more"
+        )
+
+
+def check_ids(model: Any, ids: Iterable[int], what: str) -> None:
+    """Raises DistillError if the model's table of embeddings lacks one of the ids."""
+    size, largest = vocabulary_size(model), max(ids, default=0)
+    if largest >= size:
+        raise DistillError(
+            f"{what} has the token id {largest:,}, but the model's vocabulary has {size:,}: the tokenizer is another "
+            "model's"
         )

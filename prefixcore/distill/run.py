@@ -14,7 +14,7 @@ from ..hf import attach
 from ..hf.attaching import check_model
 from ..training.data import pad_id
 from ..training.weights import configuration_digest, weights_digest
-from .checks import check_length, check_model_answers, positions_of
+from .checks import check_ids, check_length, check_model_answers, positions_of
 from .errors import DistillError
 from .front import Front
 from .measuring import measure
@@ -89,6 +89,7 @@ def distill(
             f"{count:,} virtual tokens save nothing of a text of {length:,} tokens: take fewer, or make the text "
             "itself a prefix (prefixcore bake --text-file)"
         )
+    check_ids(model, written.front, "the text")
     check_length(model, length, 1 + options.max_answer_tokens, "the text")
     progress = Progress(show_progress)
     padding = pad_id(tokenizer, model)
@@ -109,6 +110,8 @@ def distill(
         say(f"{len(questions)} questions that the model asked itself{left_out}")
     training, validation, held = parts(prompts, questions, held_out, options)
     asked = [[written.ask(prompt) for prompt in part] for part in (training, validation, held)]
+    for each in (each for part in asked for each in part):
+        check_ids(model, each.behind, each.prompt.source)
     longest = max(len(each.behind) for part in asked for each in part)
     check_length(model, length, longest + options.max_answer_tokens, "the text and the longest prompt")
     say(f"{len(training)} prompts to learn from, {len(validation)} to choose the step by, {len(held)} held out")

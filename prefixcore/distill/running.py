@@ -12,6 +12,16 @@ from ..training import TokenizedExample, collate
 from ..training.data import IGNORED, make_batch
 from .front import Reader
 
+PLAIN = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "return_dict_in_generate": False,
+}
+"""What a model's generation_config may set otherwise: answers are the likeliest tokens, or sampled of all of them."""
+
 MOST_LOGITS = 2**26
 """Numbers of logits at once: a quarter of a gigabyte in float32."""
 
@@ -43,9 +53,9 @@ def answer(
     """
     model = reader.model
     batch = collate([TokenizedExample(reader.before + ids, []) for ids in prompts], padding, side="left")
-    options: dict[str, Any] = {"do_sample": False, **more}
+    options: dict[str, Any] = {**PLAIN, "do_sample": False, **more}
     if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, **more}
+        options = {**PLAIN, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, **more}
     if end is not None:
         options |= {"stop_strings": [end], "tokenizer": tokenizer}
     with torch.random.fork_rng(), torch.no_grad():

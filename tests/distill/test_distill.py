@@ -233,3 +233,24 @@ def test_a_text_that_nearly_fills_the_model_is_asked_about_as_far_as_there_is_ro
     distilled = distill(model, tokenizer, TEXT * 2 + "x" * 12, options=options, say=said.append)
     assert sum(distilled.report.prompts.values()) > 8
     assert "leave no room for an answer" in said[0]
+
+
+def test_ids_of_another_models_tokenizer_are_named(tokenizer, prompts):
+    options = DistillOptions(**OPTIONS)
+    with pytest.raises(DistillError, match=r"the text has the token id \d+, but the model's vocabulary has 20"):
+        distill(models.make("gemma2", vocab_size=20), tokenizer, TEXT, options=options, prompts=prompts)
+    small, text = models.make("llama", vocab_size=len(tokenizer) - 1), TEXT.replace("\n", " ")
+    prompts = [Prompt("a\n", None, "prompt 0"), *prompts]
+    with pytest.raises(DistillError, match=r"prompt 0 has the token id \d+"):
+        distill(small, tokenizer, text, options=options, prompts=prompts)
+
+
+def test_answers_are_the_likeliest_tokens_whatever_the_model_sets(model, tokenizer, prompts):
+    """Chat models come with penalties and beams; what is kept, and compared, are greedy answers."""
+    plain = teach(model, tokenizer, prompts[:4])
+    settings = {"repetition_penalty": 50.0, "num_beams": 2, "no_repeat_ngram_size": 1, "return_dict_in_generate": True}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    found = teach(model, tokenizer, prompts[:4])
+    assert [target.answer for target in found] == [target.answer for target in plain]
+    assert all(target.answer == target.top_ids[:, 0].tolist() for target in found)
