@@ -63,7 +63,8 @@ def norms(handle: Handle) -> dict[str, float]:
 
     Of a prefix, `prefix_norm/layer_<n>` for each of its layers, over keys and values together, and
     `prefix_grad_norm/layer_<n>` where the layer's own values are trained. With a reparameterization, whose parameters
-    belong to no layer, `prefix_grad_norm` is one number. Of a soft prompt `prompt_norm` and `prompt_grad_norm`.
+    belong to no layer, `prefix_grad_norm` is one number. Of a soft prompt `prompt_norm`, over the embeddings that the
+    model reads (of all tasks together), and `prompt_grad_norm`, over what is trained.
     """
     module = handle.module
     whole = whole_module(module)
@@ -79,7 +80,7 @@ def norms(handle: Handle) -> dict[str, float]:
         else:
             _add_gradient(found, "prefix_grad_norm", module.parameters())
     else:
-        found["prompt_norm"] = _norm([parameter for parameter in whole.parameters() if parameter.requires_grad])
+        found["prompt_norm"] = _norm([whole.bake()])  # not of the parameters, which may be factors, or added to others
         _add_gradient(found, "prompt_grad_norm", module.parameters())
     if not found:
         return {}

@@ -43,6 +43,35 @@ def by_hand(steps: int) -> list[dict[str, float]]:
     return found
 
 
+EMBEDDINGS = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (prefixcore.PromptTuningConfig(init=EMBEDDINGS), {}),
+        (prefixcore.PromptTuningConfig(init=EMBEDDINGS, reparameterization="low_rank", rank=2), {}),
+        (prefixcore.PTuningConfig(init=EMBEDDINGS, encoder_hidden_size=8), {}),
+        (prefixcore.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2, num_ranks=1), {"task_ids": [0, 1]}),
+        (
+            prefixcore.CPTConfig(cpt_token_ids=[3, 4, 5], cpt_mask=[1] * 3, cpt_tokens_type_mask=[1, 2, 4]),
+            {"input_type_mask": torch.full_like(IDS, 4)},
+        ),
+    ],
+    ids=["plain", "low rank", "p-tuning", "multitask", "cpt"],
+)
+def test_the_norm_of_a_soft_prompt_is_of_what_the_model_reads(config: Any, more: Any, tmp_path: Path) -> None:
+    """And not of the parameters that it is made of, of which a prompt that is loaded to be used trains none."""
+    handle = prefixcore.attach(tiny.model(), config)
+    expected = pytest.approx(float(handle.bake().norm()), rel=1e-5)
+    assert prefixcore.measure(handle) == {"prompt_norm": expected}
+    handle.model(**BATCH, **more).loss.backward()
+    assert set(prefixcore.measure(handle)) == {"prompt_norm", "prompt_grad_norm"}
+    handle.save(tmp_path / "adapter")
+    loaded = prefixcore.load(tiny.model(), tmp_path / "adapter")
+    assert prefixcore.measure(loaded) == {"prompt_norm": expected}
+
+
 def test_measure_is_norms_gradients_and_attention() -> None:
     handle = prefixcore.attach(tiny.model(), PREFIX)
     before = prefixcore.measure(handle)
