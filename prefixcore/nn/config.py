@@ -258,7 +258,7 @@ class PrefixTuningConfig(_Config):
             return
         given = () if isinstance(self.where, str) or not isinstance(self.where, Sequence) else tuple(self.where)
         if not given or any(each not in PLACES for each in given):
-            raise ValueError(f"where must be some of {', '.join(map(repr, PLACES))}, got {self.where!r}")
+            raise ValueError(f"where must be a list of some of {', '.join(map(repr, PLACES))}, got {self.where!r}")
         self._set(where=tuple(each for each in PLACES if each in given))
 
     def _check_layers(self) -> None:

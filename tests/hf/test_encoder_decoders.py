@@ -83,7 +83,7 @@ def test_where() -> None:
         with prefixcore.attach(model, config(where)) as handle:
             counts[where] = len(handle.bake())
     assert counts == {None: 8, ("encoder",): 2, ("decoder",): 3, ("cross",): 3}
-    with pytest.raises(ValueError, match="where must be some of"):
+    with pytest.raises(ValueError, match="where must be a list of some of"):
         config(("middle",))
     with pytest.raises(ValueError, match="has the layers"):
         prefixcore.attach(model, config(("encoder",), layers=[7]))
