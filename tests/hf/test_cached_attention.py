@@ -262,3 +262,32 @@ def test_static_cache_by_hand() -> None:
     cache = StaticCache(config=model.config, max_cache_len=12)
     first = model(ids[:, :4], past_key_values=cache).logits
     close(first, whole[:, :4], "mpt")
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon-alibi", "mpt"])
+def test_a_text_whose_place_is_counted_cannot_begin_at_0(family: str) -> None:
+    model = make(family)
+    config = PrefixTuningConfig(P, init="random", position_offset=False)
+    with pytest.raises(NotImplementedError, match="leave position_offset=False out"):
+        prefixcore.attach(model, config)
+    assert prefixcore.hf.attached(model) is None
+    with pytest.raises(NotImplementedError, match="leave position_offset=False out"):
+        prefixcore.PromptBank(model).attach("zero", config)
+
+
+@pytest.mark.parametrize("family", ["falcon", "gpt_neo", "gptj", "codegen", "xglm"])
+def test_the_text_begins_at_position_0(family: str) -> None:
+    """Rows of both conventions in one batch, beside the model's own cache and positions."""
+    model, batch = make(family, torch.float32, **({"window_size": 32} if family == "gpt_neo" else {})), padded("left")
+    bare, bank = copy.deepcopy(model), prefixcore.PromptBank(model)
+    handles = [
+        bank.attach(name, PrefixTuningConfig(P, init="random", seed=1, position_offset=offset))
+        for name, offset in (("zero", False), ("p", True))
+    ]
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], task_ids=["zero", "p", "zero"]).logits
+    for row, handle in enumerate((*handles, handles[0])):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
+        positions = torch.arange(ids.shape[1])[None] + P * handle.config.position_offset
+        mask = torch.ones(1, P + ids.shape[1], dtype=torch.long)
+        alone = bare(ids, past_key_values=filled(handle.bake(), 1), position_ids=positions, attention_mask=mask)
+        close(logits[row, -ids.shape[1] :], alone.logits[0], family)

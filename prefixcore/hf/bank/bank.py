@@ -198,9 +198,8 @@ class Bank:
         agree_on_values(adapter.module, [*self.data_meshes, *([group.mesh] if group is not None else [])])
         try:
             if adapter.is_prefix:
-                self._check_layers(adapter)
+                self._check_concatenated(adapter)
                 self.reach()
-                self._check_positions(adapter)
             self.register(adapter)
         except BaseException:
             if not self.adapters and not self.stays:
@@ -209,26 +208,23 @@ class Bank:
         self.adapters[adapter.name] = adapter
         return adapter
 
-    def _check_positions(self, adapter: Attached) -> None:
-        """Raises NotImplementedError for a text that is to begin at 0 on a model that counts it behind its cache."""
-        is_told = self.takes_positions and not getattr(text_config(self.model), "alibi", False)
-        if self.cache_layers and not is_told and adapter.shift != adapter.num_virtual_tokens:
-            raise NotImplementedError(
-                f"{type(self.model).__name__} counts positions by its cache, in which the prefix stands, so the text "
-                "cannot begin at position 0: leave position_offset=False out"
-            )
+    def _check_concatenated(self, adapter: Attached) -> None:
+        """Raises NotImplementedError for a prefix that concatenation with keys and values cannot make.
 
-    def _check_layers(self, adapter: Attached) -> None:
-        """Raises NotImplementedError for a prefix in some layers of a model whose layers share a mask that shows it.
-
-        And for one whose text begins at position 0, where the model counts what its cache holds, or biases by it.
+        In some layers of a model whose layers share a mask that shows it, or with the text at position 0 where the
+        model counts positions, or biases by distance, from the keys that its cache has.
         """
-        if self.cache_layers and adapter.shift != adapter.num_virtual_tokens:
+        if not self.cache_layers:
+            return
+        takes_positions = "position_ids" in argument_names(self.decoder) and not getattr(
+            text_config(self.model), "alibi", False
+        )
+        if not adapter.shift and not takes_positions:
             raise NotImplementedError(
-                f"{type(self.model).__name__} reads its prefix through its cache, where the text behind it begins at "
-                "position P: leave position_offset=False out"
+                f"{type(self.model).__name__} counts where a token stands from all keys before it, those of the prefix "
+                "among them, and cannot be told otherwise: leave position_offset=False out"
             )
-        if self.cache_layers and set(adapter.layers or ()) != set(range(len(self.layers))):
+        if set(adapter.layers or ()) != set(range(len(self.layers))):
             raise NotImplementedError(
                 f"{type(self.model).__name__} has attention of its own, to which a prefix is concatenated, in every "
                 f"layer or in none (0 to {len(self.layers) - 1}), got layers={adapter.layers}: leave layers out"
