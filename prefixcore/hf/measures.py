@@ -66,7 +66,7 @@ def norms(handle: Handle) -> dict[str, float]:
     belong to no layer, `prefix_grad_norm` is one number. Of a soft prompt `prompt_norm`, over the embeddings that the
     model reads (of all tasks together), and `prompt_grad_norm`, over what is trained.
     """
-    module = handle.module
+    module: Any = handle.module
     whole = whole_module(module)
     found: dict[str, Tensor] = {}
     if isinstance(module, Prefix):

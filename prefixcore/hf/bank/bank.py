@@ -71,7 +71,8 @@ class Bank:
         decoder: the text decoder inside that holds the attention layers; or why there is none that virtual tokens
             reach, in words.
         encoder: of an encoder-decoder its encoder.
-        positions: of an encoder-decoder the module that embeds the positions its decoder counts.
+        positions: the module that embeds the positions which the decoder counts, of an encoder-decoder or of one whose
+            prefix is in its cache; None: there is none.
         layers: the attention layers.
         head_groups: for each the processes that share its heads; None: this one has all.
         data_meshes: the processes that FSDP2 shares the model's weights out to; none elsewhere.
@@ -161,19 +162,25 @@ class Bank:
         decoder = self.decoder
         if self.cache_layers:
             self.cache_name, self.takes_positions = cache_name(decoder) or "", "position_ids" in argument_names(decoder)
+            if not self.takes_positions:
+                self.positions = position_module(decoder)
+                self._wrap_positions()
             reach_cached(self)
             self._wrap_decoder(decoder)
             return
         self.patch.set_attention(decoder if self.encoder is None else self.model, ATTENTION)
         check_reached(decoder, self.layers)
         self.patch.number_layers(self.layers, True)
-        if self.positions is not None:
-            self.names[self.positions] = argument_names(self.positions)
-            self.patch.wrap_forward(self.positions, self.call_positions)
+        self._wrap_positions()
         is_given = is_known(self.model) or self.encoder is not None
         self.hands_on_arguments = is_given or self._find_handed_on(decoder)
         self.patch.number_layers(self.layers, self.hands_on_arguments)
         self._wrap_decoder(decoder)
+
+    def _wrap_positions(self) -> None:
+        if self.positions is not None:
+            self.names[self.positions] = argument_names(self.positions)
+            self.patch.wrap_forward(self.positions, self.call_positions)
 
     def _wrap_decoder(self, decoder: PreTrainedModel) -> None:
         if decoder not in self.patch.forwards:
@@ -214,7 +221,7 @@ class Bank:
         In some layers of a model whose layers share a mask that shows it, or with the text at position 0 where the
         model counts positions, or biases by distance, from the keys that its cache has.
         """
-        if not self.cache_layers:
+        if not self.cache_layers or isinstance(self.decoder, str):
             return
         takes_positions = "position_ids" in argument_names(self.decoder) and not getattr(
             text_config(self.model), "alibi", False
@@ -387,7 +394,7 @@ class Bank:
         return encode(self, forward, as_keywords(self.names[self.encoder], args, kwargs))
 
     def call_positions(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the module that embeds the positions which the decoder of an encoder-decoder counts."""
+        """A call of the module that embeds the positions which the decoder counts."""
         assert self.positions is not None
         return embed_positions(self.names[self.positions], forward, args, kwargs)
 

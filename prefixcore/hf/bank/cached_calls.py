@@ -14,6 +14,7 @@ from ..attention.prefixed_cache import PrefixedCache, WindowBuffer, extend_mask,
 from ..families import CACHED, text_config
 from ..model.sample_inputs import CACHES
 from ..positions.cache import cache_argument
+from ..positions.decoder_positions import moved
 from ..positions.model_inputs import restarts
 from ..positions.positions import batch_rows, check_limit, past_length, query_length
 
@@ -64,7 +65,7 @@ def forward_cached(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, An
     prefixed = PrefixedCache(cache, call, bank.cache_layers, order)
     for name in CACHES:
         kwargs.pop(name, None)
-    with reading(prefixed):
+    with reading(prefixed), moved(_counts(bank, call, virtual)):
         output = forward(**kwargs, **{bank.cache_name: prefixed})
     if not prefixed.was_read:
         raise NotImplementedError(
@@ -72,6 +73,26 @@ def forward_cached(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, An
             "sparse attention, of long texts, does not): shorten the text, or set config.attention_type to the full one"
         )
     return _without(output, prefixed, cache if keeps else None)
+
+
+def _counts(bank: Bank, call: PrefixCall, virtual: int) -> list[int]:
+    """By how much a decoder that counts positions moves those of each row: its cache has the longest prefix for all.
+
+    Raises:
+        NotImplementedError: prefixes of several lengths on a decoder whose positions nobody knows how to move.
+    """
+    if bank.takes_positions or call.index is None or text_config(bank.model).model_type in CACHED:
+        return []  # biases by distance are those of the row by itself, as keys are masked and ordered
+    assert call.lengths is not None
+    index = call.index.cpu()
+    lengths: list[int] = call.lengths[0].cpu()[index.clamp(min=0)].where(index >= 0, 0).tolist()
+    if bank.positions is None and set(lengths) != {virtual}:
+        raise NotImplementedError(
+            f"{type(bank.decoder).__name__} counts positions from what its cache holds, which would be the longest "
+            f"prefix of the batch for every row, and rows have prefixes of {sorted(set(lengths))} virtual tokens: put "
+            "rows of one length into a batch"
+        )
+    return [length - virtual for length in lengths]
 
 
 def refuse_packed(kwargs: dict[str, Any]) -> None:

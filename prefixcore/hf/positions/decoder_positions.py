@@ -1,6 +1,8 @@
 """Positions of a decoder that counts them itself, from what its cache holds, and takes none: those of BART and its kin.
 
 A prefix is not in the cache, so the module that makes their embeddings is told to count from P on, as it would in PEFT.
+Where the cache that a decoder reads begins with the longest prefix of a batch (TrOCR), that of shorter ones is told to
+count from less.
 """
 
 from __future__ import annotations
