@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import prefixcore
-from prefixcore import PrefixTuningConfig
+from prefixcore import PrefixTuningConfig, PromptTuningConfig
 from prefixcore.hf.families import CACHED
 
+from . import tiny_models
 from .models import VOCABULARY, padded, tokens
 
 P = 5
@@ -238,6 +239,8 @@ def test_refusals(bloom: Any) -> None:
     assert prefixcore.hf.attached(bloom) is None
     attach(bloom)
     ids = tokens(1, 6)
+    with pytest.raises(ValueError, match=r"transformers.Cache\), got a tuple: pairs .* by DynamicCache"):
+        bloom(ids, past_key_values=((ids, ids),))
     with pytest.raises(NotImplementedError, match="packed"):
         bloom(ids, cu_seq_lens_q=torch.tensor([0, 2, 6]))
     bloom.gradient_checkpointing_enable()
@@ -291,3 +294,38 @@ def test_the_text_begins_at_position_0(family: str) -> None:
         mask = torch.ones(1, P + ids.shape[1], dtype=torch.long)
         alone = bare(ids, past_key_values=filled(handle.bake(), 1), position_ids=positions, attention_mask=mask)
         close(logits[row, -ids.shape[1] :], alone.logits[0], family)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not among the families:UserWarning")
+def test_rows_of_a_bank_where_positions_are_counted(monkeypatch: Any) -> None:
+    """TrOCR's decoder counts them from its cache, which begins with the longest prefix of the batch for every row."""
+    model = tiny_models.make("TrOCRForCausalLM", "trocr")
+    bank, batch, tasks = prefixcore.PromptBank(model), padded("right"), ["short", "long", None]
+    for name, length in (("long", 5), ("short", 2)):
+        bank.attach(name, PrefixTuningConfig(length, init="random", seed=length))
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], task_ids=tasks).logits
+    for row, task in enumerate(tasks):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
+        close(logits[row, : ids.shape[1]], model(ids, task_ids=[task]).logits[0], "mpt")
+    ids, options = tokens(3, 5), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(ids, task_ids=tasks, **options)
+    for row, task in enumerate(tasks):
+        assert torch.equal(together[row], model.generate(ids[row : row + 1], task_ids=[task], **options)[0])
+
+    monkeypatch.setattr("prefixcore.hf.bank.bank.position_module", lambda decoder: None)
+    model = tiny_models.make("TrOCRForCausalLM", "trocr")
+    prefixcore.PromptBank(model).attach("long", PrefixTuningConfig(5, init="random", seed=5))
+    model(ids, task_ids="long")
+    with pytest.raises(NotImplementedError, match=r"prefixes of \[0, 5\] virtual tokens"):
+        model(ids, task_ids=["long", None, "long"])
+
+
+def test_nothing_is_baked_that_a_window_would_lose_sight_of(tmp_path: Any) -> None:
+    """The prefix is seen at any distance, the soft prompt is not, beyond what `bake` compares, too."""
+    model = make("gpt_neo", torch.float32, window_size=60)
+    with prefixcore.attach(model, PromptTuningConfig(4, init="random", seed=0)) as handle:
+        handle.save(tmp_path / "prompt")
+    with pytest.raises(NotImplementedError, match=r"sliding window of 60 tokens \(1 of 2 layers\)"):
+        prefixcore.bake(model, tmp_path / "prompt", tmp_path / "prefix")
+    everywhere = make("gpt_neo", torch.float32, window_size=60, attention_types=[[["global"], 2]])
+    assert prefixcore.bake(everywhere, tmp_path / "prompt", tmp_path / "prefix", strict=False)

@@ -44,7 +44,7 @@ def check_can_be_exact(model: PreTrainedModel, calls: Sequence[AttentionCall]) -
             f"{name} has layers of {', '.join(others)}, which keys and values in attention do not reach: serve the "
             "soft prompt or the text itself"
         )
-    windows = [w for w in (call.kwargs.get("sliding_window") for call in calls) if w is not None]
+    windows = _windows(config, calls)
     longest = getattr(config, "max_position_embeddings", None)
     if windows and (longest is None or min(windows) < longest):
         raise NotImplementedError(
@@ -59,6 +59,13 @@ def check_can_be_exact(model: PreTrainedModel, calls: Sequence[AttentionCall]) -
             "is, so that no keys hold for every text; train a prefix (PrefixTuningConfig), or serve the soft prompt "
             "itself"
         )
+
+
+def _windows(config: Any, calls: Sequence[AttentionCall]) -> list[int]:
+    """The window of each layer that has one, as the layer is told it, or as it has it in a buffer (GPT-Neo)."""
+    if calls[0].cache_layer is not None:
+        return [config.window_size for kind in getattr(config, "attention_layers", ()) if kind == "local"]
+    return [window for call in calls if (window := call.kwargs.get("sliding_window")) is not None]
 
 
 def prompt_to_prefix(

@@ -225,10 +225,15 @@ def label_to_continue(cache: Any, keys: list[Key | None]) -> CacheLabel | None:
     """The label of a cache that the call goes on from; None: the call starts a sequence.
 
     Raises:
-        ValueError: the cache was filled behind other virtual tokens than the rows', or behind none.
+        ValueError: the cache was filled behind other virtual tokens than the rows', or behind none, or is none.
     """
     if cache is None:
         return None
+    if isinstance(cache, (tuple, list)):
+        raise ValueError(
+            f"expected a cache of transformers (transformers.Cache), got a {type(cache).__name__}: pairs of keys and "
+            "values go into one by DynamicCache(pairs)"
+        )
     label, past = get_label(cache), cache_length(cache)
     if label is not None and not (isinstance(past, int) and past == 0):
         if not label.fits(keys):
