@@ -224,7 +224,7 @@ def test_a_model_that_counts_behind_its_cache_is_refused(name: str) -> None:
             pairs, got = handle.module.bake(), logits(model, ids)
         torch.testing.assert_close(got, behind_cache(model, pairs, ids), **close)
         return
-    with pytest.raises(NotImplementedError, match="counts positions by its cache, in which the prefix stands"):
+    with pytest.raises(NotImplementedError, match="counts where a token stands from all keys before it"):
         attach(model, position_offset=False)
     with attach(model, position_offset=True):
         logits(model, ids)
