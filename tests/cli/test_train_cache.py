@@ -30,7 +30,7 @@ def test_the_same_is_learnt_and_the_folder_serves_the_next_training(train, tmp_p
         assert read_adapter(tmp_path / place).manifest.training["cache_activations"] == place
     kept = tmp_path / "disk.activations"
     record = json.loads((kept / "activations.json").read_text())
-    assert (record["layer"], record["num_virtual_tokens"], len(record["known"])) == (1, 3, 25)
+    assert (record["layer"], record["positions"], len(record["known"])) == (1, 3, 25)
     arguments = ("--cache-activations", "disk", "--activations-dir", kept)
     code, _, err = train(*UPPER, *arguments, "--lr", 0.01, out=tmp_path / "again")
     assert code == 0, err
