@@ -111,6 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_virtual_tokens(model, longest)
     with user_errors(ValueError, what="--lengths and --lrs"):
         candidates = grid(config, lengths, rates_of(arguments))
+    with user_errors(DataError):  # as train does, from all examples, also such as are too long
+        starts = {length: Start(arguments, config, training, tokenizer, length) for length in lengths}
     limit = LengthLimit.of(model, longest, arguments.max_length)
     end, skip = arguments.end, arguments.skip_too_long
     training, train_ids = tokenize_all(model, tokenizer, training, end, limit, skip=skip)
@@ -120,8 +122,6 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out to choose by")
     say(f"{len(candidates)} candidates, {arguments.minutes:g} minutes")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
-    with user_errors(DataError):
-        starts = {length: Start(arguments, config, training, tokenizer, length) for length in lengths}
     with user_errors(ValueError, TypeError, NotImplementedError):
         best = {length: start.best(model, training, train_ids) for length, start in starts.items()}
         candidates = [each for length in best for each in grid(best[length], [length], rates_of(arguments))]

@@ -110,3 +110,18 @@ def test_ctrl_c_saves_the_best_so_far(tune, tmp_path, monkeypatch):
 def test_a_length_that_cannot_be_is_named(tune, options, said):
     code, _, err = tune("--method", "prefix", *options)
     assert (code, said in err) == (2, True), err
+
+
+def test_the_command_starts_as_the_candidate_did_where_examples_are_left_out(tune, prefixcore, data, tmp_path):
+    """A start is made of training examples; which those are does not depend on what is too long."""
+    lines = data.read_text().splitlines()
+    lines[::3] = [json.dumps({"prompt": f"{'q' * 60}{i} ->", "completion": " z"}) for i in range(len(lines[::3]))]
+    data.write_text("\n".join(lines) + "\n")
+    options = ("--method", "prefix", "--lengths", "12", "--lrs", "0.01", "--most-steps", 3)
+    code, out, err = tune(*options, "--max-length", 30, "--skip-too-long")
+    assert code == 0, err
+    assert "left out" in err
+    arguments = shlex.split(out.strip().split("\n\n")[1])
+    assert prefixcore(*arguments[1:-1], tmp_path / "trained")[0] == 0
+    found = [read_record(tmp_path / name)["train_loss"] for name in ("tuned", "trained")]
+    assert [x for _, x in found[0]] == pytest.approx([x for _, x in found[1]], rel=1e-4)
