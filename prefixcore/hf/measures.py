@@ -35,7 +35,8 @@ def measure(handle: Handle, batches: Mapping[str, Any] | Iterable[Mapping[str, A
     - `prefix_norm/layer_<n>`: of the layer's keys and values;
     - `prefix_grad_norm/layer_<n>`: of their gradient, where there is one; one `prefix_grad_norm` for a
       reparameterization;
-    - `prefix_attention/layer_<n>`: the share of attention on the prefix, in `batches`;
+    - `prefix_attention/layer_<n>`: the share of attention on the prefix, in `batches`; not of models with attention of
+      their own (Bloom, Falcon and others with `handle.backend().name == "concatenated"`);
     - `prompt_norm`, `prompt_grad_norm`: of a soft prompt.
 
     Args:
