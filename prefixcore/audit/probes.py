@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..hf.families import text_config
+from ..hf.positions.position_table import position_limit
 from ..training import DataError, Example, TokenizedExample, describe_data, tokenize
 from ..training.data import encode, vocabulary_size
 from .errors import AuditError
@@ -91,9 +92,11 @@ def prepare(
 
 
 def most_tokens(model: Any, virtual_tokens: int) -> int | None:
-    """How many tokens a text may have beside the virtual ones; None: the model does not say."""
+    """How many tokens a text may have beside the virtual ones; None: the model has no limit and states none."""
     stated = getattr(text_config(model), "max_position_embeddings", None)
-    return stated - virtual_tokens if isinstance(stated, int) and stated > 0 else None
+    if not isinstance(stated, int) or stated <= 0:  # MPT has another name for it
+        stated = position_limit(model)
+    return None if stated is None else stated - virtual_tokens
 
 
 def check_length(examples: Sequence[Example], room: int | None) -> None:
