@@ -82,8 +82,9 @@ def _count_positions(kwargs: dict[str, Any], past: int | Tensor, length: int) ->
 def check_limit(needed: int, num_virtual_tokens: int, limit: int) -> None:
     """Raises ValueError if more positions are needed than the model has learned."""
     if needed > limit:
+        fewer = ", or use fewer virtual tokens" if num_virtual_tokens else ""
         raise ValueError(
             f"the model has learned {limit} positions, but this input needs {needed}: {num_virtual_tokens} virtual "
             f"tokens and {needed - num_virtual_tokens} of its own; shorten the input to at most "
-            f"{limit - num_virtual_tokens} tokens, or use fewer virtual tokens"
+            f"{limit - num_virtual_tokens} tokens{fewer}"
         )
