@@ -18,6 +18,9 @@ NUM_VIRTUAL_TOKENS = 32
 TRIED = 64
 """How many examples are looked at for one that fits."""
 
+MOST_CHARACTERS = 100_000
+"""Longer examples are passed over: reading one as tokens would take long, and it may be longer than the model reads."""
+
 DRAWS = 4
 """How many texts `prefixcore train` chooses from."""
 
@@ -46,7 +49,8 @@ def starting_text(
         seed: which examples.
 
     Returns:
-        The examples one after the other, as the model reads them in training.
+        The examples one after the other, as the model reads them in training; empty where all are too long to be read
+        for this.
 
     Raises:
         DataError: there is no example, or one has no text that the tokenizer can encode.
@@ -64,7 +68,8 @@ def starting_text(
     budget -= len(around)
     whole: list[list[int]] = []
     left_out: list[list[int]] = []
-    for count, example in enumerate(in_turns(examples, seed)):
+    shorter = [each for each in examples if len(each.prompt) + len(each.answer) <= MOST_CHARACTERS]
+    for count, example in enumerate(in_turns(shorter, seed)):
         ids = ids_of(example.to_ids(tokenizer, end), around)
         if len(ids) <= budget - sum(map(len, whole)):
             whole.append(ids)

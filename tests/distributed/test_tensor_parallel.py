@@ -11,8 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prefixcore
-from prefixcore.hf.attention.discover import _with_all_heads
-from prefixcore.hf.attention.recording import AttentionCall
+from prefixcore.hf.attention.recording import AttentionCall, _with_all_heads
 from prefixcore.hf.model.tensor_parallel import HeadGroup
 from tests import tiny
 from tests.distributed import launch

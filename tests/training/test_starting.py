@@ -9,6 +9,7 @@ from prefixcore import PrefixTuningConfig, attach
 from prefixcore.training import DataError, Example, best_start, starting_text, tokenize
 from prefixcore.training.chat import Conversation
 from prefixcore.training.evaluate import held_out_loss
+from prefixcore.training.starting import MOST_CHARACTERS
 from tests import tiny
 
 PAIRS = [Example(f"{a}{b} ->", f" {b}{a}") for a in "abcde" for b in "vwxyz"]
@@ -107,3 +108,10 @@ def test_where_there_is_nothing_to_choose_from_the_first_start_is_taken():
     configs = [PrefixTuningConfig(init_text="ab"), PrefixTuningConfig(init_text="cd")]
     assert best_start(None, None, configs[:1], tokenize(tiny.tokenizer(), PAIRS)) is configs[0]
     assert best_start(None, None, configs, []) is configs[0]
+
+
+def test_an_example_of_a_whole_book_is_not_read_for_it():
+    tokenizer, short = tiny.tokenizer(), PAIRS[:3]
+    book = Example("a" * (MOST_CHARACTERS + 1), " b")
+    assert starting_text([*short, book], tokenizer, 40) == starting_text(short, tokenizer, 40)
+    assert starting_text([book], tokenizer, 40) == ""
