@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 
+from tests.backends.triton import stand_in
 from tests.device import DEVICE
 
 _NEEDS_TRITON = ("beside", "flash4", "folded", "merged", "registration", "soft_embedding")
 collect_ignore = [] if find_spec("triton") else [f"test_{name}.py" for name in _NEEDS_TRITON]
+
+
+@pytest.fixture
+def plans() -> Iterator[stand_in.Interpreted]:
+    """Calls have plans, also where there is no GPU; gives what is launched."""
+    with stand_in.replaying() as heard:
+        yield heard
+
+
+@pytest.fixture
+def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched and do nothing: for tests of what is kept alone."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
 
 
 @pytest.fixture

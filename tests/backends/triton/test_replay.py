@@ -42,20 +42,6 @@ def backend() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def plans() -> Iterator[stand_in.Interpreted]:
-    with stand_in.replaying() as heard:
-        yield heard
-
-
-@pytest.fixture
-def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are launched and do nothing: for tests of what is kept alone."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
-
-
 def count() -> int:
     return len(replay.kept())
 

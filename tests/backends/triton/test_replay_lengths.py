@@ -34,19 +34,6 @@ def backend() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def plans() -> Iterator[stand_in.Interpreted]:
-    with stand_in.replaying() as heard:
-        yield heard
-
-
-@pytest.fixture
-def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import InterpretedFunction
-
-    monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **options: None)
-
-
 def attention(problem: Problem) -> tuple[Tensor, ...]:
     tensors, options = problem.tensors()
     out: tuple[Tensor, ...] = prefixcore.prefix_attention(**tensors, **options, return_lse=True)
