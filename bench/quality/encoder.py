@@ -15,7 +15,6 @@ test set; so is the learning rate, found with the first seed. A run that was sto
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import random
@@ -35,6 +34,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedMod
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import prefixcore
+from bench.quality import kept
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 
 TRAIN, DEVELOPMENT, TEST = 600, 300, 600
@@ -225,15 +225,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the two downloads")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where each run's figures go, JSON")
-    arguments = parser.parse_args()
+    arguments = kept.options(__doc__)
     warnings.simplefilter("ignore")
-    results: list[dict[str, Any]] = []
-    if arguments.out and arguments.out.exists():
-        results = json.loads(arguments.out.read_text(encoding="utf-8"))
+    results = kept.read(arguments.out)
     best_rate: dict[str, float] = {}
     for seed in range(arguments.seeds):
         for method in METHODS:
@@ -243,8 +237,7 @@ def main() -> None:
                 result = run(method, rate, seed, arguments.data, arguments.data / "minilm")
                 results.append(result)
                 print(json.dumps(result), flush=True)
-                if arguments.out:
-                    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                kept.write(arguments.out, results)
             if seed == 0:
                 mine = [result for result in results if result["method"] == method.name]
                 best_rate[method.name] = max(mine, key=lambda result: result["development"])["rate"]

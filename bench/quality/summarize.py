@@ -15,7 +15,6 @@ from the test set; so is the learning rate, found with the first seed. A run tha
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 import prefixcore
+from bench.quality import kept
 from bench.quality.t5_small import read_model
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 
@@ -189,23 +189,16 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of the two downloads")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where each run's figures go, JSON")
-    arguments = parser.parse_args()
+    arguments = kept.options(__doc__)
     warnings.simplefilter("ignore")
-    results: list[dict[str, Any]] = []
-    if arguments.out and arguments.out.exists():
-        results = json.loads(arguments.out.read_text(encoding="utf-8"))
+    results = kept.read(arguments.out)
     for seed in range(arguments.seeds):
         for method, rate in runs(seed, results):
             if any((each["method"], each["rate"], each["seed"]) == (method, rate, seed) for each in results):
                 continue
             results.append(run(method, rate, seed, arguments.data))
             print(json.dumps(results[-1]), flush=True)
-            if arguments.out:
-                arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            kept.write(arguments.out, results)
     print(table(results))
 
 

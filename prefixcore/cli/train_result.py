@@ -81,15 +81,7 @@ def save(
     from ..training.stopping import stop_on_signal
 
     method = handle.config.method
-    fields = {
-        "model": arguments.model,
-        "data": str(arguments.data),
-        "end": arguments.end,
-        "chat": arguments.chat,
-        "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
-        "held_out": evaluator.to_dict(),
-        **record.to_dict(),
-    }
+    fields = {**asked_for(arguments), "held_out": evaluator.to_dict(), **record.to_dict()}
     before = _interrupt.written()
     saving = before
     if before == _interrupt.NOTHING:
@@ -109,3 +101,14 @@ def save(
             raise
         _interrupt.tell(f"the adapter is in {arguments.out}")
         return stopping()
+
+
+def asked_for(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Model, data and split, as a training record keeps them."""
+    return {
+        "model": arguments.model,
+        "data": str(arguments.data),
+        "end": arguments.end,
+        "chat": arguments.chat,
+        "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
+    }

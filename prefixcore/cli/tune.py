@@ -26,7 +26,7 @@ from .train_options import (
     number_list,
 )
 from .train_provenance import Provenance, add_author_arguments
-from .train_result import AFTER, CURVE
+from .train_result import AFTER, CURVE, asked_for
 from .train_start import SAID, Start
 
 if TYPE_CHECKING:
@@ -242,15 +242,8 @@ def save(
 
     record = found.best.record(arguments.batch_size, arguments.seed, interrupted=found.interrupted)
     fields = {
-        "model": arguments.model,
-        "data": str(arguments.data),
-        "end": arguments.end,
-        "chat": arguments.chat,
-        "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
-        "held_out": evaluations,
-        "tuning": found.to_dict(),
-        **record.to_dict(),
-    }
+        **asked_for(arguments), "held_out": evaluations, "tuning": found.to_dict(), **record.to_dict(),
+    }  # fmt: skip
     picture = draw_tuning(found, title=f"{handle.config.method}, {arguments.data.name}")
     with signals_held_back(), user_errors(AdapterError):
         handle.save(arguments.out, record=fields, curve=picture, **provenance.fields(record, result))

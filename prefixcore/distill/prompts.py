@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..training.data import set_aside
 from .errors import DistillError
 from .options import DistillOptions
 from .writing import Prompt
@@ -80,11 +79,7 @@ def split_off(prompts: Sequence[Prompt], fraction: float, seed: int) -> tuple[li
             f"{len(groups)} different prompts are too few to hold one out: give more of them, more questions, or "
             "held-out prompts of their own"
         )
-    texts = list(groups)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
-    kept, held_out = order[aside:], order[:aside]
-    return [p for i in kept for p in groups[texts[i]]], [p for i in held_out for p in groups[texts[i]]]
+    return set_aside(list(groups.values()), fraction, seed)
 
 
 def parts(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Item = TypeVar("_Item")
 
 IGNORED = -100
 """The label that transformers' loss leaves out."""
@@ -135,12 +137,14 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list
             f"{len(examples)} examples have {len(groups)} different prompts, too few to hold any out; "
             "give more data, a held-out file of its own, or a held-out fraction of 0"
         )
-    prompts = list(groups)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    num_held_out = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    held_out = [example for i in order[:num_held_out] for example in groups[prompts[i]]]
-    training = [example for i in order[num_held_out:] for example in groups[prompts[i]]]
-    return training, held_out
+    return set_aside(list(groups.values()), fraction, seed)
+
+
+def set_aside(groups: Sequence[Sequence[_Item]], fraction: float, seed: int) -> tuple[list[_Item], list[_Item]]:
+    """Some of at least two groups, at least one of them and never all: `(the others, those set aside)`."""
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = min(max(1, round(fraction * len(groups))), len(groups) - 1)
+    return [x for i in order[aside:] for x in groups[i]], [x for i in order[:aside] for x in groups[i]]
 
 
 def is_whole(text: str) -> bool:

@@ -116,8 +116,9 @@ def test_the_command_starts_as_the_candidate_did_where_examples_are_left_out(tun
     """A start is made of training examples; which those are does not depend on what is too long."""
     lines = data.read_text().splitlines()
     lines[::3] = [json.dumps({"prompt": f"{'q' * 60}{i} ->", "completion": " z"}) for i in range(len(lines[::3]))]
-    data.write_text("\n".join(lines) + "\n")
-    options = ("--method", "prefix", "--lengths", "12", "--lrs", "0.01", "--most-steps", 3)
+    longer = tmp_path / "longer.jsonl"  # the fixture's own file is every test's
+    longer.write_text("\n".join(lines) + "\n")
+    options = ("--data", longer, "--method", "prefix", "--lengths", "12", "--lrs", "0.01", "--most-steps", 3)
     code, out, err = tune(*options, "--max-length", 30, "--skip-too-long")
     assert code == 0, err
     assert "left out" in err

@@ -86,14 +86,15 @@ def discover_cached(model: PreTrainedModel) -> list[AttentionCall]:
         NotImplementedError: no layer, not every layer, or a layer from which a window hides its prefix.
     """
     model_class, config = type(model).__name__, text_config(model)
+    problem = None
     try:
         calls = record_cached(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception:  # it keeps something else than keys and values, in a cache of its own
-        calls = []
+    except Exception as error:  # it keeps something else than keys and values, in a cache of its own
+        calls, problem = [], error
     if not calls:
-        raise NoAttentionError(f"{model_class} asks no cache of transformers for keys and values")
+        raise NoAttentionError(f"{model_class} asks no cache of transformers for keys and values") from problem
     expected, found = expected_layers(config), {call.module for call in calls}
     if len(found) != expected or len(calls) != expected:
         raise NotImplementedError(
