@@ -26,6 +26,7 @@ from .limits import (
 )
 from .output import check_open, say
 from .train_examples import HeldOutEvaluator, read_examples, tokenize_all
+from .train_layers import check_train_layers
 from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_cache(arguments, config)
 
     model, tokenizer = open_model(arguments)
+    check_train_layers(arguments, config, model)
     if arguments.chat:
         with user_errors(DataError, what=f"--model {arguments.model}"):
             check_template(tokenizer)

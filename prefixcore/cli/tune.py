@@ -220,10 +220,13 @@ def command(arguments: argparse.Namespace, found: Tuning) -> str:
     for name, value in chosen.items():
         if value is None or value is False or usual.get(name) == value:
             continue
-        parts.append(option(name))
-        if value is not True:
-            escaped = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts.append(escaped.replace("\n", "\\n").replace("\t", "\\t"))
+        if value is True:
+            parts.append(option(name))
+            continue
+        escaped = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        escaped = escaped.replace("\n", "\\n").replace("\t", "\\t")
+        # Behind a space, argparse takes what begins with a dash for an option.
+        parts += [f"{option(name)}={escaped}"] if escaped.startswith("-") else [option(name), escaped]
     parts += ["--lr", str(best.candidate.learning_rate), "--steps", str(best.steps), "--out", str(arguments.out)]
     return shlex.join(parts)
 

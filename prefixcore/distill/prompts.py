@@ -69,16 +69,17 @@ def _prompt(line: str, source: str) -> Prompt:
     return Prompt(prompt, completion, source)
 
 
-def split_off(prompts: Sequence[Prompt], fraction: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Sets a fraction of the prompts aside, at least one: `(the others, those set aside)`; each text on one side."""
+def split_off(prompts: Sequence[Prompt], fraction: float, seed: int, advice: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Sets a fraction of the prompts aside, at least one: `(the others, those set aside)`; each text on one side.
+
+    Raises:
+        DistillError: fewer than two of them; `advice` says how to mend it.
+    """
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.text, []).append(prompt)
     if len(groups) < 2:
-        raise DistillError(
-            f"{len(groups)} different prompts are too few to hold one out: give more of them, more questions, or "
-            "held-out prompts of their own"
-        )
+        raise DistillError(f"one prompt is too few, as one is set aside and the others are learnt from: {advice}")
     return set_aside(list(groups.values()), fraction, seed)
 
 
@@ -97,10 +98,12 @@ def parts(
     if not pool:
         raise DistillError("there is no prompt to learn from: give prompts, or questions above 0")
     if not aside:
-        pool, aside = split_off(pool, options.eval_fraction, options.seed)
+        # Held out are the user's own prompts alone, where there are any: then more questions would not help.
+        advice = "give more prompts of your own" if own else "ask for more questions"
+        pool, aside = split_off(pool, options.eval_fraction, options.seed, f"{advice}, or held-out prompts")
         aside = aside[:MOST_HELD_OUT]
     known = {prompt.text for prompt in (*pool, *aside)}
-    training, validation = split_off(
-        [*pool, *(prompt for prompt in rest if prompt.text not in known)], VALIDATION, options.seed + 1
-    )
+    every = [*pool, *(prompt for prompt in rest if prompt.text not in known)]
+    advice = "give more prompts, or ask for more questions"
+    training, validation = split_off(every, VALIDATION, options.seed + 1, advice)
     return training, validation, aside

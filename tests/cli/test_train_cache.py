@@ -48,9 +48,22 @@ def test_the_lower_layers_keep_their_start(train, tmp_path):
     torch.testing.assert_close(found[:, 0], start[:, 0], rtol=0, atol=1e-6)
     assert not torch.allclose(found[:, 1], start[:, 1], rtol=0, atol=1e-3)
     assert read_adapter(tmp_path / "adapter").manifest.training["train_layers"] == "1"
-    code, _, err = train(*whole[:-1], "2", out=tmp_path / "none")
-    assert code == 2
-    assert "layer 2 is not among the layers with a prefix" in err
+
+
+def test_layers_without_a_prefix_are_refused_before_anything_is_tokenized(train, tmp_path, monkeypatch):
+    assert train(*UPPER, out=tmp_path / "upper")[0] == 0
+    monkeypatch.setattr("prefixcore.cli.train.tokenize_all", lambda *arguments, **options: 1 / 0)
+    cases = [
+        (("--method", "prefix", "--num-virtual-tokens", 3, "--train-layers", "1,2"), "layer 2 is not among", "0 to 1"),
+        ((*UPPER, "--train-layers", "0"), "layer 0 is not among the layers with a prefix", "1 to 1"),
+        (("--resume", tmp_path / "upper", "--train-layers", "0"), "layer 0 is not among", "1 to 1"),
+        (("--method", "prompt", "--num-virtual-tokens", 3, "--train-layers", "1"), "is for --method prefix", "prompt"),
+    ]
+    for options, *said in cases:
+        code, out, err = train(*options, out=tmp_path / "none")
+        assert (code, out) == (2, "")
+        assert all(words in err for words in said), err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_smaller_dtype(train, tmp_path):

@@ -58,6 +58,15 @@ def test_lengths_go_by_the_text_and_rates_by_the_method(tune, tmp_path):
     assert {rate for _, rate in rows} == {"0.0015", "0.005", "0.015", "0.05"}
 
 
+def test_the_command_gives_back_a_text_that_begins_with_a_dash(tune, prefixcore, tmp_path):
+    code, out, err = tune("--method", "prompt", "--init-text=- ab\\n", "--most-steps", 1)
+    assert code == 0, err
+    arguments = shlex.split(out.strip().splitlines()[-1])
+    assert "--init-text=- ab\\n" in arguments
+    code, _, err = prefixcore(*arguments[1:-1], tmp_path / "trained")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

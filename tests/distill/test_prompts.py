@@ -67,5 +67,18 @@ def test_too_few_prompts():
     options = DistillOptions(num_virtual_tokens=4)
     with pytest.raises(DistillError, match="no prompt to learn from"):
         parts([], [], [], options)
-    with pytest.raises(DistillError, match="too few to hold one out"):
-        split_off([Prompt("a"), Prompt("a")], 0.5, 0)
+    with pytest.raises(DistillError, match="one prompt is too few.*: give more of them$"):
+        split_off([Prompt("a"), Prompt("a")], 0.5, 0, "give more of them")
+
+
+def test_the_advice_is_one_that_helps(prompts):
+    """More questions give nothing to hold out where there are prompts of one's own, and something to choose by."""
+    options = DistillOptions(num_virtual_tokens=4)
+    questions = [Prompt("q")]
+    with pytest.raises(DistillError, match="give more prompts of your own, or held-out prompts"):
+        parts(prompts[:1], [Prompt("q1"), Prompt("q2")], [], options)
+    with pytest.raises(DistillError, match="ask for more questions, or held-out prompts"):
+        parts([], questions, [], options)
+    with pytest.raises(DistillError, match="give more prompts, or ask for more questions"):
+        parts(prompts[:1], [], [Prompt("held out")], options)
+    assert len(parts(prompts[:1], questions, [Prompt("held out")], options)[0]) == 1
