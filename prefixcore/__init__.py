@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         export_adapter,
         import_adapter,
         load,
+        pipeline_stage,
     )
     from .hf.callback import PromptCallback
     from .hf.measures import measure
@@ -54,6 +55,7 @@ _LAZY = {
     "import_adapter": "hf",
     "load": "hf",
     "measure": "hf.measures",
+    "pipeline_stage": "hf",
     "Handle": "hf",
     "PackedCollator": "hf",
     "PromptBank": "hf",
@@ -82,6 +84,7 @@ __all__ = [
     "import_adapter",
     "load",
     "measure",
+    "pipeline_stage",
     "prefix_attention",
     "soft_embedding",
     "use_backend",

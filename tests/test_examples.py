@@ -23,8 +23,8 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def test_there_is_one_for_each_way_of_training() -> None:
-    names = ["accelerate_loop", "bare_loop", "lightning_module", "torchrun_loop", "transformers_trainer", "trl_dpo"]
-    names.append("trl_sft")
+    names = ["accelerate_loop", "bare_loop", "lightning_module", "pipeline_loop", "torchrun_loop"]
+    names += ["transformers_trainer", "trl_dpo", "trl_sft"]
     assert [path.stem for path in FILES] == names
 
 

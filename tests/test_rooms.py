@@ -15,7 +15,10 @@ PACKAGE = Path(prefixcore.__file__).parent
 ROOMS = ("backends", "ops", "nn", "adapters", "hf", "training", ("serving", "audit", "distill"), "cli")
 """Each room may import itself and those before it."""
 
-HF = ("families", "batch", "model", "attention", "positions", "prompts", "bank", "attaching", "baking", "peft")
+HF = (
+    "families", "batch", "model", "attention", "positions", "prompts", "bank", "attaching", "baking", "pipeline",
+    "peft",
+)  # fmt: skip
 """The rooms of `hf`; its other modules, the front doors, stand where `attaching` does."""
 
 

@@ -126,17 +126,19 @@ class Manifest:
         task: str | None = None,
         tokenizer: Any = None,
         forced: Sequence[str] = (),
+        base_model: Mapping[str, Any] | None = None,
         **provenance: Any,
     ) -> Manifest:
         """The manifest of an adapter for `model`.
 
         Args:
-            model: the base model; its fingerprint is taken now.
+            model: the base model.
             config: what was trained.
             layer_shapes: of each layer with a prefix, in the model's order; None for a soft prompt.
             task: in a person's words, what the adapter does.
             tokenizer: a transformers tokenizer.
             forced: in what the model is not the one that the adapter came from, where someone has insisted on it.
+            base_model: the fingerprint of the base model, where `model` is no longer whole; None: it is taken now.
             provenance: `license`, `intended_use`, `data`, `metrics`, `split`, `training`, `seed`, as the attributes.
 
         Raises:
@@ -159,10 +161,12 @@ class Manifest:
             layers = config.layers or list(range(len(layer_shapes)))
             if len(layers) != len(layer_shapes):
                 raise ValueError(f"layer_shapes: expected one for each of layers {layers}, got {len(layer_shapes)}")
+        if base_model is None:
+            base_model = fingerprint(model, config.head_names)
         return cls(
             method=config.method,
             config=config.to_dict(),
-            base_model={**fingerprint(model, config.head_names), **({"forced": list(forced)} if forced else {})},
+            base_model={**base_model, **({"forced": list(forced)} if forced else {})},
             libraries=_libraries(),
             task=task,
             tokenizer=None if tokenizer is None else _describe(tokenizer),

@@ -8,6 +8,7 @@ from .families import ENCODER_DECODERS, ENCODERS, FAMILIES
 from .handle import Handle, attached
 from .loading import load
 from .peft import Accelerated, accelerate
+from .pipeline import Stage, pipeline_stage
 from .prompt_bank import PromptBank
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Handle",
     "PackedCollator",
     "PromptBank",
+    "Stage",
     "accelerate",
     "attach",
     "attached",
@@ -26,4 +28,5 @@ __all__ = [
     "export_adapter",
     "import_adapter",
     "load",
+    "pipeline_stage",
 ]

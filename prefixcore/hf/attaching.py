@@ -148,6 +148,13 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} has an attribute {MODULE!r} of its own, the name of the trainable module"
         )
+    stage = getattr(model, "_pp_stage", None)
+    if stage is not None and stage.pp_size > 1:
+        raise NotImplementedError(
+            f"the layers of {type(model).__name__} were shared out to {stage.pp_size} processes when it was loaded "
+            "(pp_size), by which transformers runs forwards without a loss or a gradient: load the whole model, attach "
+            "and give the handle to prefixcore.pipeline_stage; to generate, load it with device_map or tp_size"
+        )
     if missing := without_values(model):
         raise ValueError(
             f"the model has parameters without values (on the meta device), as {missing[0]} is: load its weights first"

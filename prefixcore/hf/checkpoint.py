@@ -87,6 +87,8 @@ class SavePretrained:
             only: a folder for the only adapter, where what it is written beside allows none right there.
         """
         bank = self.bank
+        if bank.stage is not None:
+            bank.stage.check_summed()
         folder.mkdir(parents=True, exist_ok=True)
         for name, adapter in bank.adapters.items():
             handle, module, heads = adapter.handle, adapter.module, adapter.handle.heads.trained
@@ -99,6 +101,7 @@ class SavePretrained:
                 handle._layer_shapes or None,
                 tokenizer=handle.tokenizer,
                 forced=handle.forced,
+                base_model=adapter.base_model,
             )
             target = folder / CHECKPOINT / (name or only or "")
             target.parent.mkdir(exist_ok=True)

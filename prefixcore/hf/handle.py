@@ -165,8 +165,9 @@ class Handle(UndoneAfterBlock):
     ) -> Path:
         """Writes the adapter: PEFT's two files, the manifest, and the training state where there is more than values.
 
-        In several processes: what is whole in each (DDP, tensor parallelism) may be saved by one alone; where all do,
-        each puts the same whole folder in place. What FSDP2 shards must be saved by all, and one of them writes.
+        In several processes: what is whole in each (DDP, tensor parallelism, stages of a pipeline) may be saved by one
+        alone; where all do, each puts the same whole folder in place. What FSDP2 shards must be saved by all, and one
+        of them writes.
 
         What is not said of a loaded adapter stays as it was said of that one, as far as it still holds: after more
         training its task, license and intended use, but no metrics.
@@ -190,8 +191,11 @@ class Handle(UndoneAfterBlock):
         Raises:
             AdapterError: a value is not finite, the folder is something else than an adapter, or what is said of the
                 adapter is not what the manifest can hold.
-            OSError: the file system refused. In both cases nothing has been written.
+            OSError: the file system refused. In all cases nothing has been written.
+            RuntimeError: of a stage of a pipeline, whose gradients were not summed (`Stage.sum_gradients`).
         """
+        if self._bank.stage is not None:
+            self._bank.stage.check_summed()
         shapes = self._layer_shapes or None
         manifest = Manifest.create(
             self.model,
@@ -200,6 +204,7 @@ class Handle(UndoneAfterBlock):
             task=task,
             tokenizer=self.tokenizer,
             forced=self.forced,
+            base_model=self._adapter.base_model,
             license=license,
             intended_use=intended_use,
             data=data,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .layer_list import AsOutput, find_layers, read_output
 from .model.wrapped import WrappedMethod
 from .trained_layers import first_trained
 
@@ -67,7 +67,7 @@ class LowerLayers:
                 f"{type(handle.model).__name__} is no decoder of one stack, so no layers lie below all with a prefix"
             )
         self.layers = _below(bank.decoder, bank.layers, self.first)
-        self._as_output: Callable[[Tensor], Any] | None = None
+        self._as_output: AsOutput | None = None
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
@@ -115,41 +115,22 @@ class LowerLayers:
 
 def _below(decoder: nn.Module, attention: Sequence[nn.Module], first: int) -> list[nn.Module]:
     """The layers of `decoder` below the one that holds its attention layer `first`."""
-    for layers in decoder.modules():
-        if not isinstance(layers, nn.ModuleList):
-            continue
-        place = {inner: i for i, layer in enumerate(layers) for inner in layer.modules()}
-        where = [place.get(each, -1) for each in attention]
-        if where[0] >= 0 and all(one < other for one, other in zip(where, where[1:], strict=False)):
-            return list(layers)[: where[first]]
-    raise NotImplementedError(
-        f"{type(decoder).__name__} does not hold its layers as one list of modules, each called once, so it cannot "
-        f"begin at layer {first}"
-    )
-
-
-def _read(output: Any, layer: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """What a layer passes on, and what makes such an output of other values."""
-    hidden = output
-    as_output: Callable[[Tensor], Any] = _alone
-    if isinstance(output, tuple) and output and all(each is None for each in output[1:]):
-        hidden, as_output = output[0], partial(_first_of, len(output))
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-        got = f"a tensor {list(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+    found = find_layers(decoder, attention)
+    if found is None:
         raise NotImplementedError(
-            f"{type(layer).__name__} passes on {got} in place of one tensor [B, T, E], so it cannot be kept"
+            f"{type(decoder).__name__} does not hold its layers as one list of modules, each called once, so it cannot "
+            f"begin at layer {first}"
         )
+    layers, where = found
+    return list(layers)[: where[first]]
+
+
+def _read(output: Any, layer: nn.Module) -> tuple[Tensor, AsOutput]:
+    """What a layer passes on, without a graph, and what makes such an output of other values."""
+    hidden, as_output = read_output(output, layer)
     if hidden.requires_grad:
         raise NotImplementedError(
             "something below the first trained layer of the prefix is trained too (modules_to_save, a PEFT adapter), "
             "so what these layers pass on changes from step to step and cannot be kept"
         )
     return hidden.detach(), as_output
-
-
-def _alone(hidden: Tensor) -> Tensor:
-    return hidden
-
-
-def _first_of(length: int, hidden: Tensor) -> tuple[Tensor | None, ...]:
-    return (hidden, *[None] * (length - 1))

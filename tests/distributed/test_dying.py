@@ -37,6 +37,7 @@ def is_running(pid: int) -> bool:
     [
         pytest.param("ddp", signal.SIGKILL, 1, id="one is killed"),
         pytest.param("fsdp", signal.SIGKILL, 0, id="the writer is killed", marks=pytest.mark.slow),
+        pytest.param("pipeline", signal.SIGKILL, 1, id="a stage is killed", marks=pytest.mark.slow),
         pytest.param("ddp", signal.SIGINT, None, id="ctrl-c", marks=pytest.mark.slow),
     ],
 )

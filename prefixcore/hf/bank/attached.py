@@ -23,6 +23,7 @@ class Attached:
         num_tasks: how many it has; one, but for multitask prompt tuning.
         trained: its parameters that were to be trained when it was attached.
         handle: the `Handle` that the user holds.
+        base_model: the fingerprint of the whole model, where this process has let go of some of it; None: it has not.
         is_kept: whether its values stay on the model's device; else `Bank.residency` brings them there.
     """
 
@@ -34,6 +35,7 @@ class Attached:
         self._uid = uuid.uuid4().hex
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.handle: Any = None
+        self.base_model: dict[str, Any] | None = None
         self.is_kept = True
 
     @property

@@ -87,6 +87,7 @@ class Bank:
         hands_on_arguments: whether its layers get the arguments of its call.
         residency: the copies of frozen adapters on the model's device.
         stays: whether the bank stays on the model when nothing is attached any longer.
+        stage: of a model that is cut into stages of a pipeline, the one that this process has.
         moves_with_padding: whether padding on the left changes what the model computes; None: not tried yet.
         is_reached: whether the decoder's attention is ours. A soft prompt switches it when a call first needs that.
     """
@@ -112,6 +113,7 @@ class Bank:
         self.hands_on_arguments = True
         self.residency = Residency()
         self.stays = False
+        self.stage: Any = None
         self.moves_with_padding: bool | None = None
         self._next_task = 0
         self.names = {module: argument_names(module) for module in {model, model.base_model}}

@@ -1,0 +1,6 @@
+"""Models whose layers are shared out to several processes: pipeline parallelism by `torch.distributed.pipelining`."""
+
+from .cutting import pipeline_stage
+from .stage import Stage
+
+__all__ = ["Stage", "pipeline_stage"]

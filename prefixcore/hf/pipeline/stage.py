@@ -1,0 +1,182 @@
+"""A stage of a model: what `torch.distributed.pipelining` runs in one process, and what it trains."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..handle import Handle
+from ..model.sample_inputs import CACHES
+from ..model.signature import argument_names
+from .elsewhere import Passing
+
+_FROM_SCHEDULE = "labels"
+
+
+class Stage(nn.Module):
+    """The layers of a model that this process has, from `pipeline_stage`; for `torch.distributed.pipelining`.
+
+    Every process reads the same batch, from which each makes what a model hands to its layers: positions, masks, the
+    prefixes of the rows, where a soft prompt stands. Hidden states alone go from stage to stage.
+
+    All processes have the virtual tokens of all layers, which are small, and after `sum_gradients` their gradients: so
+    optimizers, the clipping of gradients, reparameterizations and saving need nothing special.
+
+    Args:
+        handle: of what is attached to the model.
+        index: which stage it is.
+        count: how many there are.
+        layers: the first of its layers, and the first that is no longer one.
+        group: the processes of the stages, in their order.
+        passing: what the stand-ins for the layers of other stages read and write.
+
+    Attributes:
+        model: the model, with the layers of this stage.
+        handle, index, count, layers: as above.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> handle = prefixcore.attach(model, prefixcore.PrefixTuningConfig(4, seed=0))
+        >>> stage = prefixcore.pipeline_stage(handle)
+        >>> ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+        >>> def loss_of(logits, labels):
+        ...     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        >>> place = PipelineStage(stage, stage.index, stage.count, torch.device("cpu"))
+        >>> schedule = ScheduleGPipe(place, n_microbatches=2, loss_fn=loss_of)
+        >>> logits = schedule.step(input_ids=ids, target=ids)
+        >>> stage.sum_gradients()
+        >>> all(parameter.grad is not None for parameter in handle.parameters())
+        True
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self, handle: Handle, index: int, count: int, layers: tuple[int, int], group: Any, passing: Passing
+    ) -> None:
+        super().__init__()
+        self.model = handle.model
+        self.handle, self.index, self.count, self.layers = handle, index, count, layers
+        self._group, self._passing = group, passing
+        # How often what is trained had been changed when the first gradient came that is not summed; None: all are.
+        self._changes: int | None = None
+        self._watched: dict[int, nn.Parameter] = {}
+        self.training = self.model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states for the next stage; of the last stage the logits, or what else the model's head puts out.
+
+        Args:
+            args: the hidden states of the stage before; of the first stage nothing, or the batch's input_ids.
+            kwargs: the batch as for the model, in every stage: input_ids, attention_mask, position_ids, task_ids.
+
+        Raises:
+            ValueError: something is missing, or is not for a stage.
+            RuntimeError: gradients of a step have not been summed, or are there still.
+        """
+        given, kwargs = self._read(args, kwargs)
+        if torch.is_grad_enabled():
+            self.check_summed()
+            self._watch()
+        passing = self._passing
+        passing.given, passing.passed_on, passing.is_running = given, None, True
+        try:
+            if self.index < self.count - 1:
+                self.model.base_model(**kwargs)
+                assert passing.passed_on is not None
+                return passing.passed_on
+            return _tensors(self.model(**kwargs))
+        finally:
+            passing.given, passing.passed_on, passing.is_running = None, None, False
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """What the stage before hands on, and the arguments of the model."""
+        given: Tensor | None = None
+        if self.index == 0 and args:
+            kwargs = {self.model.main_input_name: args[0], **kwargs}
+        elif self.index:
+            given = args[0] if args else None
+        if len(args) > 1 or (self.index and given is None):
+            expected = "the hidden states of the one before" if self.index else "input_ids, or nothing,"
+            raise ValueError(
+                f"stage {self.index} of {self.count} expects {expected} by place and the batch by name, got "
+                f"{len(args)} arguments by place"
+            )
+        if kwargs.get(self.model.main_input_name) is None and kwargs.get("inputs_embeds") is None:
+            raise ValueError(
+                f"stage {self.index} of {self.count} needs {self.model.main_input_name}: every process gives the whole "
+                "batch to its schedule, schedule.step(input_ids=..., attention_mask=..., target=labels)"
+            )
+        if kwargs.get(_FROM_SCHEDULE) is not None:
+            raise ValueError("labels are the loss function's: schedule.step(..., target=labels)")
+        if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
+            raise ValueError("a stage trains and keeps no cache of keys and values: leave it and use_cache out")
+        return given, ({**kwargs, "use_cache": False} if "use_cache" in argument_names(self.model) else kwargs)
+
+    # -- gradients
+
+    def _trained(self) -> list[nn.Parameter]:
+        """What is trained, in the same order in every process."""
+        adapters = self.handle._bank.adapters.values()
+        return [parameter for adapter in adapters for parameter in adapter.handle.parameters()]
+
+    def _count_changes(self) -> int:
+        return sum(parameter._version for parameter in self._trained())
+
+    def _watch(self) -> None:
+        """Lets what is trained tell of the first gradient of a step."""
+        for parameter in self._trained():
+            if parameter.requires_grad and id(parameter) not in self._watched:
+                parameter.register_hook(partial(self._note, parameter))
+                self._watched[id(parameter)] = parameter
+
+    def _note(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """A gradient comes to a parameter."""
+        if self._changes is not None:
+            return
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            raise RuntimeError(
+                "the gradients of the last step, which have been summed, are still there, and would be summed again: "
+                "call optimizer.zero_grad() first; to accumulate, call stage.sum_gradients() once, after the last step"
+            )
+        self._changes = self._count_changes()
+
+    def check_summed(self) -> None:
+        """Raises RuntimeError where an optimizer has gone by the gradients of this stage alone."""
+        if self._changes is not None and self._changes != self._count_changes():
+            raise RuntimeError(
+                "virtual tokens were changed by the gradients of this stage alone, so the processes have different "
+                "ones: call stage.sum_gradients() after schedule.step(...), before gradients are clipped and the "
+                "optimizer steps"
+            )
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Gives every process the gradients of all stages: after `schedule.step`, before the optimizer's step.
+
+        One exchange of as many numbers as are trained, for which every process of the pipeline has to come. A second
+        call, with no gradient since, changes nothing.
+        """
+        trained = self._trained()
+        if not trained:
+            return
+        parts = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in trained]
+        news = trained[0].new_tensor([float(self._changes is not None)])
+        flat = torch.cat([*parts, news])
+        if self.count > 1:
+            dist.all_reduce(flat, group=self._group)
+        if flat[-1] > 0:
+            for parameter, part in zip(trained, flat[:-1].split([len(part) for part in parts]), strict=True):
+                parameter.grad = part.view(parameter.shape).to(parameter.dtype).clone()
+        self._changes = None
+
+
+def _tensors(output: Any) -> Any:
+    """What a head puts out, without names: one tensor, or several."""
+    found = tuple(each for each in output.to_tuple() if isinstance(each, Tensor))
+    return found[0] if len(found) == 1 else found
