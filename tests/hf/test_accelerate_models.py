@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -77,8 +79,8 @@ def test_a_soft_prompt_on_an_encoder(method: str) -> None:
     [
         (lambda: _t5(), "SEQ_2_SEQ_LM", "prefix", "encoder-decoder"),
         (lambda: _t5(), "SEQ_2_SEQ_LM", "prompt", "encoder-decoder"),
-        (lambda: _bloom(), "CAUSAL_LM", "prefix", "Bloom"),
-        (lambda: _gpt_neo(), "CAUSAL_LM", "prefix", "GPTNeo"),
+        (lambda: _bloom(), "CAUSAL_LM", "prefix", "Bloom.*the PeftModel works as it is"),
+        (lambda: _gpt_neo(), "CAUSAL_LM", "prefix", "GPTNeo.*the PeftModel works as it is"),
         (lambda: make("llama"), None, "prompt", "task_type"),
     ],
     ids=["t5 prefix", "t5 prompt", "bloom", "gpt_neo", "no task"],
@@ -95,6 +97,24 @@ def test_refused_by_name(build: Any, task_type: Any, method: str, message: str) 
     assert set(model.base_model.__dict__) == base
     assert model.base_model.config._attn_implementation == attention
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("build", [lambda: _bloom(), lambda: _gpt_neo()], ids=["bloom", "gpt_neo"])
+def test_what_a_refusal_advises_works(build: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = build().eval()
+    bare = copy.deepcopy(base)
+    model = peft.get_peft_model(base, METHODS["prefix"](task_type="CAUSAL_LM"))
+    with pytest.raises(NotImplementedError, match=r"works as it is.*give the folder to prefixcore.load"):
+        prefixcore.accelerate(model)
+    ids = tokens(2, 7)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    expected = model.eval()(input_ids=ids).logits
+    with prefixcore.load(bare, tmp_path) as handle:
+        torch.testing.assert_close(handle.model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def _t5() -> Any:

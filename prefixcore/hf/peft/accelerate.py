@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attaching import check_model
-from ..attention.discover import discover, find_backbone
+from ..attention.discover import NOT_ON_INTERFACE, discover, find_backbone
+from ..attention.discover_cached import discover_cached
 from ..attention.patch import frozen_run
+from ..attention.recording import AttentionCall
 from ..attention.refusals import warn_of_dropout
 from ..families import text_config
 from ..model.active import activate
@@ -69,8 +71,8 @@ def accelerate(
     Raises:
         TypeError: neither a PeftModel, nor a transformers model with an adapter.
         ValueError: the model is accelerated, or something is attached to its base model, already.
-        NotImplementedError: no method of virtual tokens, no decoder, or a base model that a prefix cannot reach (of
-            which bloom and gpt_neo are two).
+        NotImplementedError: no method of virtual tokens, no decoder, or a base model whose attention has no place for
+            ours (Bloom, Falcon, MPT, GPT-Neo): PEFT's prefix works there as it is, and `load` reads its files.
 
     After an error the model is as it was.
 
@@ -115,7 +117,7 @@ def _attach(peft_model: Any) -> PeftBank:
     check_model(base)
     if base.config.output_attentions or text_config(base).output_attentions:
         raise ValueError("config.output_attentions is on, but prefix attention never forms weights: set it to False")
-    calls = discover(base)
+    calls = _find_calls(base)
     backbone = find_backbone(base, calls)
     module = PeftPrefix(peft_model, prefix_shapes(peft_model, calls))
     expected = None if is_tested(base) else _outputs(peft_model)
@@ -129,6 +131,28 @@ def _attach(peft_model: Any) -> PeftBank:
             bank.undo()
             raise
     return bank
+
+
+def _find_calls(base: PreTrainedModel) -> list[AttentionCall]:
+    """The attention calls of the base model; NotImplementedError: not all of them can be made ours."""
+    try:
+        return discover(base)
+    except NotImplementedError as error:
+        if NOT_ON_INTERFACE not in str(error):
+            raise
+    name = type(base).__name__
+    refusal = (
+        f"{name} has attention of its own, in whose place prefixcore cannot put another, so accelerate would make "
+        "nothing faster: the PeftModel works as it is"
+    )
+    try:
+        discover_cached(base)
+    except NotImplementedError:
+        raise NotImplementedError(refusal) from None
+    raise NotImplementedError(
+        f"{refusal}. To go on in prefixcore, save it and give the folder to prefixcore.load, which passes the prefix "
+        f"to {name} as PEFT does, and as quickly"
+    )
 
 
 def _outputs(peft_model: Any) -> tuple[Tensor, Tensor]:
