@@ -1,7 +1,7 @@
 """What each method learns: `python -m bench.quality run`, then `render`.
 
-`run` runs the cells that are missing, `list` names them, `render` writes the page and draws its pictures, and `check`
-fails if they are not what the records say.
+`run` runs the cells that are missing (with `--seconds N` those of a budget of seconds), `list` names them, `render`
+writes the page and draws its pictures, and `check` fails if they are not what the records say.
 """
 
 from __future__ import annotations
@@ -38,10 +38,26 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.partition("\n")[0])
     result.add_argument("what", choices=("run", "render", "check", "list"))
     result.add_argument("--parts", type=names(TASKS, "part"), default=list(TASKS), help="tasks (default: all)")
-    result.add_argument("--methods", type=names(METHODS, "method"), default=list(METHODS), help="default: all")
+    result.add_argument("--methods", type=names(METHODS, "method"), help=f"default: all, or {', '.join(plan.TIMED)}")
+    result.add_argument(
+        "--seconds",
+        type=int,
+        choices=range(1, 101),
+        metavar="N",
+        help="train for N times the CPU seconds of our prefix's steps, measured first, in place of as many steps",
+    )
+    result.add_argument("--first-rate", action="store_true", help="of each method only the first learning rate")
     result.add_argument("--minutes", type=float, help="begin no cell after as many")
-    result.add_argument("--out", type=Path, default=records.FOLDER, help="where records go (default: %(default)s)")
+    result.add_argument("--out", type=Path, help=f"where records go (default: {records.FOLDER}, or {records.TIMED}/xN)")
     return result
+
+
+def resolved(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with the defaults that depend on the budget."""
+    options.methods = options.methods or (list(METHODS) if options.seconds is None else list(plan.TIMED))
+    options.out = options.out or (records.FOLDER if options.seconds is None else records.folder_of(options.seconds))
+    options.num_seeds = plan.SEEDS if options.seconds is None else 1
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,18 +73,27 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = base_model.load()
     model = model.to(torch.bfloat16)
     tasks = {name: TASKS[name]() for name in options.parts}
-    for done, cell in enumerate(plan.missing(options.parts, options.methods, options.out)):
+    budgets: dict[str, cells.Budget] = {}
+    missing = plan.missing(options.parts, options.methods, options.out, num_seeds=options.num_seeds)
+    if options.first_rate:
+        missing = (cell for cell in missing if cell.rate in (METHODS[cell.method].rates or (0.0,))[:1] or cell.seed)
+    for done, cell in enumerate(missing):
         minutes = (time.monotonic() - began) / 60
         if options.minutes is not None and minutes >= options.minutes:
             print(f"[{minutes:5.1f} min] stopped after {done} cells; the same command goes on", flush=True)
             return
+        if options.seconds is not None and cell.task not in budgets:
+            seconds = cells.seconds_of(METHODS["prefix"], tasks[cell.task], model, tokenizer)
+            print(f"[{minutes:5.1f} min] {cell.task}: our prefix takes {seconds:.1f} CPU s", flush=True)
+            budgets[cell.task] = cells.Budget(seconds=options.seconds * seconds)
         start = time.monotonic()
-        record = cells.run(cell, METHODS[cell.method], tasks[cell.task], model, tokenizer)
+        task, budget = tasks[cell.task], budgets.get(cell.task)
+        record = cells.run(cell, METHODS[cell.method], task, model, tokenizer, budget)
         records.write(record, options.out)
         rate = f"lr {cell.rate:g}" if cell.rate else ""
         print(
             f"[{minutes:5.1f} min] {cell.task:11} {cell.method:20} seed {cell.seed} {rate:9} validation "
-            f"{record.validation:6.1%} test {record.share:6.1%} loss {record.loss:.3f}  "
+            f"{record.validation:6.1%} test {record.share:6.1%} loss {record.loss:.3f}  {record.steps} steps, "
             f"{record.cpu_seconds_a_step or 0:.2f} CPU s a step, {time.monotonic() - start:.0f} s",
             flush=True,
         )
@@ -76,12 +101,13 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Returns the exit status."""
-    options = parser().parse_args()
+    options = resolved(parser().parse_args())
     try:
         if options.what == "run":
             run(options)
         elif options.what == "list":
-            for cell in plan.missing(options.parts, options.methods, options.out, all_seeds=True):
+            asked = options.parts, options.methods, options.out
+            for cell in plan.missing(*asked, all_seeds=True, num_seeds=options.num_seeds):
                 print(cell.file)
         else:
             from . import page

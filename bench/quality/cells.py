@@ -21,16 +21,31 @@ from .tasks import END, Task
 NO_LOSS = 99.0
 """Stands for the loss of a training that failed: JSON has no infinity."""
 
+ENDLESS = 1_000_000
+"""Steps of a training that ends by its seconds."""
+
 AT_ONCE = 24
 """Examples that are answered in one forward."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a training is: the same for every method."""
+    """How long a training is: the same for every method.
+
+    Attributes:
+        steps: of the training.
+        batch_size: examples a step.
+        seconds: CPU seconds of one thread for all that comes before the answers, the making of a start included, in
+            place of `steps`; None: it is one of steps.
+    """
 
     steps: int = 60
     batch_size: int = 8
+    seconds: float | None = None
+
+
+class _TimeIsUp(Exception):
+    """The budget of seconds is spent."""
 
 
 def run(cell: Cell, method: Method, task: Task, model: Any, tokenizer: Any, budget: Budget | None = None) -> Record:
@@ -38,9 +53,10 @@ def run(cell: Cell, method: Method, task: Task, model: Any, tokenizer: Any, budg
     budget = budget or Budget()
     if method.attach is None:
         return without_training(cell, method, task, model, tokenizer)
+    began = time.process_time()
     with method.attach(model, tokenizer, task, cell.seed) as attached:
         try:
-            seconds = train(attached, method, cell, task, tokenizer, budget)
+            steps, seconds = train(attached, method, cell, task, tokenizer, budget, began)
         except ValueError as error:  # a loss that is not finite, at a learning rate that the method cannot take
             return failed(cell, attached, task, str(error), setting(model))
         validation, validation_loss, _ = answers(attached.model, tokenizer, task.validation)
@@ -50,7 +66,7 @@ def run(cell: Cell, method: Method, task: Task, model: Any, tokenizer: Any, budg
             cell.method,
             cell.seed,
             cell.rate,
-            steps=budget.steps,
+            steps=steps,
             batch_size=budget.batch_size,
             numbers=attached.numbers,
             num_virtual_tokens=attached.num_virtual_tokens,
@@ -60,7 +76,9 @@ def run(cell: Cell, method: Method, task: Task, model: Any, tokenizer: Any, budg
             loss=round(loss, 4),
             cpu_seconds_a_step=round(seconds, 4),
             text="",
-            setting=setting(model),
+            setting=setting(model)
+            if budget.seconds is None
+            else {**setting(model), "seconds": f"{budget.seconds:.1f}"},
         )
 
 
@@ -85,22 +103,55 @@ def failed(cell: Cell, attached: Attached, task: Task, why: str, setting: dict[s
     )
 
 
-def train(attached: Attached, method: Method, cell: Cell, task: Task, tokenizer: Any, budget: Budget) -> float:
-    """Train, and return the CPU seconds of a step."""
-    options = TrainingOptions(budget.steps, cell.rate, budget.batch_size, seed=cell.seed, **method.options)
+def train(
+    attached: Attached, method: Method, cell: Cell, task: Task, tokenizer: Any, budget: Budget, began: float = 0.0
+) -> tuple[int, float]:
+    """Train, and return how many steps that were, and the CPU seconds of one.
+
+    Args:
+        attached: what to train.
+        method, cell: whose options and learning rate are taken.
+        task: what is learned.
+        tokenizer: reads it.
+        budget: when the training ends.
+        began: where the clock of `time.process_time` stood when the budget of seconds began.
+    """
+    steps = budget.steps if budget.seconds is None else ENDLESS
+    options = TrainingOptions(steps, cell.rate, budget.batch_size, seed=cell.seed, **method.options)
+    done = 0
+
+    def count(step: int, _: Any) -> None:
+        nonlocal done
+        done = step
+        if budget.seconds is not None and time.process_time() - began >= budget.seconds:
+            raise _TimeIsUp
+
+    first_step = time.process_time()
+    try:
+        record = fit(
+            attached.model,
+            attached.parameters,
+            tokenize(tokenizer, task.training, end=END),
+            pad_token_id=pad_id(tokenizer),
+            options=options,
+            packed=attached.packed,
+            show_progress=False,
+            on_step=count,
+        )
+        if record.interrupted:
+            raise KeyboardInterrupt
+    except _TimeIsUp:
+        pass
+    return done, (time.process_time() - first_step) / done
+
+
+def seconds_of(method: Method, task: Task, model: Any, tokenizer: Any, budget: Budget | None = None) -> float:
+    """The CPU seconds that a method takes for a budget of steps, with the making of its start: the yardstick."""
+    assert method.attach is not None
     began = time.process_time()
-    record = fit(
-        attached.model,
-        attached.parameters,
-        tokenize(tokenizer, task.training, end=END),
-        pad_token_id=pad_id(tokenizer),
-        options=options,
-        packed=attached.packed,
-        show_progress=False,
-    )
-    if record.interrupted:
-        raise KeyboardInterrupt
-    return (time.process_time() - began) / record.steps_done
+    with method.attach(model, tokenizer, task, 0) as attached:
+        train(attached, method, Cell(task.name, method.name, 0, method.rates[0]), task, tokenizer, budget or Budget())
+    return time.process_time() - began
 
 
 def without_training(cell: Cell, method: Method, task: Task, model: Any, tokenizer: Any) -> Record:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from bench.demo.methods import shared_copy
 from prefixcore.training import best_start, starting_text, tokenize
 from prefixcore.training.starting import DRAWS, in_turns
 
+from .outside import FeatureMap, FeatureMapBesidePrefix, Gate, outside
+from .rates import scaled_rates
 from .tasks import END, Task
 
 SHOTS = (0, 2, 8)
@@ -114,6 +117,7 @@ def ours(
     start: str = "examples",
     tokens: int | None = None,
     training: Mapping[str, Any] | None = None,
+    around: Callable[[Any], AbstractContextManager[Sequence[torch.nn.Parameter]]] | None = None,
     **options: Any,
 ) -> Method:
     """A prefix or soft prompt of ours.
@@ -126,6 +130,7 @@ def ours(
             "instruction" (a person's text with two examples), "labels", "vocab", "random" or "zero".
         tokens: P; None: what the start has, or 20.
         training: options of the training.
+        around: of the handle: a block in which something is changed, and what is trained along.
         options: of the configuration; a function is asked for its value with the model's number of layers.
     """
 
@@ -142,8 +147,11 @@ def ours(
             given["init_text"] = " ".join(task.labels) + END
         else:
             given["init"], given["num_virtual_tokens"] = start, tokens or 20
-        with prefixcore.attach(model, config(**given), tokenizer=tokenizer) as handle:
-            parameters = list(handle.parameters())
+        with (
+            prefixcore.attach(model, config(**given), tokenizer=tokenizer) as handle,
+            around(handle) if around is not None else nullcontext([]) as further,
+        ):
+            parameters = [each for each in (*handle.parameters(), *further) if each.numel()]
             yield Attached(handle.model, parameters, handle.can_pack, handle.num_virtual_tokens)
 
     return Method(name, title, "ours", attach, rates, dict(training or {}))
@@ -221,7 +229,24 @@ PREFIX, PROMPT, P_TUNING = prefixcore.PrefixTuningConfig, prefixcore.PromptTunin
 KV, EMBEDDING, BASIS = (2e-3, 5e-3), (5e-3, 2e-2), (5e-3, 2e-2)
 """Learning rates that are tried for keys and values, for embeddings, and for coefficients of a random basis."""
 
+MATRIX = (2e-4, 1e-3)
+"""Learning rates that are tried for matrices on queries: 64 products add up in each number that they give."""
+
 LINEAR = {"warmup_steps": 10, "schedule": "linear"}
+FAST_GATE = 25
+"""How many times the learning rate of keys and values that of a gate is, which has one number a head to move."""
+
+
+def gated(name: str, title: str, rate: float, **options: Any) -> Method:
+    """A prefix behind a gate that begins at zero; the text stands where it would without."""
+    around = partial(outside, make=partial(Gate, rate=rate))
+    return ours(name, title, PREFIX, KV, around=around, position_offset=False, **options)
+
+
+def rates_apart(name: str, title: str, **factors: float) -> Method:
+    """The prefix with so many times the learning rate for its keys or its values."""
+    return ours(name, title, PREFIX, KV, around=partial(scaled_rates, **factors))
+
 
 _ALL = (
     Method("bare", "bare model", "bare", texts=lambda task, seed: [""]),
@@ -265,6 +290,20 @@ _ALL = (
     ours("prefix@linear", "linear schedule, warm-up of 10 steps", PREFIX, KV, training=LINEAR),
     ours("prefix@upper", "upper half of the layers", PREFIX, KV, layers=lambda n: list(range(n // 2, n))),
     ours("prefix@lower", "lower half of the layers", PREFIX, KV, layers=lambda n: list(range(n // 2))),
+    gated("prefix@gate", "gate from zero, start: examples", 1),
+    gated("prefix@gate-fast", f"the same, {FAST_GATE} times the learning rate for the gate", FAST_GATE),
+    gated("prefix@gate-random", "the same, start: random", FAST_GATE, start="random"),
+    ours(
+        "prefix@outside", "map outside the softmax in its place", PREFIX, MATRIX, start="zero", tokens=1,
+        num_frozen_tokens=1, position_offset=False, around=partial(outside, make=FeatureMap),
+    ),
+    ours(
+        "prefix@outside-beside", "map outside the softmax beside it", PREFIX, KV,
+        around=partial(outside, make=partial(FeatureMapBesidePrefix, rate=0.1)),
+    ),
+    rates_apart("prefix@keys-slow", "a fifth of the learning rate for keys", key=0.2),
+    rates_apart("prefix@values-slow", "a fifth of the learning rate for values", value=0.2),
+    rates_apart("prefix@keys-fast", "five times the learning rate for keys", key=5.0),
     ours("prompt@one-draw", "start: examples, the first draw", PROMPT, EMBEDDING, start="one draw"),
     ours("prompt@vocab", "start: vocabulary", PROMPT, EMBEDDING, start="vocab"),
     ours("prompt@instruction", "start: instruction, two examples", PROMPT, EMBEDDING, start="instruction"),

@@ -145,6 +145,32 @@ def levers(kept: Sequence[Record]) -> str:
     return "\n\n".join(parts)
 
 
+def times_run() -> list[int]:
+    """The multiples of our prefix's seconds that something was run for."""
+    return sorted(int(each.name[1:]) for each in records.TIMED.glob("x*"))
+
+
+def equal_seconds() -> str:
+    """A row a method, a column a task: right answers, and in how many steps; a table for each budget of seconds."""
+    parts = []
+    for times in times_run():
+        kept = records.read(records.folder_of(times))
+        tasks = [task for task in TITLES if any(each.task == task for each in kept)]
+        rows = []
+        for name in plan.TIMED:
+            cells = []
+            for task in tasks:
+                mine = chosen(kept, task, name)
+                cells.append(
+                    f"{percent(rows_of(mine))}, loss {mine[0].loss:.2f}, {mine[0].steps} steps" if mine else "-"
+                )
+            if any(cell != "-" for cell in cells):
+                rows.append([METHODS[name].title, *cells])
+        title = "the seconds of our prefix's 60 steps" if times == 1 else f"{times} times as many seconds"
+        parts.append(markdown((title, *(TITLES[task] for task in tasks)), rows))
+    return "\n\n".join(parts) or "Not run: `python -m bench.quality run --seconds 1`."
+
+
 def starts() -> str:
     """What each start is worth untrained; of several draws, the mean, and the one that is taken."""
     if not FILE.exists():
@@ -225,6 +251,7 @@ PARTS: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "setting": setting,
     "tables": lambda kept: tables(kept, plan.MAIN),
     "levers": levers,
+    "seconds": lambda kept: equal_seconds(),
     "starts": lambda kept: starts(),
     "holding": lambda kept: holding(),
     "encoder": lambda kept: encoder(),

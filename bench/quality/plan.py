@@ -17,6 +17,9 @@ LEVERS = [name for name in METHODS if "@" in name]
 LEVER_TASKS = ("capitals", "continents", "news", "currencies", "movies")
 """The tasks on which levers are tried, beside the methods themselves."""
 
+TIMED = ("prefix", "prompt", "peft-prompt-text", "peft-prefix-text", "lora")
+"""The methods that are compared at equal seconds, too: ours, PEFT's best, and LoRA."""
+
 ROUNDS = (
     ("bare", "written-0", "written-2", "written-8", "prefix", "prompt", "prefix@vocab", "lora"),
     ("peft-prompt-text", "prefix@linear", "prefix@one-draw", "prompt@vocab"),
@@ -28,7 +31,7 @@ Stage: TypeAlias = "tuple[str, str, Sequence[int], int | None]"
 """A task, a method, the seeds, and the place of a learning rate; None: all of them."""
 
 
-def stages(parts: Collection[str]) -> Iterator[Stage]:
+def stages(parts: Collection[str], num_seeds: int = SEEDS) -> Iterator[Stage]:
     """In order: the rounds, their other learning rates, the other methods, further seeds."""
     tasks = [name for name in TASKS if name in parts]
 
@@ -41,7 +44,7 @@ def stages(parts: Collection[str]) -> Iterator[Stage]:
                 yield from ((task, name, [0], place) for name in on(task, names))
     for task in tasks:
         yield from ((task, name, [0], None) for name in on(task, [*MAIN, *LEVERS]))
-    for seed in range(1, SEEDS):
+    for seed in range(1, num_seeds):
         for task in tasks:
             yield from ((task, name, [seed], None) for name in MAIN)
 
@@ -52,15 +55,17 @@ def missing(
     folder: Path = records.FOLDER,
     *,
     all_seeds: bool = False,
+    num_seeds: int = SEEDS,
 ) -> Iterator[Cell]:
     """The cells that have not been run, one after the other as each is needed.
 
     The first seed tries every learning rate; further seeds take the one that the validation side chose of them, so
     each is only known once the cells before it have been run. With `all_seeds`, those of which it is not known yet
-    come too, at the first of the learning rates, to be counted.
+    come too, at the first of the learning rates, to be counted. `folder` has the records, those of a budget of seconds
+    have one of their own.
     """
     seen: set[Cell] = set()
-    for task, name, seeds, place in stages(parts):
+    for task, name, seeds, place in stages(parts, num_seeds):
         if name not in methods:
             continue
         rates = METHODS[name].rates or (0.0,)

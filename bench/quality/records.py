@@ -9,6 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "results" / "cells"
+TIMED = FOLDER.with_name("seconds")
+"""Where the records of a budget of seconds are, a folder for each multiple of our prefix's seconds."""
+
+
+def folder_of(times: int) -> Path:
+    """Where records go that have so many times the seconds of our prefix's steps as their budget."""
+    return TIMED / f"x{times}"
 
 
 @dataclass(frozen=True)

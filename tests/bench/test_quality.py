@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import time
 
 import pytest
 import torch
 
 from bench.quality import cells, goals, intervals, page, plan, records, sources, starts, sustained
+from bench.quality.__main__ import parser, resolved
 from bench.quality.methods import METHODS, shown
 from bench.quality.records import Cell, Record
 from bench.quality.tasks import TASKS, Task, of_dates
@@ -73,6 +76,42 @@ def test_a_learning_rate_that_makes_the_loss_no_number_is_recorded_as_that(model
     record = cells.run(cell, METHODS["prompt"], TASK, model, tiny.tokenizer(), cells.Budget(steps=4, batch_size=4))
     assert record.right == "00000"
     assert "the loss became" in record.text
+
+
+@pytest.mark.parametrize("name", ["prompt", "lora"])
+def test_a_budget_of_seconds_ends_a_training_by_its_clock(name, model, monkeypatch):
+    clock = itertools.count()  # a second goes by whenever somebody looks
+    monkeypatch.setattr(cells.time, "process_time", lambda: float(next(clock)))
+    cell = Cell("dates", name, 0, 1e-3)
+    done = []
+    for seconds in (4, 9):
+        budget = cells.Budget(batch_size=4, seconds=seconds)
+        found = cells.run(cell, METHODS[name], TASK, model, tiny.tokenizer(), budget)
+        done.append(found.steps)
+        assert found.setting["seconds"] == f"{seconds:.1f}"
+        assert found.cpu_seconds_a_step > 0
+    assert done == [3, 8]  # one look before it is attached, one at the first step's beginning, one after each step
+
+
+def test_the_yardstick_is_the_time_of_a_methods_own_steps_and_start(model):
+    began = time.process_time()
+    seconds = cells.seconds_of(METHODS["prefix"], TASK, model, tiny.tokenizer(), BUDGET)
+    assert 0 < seconds <= time.process_time() - began
+
+
+def test_a_budget_of_seconds_has_records_and_methods_of_its_own(tmp_path, monkeypatch):
+    options = resolved(parser().parse_args(["run", "--seconds", "4"]))
+    assert options.out == records.folder_of(4) != records.FOLDER
+    assert options.methods == list(plan.TIMED)
+    rate = METHODS["prefix"].rates[0]
+    asked = ["dates"], ["prefix"], tmp_path / "x4"
+    for each in plan.missing(*asked, num_seeds=1):
+        records.write(record("prefix", 0, each.rate, 0.5, "0111"), tmp_path / "x4")
+    assert not list(plan.missing(*asked, num_seeds=1))
+    assert list(plan.missing(*asked)) == [Cell("dates", "prefix", seed, rate) for seed in (1, 2)]
+    monkeypatch.setattr(records, "TIMED", tmp_path)
+    assert "| prefix | 75 (25..100), loss 1.00, 80 steps |" in page.equal_seconds()
+    assert "4 times as many seconds" in page.equal_seconds()
 
 
 def record(method: str, seed: int, rate: float, validation: float, right: str, task: str = "dates") -> Record:
