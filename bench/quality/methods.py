@@ -229,7 +229,7 @@ PREFIX, PROMPT, P_TUNING = prefixcore.PrefixTuningConfig, prefixcore.PromptTunin
 KV, EMBEDDING, BASIS = (2e-3, 5e-3), (5e-3, 2e-2), (5e-3, 2e-2)
 """Learning rates that are tried for keys and values, for embeddings, and for coefficients of a random basis."""
 
-MATRIX = (2e-4, 1e-3)
+MATRIX = (2e-4, 5e-5, 1e-3)
 """Learning rates that are tried for matrices on queries: 64 products add up in each number that they give."""
 
 LINEAR = {"warmup_steps": 10, "schedule": "linear"}
@@ -297,9 +297,14 @@ _ALL = (
         "prefix@outside", "map outside the softmax in its place", PREFIX, MATRIX, start="zero", tokens=1,
         num_frozen_tokens=1, position_offset=False, around=partial(outside, make=FeatureMap),
     ),
-    ours(
-        "prefix@outside-beside", "map outside the softmax beside it", PREFIX, KV,
-        around=partial(outside, make=partial(FeatureMapBesidePrefix, rate=0.1)),
+    *(
+        ours(
+            name, title, PREFIX, KV, around=partial(outside, make=partial(FeatureMapBesidePrefix, rate=rate))
+        )
+        for name, title, rate in (
+            ("prefix@outside-beside", "map outside the softmax beside it, a tenth of the learning rate", 0.1),
+            ("prefix@outside-slow", "the same, a hundredth", 0.01),
+        )
     ),
     rates_apart("prefix@keys-slow", "a fifth of the learning rate for keys", key=0.2),
     rates_apart("prefix@values-slow", "a fifth of the learning rate for values", value=0.2),
