@@ -64,6 +64,7 @@ class Case:
     starts: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float64
     checkpointing: bool = False
+    tasks: bool = False
 
 
 PREFIX = CONFIGS["prefix"]
@@ -78,6 +79,7 @@ CASES: dict[str, Case] = {
     "layers of the last stage": Case(prefixcore.PrefixTuningConfig(4, seed=0, layers=[1])),
     "checkpointing": Case(PREFIX, schedule=Schedule1F1B, checkpointing=True),
     "unseeded": Case(prefixcore.PrefixTuningConfig(4, init="random")),
+    "tasks": Case(prefixcore.MultitaskPromptTuningConfig(4, seed=0, num_tasks=3), mask=True, tasks=True),
     "gpt2": Case(PREFIX, lambda: make("gpt2"), mask=True),
     "gemma2": Case(PREFIX, lambda: make("gemma2", num_hidden_layers=4), mask=True, starts=(0, 3)),
     "bert": Case(prefixcore.PrefixTuningConfig(4, seed=0, task_type="SEQ_CLS"), bert, loss=classes, mask=True),
@@ -87,7 +89,8 @@ CASES: dict[str, Case] = {
 def batch_of(case: Case) -> tuple[dict[str, Tensor], Tensor]:
     mask = MASK if case.mask else torch.ones_like(MASK)
     labels = torch.tensor([0, 1, 2, 1]) if case.loss is classes else ROWS.masked_fill(mask == 0, -100)
-    return {"input_ids": ROWS, "attention_mask": mask}, labels
+    tasks = {"task_ids": torch.tensor([0, 2, 2, 1])} if case.tasks else {}
+    return {"input_ids": ROWS, "attention_mask": mask, **tasks}, labels
 
 
 def attach(case: Case) -> Any:
@@ -170,6 +173,7 @@ def refusals(base: str) -> dict[str, str]:
     note("starts", lambda: prefixcore.pipeline_stage(handle, starts=(0, 2)))
     stage = prefixcore.pipeline_stage(handle)
     batch, labels = batch_of(case)
+    half = {name: tensor[:2] for name, tensor in batch.items()}  # a microbatch
     note("again", lambda: prefixcore.pipeline_stage(handle))
     note("model", lambda: handle.model(**batch))
     note("generate", lambda: handle.model.generate(**batch, max_new_tokens=2))
@@ -183,17 +187,18 @@ def refusals(base: str) -> dict[str, str]:
     found["summed twice"] = str(all(map(torch.equal, before, (p.grad for p in handle.parameters()))))
     optimizer.step()
     schedule.eval(**batch, target=labels)  # which records gradients, too, and makes none
-    note("gradients are left", lambda: step_of(stage, batch))
+    note("gradients are left", lambda: step_of(stage, half))
     optimizer.zero_grad()
     schedule.step(**batch, target=labels)
     optimizer.step()
-    note("not summed", lambda: stage(*given(stage, ROWS), **batch))
+    note("not summed", lambda: stage(*given(stage, ROWS[:2]), **half))
     note("not summed, saved", lambda: handle.save("nowhere"))
     with torch.no_grad():
-        note("labels", lambda: stage(*given(stage, ROWS), **batch, labels=labels))
-        note("cache", lambda: stage(*given(stage, ROWS), **batch, use_cache=True))
-        note("no batch", lambda: stage(*given(stage, ROWS)))
-        note("shape", lambda: stage(*given(stage, ROWS[:, :3]), **batch))
+        note("labels", lambda: stage(*given(stage, ROWS[:2]), **half, labels=labels))
+        note("cache", lambda: stage(*given(stage, ROWS[:2]), **half, use_cache=True))
+        note("no batch", lambda: stage(*given(stage, ROWS[:2])))
+        note("shape", lambda: stage(*given(stage, ROWS[:2, :3]), **half))
+        note("longer", lambda: stage(*given(stage, ROWS[:2]), **{k: v.repeat(1, 2) for k, v in half.items()}))
     if "pp_size" in inspect.signature(DistributedConfig).parameters:
         model = AutoModelForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(pp_size=2))
         note("pp_size", lambda: prefixcore.attach(model, PREFIX))
@@ -204,7 +209,7 @@ def refusals(base: str) -> dict[str, str]:
 
 def step_of(stage: Any, batch: dict[str, Tensor]) -> None:
     """Makes gradients in this stage alone."""
-    stage(*given(stage, ROWS), **batch).sum().backward()
+    stage(*given(stage, ROWS[:2]), **batch).sum().backward()
 
 
 def given(stage: Any, ids: Tensor) -> list[Tensor]:

@@ -101,10 +101,9 @@ def test_layers_that_transformers_has_shared_out_are_refused(ranks: Any) -> None
 
 
 def test_batches_of_another_shape_are_said(ranks: Any) -> None:
-    assert (
-        "hands on hidden states [4, 3, 32], but this one reads a batch whose are [4, 5, 32]"
-        in (ranks[1]["refusals"]["shape"])
-    )
+    said = [rank["refusals"] for rank in ranks]
+    assert "hands on hidden states [2, 3, 32], but this one reads a batch whose are [2, 5, 32]" in said[1]["shape"]
+    assert "would hand on hidden states [2, 10, 32], where the next has room for [2, 5, 32]" in said[0]["longer"]
 
 
 def test_a_pipeline_needs_processes() -> None:

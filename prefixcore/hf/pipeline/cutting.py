@@ -86,6 +86,7 @@ def pipeline_stage(handle: Handle, group: Any = None, *, starts: Sequence[int] |
     for name, found in prints.items():
         bank.adapters[name].base_model = found
     bank.stage = stage
+    stage.forget_shape()
     _agree(stage)
     return stage
 

@@ -65,6 +65,7 @@ class Stage(nn.Module):
         self._group, self._passing = group, passing
         # How often what is trained had been changed when the first gradient came that is not summed; None: all are.
         self._changes: int | None = None
+        self._shape: torch.Size | None = None  # of what is handed on
         self._watched: dict[int, nn.Parameter] = {}
         self.training = self.model.training
 
@@ -76,7 +77,7 @@ class Stage(nn.Module):
             kwargs: the batch as for the model, in every stage: input_ids, attention_mask, position_ids, task_ids.
 
         Raises:
-            ValueError: something is missing, or is not for a stage.
+            ValueError: something is missing, is not for a stage, or has another shape than before.
             RuntimeError: gradients of a step have not been summed, or are there still.
         """
         given, kwargs = self._read(args, kwargs)
@@ -89,6 +90,7 @@ class Stage(nn.Module):
             if self.index < self.count - 1:
                 self.model.base_model(**kwargs)
                 assert passing.passed_on is not None
+                self._check_shape(passing.passed_on)
                 return passing.passed_on
             return _tensors(self.model(**kwargs))
         finally:
@@ -117,6 +119,21 @@ class Stage(nn.Module):
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             raise ValueError("a stage trains and keeps no cache of keys and values: leave it and use_cache out")
         return given, ({**kwargs, "use_cache": False} if "use_cache" in argument_names(self.model) else kwargs)
+
+    def _check_shape(self, hidden: Tensor) -> None:
+        """Raises ValueError where the next stage has no room for hidden states: gloo would end its process."""
+        shape = self._shape = self._shape or hidden.shape
+        if hidden.shape != shape:
+            raise ValueError(
+                f"stage {self.index} of {self.count} would hand on hidden states {list(hidden.shape)}, where the next "
+                f"has room for {list(shape)}, as of the first microbatch: pad all batches to one length, "
+                "and give all rows a soft prompt, or none. For batches of another shape make a new schedule, and call "
+                "stage.forget_shape() before each goes on"
+            )
+
+    def forget_shape(self) -> None:
+        """Lets the next microbatch have any shape, where a new schedule begins."""
+        self._shape = None
 
     # -- gradients
 
