@@ -12,6 +12,7 @@ from transformers.distributed import DistributedConfig
 
 import prefixcore
 from prefixcore.hf.bank.bank import Bank
+from prefixcore.hf.bank.rows import find_task
 from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS, train
 
@@ -66,7 +67,7 @@ def heads_of_a_call(model: Any) -> list[int]:
 
     with prefixcore.attach(model, CONFIGS["prefix"]) as handle:
         bank: Bank = handle._bank
-        task = bank.find_task(0)
+        task = find_task(bank, 0)
         assert task is not None
         return [pair[0].shape[0] for pair in _prefix_of(bank, task) if pair is not None]
 

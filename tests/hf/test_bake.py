@@ -13,7 +13,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore.adapters import AdapterError, adapter_digest, read_adapter, read_record
-from prefixcore.hf.baking import baking
+from prefixcore.hf.baking import source
 from prefixcore.nn import CPTConfig, CPTPrompt
 from tests import tiny
 
@@ -315,12 +315,12 @@ def test_no_room_is_refused(tmp_path: Path) -> None:
 def test_what_is_not_equal_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama")
     trained(model, PROMPTS["prompt"], tmp_path / "prompt")
-    right = baking.prompt_to_prefix
+    right = source.prompt_to_prefix
 
     def wrong(*arguments: Any) -> Any:
         return [(key, value.roll(1, 1)) for key, value in right(*arguments)]
 
-    monkeypatch.setattr(baking, "prompt_to_prefix", wrong)
+    monkeypatch.setattr(source, "prompt_to_prefix", wrong)
     before = state(model)
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(AdapterError, match=r"not equal to what it was baked from, and is not written: on an input"):

@@ -312,7 +312,7 @@ def test_rows_of_a_bank_where_positions_are_counted(monkeypatch: Any) -> None:
     for row, task in enumerate(tasks):
         assert torch.equal(together[row], model.generate(ids[row : row + 1], task_ids=[task], **options)[0])
 
-    monkeypatch.setattr("prefixcore.hf.bank.bank.position_module", lambda decoder: None)
+    monkeypatch.setattr("prefixcore.hf.bank.reach.position_module", lambda decoder: None)
     model = tiny_models.make("TrOCRForCausalLM", "trocr")
     prefixcore.PromptBank(model).attach("long", PrefixTuningConfig(5, init="random", seed=5))
     model(ids, task_ids="long")

@@ -21,6 +21,7 @@ from ..attention.prefix import KeyValue
 from ..attention.recording import AttentionCall
 from ..bank.bank import Bank
 from ..bank.prefix_calls import compute_once
+from ..bank.reach import reach
 from ..families import text_config
 from ..positions.position_table import position_limit
 from ..positions.rotary import has_moving_positions
@@ -77,7 +78,7 @@ def prompt_to_prefix(
         bank = Bank(model)
         try:
             bank.set_decoder(decoder, calls)
-            bank.reach()
+            reach(bank)
             pairs = compute_once(bank, prompt)
         finally:
             bank.patch.undo()

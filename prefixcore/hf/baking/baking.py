@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...adapters import AdapterError, Manifest, adapter_digest, check_target, read_adapter, read_record, write_adapter
-from ...adapters.files import find_adapter
-from ...adapters.provenance import MEASURED_FIELDS
+from ...adapters import AdapterError, check_target
 from ...adapters.writing import check_apart
-from ...nn import Config, LayerShape, MultitaskPrompt, Prefix, PrefixTuningConfig
-from ..attaching import attach_prefix, attach_soft_prompt, check_model
-from ..attention.patch import frozen_run
-from ..attention.prefix import KeyValue
-from ..families import text_config
-from ..handle import Handle
-from ..loading import Found, Target
+from ..attaching import check_model
+from ..loading import Target
 from ..positions.rotary import turn
-from .bake_check import Check, Comparison, Run, default_inputs
-from .bake_prefix import check_can_be_exact, encode_text, ids_to_prefix, prompt_to_prefix
-
-_HOLDS = ("model", "data", "end", "split", "held_out")
-"""What a record says that is as true of an equal prefix."""
-
-_LONGEST_TEXT = 100_000
-"""Characters of a text that are kept beside its digest."""
+from .bake_check import Check, Comparison, default_inputs
+from .source import attach_found, from_adapter, from_text, logits_of
+from .write_baked import plain_prefix, write_baked
 
 
 @dataclass(frozen=True)
@@ -58,26 +44,6 @@ class Baked:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.num_virtual_tokens} virtual tokens baked from a {self.method}; {self.comparison}"
-
-
-@dataclass
-class _Source:
-    """What is baked, and what is known about it."""
-
-    method: str
-    pairs: list[KeyValue]
-    layers: list[int]
-    config: Config | None
-    original: Callable[[], Any]
-    facts: dict[str, Any]
-    manifest: Manifest | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-    found: Found | None = None
-
-    @property
-    def position_offset(self) -> bool:
-        """Whether the text behind it begins at position P; else at 0."""
-        return getattr(self.config, "position_offset", True)
 
 
 def bake(
@@ -158,10 +124,10 @@ def bake(
     target = Target(model)
     if adapter is None:
         assert text is not None
-        source = _from_text(target, text, tokenizer, bos)
+        source = from_text(target, text, tokenizer, bos)
         _warn_of_merges(tokenizer, text, inputs)
     else:
-        source = _from_adapter(target, Path(adapter), task_id, strict)
+        source = from_adapter(target, Path(adapter), task_id, strict)
     virtual = source.pairs[0][0].shape[1]
     if source.position_offset != position_offset:
         source.pairs = turn(model, source.pairs, virtual if position_offset else -virtual)
@@ -169,127 +135,13 @@ def bake(
     ids = ids or default_inputs(model, virtual)
     with source.original() as run:
         check = Check(model, run, ids)
-    check.measure_effect(lambda ids: _logits(model, ids))
-    module = _plain_prefix(source, len(target.attention_layers[0]), position_offset)
-    with _attach(target, module, source.layers, source.found) as handle:
-        comparison = check.compare(lambda ids: _logits(model, ids))
+    check.measure_effect(lambda ids: logits_of(model, ids))
+    module = plain_prefix(source, len(target.attention_layers[0]), position_offset)
+    with attach_found(target, module, source.layers, source.found) as handle:
+        comparison = check.compare(lambda ids: logits_of(model, ids))
         author = {"task": task, "license": license, "intended_use": intended_use}
-        _write(directory, handle, module, source, comparison, author, tokenizer)
+        write_baked(directory, handle, module, source, comparison, author, tokenizer)
     return Baked(Path(directory), virtual, comparison, source.method)
-
-
-def _from_text(target: Target, text: str, tokenizer: Any, bos: bool | None) -> _Source:
-    model = target.model
-    calls, _ = target.attention_layers
-    check_can_be_exact(model, calls)
-    ids = encode_text(tokenizer, text, bos, text_config(model).vocab_size)
-    pairs = ids_to_prefix(model, ids, calls)
-    front = torch.tensor(ids, device=model.device)
-    facts: dict[str, Any] = {
-        "method": "text",
-        "text": text if len(text) <= _LONGEST_TEXT else None,
-        "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        "bos": bool(bos),
-    }
-
-    @contextmanager
-    def original() -> Iterator[Run]:
-        yield lambda ids: _logits(model, torch.cat((front, ids)), skip=len(front))
-
-    return _Source("text", pairs, list(range(len(calls))), None, original, facts)
-
-
-def _from_adapter(target: Target, folder: Path, task_id: int | None, strict: bool) -> _Source:
-    model, folder = target.model, find_adapter(folder)
-    digest = adapter_digest(folder)
-    record = read_record(folder)
-    manifest = read_adapter(folder).manifest
-    # What is trained, with its reparameterization, so that the final values are held against it.
-    trainable = manifest is not None and manifest.method not in ("cpt", "multitask-prompt")
-    found = target.read(folder, trainable, strict)
-    if adapter_digest(folder) != digest:
-        raise AdapterError(f"{folder}: was replaced while it was read; bake it again")
-    module, config = found.module, found.module.config
-    in_text = getattr(config, "virtual_token_ids", None)
-    if in_text is not None:
-        raise AdapterError(
-            f"{folder}: its virtual tokens stand in the text, in place of the ids {in_text}, so their keys and values "
-            "depend on the text before them, and no prefix is equal"
-        )
-    number = _task_number(folder, module, task_id)
-    several = isinstance(module, MultitaskPrompt) and module.num_tasks > 1
-    facts = {"digest": digest, "method": config.method, **({"task_id": number} if several else {})}
-    if isinstance(module, Prefix):
-        layers, pairs = found.layers, [(key.float(), value.float()) for key, value in module.bake()]
-    else:
-        calls, decoder = target.attention_layers
-        check_can_be_exact(model, calls)
-        prompt = module.bake() if number is None else module.bake()[number]
-        layers, pairs = list(range(len(calls))), prompt_to_prefix(model, decoder, calls, prompt)
-
-    @contextmanager
-    def original() -> Iterator[Run]:
-        with _attach(target, module.requires_grad_(False), layers, found):
-            # Without a cache and by itself a soft prompt is put into the row, and not computed as a prefix.
-            extra: dict[str, Any] = {"task_ids": [number]} if several else {}
-            yield lambda ids: _logits(model, ids, **extra)
-
-    return _Source(config.method, pairs, layers, config, original, facts, manifest, record, found)
-
-
-def _task_number(folder: Path, module: Any, task_id: int | None) -> int | None:
-    """Which of several tasks' prompts is meant; None: there is one prompt, of no number."""
-    if not isinstance(module, MultitaskPrompt):
-        if task_id not in (None, 0):
-            raise AdapterError(f"{folder}: task_id is {task_id}, but it has one task")
-        return None
-    if task_id is None and module.num_tasks > 1:
-        raise AdapterError(
-            f"{folder}: it has the prompts of {module.num_tasks} tasks and a prefix is for one: say which, task_id=0 "
-            f"to {module.num_tasks - 1} (--task-id)"
-        )
-    number = task_id or 0
-    if not 0 <= number < module.num_tasks:
-        raise AdapterError(f"{folder}: task_id is {number}, but its tasks are 0 to {module.num_tasks - 1}")
-    return number
-
-
-def _plain_prefix(source: _Source, num_layers: int, position_offset: bool) -> Prefix:
-    """The prefix to write, of whose layers the model has `num_layers`."""
-    config = source.config
-    shapes = [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in source.pairs]
-    plain = PrefixTuningConfig(
-        init=source.pairs,
-        layers=None if source.layers == list(range(num_layers)) else source.layers,
-        task_type="CAUSAL_LM" if config is None else config.task_type,
-        tokenizer_name_or_path=None if config is None else config.tokenizer_name_or_path,
-        modules_to_save=None if config is None else config.modules_to_save,
-        position_offset=position_offset,
-    )
-    return Prefix(shapes, plain, source.pairs).requires_grad_(False)
-
-
-def _attach(target: Target, module: Any, layers: list[int], found: Found | None) -> Handle:
-    """Attaches what was read or made, with the heads that an adapter brings."""
-    names = [] if found is None else found.heads
-    if isinstance(module, Prefix):
-        calls, decoder = target.attention_layers
-        handle = attach_prefix(target.model, decoder, calls, layers, module, heads=names)
-    else:
-        handle = attach_soft_prompt(target.model, module, heads=names)
-    if found is not None:
-        handle.heads.load(found.head_tensors)
-        handle.forced = found.forced
-    return handle
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, skip: int = 0, **extra: Any) -> Tensor:
-    """Logits [T, V] of ids [T] but for the first `skip`, fp32; [1, labels] of a head for sequences."""
-    with frozen_run(model):
-        output = model(input_ids=ids[None], use_cache=False, **extra)
-    logits = getattr(output, "logits", None)
-    logits = (output[0] if logits is None else logits).float()
-    return logits if logits.dim() == 2 else logits[0, skip:]
 
 
 def _encode(tokenizer: Any, text: str, model: PreTrainedModel, *, without_bos: bool) -> Tensor:
@@ -311,52 +163,3 @@ def _warn_of_merges(tokenizer: Any, text: str, inputs: Sequence[str]) -> None:
                 "such as at a line break",
                 stacklevel=3,
             )
-
-
-def _write(
-    directory: str | Path,
-    handle: Handle,
-    module: Prefix,
-    source: _Source,
-    comparison: Comparison,
-    author: Mapping[str, str | None],
-    tokenizer: Any,
-) -> Path:
-    """Writes the prefix, with what still holds of what it was baked from."""
-    before = source.manifest
-    facts = {
-        **source.facts,
-        "dtype": str(handle.model.dtype).removeprefix("torch."),
-        "largest_difference": comparison.largest_difference,
-        "inputs": comparison.num_inputs,
-    }
-    # What was measured is as true of an equal prefix: on the same model, and of one task.
-    holds = before is not None and not handle.forced and "task_id" not in source.facts
-    measured = {name: getattr(before, name) for name in MEASURED_FIELDS} if holds else {}
-    told = {f"baked_{name}": value for name, value in facts.items() if name != "text"}
-    measured["training"] = {**(measured.get("training") or {}), **told}
-    manifest = Manifest.create(
-        handle.model,
-        module.config,
-        list(module.shapes),
-        tokenizer=tokenizer,
-        forced=handle.forced,
-        **measured,
-        **author,
-    )
-    if tokenizer is None and before is not None:
-        manifest = replace(manifest, tokenizer=before.tokenizer)
-    kept = _HOLDS if holds else ("end",)
-    record: Mapping[str, Any] = {
-        **{name: source.record[name] for name in kept if name in source.record},
-        "baked_from": facts,
-    }
-    return write_adapter(
-        directory,
-        module=module,
-        config=module.config,
-        manifest=manifest,
-        heads=handle.heads.trained,
-        record=record,
-        source=before,
-    )

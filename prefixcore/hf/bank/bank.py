@@ -6,7 +6,7 @@ Also where there is one adapter, which then is every row's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,42 +17,37 @@ from transformers import PreTrainedModel
 from ...nn import CPTPrompt
 from ...ops import which_backend
 from ..attention.disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
-from ..attention.discover import check_reached, has_other_layers, is_encoder, moves_positions
-from ..attention.discover_cached import cache_name
-from ..attention.interface import ATTENTION, PREFIXES, NoArgumentsError
-from ..attention.patch import ATTACHMENT, Patch, frozen_run
-from ..attention.prefix import KeyValue, PrefixCall
+from ..attention.discover import has_other_layers, is_encoder, moves_positions
+from ..attention.interface import ATTENTION
+from ..attention.patch import ATTACHMENT, Patch
 from ..attention.recording import AttentionCall
-from ..attention.refusals import refuse_context_parallelism
 from ..batch.tasks import (
     TASK_IDS,
     Rows,
     Task,
     generated_tasks,
     generating,
-    parse_task_ids,
 )
 from ..families import has_windows, is_known, text_config
 from ..model.active import activate, is_active
 from ..model.devices import device_of
-from ..model.sample_inputs import reads_tokens, sample_inputs
-from ..model.sharded import agree_on_values, averaged, data_meshes
-from ..model.signature import argument_names, as_keywords, takes_keywords
+from ..model.sharded import agree_on_values, data_meshes
+from ..model.signature import argument_names, as_keywords
 from ..model.tensor_parallel import HeadGroup, head_group
 from ..positions.cache import cache_argument, get_label, label_to_continue
 from ..positions.decoder_positions import embed_positions, position_module
-from ..positions.model_inputs import has_axes, has_stand_ins, plain_ids, restarts
+from ..positions.model_inputs import has_axes, has_stand_ins
 from ..positions.position_table import first_position, position_limit
 from ..positions.positions import batch_rows, shift_positions
 from ..prompts.prompt_embeddings import is_inserted
 from .attached import Attached
-from .beside_peft import check_not_frozen
-from .cached_calls import reach_cached
 from .cpt_calls import TYPES, take_answers_loss
 from .encoder_calls import encode, find_encoder
 from .prefix_calls import ROWS, RowPrefixes, decode, hand_over
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
+from .reach import check_concatenated, reach
 from .residency import Residency
+from .rows import pop_rows
 
 
 class Bank:
@@ -157,49 +152,6 @@ class Bank:
                 self.patch.wrap_forward(module, around)
         self.moves_positions = isinstance(decoder, str) or moves_positions(self.model, decoder, calls)
 
-    def reach(self) -> None:
-        """Lets the decoder's attention run through ours, once."""
-        if self.is_reached or isinstance(self.decoder, str):
-            return
-        decoder = self.decoder
-        if self.cache_layers:
-            self.cache_name, self.takes_positions = cache_name(decoder) or "", "position_ids" in argument_names(decoder)
-            if not self.takes_positions:
-                self.positions = position_module(decoder)
-                self._wrap_positions()
-            reach_cached(self)
-            self._wrap_decoder(decoder)
-            return
-        self.patch.set_attention(decoder if self.encoder is None else self.model, ATTENTION)
-        check_reached(decoder, self.layers)
-        self.patch.number_layers(self.layers, True)
-        self._wrap_positions()
-        is_given = is_known(self.model) or self.encoder is not None
-        self.hands_on_arguments = is_given or self._find_handed_on(decoder)
-        self.patch.number_layers(self.layers, self.hands_on_arguments)
-        self._wrap_decoder(decoder)
-
-    def _wrap_positions(self) -> None:
-        if self.positions is not None:
-            self.names[self.positions] = argument_names(self.positions)
-            self.patch.wrap_forward(self.positions, self.call_positions)
-
-    def _wrap_decoder(self, decoder: PreTrainedModel) -> None:
-        if decoder not in self.patch.forwards:
-            self.names[decoder] = argument_names(decoder)
-            self.patch.wrap_forward(decoder, self.call_decoder)
-        self.is_reached = True
-
-    def _find_handed_on(self, decoder: PreTrainedModel) -> bool:
-        """Whether each attention layer gets the arguments that the decoder is called with."""
-        if not takes_keywords(decoder):
-            return False
-        recorded: dict[int, KeyValue] = {}
-        inputs = sample_inputs(decoder, plain_ids(self.model, 1) if reads_tokens(decoder) else torch.empty(0))
-        with frozen_run(self.model), suppress(NoArgumentsError):
-            decoder(**inputs, **{PREFIXES: PrefixCall([], recorded=recorded)})
-        return len(recorded) == len(self.layers)
-
     def add(self, adapter: Attached) -> Attached:
         """Attaches an adapter."""
         adapter.first_task, self._next_task = self._next_task, self._next_task + adapter.num_tasks
@@ -207,8 +159,8 @@ class Bank:
         agree_on_values(adapter.module, [*self.data_meshes, *([group.mesh] if group is not None else [])])
         try:
             if adapter.is_prefix:
-                self._check_concatenated(adapter)
-                self.reach()
+                check_concatenated(self, adapter)
+                reach(self)
             self.register(adapter)
         except BaseException:
             if not self.adapters and not self.stays:
@@ -216,28 +168,6 @@ class Bank:
             raise
         self.adapters[adapter.name] = adapter
         return adapter
-
-    def _check_concatenated(self, adapter: Attached) -> None:
-        """Raises NotImplementedError for a prefix that concatenation with keys and values cannot make.
-
-        In some layers of a model whose layers share a mask that shows it, or with the text at position 0 where the
-        model counts positions, or biases by distance, from the keys that its cache has.
-        """
-        if not self.cache_layers or isinstance(self.decoder, str):
-            return
-        takes_positions = "position_ids" in argument_names(self.decoder) and not getattr(
-            text_config(self.model), "alibi", False
-        )
-        if not adapter.shift and not takes_positions:
-            raise NotImplementedError(
-                f"{type(self.model).__name__} counts where a token stands from all keys before it, those of the prefix "
-                "among them, and cannot be told otherwise: leave position_offset=False out"
-            )
-        if set(adapter.layers or ()) != set(range(len(self.layers))):
-            raise NotImplementedError(
-                f"{type(self.model).__name__} has attention of its own, to which a prefix is concatenated, in every "
-                f"layer or in none (0 to {len(self.layers) - 1}), got layers={adapter.layers}: leave layers out"
-            )
 
     def remove(self, adapter: Attached) -> None:
         """Detaches an adapter; with the last one the model is put back to what it was, unless the bank stays."""
@@ -273,30 +203,6 @@ class Bank:
         """Inside, the running thread computes as if nothing were attached, with the attention that the model had."""
         return disable(self.patch)
 
-    def find_task(self, task_id: Any) -> Task | None:
-        """The task of a number, a name or a pair of a name and a number; None and -1: none.
-
-        Raises:
-            ValueError, TypeError: nothing of this name or number is attached.
-        """
-        if task_id is None or task_id == -1:
-            return None
-        name, index = task_id if isinstance(task_id, tuple) else (task_id, 0)
-        if isinstance(name, str) and name in self.adapters and 0 <= index < self.adapters[name].num_tasks:
-            return Task(self.adapters[name], index)
-        if isinstance(name, int) and not isinstance(name, bool):
-            for adapter in list(self.adapters.values()):  # another thread may add and remove
-                if adapter.first_task <= name < adapter.first_task + adapter.num_tasks:
-                    return Task(adapter, name - adapter.first_task)
-        raise ValueError(f"task_ids: {task_id!r} is not attached; there are {self._described()}, and -1 or None")
-
-    def _described(self) -> str:
-        found = []
-        for name, a in list(self.adapters.items()):
-            numbers = str(a.first_task) if a.num_tasks == 1 else f"{a.first_task} to {a.first_task + a.num_tasks - 1}"
-            found.append(numbers if name is None else f"{name!r} ({numbers})")
-        return ", ".join(found) or "none"
-
     # -- calls
 
     def call_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -305,7 +211,7 @@ class Bank:
             return self._call_bare(self.model, forward, args, kwargs)
         kwargs = as_keywords(self.names[self.model], args, kwargs)
         explicit = kwargs.get(TASK_IDS) is not None or generated_tasks(self.patch) is not None
-        rows = self.pop_rows(kwargs)
+        rows = pop_rows(self, kwargs)
         if self.encoder is not None:
             if explicit or len(self.adapters) > 1:
                 kwargs[ROWS] = RowPrefixes(rows, {})
@@ -411,64 +317,6 @@ class Bank:
             kwargs[OTHER_ATTENTION] = name
         return forward(*args, **kwargs)
 
-    def pop_rows(self, kwargs: dict[str, Any]) -> Rows:
-        """The tasks of the rows of a call."""
-        refuse_context_parallelism()
-        task_ids = kwargs.pop(TASK_IDS, None)
-        if task_ids is not None:
-            what = "rows" if kwargs.get("cu_seq_lens_q") is None else "packed sequences"
-            hint = partial(_packing_hint, kwargs)
-            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, what, hint=hint)
-        task_ids = generated_tasks(self.patch)  # before the cache's, which have to be the same
-        if task_ids is not None:
-            return parse_task_ids(task_ids, batch_rows(kwargs), self.find_task, is_expanded=True)
-        label = get_label(cache_argument(kwargs))
-        rows = None if label is None else self._rows_here(label.rows)
-        if rows is not None:
-            return rows
-        # A bank of many may have one just now; a wrapper that loses task_ids must not be taken for a call without.
-        if len(self.adapters) > 1 or self.stays or any(a.num_tasks > 1 for a in list(self.adapters.values())):
-            raise ValueError(
-                f"several tasks are attached: say which one each row is for, task_ids=[...], one a row (with -1 or "
-                f"None for none), or one for all; there are {self._described()}. A column task_ids of a dataset holds "
-                "numbers: Trainer's collator leaves texts out (PackedCollator does not)"
-            )
-        return Rows([Task(adapter) for adapter in self.adapters.values()])
-
-    def _rows_here(self, rows: Rows) -> Rows | None:
-        """The rows of a cache, perhaps of a model that this one is a copy of; None: something else is attached here."""
-        here = {adapter.uid: adapter for adapter in list(self.adapters.values())}
-        if any(task.adapter.uid not in here for task in rows.tasks):
-            return None
-        return Rows([Task(here[task.adapter.uid], task.number) for task in rows.tasks], rows.index)
-
-    def evaluate(self, adapter: Attached) -> Any:
-        """What the module makes, without a graph where none is wanted."""
-        if torch.is_grad_enabled() and self.model.training:
-            check_not_frozen(self, adapter)
-        if torch.is_grad_enabled() and adapter.trains:
-            values = adapter.module()
-            meshes = self._unknown_to(adapter)
-            return averaged(values, meshes) if meshes else values
-        if torch.compiler.is_compiling():
-            return _detach(adapter.module())
-        with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
-            values = _detach(adapter.module())
-            return values if adapter.is_kept else self.residency.get(adapter.uid, values, device_of(self.model))
-
-    def _unknown_to(self, adapter: Attached) -> list[Any]:
-        """The processes that FSDP2 shares the model out to, where it does not know of the adapter, which trains."""
-        if not self.data_meshes and not torch.compiler.is_compiling():
-            self.data_meshes = data_meshes(self.model)  # it may have come after us
-        if not self.data_meshes or not any(p is mine for p in adapter.module.parameters() for mine in adapter.trained):
-            return []  # FSDP puts parameters of its own in place of those that it knows
-        if len(self.adapters) > 1 or self.stays:
-            raise NotImplementedError(
-                "several adapters are attached to a model in parts, and FSDP does not know of them, so their gradients "
-                "cannot be averaged: attach them before fully_shard, and let it have the model as a whole"
-            )
-        return self.data_meshes
-
     # -- soft prompts
 
     @property
@@ -501,23 +349,6 @@ class Bank:
             f"{type(module).__name__} was called without the soft prompt, which is put in when the model that it is "
             f"attached to ({type(self.model).__name__}) is called"
         )
-
-
-def _detach(values: Any) -> Any:
-    return values.detach() if isinstance(values, Tensor) else [(key.detach(), value.detach()) for key, value in values]
-
-
-def _packing_hint(kwargs: dict[str, Any]) -> str:
-    """What to do where sequences are packed, but only positions say so."""
-    positions = kwargs.get("position_ids")
-    if not isinstance(positions, Tensor) or kwargs.get("cu_seq_lens_q") is not None or torch.compiler.is_compiling():
-        return ""
-    if positions.shape[-1] < 2 or not restarts(positions):
-        return ""
-    return (
-        ": position_ids restart within a row (a packed batch), but there is no cu_seq_lens_q that says where each "
-        "sequence begins, which one task a sequence needs (PackedCollator gives it)"
-    )
 
 
 def _only_full_attention(model: PreTrainedModel) -> bool:

@@ -33,6 +33,7 @@ from ..positions.row_padding import check_rows_may_differ
 from ..prompts.prompts import Prompts, missing_tokens
 from ..prompts.soft_prompt import insert, insert_mask
 from .prefix_calls import ROWS, RowPrefixes, prefixes_of_call, prompt_of
+from .rows import pop_rows
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 def encode(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     """A call of the encoder, from the model, from generate or by itself."""
     encoder: Any = bank.encoder
-    given = kwargs.pop(ROWS, None) or RowPrefixes(bank.pop_rows(kwargs), {})
+    given = kwargs.pop(ROWS, None) or RowPrefixes(pop_rows(bank, kwargs), {})
     num_rows = batch_rows(kwargs)
     if given.rows.prompts:
         prompts = prompts_of(bank, given.rows, num_rows)

@@ -31,6 +31,8 @@ from ..positions.decoder_positions import moved
 from ..positions.positions import batch_rows, check_limit, past_length, query_length, shift_positions
 from ..prompts.prompt_arguments import tokens
 from .cached_calls import compute_once_cached, forward_cached, refuse_packed
+from .evaluate import evaluate
+from .rows import pop_rows
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -93,7 +95,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     from_model = given is not None
     if given is None:
         bank.check_inserted(decoder, kwargs)
-        given = RowPrefixes(bank.pop_rows(kwargs), {})
+        given = RowPrefixes(pop_rows(bank, kwargs), {})
     if bank.encoder is not None:
         from .encoder_calls import behind_prompts, extend_encoder_mask
 
@@ -235,7 +237,7 @@ def _prefix_of(bank: Bank, task: Task) -> LayerPrefixes:
     if adapter.layers is None:  # a soft prompt whose sequence goes on from a cache, now with gradients
         return compute_once(bank, prompt_of(bank, task))
     by_layer: LayerPrefixes = [None] * len(bank.layers)
-    for layer, pair in zip(adapter.layers, bank.evaluate(adapter), strict=True):
+    for layer, pair in zip(adapter.layers, evaluate(bank, adapter), strict=True):
         by_layer[layer] = pair
     split = [layer for layer in adapter.layers if bank.head_groups[layer] is not None]
     if split:
@@ -249,7 +251,7 @@ def _prefix_of(bank: Bank, task: Task) -> LayerPrefixes:
 
 def prompt_of(bank: Bank, task: Task) -> Tensor:
     """The embeddings [P, E] of a task."""
-    values = bank.evaluate(task.adapter)
+    values = evaluate(bank, task.adapter)
     return values[task.number] if values.dim() == 3 else values
 
 

@@ -35,6 +35,7 @@ from ..prompts.prompts import Prompts
 from ..prompts.soft_prompt import continue_after, insert, without_prompt
 from .cpt_calls import AnswersLoss
 from .prefix_calls import compute_once, prompt_of
+from .reach import reach
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -71,7 +72,7 @@ def place_prompts(
         return {}, prompts
     if not bank.is_reached and trains:
         warn_of_dropout(bank.model)
-    bank.reach()
+    reach(bank)
     assert isinstance(bank.decoder, PreTrainedModel)
     refuse_other_attention(bank.decoder)
     last = 0 if kwargs.get("labels") is None or head_of(bank.model) == SEQUENCE else 1
@@ -217,7 +218,7 @@ def _insert_packed(bank: Bank, kwargs: dict[str, Any], rows: Rows, prompts: Prom
     kwargs.pop("seq_idx", None)  # cu_seq_lens_q says the same, and known families read it alone
     if not bank.is_reached and any(task.adapter.trains for task in rows.prompts):
         warn_of_dropout(bank.model)
-    bank.reach()
+    reach(bank)
     refuse_other_attention(decoder)
     if not prompts.is_one:
         return insert_each(bank.model, kwargs, prompts)

@@ -1,0 +1,49 @@
+"""What an adapter's module makes in a call: with a graph where it trains, and else without."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..model.devices import device_of
+from ..model.sharded import averaged, data_meshes
+from .attached import Attached
+from .beside_peft import check_not_frozen
+
+if TYPE_CHECKING:
+    from .bank import Bank
+
+
+def evaluate(bank: Bank, adapter: Attached) -> Any:
+    """What the module makes, without a graph where none is wanted."""
+    if torch.is_grad_enabled() and bank.model.training:
+        check_not_frozen(bank, adapter)
+    if torch.is_grad_enabled() and adapter.trains:
+        values = adapter.module()
+        meshes = _unknown_to(bank, adapter)
+        return averaged(values, meshes) if meshes else values
+    if torch.compiler.is_compiling():
+        return _detach(adapter.module())
+    with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
+        values = _detach(adapter.module())
+        return values if adapter.is_kept else bank.residency.get(adapter.uid, values, device_of(bank.model))
+
+
+def _unknown_to(bank: Bank, adapter: Attached) -> list[Any]:
+    """The processes that FSDP2 shares the model out to, where it does not know of the adapter, which trains."""
+    if not bank.data_meshes and not torch.compiler.is_compiling():
+        bank.data_meshes = data_meshes(bank.model)  # it may have come after us
+    if not bank.data_meshes or not any(p is mine for p in adapter.module.parameters() for mine in adapter.trained):
+        return []  # FSDP puts parameters of its own in place of those that it knows
+    if len(bank.adapters) > 1 or bank.stays:
+        raise NotImplementedError(
+            "several adapters are attached to a model in parts, and FSDP does not know of them, so their gradients "
+            "cannot be averaged: attach them before fully_shard, and let it have the model as a whole"
+        )
+    return bank.data_meshes
+
+
+def _detach(values: Any) -> Any:
+    return values.detach() if isinstance(values, Tensor) else [(key.detach(), value.detach()) for key, value in values]
