@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import TypeAlias
 
 from bench.cells import markdown
 
@@ -24,14 +25,18 @@ def shares(kept: Sequence[Record], task: str, kind: str, most_numbers: float = f
     return found
 
 
-def capitals(kept: Sequence[Record]) -> tuple[str, bool | None]:
+Found: TypeAlias = "tuple[str, bool | None, Collection[str]]"
+"""What the records say, whether that is the goal (None: nothing was run), and on which tasks."""
+
+
+def capitals(kept: Sequence[Record]) -> Found:
     """What the prefix and the soft prompt of `prefixcore train` come to with no option set."""
     found = {METHODS[n].title: s for n, s in shares(kept, "capitals", "ours").items() if n in ("prefix", "prompt")}
     said = ", ".join(f"{name} {share:.0f} %" for name, share in found.items())
-    return said, max(found.values()) >= CAPITALS if found else None
+    return said, max(found.values()) >= CAPITALS if found else None, TASKS
 
 
-def ahead_of_peft(kept: Sequence[Record]) -> tuple[str, bool | None]:
+def ahead_of_peft(kept: Sequence[Record]) -> Found:
     """On which tasks the best of ours is ahead of the best of PEFT's prompts."""
     ahead: list[str] = []
     behind: list[str] = []
@@ -40,20 +45,20 @@ def ahead_of_peft(kept: Sequence[Record]) -> tuple[str, bool | None]:
         if ours and others:
             (ahead if max(ours.values()) > max(others.values()) else behind).append(task)
     said = f"ahead on {', '.join(ahead) or 'none'}; not on {', '.join(behind) or 'none'}"
-    return said, len(behind) <= 1 if ahead or behind else None
+    return said, len(behind) <= 1 if ahead or behind else None, ahead + behind
 
 
-def beside_lora(kept: Sequence[Record]) -> tuple[str, bool | None]:
+def beside_lora(kept: Sequence[Record]) -> Found:
     """How far the best of ours with a tenth of LoRA's numbers is from LoRA, on average over the tasks."""
-    ways = []
+    ways = {}
     for task in dict.fromkeys(each.task for each in kept):
         lora = chosen(kept, task, "lora")
         if lora and (ours := shares(kept, task, "ours", lora[0].numbers / A_PART)):
-            ways.append(max(ours.values()) - 100 * mean([each.right for each in lora]))
+            ways[task] = max(ours.values()) - 100 * mean([each.right for each in lora])
     if not ways:
-        return "", None
-    average = sum(ways) / len(ways)
-    return f"{average:+.0f} points on average over {len(ways)} tasks", average >= -WITHIN
+        return "", None, ()
+    average = sum(ways.values()) / len(ways)
+    return f"{average:+.0f} points on average over {len(ways)} tasks", average >= -WITHIN, ways
 
 
 def table(kept: Sequence[Record]) -> str:
@@ -63,13 +68,9 @@ def table(kept: Sequence[Record]) -> str:
         "ahead of PEFT's best prompt at equal steps, on every task but one at most": ahead_of_peft,
         f"within {WITHIN:.0f} points of LoRA with a tenth of its numbers": beside_lora,
     }
-    verdicts = {
-        None: "-",
-        False: "**missed**",
-        True: "met" if {each.task for each in kept} >= set(TASKS) else "met so far",
-    }
     rows = []
     for goal, measure in goals.items():
-        said, met = measure(kept)
+        said, met, tasks = measure(kept)
+        verdicts = {None: "-", False: "**missed**", True: "met" if set(tasks) >= set(TASKS) else "met so far"}
         rows.append([goal, said or "not run", verdicts[met]])
     return markdown(("goal", "so far", ""), rows)
