@@ -21,6 +21,7 @@ from .rates import scaled_rates
 from .tasks import END, Task
 
 SHOTS = (0, 2, 8)
+PREFACE = "Below are questions and their answers. Each answer is correct and short, and nothing else is written.\n"
 WRITTEN_DRAWS = 3
 """How many draws of examples a written prompt is the best of, by its score on the validation side."""
 
@@ -108,6 +109,11 @@ def shown(task: Task, shots: int = 2) -> str:
     return task.instruction + "".join(each.prompt + each.completion for each in some)
 
 
+def preface(task: Task) -> str:
+    """A sentence that fits any task, and the first training examples."""
+    return PREFACE + shown(task).removeprefix(task.instruction)
+
+
 def ours(
     name: str,
     title: str,
@@ -127,7 +133,8 @@ def ours(
         config: the class of the configuration.
         rates: tried learning rates.
         start: "examples" (the default of `prefixcore train`: the best of a few draws), "one draw" (of examples),
-            "instruction" (a person's text with two examples), "labels", "vocab", "random" or "zero".
+            "instruction" (a person's text with two examples), "sentence" (any text with two examples),
+            "labels", "vocab", "random" or "zero".
         tokens: P; None: what the start has, or 20.
         training: options of the training.
         around: of the handle: a block in which something is changed, and what is trained along.
@@ -143,6 +150,8 @@ def ours(
             given["init_text"] = starting_text(task.training, tokenizer, tokens, end=END, seed=seed)
         elif start == "instruction":
             given["init_text"] = shown(task)
+        elif start == "sentence":
+            given["init_text"] = preface(task)
         elif start == "labels":
             given["init_text"] = " ".join(task.labels) + END
         else:
@@ -279,6 +288,7 @@ _ALL = (
     ours("prefix@one-draw", "start: examples, the first draw", PREFIX, KV, start="one draw"),
     ours("prefix@vocab", "start: vocabulary", PREFIX, KV, start="vocab"),
     ours("prefix@instruction", "start: instruction, two examples", PREFIX, KV, start="instruction"),
+    ours("prefix@sentence", "start: any sentence, two examples", PREFIX, KV, start="sentence"),
     ours("prefix@labels", "start: class labels", PREFIX, KV, start="labels"),
     ours("prefix@zero", "start: zeros", PREFIX, KV, start="zero"),
     ours("prefix@16", "16 tokens, the first draw", PREFIX, KV, start="one draw", tokens=16),

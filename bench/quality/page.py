@@ -10,9 +10,8 @@ from pathlib import Path
 
 from bench import pages, pictures
 from bench.cells import markdown
-from prefixcore.training.starting import DRAWS
 
-from . import drawings, goals, plan, records, sustained
+from . import drawings, goals, known, plan, records, sustained
 from .intervals import mean, percent
 from .methods import METHODS
 from .records import Record, chosen
@@ -184,11 +183,26 @@ def starts() -> str:
             mine = [each for each in found if each["task"] == task and each["start"].partition(", draw")[0] == name]
             means.append(f"{100 * statistics.mean(each['share'] for each in mine):.0f}" if mine else "-")
             taken.append(f"{100 * best_draw(mine)['share']:.0f}" if mine else "-")
-        if any(each["start"].startswith(f"{name}, draw") for each in found):
-            rows += [[f"{name}: mean of {DRAWS} draws", *means], [f"{name}: the draw that is taken", *taken]]
+        if draws := len({each["start"] for each in found if each["start"].startswith(f"{name}, draw")}):
+            rows += [[f"{name}: mean of {draws} draws", *means], [f"{name}: the draw that is taken", *taken]]
         else:
             rows.append([name, *taken])
     return markdown(("% right, untrained", *(TITLES[task] for task in tasks)), rows)
+
+
+def what_is_known() -> str:
+    """How many of the capitals the model knows, however it is asked."""
+    if not known.FILE.exists():
+        return "Not run: `python -m bench.quality.known`."
+    kept = json.loads(known.FILE.read_text(encoding="utf-8"))
+    found = {way: kept[way] for way in known.WAYS}
+    either = sum("1" in each for each in zip(*found.values(), strict=True))
+    count = len(next(iter(found.values())))
+    said = ", ".join(
+        f"asked in {'its chat template' if way == 'chat' else 'a sentence'} it knows {right.count('1')}"
+        for way, right in found.items()
+    )
+    return f"Of the {count} held-out capitals: {said}, one way or the other {either} ({100 * either / count:.0f} %)."
 
 
 def holding() -> str:
@@ -253,6 +267,7 @@ PARTS: Mapping[str, Callable[[Sequence[Record]], str]] = {
     "levers": levers,
     "seconds": lambda kept: equal_seconds(),
     "starts": lambda kept: starts(),
+    "known": lambda kept: what_is_known(),
     "holding": lambda kept: holding(),
     "encoder": lambda kept: encoder(),
     "missing": lambda kept: missing(),

@@ -20,24 +20,46 @@ from prefixcore.training import starting_text
 from prefixcore.training.starting import DRAWS, PROBES, in_turns
 
 from . import cells
-from .methods import shown
+from .methods import preface, shown
 from .tasks import END, TASKS, Task
 
 FILE = Path(__file__).parent / "results" / "starts.json"
 SIZES = (16, 32, 64)
+WRITTEN, SHOWN, MOST_TOKENS = 8, 8, 32
+"""How many instructions the model writes, of how many examples each, in how many tokens at most."""
 
 
-def starts(task: Task, tokenizer: Any) -> Iterator[tuple[str, Any]]:
-    """(name, configuration): examples of several sizes and draws, a person's text, the labels, the vocabulary."""
+def starts(task: Task, model: Any, tokenizer: Any) -> Iterator[tuple[str, Any]]:
+    """(name, configuration): examples of several sizes and draws, a person's text, the model's, labels, vocabulary."""
     config = prefixcore.PrefixTuningConfig
     for size in SIZES:
         for draw in range(DRAWS):
             text = starting_text(task.training, tokenizer, size, end=END, seed=draw)
             yield f"examples, {size} tokens, draw {draw}", config(init_text=text)
     yield "instruction, two examples", config(init_text=shown(task))
+    for draw in range(WRITTEN):
+        text = instruction_of_the_model(model, tokenizer, task, draw) + shown(task).removeprefix(task.instruction)
+        yield f"instruction that the model writes, two examples, draw {draw}", config(init_text=text)
+    yield "any sentence, two examples", config(init_text=preface(task))
     if task.labels:
         yield "labels", config(init_text=" ".join(task.labels) + END)
     yield "vocabulary", config(num_virtual_tokens=20, seed=0)
+
+
+@torch.no_grad()
+def instruction_of_the_model(model: Any, tokenizer: Any, task: Task, draw: int) -> str:
+    """What the model says that some training examples have in common (Honovich et al., arXiv:2205.10782)."""
+    some = list(in_turns(task.training, draw))[:SHOWN]
+    lines = "".join(each.prompt + each.completion for each in some)
+    turn = [{"role": "user", "content": f"{lines}\nWrite, in one sentence, the instruction that these answers follow."}]
+    asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(asked, return_tensors="pt")
+    torch.manual_seed(draw)
+    written = model.generate(
+        **ids, max_new_tokens=MOST_TOKENS, do_sample=True, temperature=0.8, pad_token_id=tokenizer.eos_token_id
+    )
+    said = tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said.strip().partition("\n")[0] + END
 
 
 def measure(model: Any, tokenizer: Any, task: Task, config: Any) -> dict[str, float]:
@@ -69,7 +91,7 @@ def main() -> None:
     there = {(each["task"], each["start"]) for each in kept}
     for name in options.parts:
         task = TASKS[name]()
-        for start, config in starts(task, tokenizer):
+        for start, config in starts(task, model, tokenizer):
             if (name, start) in there:
                 continue
             if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench.quality import cells, goals, intervals, page, plan, records, sources, starts, sustained
+from bench.quality import cells, goals, intervals, known, page, plan, records, sources, starts, sustained
 from bench.quality.__main__ import parser, resolved
 from bench.quality.methods import METHODS, shown
 from bench.quality.records import Cell, Record
@@ -21,6 +21,7 @@ from tests import tiny
 PAIRS = [Example(f"{a}{b} ->", f" {b}{a}\n", f"{a}{b}") for a in "abcde" for b in "vwxyz"]
 TASK = Task("dates", "letters", "Swap.\n", PAIRS[:15], PAIRS[15:20], PAIRS[20:])
 BUDGET = cells.Budget(steps=2, batch_size=4)
+TEMPLATE = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
 SETTING = {"model": "a", "dtype": "float32", "threads": "1"}
 
 
@@ -209,13 +210,29 @@ def test_capitals_are_counted_window_by_window():
 
 def test_starts_are_measured_untrained_and_the_best_draw_is_the_one_of_least_loss(model):
     tokenizer = tiny.tokenizer()
-    found = dict(starts.starts(TASK, tokenizer))
-    assert len(found) == len(starts.SIZES) * 4 + 2  # no labels
+    tokenizer.chat_template = TEMPLATE
+    found = dict(starts.starts(TASK, model, tokenizer))
+    assert len(found) == len(starts.SIZES) * 4 + starts.WRITTEN + 3  # no labels
+    written = {found[name].init_text for name in found if "the model writes" in name}
+    assert len(written) > 1
+    assert all(text.endswith("\n") and "".join(e.prompt + e.completion for e in PAIRS[:2]) in text for text in written)
     names = ("examples, 32 tokens, draw 0", "vocabulary")
     rows = [starts.measure(model, tokenizer, TASK, found[name]) for name in names]
     assert all(set(row) == {"chosen_by", "share", "loss"} for row in rows)
     assert rows[0]["loss"] != rows[1]["loss"]
     assert starts.best_draw(rows)["chosen_by"] == min(row["chosen_by"] for row in rows)
+
+
+@pytest.mark.parametrize("way", known.WAYS)
+def test_what_the_model_says_somewhere_is_known(way, model):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    ask, tokens = known.WAYS[way]
+    asked = ask(tokenizer, "ab")
+    assert "What is the capital of ab?" in asked
+    said = predict(model, tokenizer, [asked], max_new_tokens=tokens)[0]
+    examples = [Example("ab ->", f" {answer}\n", "ab") for answer in (said[1:3], "never said")]
+    assert known.known(model, tokenizer, examples, way) == "10"
 
 
 def test_what_must_not_be_handed_on_is_in_no_record(model):
