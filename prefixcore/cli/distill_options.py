@@ -27,6 +27,7 @@ FIELDS = {
     "steps": "steps",
     "lr": "learning_rate",
     "batch_size": "batch_size",
+    "hidden_weight": "hidden_weight",
     "eval_fraction": "eval_fraction",
     "match": "match",
     "least_share": "least_share",
@@ -88,8 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop = parser.add_argument_group("training")
     loop.add_argument(
         "--start",
-        choices=("first", "spread", "mass"),
-        help="whose keys and values the prefix starts from (default: mass)",
+        choices=("match", "mass", "spread", "first"),
+        help="keys and values that the prefix starts from: fitted to what the text answers, or of P of its tokens "
+        "(default: match)",
     )
     loop.add_argument(
         "--num-frozen-tokens",
@@ -100,6 +102,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--steps", type=positive, metavar="N", help="default: 200")
     loop.add_argument("--lr", type=float, metavar="RATE", help="of AdamW (default: 0.005)")
     loop.add_argument("--batch-size", type=positive, metavar="N", help="default: 16")
+    loop.add_argument(
+        "--hidden-weight",
+        type=float,
+        metavar="X",
+        help="of the error of hidden states in the loss, beside KL (default: 0)",
+    )
     loop.add_argument("--seed", type=seed, metavar="N", help="of questions, order and what is held out (default: 0)")
 
     measured = parser.add_argument_group("what is measured")

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-STARTS = ("first", "spread", "mass")
+STARTS = ("match", "mass", "spread", "first")
 MATCHES = ("exact", "contains")
 
 
@@ -22,10 +22,12 @@ class DistillOptions:
         max_answer_tokens: the longest answer.
         temperature: of the teacher's answers to learn from; 0: greedy ones. Held-out answers are always greedy.
         top_k: how many of the teacher's log-probabilities are kept for each token; all others count as one.
-        start: whose keys and values the prefix starts from: the text's "first" P tokens; P "spread" evenly; or the P
-            with the largest attention "mass" of the prompts.
+        start: the keys and values that the prefix starts from: P fitted so that they "match" what the text answers the
+            prompts' queries; or those of the text's own P tokens with the most attention, the "mass"; of P "spread"
+            evenly; or of the "first" P.
         num_frozen_tokens: how many virtual tokens, from the first, stay as they start.
         steps, learning_rate, batch_size: of AdamW; the rate rises over a tenth of the steps and then falls to 0.
+        hidden_weight: of the error of hidden states in the loss, beside KL, whose weight is 1; 0: it is KL alone.
         eval_fraction: the share of the prompts that is held out, where no held-out prompts are given.
         match: when an answer is right: "exact": it is the completion, white space around both aside; "contains": the
             completion stands in it, in large letters or small.
@@ -39,7 +41,7 @@ class DistillOptions:
     Examples:
         >>> from prefixcore.distill import DistillOptions
         >>> DistillOptions(num_virtual_tokens=32).start
-        'mass'
+        'match'
     """
 
     num_virtual_tokens: int
@@ -49,11 +51,12 @@ class DistillOptions:
     max_answer_tokens: int = 48
     temperature: float = 0.0
     top_k: int = 20
-    start: str = "mass"
+    start: str = "match"
     num_frozen_tokens: int = 0
     steps: int = 200
     learning_rate: float = 5e-3
     batch_size: int = 16
+    hidden_weight: float = 0.0
     eval_fraction: float = 0.2
     match: str = "exact"
     least_share: float | None = None
@@ -74,6 +77,8 @@ class DistillOptions:
             raise ValueError(f"learning_rate must be a finite number above 0, got {self.learning_rate}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
+        if not (math.isfinite(self.hidden_weight) and self.hidden_weight >= 0):
+            raise ValueError(f"hidden_weight must be a finite number of at least 0, got {self.hidden_weight}")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be above 0 and below 1, got {self.eval_fraction}")
         if self.least_share is not None and not 0 < self.least_share <= 1:

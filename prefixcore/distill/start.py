@@ -1,4 +1,4 @@
-"""What the prefix starts from: the text's own keys and values, of P of its tokens."""
+"""What the prefix starts from: the text's own keys and values, of P of its tokens, or fitted to all of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ..audit.errors import NotMeasuredError
 from ..audit.running import FrozenRun, WatchedCall
 from ..audit.virtual import VirtualTokens
 from ..hf.attention.prefix import KeyValue
-from ..hf.positions.rotary import turn
+from ..hf.positions.rotary import turn, why_fixed
 from .front import Front
-from .targets import Target
+from .matching import fitted, reads_of
+from .targets import Target, shared
 
 MOST_PROMPTS = 16
 """Whose attention on the text is measured."""
@@ -27,7 +28,7 @@ class Start(NamedTuple):
 
     Attributes:
         values: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer.
-        places: of the text's tokens that they are of.
+        places: of the text's tokens that they are of; none where they were fitted to the text.
         kind: how these were chosen.
     """
 
@@ -39,21 +40,27 @@ class Start(NamedTuple):
 def starting_values(
     model: Any, front: Front, count: int, kind: str, targets: Sequence[Target], own: list[KeyValue]
 ) -> Start:
-    """Keys and values of `count` tokens of the text.
+    """Keys and values of `count` tokens of the text, or as many fitted to what prompts are answered behind all.
 
     What was computed at a token's place in the text is moved to its place in the prefix, so that the prompt stands
-    behind the last of them as it stands behind the text. On a model whose keys cannot be moved, the first tokens,
-    which need no moving, are taken; where its attention cannot be watched, tokens spread evenly.
+    behind the last of them as it stands behind the text; what is fitted stands as far from the prompt as it stood
+    there. On a model whose keys cannot be moved, the first tokens, which need no moving, are taken; where its attention
+    cannot be watched, tokens spread evenly.
 
     Args:
         model: the model, with nothing attached.
         front: the text.
         count: P.
-        kind: "first", "spread" or "mass".
-        targets: prompts and answers, whose attention on the text is the mass.
+        kind: "first", "spread", "mass" or "match".
+        targets: prompts and answers, whose attention on the text is the mass, or is matched.
         own: the keys and values of the whole text.
     """
     places = list(range(count))
+    if kind == "match" and why_fixed(model) is None:
+        try:
+            return Start(matched(model, front, count, targets, own), [], kind)
+        except NotMeasuredError:
+            kind = "spread"
     if kind == "mass":
         try:
             places = heaviest(attention_on(model, front, targets), count)
@@ -66,6 +73,19 @@ def starting_values(
     except AdapterError:
         places = list(range(count))
         return Start([(key[:, places], value[:, places]) for key, value in own], places, "first")
+
+
+def matched(model: Any, front: Front, count: int, targets: Sequence[Target], own: list[KeyValue]) -> list[KeyValue]:
+    """Keys and values fitted to what the text answers the queries of prompts and answers; see `matching`.
+
+    To fit them again, to the queries that they call forth themselves, brings them no nearer.
+    """
+    if front.pairs is None:
+        raise NotMeasuredError("no prefix is equal to the text")
+    rows = [target.asked.behind + target.answer for target in targets]
+    reads = reads_of(model, own, rows, [shared(target, len(row)) for target, row in zip(targets, rows, strict=True)])
+    found = [fitted(each, key, value, count) for each, (key, value) in zip(reads, own, strict=True)]
+    return turn(model, found, count - len(front.ids))
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -38,6 +38,19 @@ class Target:
     top_log_probs: Tensor
 
 
+def shared(target: Target, length: int) -> slice:
+    """The places, in a row of `length` tokens, of what teacher and student both read, but for the last one.
+
+    The two rows end alike; a request may begin with what the teacher has before its text.
+    """
+    same = 0
+    for a, b in zip(reversed(target.asked.behind), reversed(target.asked.alone), strict=False):
+        if a != b:
+            break
+        same += 1
+    return slice(length - len(target.answer) - max(1, same), length - 1)
+
+
 @dataclass(frozen=True)
 class Teacher:
     """The model with the whole text before each prompt.
@@ -62,13 +75,13 @@ class Teacher:
     def targets(
         self, prompts: Sequence[Asked], *, greedy: bool, progress: Callable[[int], object] = lambda count: None
     ) -> list[Target]:
-        """The targets of prompts; `progress` is told how many more are done."""
+        """The targets of prompts, all with a given answer or none; `progress` is told how many more are done."""
         temperature = 0.0 if greedy else self.options.temperature
         found = []
         with _Late(lambda: self.front.before(self.model)) as reader:
             for number, start in enumerate(range(0, len(prompts), TOGETHER)):
                 part = prompts[start : start + TOGETHER]
-                facts = {
+                facts: dict[str, Any] = {
                     "model": self.digest,
                     "text": self.front.ids,
                     "prompts": [asked.behind for asked in part],
@@ -78,6 +91,8 @@ class Teacher:
                     "seed": self.options.seed + number if temperature else 0,
                     "top_k": self.options.top_k,
                 }
+                if given := [asked.given for asked in part if asked.given is not None]:
+                    facts["given"] = given
                 tensors = self.store.keep("answers", facts, partial(self._make, reader, part, facts))
                 found += list(_unpack(part, tensors))
                 progress(len(part))
@@ -85,15 +100,19 @@ class Teacher:
 
     def _make(self, reading: Callable[[], Reader], part: Sequence[Asked], facts: dict[str, Any]) -> dict[str, Tensor]:
         reader, prompts = reading(), [asked.behind for asked in part]
-        answers = answer(
-            reader,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=self.options.max_answer_tokens,
-            padding=self.padding,
-            end=self.options.end,
-            temperature=facts["temperature"],
-            seed=facts["seed"],
+        answers = (
+            [list(ids) for ids in facts["given"]]
+            if "given" in facts
+            else answer(
+                reader,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.options.max_answer_tokens,
+                padding=self.padding,
+                end=self.options.end,
+                temperature=facts["temperature"],
+                seed=facts["seed"],
+            )
         )
         lengths = [len(ids) for ids in answers]
         ids, log_probs = [], []

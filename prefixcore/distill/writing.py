@@ -40,11 +40,13 @@ class Asked:
         prompt: which.
         behind: what the teacher reads behind the text.
         alone: what a request holds, which the student reads behind its prefix.
+        given: the ids that stand in the answer's place, where the teacher is not to answer but to go on with the text.
     """
 
     prompt: Prompt
     behind: list[int]
     alone: list[int]
+    given: tuple[int, ...] | None = None
 
 
 class Writer(Protocol):
@@ -78,6 +80,10 @@ def writer(tokenizer: Any, text: str, *, chat: bool) -> Writer:
     return Chat(tokenizer, text) if chat else Plain(tokenizer, text)
 
 
+PIECE, BEGINNING = 48, 4
+"""Tokens of a piece of the text that is recited, and how many of them are its prompt."""
+
+
 class Plain:
     """Text and prompts one after the other, tokenised apart.
 
@@ -89,14 +95,27 @@ class Plain:
         self._tokenizer = tokenizer
         ids = encode(tokenizer, text, "the text", add_special_tokens=False)
         whole = encode(tokenizer, text, "the text")
-        begins = whole != ids and whole[:1] == [tokenizer.bos_token_id]
-        self.front = [tokenizer.bos_token_id, *ids] if begins else ids
+        self.begins = whole != ids and whole[:1] == [tokenizer.bos_token_id]
+        self.front = [tokenizer.bos_token_id, *ids] if self.begins else ids
 
     def ask(self, prompt: Prompt) -> Asked:
         """The prompt in ids; DataError: it has none."""
         alone = prompt_ids(self._tokenizer, prompt.text, prompt.source, chat=False)
         behind = encode(self._tokenizer, prompt.text, prompt.source, add_special_tokens=False)
         return Asked(prompt, behind, alone)
+
+    def recite(self) -> list[Asked]:
+        """The text again, in pieces that overlap by a half: the teacher goes on with the beginning of each."""
+        begin = 1 if self.begins else 0
+        ids = self.front[begin:]
+        found = []
+        for start in range(0, max(1, len(ids) - PIECE // 2), PIECE // 2):
+            piece = ids[start : start + PIECE]
+            if len(piece) > BEGINNING:
+                asked, rest = piece[:BEGINNING], tuple(piece[BEGINNING:])
+                prompt = Prompt(self._tokenizer.decode(asked), None, f"the text from token {start}")
+                found.append(Asked(prompt, asked, [*self.front[:begin], *asked], rest))
+        return found
 
 
 class Chat:

@@ -143,7 +143,7 @@ def test_the_defaults_in_its_help_are_those_of_the_options(prefixcore):
         f"a part (default: {default.chunk_tokens})",
         f"--max-answer-tokens N default: {default.max_answer_tokens}",
         f"a token (default: {default.top_k})",
-        f"starts from (default: {default.start})",
+        f"of its tokens (default: {default.start})",
         f"--steps N default: {default.steps}",
         f"of AdamW (default: {default.learning_rate:g})",
         f"--batch-size N default: {default.batch_size}",

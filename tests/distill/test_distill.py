@@ -37,7 +37,8 @@ def teach(model, tokenizer, prompts, folder=None, **options):
 
 def test_the_prefix_learns_what_the_text_does(model, tokenizer, prompts):
     before = weights_digest(model)
-    distilled = distill(model, tokenizer, TEXT, options=DistillOptions(**OPTIONS), prompts=prompts)
+    options = DistillOptions(**OPTIONS, start="spread")
+    distilled = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
     scores, report = distilled.report.scores, distilled.report
     assert list(scores) == [FULL, PREFIX, START, CUT, NOTHING]
     assert [score.tokens for score in scores.values()] == [44, 6, 6, 6, 0]
@@ -144,6 +145,7 @@ def test_the_least_that_keeps_a_share(model, tokenizer, prompts):
     assert report.share_kept
     assert report.num_virtual_tokens == distilled.handle.num_virtual_tokens == min(kept)
     distilled.handle.detach()
+    options |= {"start": "first", "steps": 1}
     distilled = distill(model, tokenizer, TEXT, options=DistillOptions(**options, least_share=1.0), prompts=plain)
     assert (distilled.report.share_kept, distilled.handle.num_virtual_tokens) == (False, 8)
     assert "no P that was tried" in distilled.report.notes()[-1]

@@ -1,0 +1,216 @@
+"""Keys and values fitted to attention: P of them, behind which a head answers its queries as behind the whole text.
+
+What a prompt's tokens ask of the text is known: their queries, while the teacher reads. Behind P virtual tokens a query
+q gets `a(q) V' + (1 - |a(q)|) r(q)`: a(q) is its attention on the virtual tokens, and r(q) what the rest of the
+sequence answers. This is to be what it gets behind the text, output and share of the softmax at once. Each layer and
+key-value head is a small problem of its own: keys of the text's tokens with the most attention, moved by gradient
+descent, and values by least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..audit.errors import NotMeasuredError
+from ..audit.running import FrozenRun, WatchedCall
+from ..audit.virtual import VirtualTokens
+from ..hf.attention.prefix import KeyValue
+
+MOST_READ = 2048
+"""Tokens of prompts and answers whose queries are kept: 14 MB a layer for 9 heads of 64."""
+
+STEPS, ROWS, RATE = 200, 1024, 0.03
+"""Of the descent: steps, queries a step, and Adam's first rate as a share of the root mean square of what moves."""
+
+RIDGE = 1e-3
+"""How firmly values are held to what they are, as a share of the attention that a virtual token gets on average."""
+
+
+class Reads(NamedTuple):
+    """What a layer's queries were answered, G queries of each of n tokens for each key-value head (M = G n).
+
+    Attributes:
+        query: [Hkv, M, D], scaled.
+        rest: [Hkv, M], the logarithm of the rest of the sequence's part of the softmax's denominator.
+        rest_output: [Hkv, M, Dv], what the rest of the sequence alone answers.
+        output: [Hkv, M, Dv], what text and rest answer together.
+        softcap: of the scores; None: none.
+    """
+
+    query: Tensor
+    rest: Tensor
+    rest_output: Tensor
+    output: Tensor
+    softcap: float | None
+
+
+def reads_of(
+    model: Any, pairs: Sequence[KeyValue], rows: Sequence[Sequence[int]], places: Sequence[slice] | None = None
+) -> list[Reads]:
+    """The queries of `rows` behind keys and values, and their answers, a layer after the other.
+
+    Args:
+        model: with nothing attached.
+        pairs: what stands before each row.
+        rows: ids of prompts with their answers; as many are read as `MOST_READ` holds.
+        places: which of a row's queries are kept; None: all.
+
+    Raises:
+        NotMeasuredError: the model's attention cannot be watched, or has sinks.
+    """
+    length = pairs[0][0].shape[1]
+    virtual = VirtualTokens(length, tuple(range(length)), dict(enumerate(pairs)))
+    run = FrozenRun(model)
+    found: list[list[Reads]] = [[] for _ in pairs]
+    count = 0
+    for number, row in enumerate(rows):
+        place = slice(None) if places is None else places[number]
+        count += len(range(*place.indices(len(row))))
+        if found[0] and count > MOST_READ:
+            break
+
+        def watch(call: WatchedCall, place: slice = place) -> None:
+            found[call.layer].append(_read(call, place))
+
+        with torch.no_grad():
+            run(torch.tensor([list(row)], device=model.device), virtual=virtual, watch=watch)
+    return [_joined(part) for part in found]
+
+
+def _joined(parts: Sequence[Reads]) -> Reads:
+    """The queries of several rows as those of one."""
+    query, rest, rest_output, output = (torch.cat(each, 1) for each in zip(*(part[:4] for part in parts), strict=True))
+    return Reads(query, rest, rest_output, output, parts[0].softcap)
+
+
+def _read(call: WatchedCall, place: slice) -> Reads:
+    """One row's queries in one layer, at some of its places."""
+    assert call.prefix is not None
+    if call.options["sinks"] is not None:
+        raise NotMeasuredError("attention has sinks")
+    softcap = call.options["softcap"] or None
+    heads, length, width = call.query.shape[1:]
+    groups = call.key.shape[1]
+    query = (call.query[0].float() * call.options["scale"]).reshape(groups, heads // groups * length, width)
+    scores = capped(query @ call.key[0].float().mT, softcap).unflatten(1, (-1, length))  # [Hkv, G, T, T]
+    if call.options["is_causal"]:
+        later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    scores = scores.flatten(1, 2)
+    rest, rest_output = scores.logsumexp(-1), scores.softmax(-1) @ call.value[0].float()
+    key, value = (x.to(query) for x in call.prefix)
+    output = answered(query, key, value, rest, rest_output, softcap)
+    query, rest, rest_output, output = (
+        x.unflatten(1, (-1, length))[:, :, place].flatten(1, 2).cpu() for x in (query, rest, rest_output, output)
+    )
+    return Reads(query, rest, rest_output, output, softcap)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores as the softmax takes them."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def weights(query: Tensor, key: Tensor, rest: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """The attention [Hkv, M, P] on `key`, and the rest's share [Hkv, M, 1]."""
+    scores = capped(query @ key.mT, softcap)
+    total = torch.logaddexp(scores.logsumexp(-1), rest)[..., None]
+    return (scores - total).exp(), (rest[..., None] - total).exp()
+
+
+def answered(
+    query: Tensor, key: Tensor, value: Tensor, rest: Tensor, rest_output: Tensor, softcap: float | None
+) -> Tensor:
+    """What queries get of keys and values and the rest of their sequence [Hkv, M, Dv]."""
+    attention, share = weights(query, key, rest, softcap)
+    return attention @ value + share * rest_output
+
+
+def fitted(reads: Reads, key: Tensor, value: Tensor, count: int, *, steps: int = STEPS, seed: int = 0) -> KeyValue:
+    """`count` keys and values that answer a layer's queries as those of the whole text do.
+
+    Args:
+        reads: the queries and their answers.
+        key, value: of the text [Hkv, N, D] and [Hkv, N, Dv].
+        count: P.
+        steps: of the descent; 0: the text's own keys, moved as one to what the text's share of the softmax was.
+        seed: of the queries of each step.
+    """
+    key, value = key.cpu().float(), value.cpu().float()
+    new_key, new_value = heaviest_of_each_head(reads, key, value, count)
+    new_value = least_squares(reads, new_key, new_value)
+    if steps:
+        new_key, new_value = descend(reads, new_key, new_value, steps, seed)
+        new_value = least_squares(reads, new_key, new_value)
+    return new_key, new_value
+
+
+def heaviest_of_each_head(reads: Reads, key: Tensor, value: Tensor, count: int) -> KeyValue:
+    """The `count` tokens of the text that each key-value head attends to most, their keys made a little heavier.
+
+    Squares are summed, so that a token counts that few queries look for, if they look at it alone.
+    """
+    heaviest, lighter = [], []
+    for head in range(len(key)):
+        scores = capped(reads.query[head] @ key[head].mT, reads.softcap)
+        text = scores.logsumexp(-1)
+        share = (scores - torch.logaddexp(text, reads.rest[head])[:, None]).exp()
+        places = share.square().sum(0).topk(count).indices.sort().values
+        heaviest.append(places)
+        of_text = share.sum(-1)
+        missing = text - scores[:, places].logsumexp(-1)
+        lighter.append((of_text * missing).sum() / of_text.sum().clamp(min=1e-12))
+    index = torch.stack(heaviest)[..., None]
+    new_key = key.gather(1, index.expand(-1, -1, key.shape[-1]))
+    new_value = value.gather(1, index.expand(-1, -1, value.shape[-1]))
+    return new_key + torch.stack(lighter)[:, None, None] * direction(reads.query)[:, None], new_value
+
+
+def direction(query: Tensor) -> Tensor:
+    """What adds about one to the score of each query [Hkv, D]: least squares, as queries have a mean."""
+    query = query.double()
+    square = query.mT @ query
+    ridge = 1e-3 * square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(query.shape[-1])
+    return torch.linalg.solve(square + ridge, query.sum(1)[..., None])[..., 0].float()
+
+
+def descend(reads: Reads, key: Tensor, value: Tensor, steps: int, seed: int) -> KeyValue:
+    """Keys and values after Adam's steps on the squared error of the answers."""
+    key, value = key.clone().requires_grad_(), value.clone().requires_grad_()
+    groups = [{"params": [x], "lr": RATE * float(x.detach().square().mean().sqrt())} for x in (key, value)]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    size = reads.output.square().mean((1, 2)).clamp(min=1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(reads.query.shape[1], (ROWS,), generator=generator)
+            query, rest, rest_output, output = (x[:, rows] for x in reads[:4])
+            found = answered(query, key, value, rest, rest_output, reads.softcap)
+            loss = ((found - output).square().mean((1, 2)) / size).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return key.detach(), value.detach()
+
+
+def least_squares(reads: Reads, key: Tensor, value: Tensor) -> Tensor:
+    """The values, near `value`, with which these keys answer best."""
+    attention, share = (x.double() for x in weights(reads.query, key, reads.rest, reads.softcap))
+    missing = reads.output.double() - share * reads.rest_output.double() - attention @ value.double()
+    square = attention.mT @ attention
+    held = RIDGE * square.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+    square = square + held[:, None, None] * torch.eye(square.shape[-1], dtype=square.dtype)
+    return (value.double() + torch.linalg.solve(square, attention.mT @ missing)).float()
+
+
+def error(reads: Reads, key: Tensor, value: Tensor) -> float:
+    """The squared error of the answers as a share of their squares, the mean over the heads."""
+    found = answered(reads.query, key, value, reads.rest, reads.rest_output, reads.softcap)
+    each = (found - reads.output).square().mean((1, 2)) / reads.output.square().mean((1, 2)).clamp(min=1e-12)
+    return float(each.mean())
