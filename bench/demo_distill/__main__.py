@@ -16,7 +16,7 @@ from prefixcore.__main__ import main as prefixcore
 
 from .texts import Text, make
 
-NAMES = ("capitals", "harbour", "shop")
+NAMES = ("capitals", "reviews", "desk", "dates", "harbour", "shop")
 SHARE = 12
 """The text's tokens for each virtual token."""
 

