@@ -238,7 +238,7 @@ PREFIX, PROMPT, P_TUNING = prefixcore.PrefixTuningConfig, prefixcore.PromptTunin
 KV, EMBEDDING, BASIS = (2e-3, 5e-3), (5e-3, 2e-2), (5e-3, 2e-2)
 """Learning rates that are tried for keys and values, for embeddings, and for coefficients of a random basis."""
 
-MATRIX = (2e-4, 5e-5, 1e-3)
+MATRIX = (5e-5, 2e-4, 1e-3)
 """Learning rates that are tried for matrices on queries: 64 products add up in each number that they give."""
 
 LINEAR = {"warmup_steps": 10, "schedule": "linear"}
@@ -250,6 +250,11 @@ def gated(name: str, title: str, rate: float, **options: Any) -> Method:
     """A prefix behind a gate that begins at zero; the text stands where it would without."""
     around = partial(outside, make=partial(Gate, rate=rate))
     return ours(name, title, PREFIX, KV, around=around, position_offset=False, **options)
+
+
+def beside(name: str, title: str, rate: float) -> Method:
+    """The prefix, and a map of the queries' features beside the softmax."""
+    return ours(name, title, PREFIX, KV, around=partial(outside, make=partial(FeatureMapBesidePrefix, rate=rate)))
 
 
 def rates_apart(name: str, title: str, **factors: float) -> Method:
@@ -300,22 +305,18 @@ _ALL = (
     ours("prefix@linear", "linear schedule, warm-up of 10 steps", PREFIX, KV, training=LINEAR),
     ours("prefix@upper", "upper half of the layers", PREFIX, KV, layers=lambda n: list(range(n // 2, n))),
     ours("prefix@lower", "lower half of the layers", PREFIX, KV, layers=lambda n: list(range(n // 2))),
-    gated("prefix@gate", "gate from zero, start: examples", 1),
-    gated("prefix@gate-fast", f"the same, {FAST_GATE} times the learning rate for the gate", FAST_GATE),
-    gated("prefix@gate-random", "the same, start: random", FAST_GATE, start="random"),
+    gated("prefix@gate", "gate from zero", 1),
+    gated("prefix@gate-fast", f"gate from zero, {FAST_GATE} times the rate for it", FAST_GATE),
+    gated(
+        "prefix@gate-random", f"gate from zero, {FAST_GATE} times the rate for it, start: random", FAST_GATE,
+        start="random",
+    ),
     ours(
-        "prefix@outside", "map outside the softmax in its place", PREFIX, MATRIX, start="zero", tokens=1,
+        "prefix@outside", "map outside the softmax in the prefix's place", PREFIX, MATRIX, start="zero", tokens=1,
         num_frozen_tokens=1, position_offset=False, around=partial(outside, make=FeatureMap),
     ),
-    *(
-        ours(
-            name, title, PREFIX, KV, around=partial(outside, make=partial(FeatureMapBesidePrefix, rate=rate))
-        )
-        for name, title, rate in (
-            ("prefix@outside-beside", "map outside the softmax beside it, a tenth of the learning rate", 0.1),
-            ("prefix@outside-slow", "the same, a hundredth", 0.01),
-        )
-    ),
+    beside("prefix@outside-beside", "map outside the softmax beside the prefix, a tenth of its rate", 0.1),
+    beside("prefix@outside-slow", "map outside the softmax beside the prefix, a hundredth of its rate", 0.01),
     rates_apart("prefix@keys-slow", "a fifth of the learning rate for keys", key=0.2),
     rates_apart("prefix@values-slow", "a fifth of the learning rate for values", value=0.2),
     rates_apart("prefix@keys-fast", "five times the learning rate for keys", key=5.0),

@@ -134,13 +134,12 @@ def levers(kept: Sequence[Record]) -> str:
     for base, title in (("prefix", "prefix"), ("prompt", "soft prompt")):
         rows = []
         for name in (base, *(each for each in plan.LEVERS if each.startswith(f"{base}@"))):
-            cells = []
-            for task in tasks:
-                mine = chosen(kept, task, name)
-                cells.append(f"{percent(rows_of(mine))}, loss {mine[0].loss:.2f}" if mine else "-")
-            if any(cell != "-" for cell in cells):
-                rows.append([f"{title} as it is" if name == base else METHODS[name].title, *cells])
-        parts.append(markdown((title, *(TITLES[task] for task in tasks)), rows))
+            found = [chosen(kept, task, name) for task in tasks]
+            cells = [f"{percent(rows_of(mine))}, loss {mine[0].loss:.2f}" if mine else "-" for mine in found]
+            if first := next((mine[0] for mine in found if mine), None):
+                named = f"{title} as it is" if name == base else METHODS[name].title
+                rows.append([named, f"{first.numbers:,}", *cells])
+        parts.append(markdown((title, "numbers trained, about", *(TITLES[task] for task in tasks)), rows))
     return "\n\n".join(parts)
 
 
@@ -156,7 +155,7 @@ def equal_seconds() -> str:
         kept = records.read(records.folder_of(times))
         tasks = [task for task in TITLES if any(each.task == task for each in kept)]
         rows = []
-        for name in plan.TIMED:
+        for name in [*plan.TIMED, *plan.LEVERS]:
             cells = []
             for task in tasks:
                 mine = chosen(kept, task, name)
@@ -164,7 +163,8 @@ def equal_seconds() -> str:
                     f"{percent(rows_of(mine))}, loss {mine[0].loss:.2f}, {mine[0].steps} steps" if mine else "-"
                 )
             if any(cell != "-" for cell in cells):
-                rows.append([METHODS[name].title, *cells])
+                base, _, lever = name.partition("@")
+                rows.append([f"{base}: {METHODS[name].title}" if lever else METHODS[name].title, *cells])
         title = "the seconds of our prefix's 60 steps" if times == 1 else f"{times} times as many seconds"
         parts.append(markdown((title, *(TITLES[task] for task in tasks)), rows))
     return "\n\n".join(parts) or "Not run: `python -m bench.quality run --seconds 1`."
