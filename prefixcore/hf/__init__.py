@@ -8,7 +8,7 @@ from .families import ENCODER_DECODERS, ENCODERS, FAMILIES
 from .handle import Handle, attached
 from .loading import load
 from .peft import Accelerated, accelerate
-from .pipeline import Stage, pipeline_stage
+from .pipeline import ModelStage, pipeline_stage
 from .prompt_bank import PromptBank
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "Accelerated",
     "Baked",
     "Handle",
+    "ModelStage",
     "PackedCollator",
     "PromptBank",
-    "Stage",
     "accelerate",
     "attach",
     "attached",

@@ -192,7 +192,7 @@ class Handle(UndoneAfterBlock):
             AdapterError: a value is not finite, the folder is something else than an adapter, or what is said of the
                 adapter is not what the manifest can hold.
             OSError: the file system refused. In all cases nothing has been written.
-            RuntimeError: of a stage of a pipeline, whose gradients were not summed (`Stage.sum_gradients`).
+            RuntimeError: of a stage of a pipeline, whose gradients were not summed (`ModelStage.sum_gradients`).
         """
         if self._bank.stage is not None:
             self._bank.stage.check_summed()

@@ -21,19 +21,19 @@ from ..model.wrapped import WrappedMethod
 from ..positions.model_inputs import plain_ids
 from ..verify import tolerance
 from .elsewhere import LayerElsewhere, Passing
-from .stage import Stage
+from .stage import ModelStage
 
 _TOKENS = 5
 
 
-def pipeline_stage(handle: Handle, group: Any = None, *, starts: Sequence[int] | None = None) -> Stage:
+def pipeline_stage(handle: Handle, group: Any = None, *, starts: Sequence[int] | None = None) -> ModelStage:
     """Cuts a model with virtual tokens down to the layers of this process, for `torch.distributed.pipelining`.
 
     Attach to the whole model first, in every process. Then each calls this, and has from there on its own layers, the
     embeddings, the head, and the virtual tokens of all layers, with the first process's values. What a schedule of
-    torch's then trains is what one process would train, as long as `Stage.sum_gradients` is called before each step of
-    the optimizer. `handle.save` writes the whole adapter, from any one process. The model cannot run by itself any
-    longer, and `handle.detach` does not bring its other layers back.
+    torch's then trains is what one process would train, as long as `ModelStage.sum_gradients` is called before each
+    step of the optimizer. `handle.save` writes the whole adapter, from any one process. The model cannot run by itself
+    any longer, and `handle.detach` does not bring its other layers back.
 
     Args:
         handle: of what is attached to the model.
@@ -74,7 +74,7 @@ def pipeline_stage(handle: Handle, group: Any = None, *, starts: Sequence[int] |
     for i, layer in enumerate(whole):
         if not own[0] <= i < own[1]:
             layers[i] = LayerElsewhere(layer, i, forms[i], passing, i < own[0])
-    stage = Stage(handle, index, count, own, group, passing)
+    stage = ModelStage(handle, index, count, own, group, passing)
     problems: list[str | None] = [None] * count
     problem = _problem(stage, inputs, hidden[own[0] - 1] if index else None, hidden[own[1] - 1], output)
     dist.all_gather_object(problems, problem, group=group)  # all of them cut the model, or none does
@@ -161,7 +161,9 @@ class _Recorder:
         return output
 
 
-def _problem(stage: Stage, inputs: dict[str, Any], given: Tensor | None, passed_on: Tensor, output: Any) -> str | None:
+def _problem(
+    stage: ModelStage, inputs: dict[str, Any], given: Tensor | None, passed_on: Tensor, output: Any
+) -> str | None:
     """Why a stage does not make of the hidden states before it what the whole model makes; None: it does."""
     name = type(stage.model).__name__
     try:
@@ -198,7 +200,7 @@ def _forget(bank: Bank, layers: nn.ModuleList) -> None:
 
 
 @torch.no_grad()
-def _agree(stage: Stage) -> None:
+def _agree(stage: ModelStage) -> None:
     """Lets all stages have the values of the first: each has drawn its own."""
     if stage.count == 1:
         return

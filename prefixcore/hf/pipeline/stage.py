@@ -17,7 +17,7 @@ from .elsewhere import Passing
 _FROM_SCHEDULE = "labels"
 
 
-class Stage(nn.Module):
+class ModelStage(nn.Module):
     """The layers of a model that this process has, from `pipeline_stage`; for `torch.distributed.pipelining`.
 
     Every process reads the same batch, from which each makes what a model hands to its layers: positions, masks, the
