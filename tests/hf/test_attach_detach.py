@@ -159,6 +159,8 @@ def _gpt() -> Any:
 
 
 def _inkling() -> Any:
+    if not hasattr(transformers, "InklingForCausalLM"):
+        pytest.skip("this transformers has no Inkling")
     return tiny_models.make("InklingForCausalLM", "inkling_text")
 
 

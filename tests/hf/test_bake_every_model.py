@@ -12,8 +12,15 @@ from prefixcore.adapters import AdapterError
 
 from . import tiny_models
 
-SAMPLE = ("CohereForCausalLM", "FalconForCausalLM", "MuseSparkForConditionalGeneration", "OPTForCausalLM",
-          "Phi3ForCausalLM", "Qwen3NextForCausalLM", "StableLmForCausalLM")  # fmt: skip
+SAMPLE = {
+    "CohereForCausalLM": "equal",
+    "FalconForCausalLM": "equal",
+    "MuseSparkForConditionalGeneration": "refused",
+    "OPTForCausalLM": "equal",
+    "Phi3ForCausalLM": "equal",
+    "Qwen3NextForCausalLM": "refused",
+    "StableLmForCausalLM": "equal",
+}
 CLASSES = tiny_models.every_class()
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,17 +45,11 @@ def bake(name: str, folder: Path) -> str:
     return "equal"
 
 
-def test_some(tmp_path: Path) -> None:
-    found = {name: bake(name, tmp_path / name) for name in SAMPLE}
-    assert found == {
-        "CohereForCausalLM": "equal",
-        "FalconForCausalLM": "equal",
-        "MuseSparkForConditionalGeneration": "refused",
-        "OPTForCausalLM": "equal",
-        "Phi3ForCausalLM": "equal",
-        "Qwen3NextForCausalLM": "refused",
-        "StableLmForCausalLM": "equal",
-    }
+@pytest.mark.parametrize("name", SAMPLE)
+def test_some(name: str, tmp_path: Path) -> None:
+    if name not in CLASSES:
+        pytest.skip(f"this transformers has no {name}")
+    assert bake(name, tmp_path / name) == SAMPLE[name]
 
 
 @pytest.mark.slow
