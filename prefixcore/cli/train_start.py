@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ..training import Example, TokenizedExample
 
 SAID = (
-    "starting from some of the examples to train on; the adapter holds them as init_text (--init vocab: none). A sentence that "
-    "says what is asked for, and two examples, are a better start if you can write them: --init-text"
+    "starting from some of the examples to train on; the adapter holds them as init_text (--init vocab: none). "
+    "A sentence that says what is asked for, and two examples, start better if you can write them: --init-text"
 )
 FEWEST_PROBES = 8
 """With fewer examples outside the texts, all of them are what the texts are tried on."""
