@@ -16,8 +16,8 @@ SHOWN, LEARNT = 60, 60
 """Of the larger countries, how many stand in the text, and how many more are asked for to learn from; the others are
 held out. Small countries and territories are asked for too: what is learnt is how the model answers, right or not."""
 
-REVIEWS, DATES = 50, 45
-"""Examples in these texts."""
+REVIEWS = 50
+"""Labelled sentences in the text."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Text:
 
 def make(name: str, folder: Path) -> Text:
     """The text of that name; what has to be made is written into `folder`."""
-    makers = {"capitals": capitals, "reviews": reviews, "desk": desk, "dates": dates, "harbour": harbour, "shop": shop}
+    makers = {"capitals": capitals, "reviews": reviews, "desk": desk, "harbour": harbour, "shop": shop}
     return makers[name](folder)
 
 
@@ -62,7 +62,7 @@ def capitals(folder: Path) -> Text:
     small = [{"prompt": f"{name} ->"} for name in dict.fromkeys(more)]
     options = ["--prompts", str(write(folder / "capitals.jsonl", [*rows[:LEARNT], *small]))]
     options += ["--eval-prompts", str(write(folder / "capitals-held-out.jsonl", rows[LEARNT:]))]
-    options += ["--end", "\\n", "--max-answer-tokens", "10", "--steps", "100"]
+    options += ["--end", "\\n", "--max-answer-tokens", "10"]
     return Text("capitals", "sixty examples", context, options)
 
 
@@ -92,15 +92,6 @@ def reviews(folder: Path) -> Text:
     context.write_text(shown, encoding="utf-8")
     options = learn_and_measure(folder, "reviews", rows[REVIEWS:], learn=200, measure=100)
     return Text("reviews", "labelled sentences", context, [*options, "--end", "\\n", "--max-answer-tokens", "4"])
-
-
-def dates(folder: Path) -> Text:
-    """Examples: days as people write them, and as ISO 8601 does."""
-    rows = [{"prompt": f"{day} ->", "completion": f" {iso}"} for day, iso in sources.dates(DATES + 300, seed=0)]
-    context = folder / "dates.txt"
-    context.write_text("".join(f"{r['prompt']}{r['completion']}\n" for r in rows[:DATES]), encoding="utf-8")
-    options = learn_and_measure(folder, "dates", rows[DATES:], learn=200, measure=100)
-    return Text("dates", "rewritten dates", context, [*options, "--end", "\\n", "--max-answer-tokens", "14"])
 
 
 def desk(folder: Path) -> Text:

@@ -27,7 +27,6 @@ FIELDS = {
     "steps": "steps",
     "lr": "learning_rate",
     "batch_size": "batch_size",
-    "hidden_weight": "hidden_weight",
     "eval_fraction": "eval_fraction",
     "match": "match",
     "least_share": "least_share",
@@ -99,15 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the first N virtual tokens stay as they start (default: 0)",
     )
-    loop.add_argument("--steps", type=positive, metavar="N", help="default: 200")
-    loop.add_argument("--lr", type=float, metavar="RATE", help="of AdamW (default: 0.005)")
+    loop.add_argument("--steps", type=positive, metavar="N", help="default: 100")
+    loop.add_argument("--lr", type=float, metavar="RATE", help="of AdamW (default: 0.001)")
     loop.add_argument("--batch-size", type=positive, metavar="N", help="default: 16")
-    loop.add_argument(
-        "--hidden-weight",
-        type=float,
-        metavar="X",
-        help="of the error of hidden states in the loss, beside KL (default: 0)",
-    )
     loop.add_argument("--seed", type=seed, metavar="N", help="of questions, order and what is held out (default: 0)")
 
     measured = parser.add_argument_group("what is measured")

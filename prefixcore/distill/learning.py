@@ -11,13 +11,12 @@ from torch import Tensor
 from ..training import TrainingOptions, TrainingRecord, optimize
 from .divergence import divergence, tops
 from .front import Reader
-from .hidden import HiddenStates
 from .options import DistillOptions
-from .running import answer_logits, in_batches, read
+from .running import answer_logits, in_batches
 from .targets import Target
 
-EVALUATIONS = 5
-"""How often the validation loss is measured on the way."""
+EVALUATIONS, PATIENCE = 10, 3
+"""How often the validation loss is measured on the way, and after how many that are not below the least one it ends."""
 
 
 def learn(
@@ -27,26 +26,19 @@ def learn(
     options: DistillOptions,
     padding: int,
     *,
-    hidden: HiddenStates | None = None,
     show_progress: bool | None = None,
     on_held_out: Callable[[int, float], None] | None = None,
 ) -> TrainingRecord:
-    """Trains what is attached to give the teacher's probabilities; the values at the least validation loss are left.
+    """Trains what is attached to give the teacher's probabilities; the values at the least validation loss stay.
 
-    The loss is KL(teacher || student) in nats, the mean over the answers' tokens, and with `hidden` the error of hidden
-    states beside it, weighted by `options.hidden_weight`; the validation loss is the divergence alone.
+    The loss is KL(teacher || student) in nats, the mean over the answers' tokens.
     """
     model = handle.model
     reader = Reader(model, [], packed=handle.can_pack)
     batches = orders(len(targets), options.batch_size, options.seed)
 
     def next_loss() -> Tensor:
-        part = [targets[i] for i in next(batches)]
-        if hidden is None:
-            return divergences(reader, part, padding).mean()
-        logits, states = read(reader, rows_of(part), padding, hidden.layers)
-        of_answers = divergence(logits, *tops(part, logits.device)).mean()
-        return of_answers + options.hidden_weight * hidden.error(states, part, reader)
+        return divergences(reader, [targets[i] for i in next(batches)], padding).mean()
 
     def validation_loss() -> float:
         model.eval()
@@ -71,6 +63,7 @@ def learn(
                 seed=options.seed,
                 eval_every=max(1, options.steps // EVALUATIONS),
                 keep="best",
+                early_stopping_patience=PATIENCE,
             ),
             show_progress=show_progress,
             on_held_out=on_held_out,
@@ -81,13 +74,8 @@ def learn(
 
 def divergences(reader: Reader, targets: Sequence[Target], padding: int) -> Tensor:
     """KL(teacher || student) at each token of the teacher's answers."""
-    logits = answer_logits(reader, rows_of(targets), padding)
+    logits = answer_logits(reader, [(target.asked.alone, target.answer) for target in targets], padding)
     return divergence(logits, *tops(targets, logits.device))
-
-
-def rows_of(targets: Sequence[Target]) -> list[tuple[list[int], list[int]]]:
-    """What the student reads: requests, and the teacher's answers."""
-    return [(target.asked.alone, target.answer) for target in targets]
 
 
 @torch.no_grad()

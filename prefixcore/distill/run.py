@@ -101,8 +101,7 @@ def distill(
         study = SelfStudy(model, tokenizer, context, digest, padding, options, store)
         with progress(options.questions, "questions") as advance:
             made = study.prompts(advance)
-        most = positions_of(model) or math.inf
-        room = most - length - options.max_answer_tokens
+        room = (positions_of(model) or math.inf) - length - options.max_answer_tokens
         questions = [each for each in made if len(written.ask(each).behind) <= room]
         left_out = (
             f"; {len(made) - len(questions)} more leave no room for an answer" if len(questions) < len(made) else ""
@@ -116,12 +115,16 @@ def distill(
     check_length(model, length, longest + options.max_answer_tokens, "the text and the longest prompt")
     say(f"{len(training)} prompts to learn from, {len(validation)} to choose the step by, {len(held)} held out")
 
+    # What the model asks about a text leaves much of it out; said again, all of it is learnt.
+    room = (positions_of(model) or math.inf) - length
+    recited = [each for each in written.recite() if options.questions and each.length <= room]
     front = Front.of(model, written.front)
     if front.pairs is None:
         say(f"no prefix is equal to a text on {type(model).__name__}: its tokens stand before each prompt (slow)")
     teacher = Teacher(model, tokenizer, front, digest, padding, options, store)
-    with progress(sum(map(len, asked)), "answers") as advance:
+    with progress(sum(map(len, [*asked, recited])), "answers") as advance:
         taught = teacher.targets(asked[0], greedy=False, progress=advance)
+        taught += teacher.targets(recited, greedy=False, progress=advance)
         judged = teacher.targets(asked[1], greedy=True, progress=advance)
         measured = teacher.targets(asked[2], greedy=True, progress=advance)
     report = Report(

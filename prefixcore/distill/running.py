@@ -100,30 +100,14 @@ def answer_logits(reader: Reader, rows: Sequence[tuple[list[int], list[int]]], p
         rows: the ids of a prompt and of its answer.
         padding: the id to pad with.
     """
-    return read(reader, rows, padding)[0]
-
-
-def read(
-    reader: Reader, rows: Sequence[tuple[list[int], list[int]]], padding: int, layers: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
-    """The logits, as `answer_logits` gives them, and the hidden states [tokens, layers, E] of all rows' tokens.
-
-    Args:
-        reader: the model and what stands before the prompts.
-        rows: the ids of a prompt and of its answer.
-        padding: the id to pad with.
-        layers: indices of the model's `hidden_states`; none: no hidden states.
-    """
     model = reader.model
     examples = [TokenizedExample(reader.before + prompt, answer) for prompt, answer in rows]
     batch = make_batch(examples, padding, packed=reader.packed, device=model.device)
     labels = batch.pop("labels")
-    output = model(**batch, use_cache=False, **({"output_hidden_states": True} if layers else {}))
-    logits: Tensor = output.logits
-    states = torch.stack([output.hidden_states[layer] for layer in layers], -2) if layers else logits.new_empty(0)
+    logits: Tensor = model(**batch, use_cache=False).logits
     if reader.packed:
-        return logits[0, :-1], states[0] if layers else states
-    return logits[:, :-1][labels[:, 1:] != IGNORED], states[batch["attention_mask"].bool()] if layers else states
+        return logits[0, :-1]
+    return logits[:, :-1][labels[:, 1:] != IGNORED]
 
 
 def in_batches(lengths: Sequence[int], vocabulary: int, most: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from ..hf.attention.prefix import KeyValue
 from ..hf.positions.rotary import turn, why_fixed
 from .front import Front
 from .matching import fitted, reads_of
-from .targets import Target, shared
+from .targets import Target
 
 MOST_PROMPTS = 16
 """Whose attention on the text is measured."""
@@ -82,8 +82,9 @@ def matched(model: Any, front: Front, count: int, targets: Sequence[Target], own
     """
     if front.pairs is None:
         raise NotMeasuredError("no prefix is equal to the text")
-    rows = [target.asked.behind + target.answer for target in targets]
-    reads = reads_of(model, own, rows, [shared(target, len(row)) for target, row in zip(targets, rows, strict=True)])
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [targets[i].asked.behind + targets[i].answer for i in order]
+    reads = reads_of(model, own, rows)
     found = [fitted(each, key, value, count) for each, (key, value) in zip(reads, own, strict=True)]
     return turn(model, found, count - len(front.ids))
 

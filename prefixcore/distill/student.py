@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,6 @@ from ..hf.baking.bake_prefix import ids_to_prefix
 from ..nn import PrefixTuningConfig
 from ..training import TrainingRecord
 from .front import Front, Reader
-from .hidden import HiddenStates
 from .learning import learn
 from .options import DistillOptions
 from .report import Report, Trial
@@ -72,19 +70,10 @@ class Student:
         frozen = min(self.options.num_frozen_tokens, values[0][0].shape[1] - 1)
         return PrefixTuningConfig(init=values, num_frozen_tokens=frozen, tokenizer_name_or_path=name)
 
-    @cached_property
-    def hidden(self) -> HiddenStates | None:
-        """The teacher's hidden states; None: they are not learnt."""
-        if not self.options.hidden_weight:
-            return None
-        with self.front.before(self.model) as reader:
-            return HiddenStates.read(reader, self.taught, self.padding)
-
     def train(self, count: int) -> Found:
         """A prefix of `count` virtual tokens."""
         own = ids_to_prefix(self.model, self.front.ids) if self.front.pairs is None else self.front.pairs
         start = starting_values(self.model, self.front, count, self.options.start, self.taught, own)
-        hidden = self.hidden
         with attach(self.model, self.config(start.values)) as handle:
             record = learn(
                 handle,
@@ -92,7 +81,6 @@ class Student:
                 self.judged,
                 self.options,
                 self.padding,
-                hidden=hidden,
                 show_progress=self.show_progress,
                 on_held_out=lambda step, loss: self.say(f"step {step}: validation KL {loss:.3f}"),
             )

@@ -38,19 +38,6 @@ class Target:
     top_log_probs: Tensor
 
 
-def shared(target: Target, length: int) -> slice:
-    """The places, in a row of `length` tokens, of what teacher and student both read, but for the last one.
-
-    The two rows end alike; a request may begin with what the teacher has before its text.
-    """
-    same = 0
-    for a, b in zip(reversed(target.asked.behind), reversed(target.asked.alone), strict=False):
-        if a != b:
-            break
-        same += 1
-    return slice(length - len(target.answer) - max(1, same), length - 1)
-
-
 @dataclass(frozen=True)
 class Teacher:
     """The model with the whole text before each prompt.

@@ -48,6 +48,11 @@ class Asked:
     alone: list[int]
     given: tuple[int, ...] | None = None
 
+    @property
+    def length(self) -> int:
+        """Of what the teacher reads behind the text, with what is given."""
+        return len(self.behind) + len(self.given or ())
+
 
 class Writer(Protocol):
     """Writes a text and the prompts behind it.
@@ -60,6 +65,10 @@ class Writer(Protocol):
 
     def ask(self, prompt: Prompt) -> Asked:
         """The prompt in ids; DataError: it has none."""
+        ...
+
+    def recite(self) -> list[Asked]:
+        """The text again, in pieces, each to be gone on with from its beginning; none where there is no such prompt."""
         ...
 
 
@@ -105,7 +114,7 @@ class Plain:
         return Asked(prompt, behind, alone)
 
     def recite(self) -> list[Asked]:
-        """The text again, in pieces that overlap by a half: the teacher goes on with the beginning of each."""
+        """The text again, in pieces that overlap by a half."""
         begin = 1 if self.begins else 0
         ids = self.front[begin:]
         found = []
@@ -141,6 +150,10 @@ class Chat:
             raise DistillError(f"{prompt.source}: the model's chat template writes another text before this prompt")
         behind = encode(self._tokenizer, whole[len(self._written) :], prompt.source, add_special_tokens=False)
         return Asked(prompt, behind, question_ids(self._tokenizer, prompt.text, prompt.source))
+
+    def recite(self) -> list[Asked]:
+        """None: a user's turn is no beginning of the text."""
+        return []
 
     def _write(self, said: str, source: str) -> str:
         messages = [{"role": "system", "content": self._text}, {"role": "user", "content": said}]
