@@ -28,7 +28,7 @@ CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 
 
 help:
 	@echo "make demo    train a soft prompt and a prefix on a real model (about ten minutes on two cores)"
-	@echo "make demo-distill   distill sixty examples into a prefix of a twelfth of their tokens, on the same model;"
+	@echo "make demo-distill   distill examples, labelled reviews and rules into prefixes of a twelfth of their tokens, on the same model;"
 	@echo "             ARGS=\"--texts harbour shop\": a handbook, a system prompt"
 	@echo "make audit-demo   audit the demo's adapters, trained first if need be, into bench/demo/out/audit/ (ten minutes on two"
 	@echo "             cores); ARGS=--keep puts the page into bench/demo/"

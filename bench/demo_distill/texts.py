@@ -84,7 +84,7 @@ def states_and_cities(cities: int = 100) -> list[str]:
 
 def reviews(folder: Path) -> Text:
     """Examples: fifty sentences of product reviews with what they say, positive or negative."""
-    pairs = sources.reviews("amazonReviewSnippets")
+    pairs = list(dict(sources.reviews("amazonReviewSnippets")).items())  # some sentences come twice
     random.Random(0).shuffle(pairs)
     rows = [{"prompt": f"{sentence}\nOpinion:", "completion": f" {label}"} for sentence, label in pairs]
     context = folder / "reviews.txt"

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bench.demo_distill import __main__ as demo
+from bench.demo_distill import texts
 from bench.demo_distill.texts import TEXTS, Text, make
 from prefixcore.distill import read_prompts
 from tests import tiny
@@ -16,6 +17,15 @@ def given(options, name):
     return options[options.index(name) + 1]
 
 
+@pytest.fixture
+def _no_network(monkeypatch):
+    """Sentences and headlines in place of those that are downloaded."""
+    pairs = [(f"Thing {i} works.", "positive" if i % 3 else "negative") for i in range(400)]
+    monkeypatch.setattr(texts.sources, "reviews", lambda name: list(pairs))
+    monkeypatch.setattr(texts.sources, "headlines", lambda: [(f"Headline {i}", "sport") for i in range(400)])
+
+
+@pytest.mark.usefixtures("_no_network")
 @pytest.mark.parametrize("name", demo.NAMES)
 def test_what_is_held_out_is_not_learnt_and_not_in_the_text(name, tmp_path):
     text = make(name, tmp_path)
