@@ -8,12 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 
 import prefixcore
 import prefixcore.hf.attention.interface
 import prefixcore.hf.peft.soft_prompt
 
-from .accelerated import METHODS, _of_length, assert_close, count_ops, gradients, inputs, step, with_peft
+from .accelerated import METHODS, P, _of_length, assert_close, count_ops, gradients, inputs, step, with_peft
 from .models import make
 
 
@@ -133,3 +134,22 @@ def test_frozen_tokens_stay_when_training_is_resumed(tmp_path: Path) -> None:
     model = prefixcore.accelerate(make("llama"), str(tmp_path), is_trainable=True).model
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names == ["prompt_encoder.default.trainable_embedding"]
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_mixed_precision_of_the_accelerate_library(method: str) -> None:
+    """It takes the function of a bound `forward` and binds it to the model: as Trainer does with `bf16=True`."""
+    engine, results = Accelerator(mixed_precision="bf16", cpu=True), []
+    for accelerated in (False, True):
+        model = with_peft(method)
+        if accelerated:
+            prefixcore.accelerate(model)
+        model = engine.prepare(model)
+        results.append(step(model, inputs(method)))
+        bare = engine.unwrap_model(model, keep_fp32_wrapper=False)  # which binds what it finds
+        results[-1] = (*results[-1], *step(bare, inputs(method)))
+    torch.testing.assert_close(results[1], results[0], rtol=0.05, atol=0.1)
+    handle = prefixcore.attach(make("llama"), prefixcore.PrefixTuningConfig(P, seed=0))
+    expected = step(handle.model, inputs(method))
+    bare = engine.unwrap_model(engine.prepare(handle.model), keep_fp32_wrapper=False)
+    assert_close(step(bare, inputs(method)), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
 from prefixcore.hf.tested_classes import TESTED
 
@@ -45,8 +46,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("qui
 
 @pytest.fixture
 def quiet() -> None:
-    import transformers
-
     transformers.logging.set_verbosity_error()
 
 
@@ -69,6 +68,10 @@ SAMPLE_OF_OTHERS = [
 ]
 
 
+WRITTEN_WITH, PEFT_CANNOT = "5.23", "| PEFT cannot |"
+"""The transformers that the page was written with, and a row's last cell where PEFT fails."""
+
+
 def check(name: str) -> None:
     if name in ENCODERS:
         said, module = row(name, ENCODERS[name], every_encoder.cells(name, ENCODERS[name])), "every_encoder"
@@ -77,7 +80,11 @@ def check(name: str) -> None:
         module = "every_encoder_decoder"
     else:
         said, module = row(name, CLASSES[name], cells(name, CLASSES[name])), "every_model"
-    assert page_rows()[name] == said, f"run python -m tests.hf.{module}"
+    expected = page_rows()[name]
+    if not transformers.__version__.startswith(WRITTEN_WITH) and said.endswith(PEFT_CANNOT):
+        # What PEFT can do with a class is up to its transformers; all else has to be the same.
+        said, expected = said.removesuffix(PEFT_CANNOT), expected[: expected.rindex(" | ") + 1]
+    assert expected == said, f"run python -m tests.hf.{module}"
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, *SAMPLE_OF_OTHERS])
@@ -99,8 +106,5 @@ def test_what_is_attached_without_a_warning_is_what_the_page_says() -> None:
 
 
 def test_the_page_has_every_class() -> None:
-    import transformers
-
-    written_with = "5.23"
-    if transformers.__version__.startswith(written_with):
+    if transformers.__version__.startswith(WRITTEN_WITH):
         assert set(page_rows()) == {*CLASSES, *ENCODERS, *ENCODER_DECODERS}

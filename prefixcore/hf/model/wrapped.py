@@ -35,6 +35,8 @@ class WrappedMethod:
         object.__setattr__(module, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate's unwrap_model binds what it finds to the model
+            args = args[1:]
         if self.around is None:
             return self.original(*args, **kwargs)
         return self.around(self.original, args, kwargs)

@@ -26,6 +26,21 @@ ACCELERATED = "_prefixcore_accelerated"
 _METHODS = ("forward", "generate", "add_adapter", "load_adapter")
 
 
+class _Method:
+    """What stands on a PeftModel in place of a method of its own.
+
+    No bound method, of which accelerate takes the function, for mixed precision, and binds it to the model.
+    """
+
+    def __init__(self, accelerated: Accelerated, name: str) -> None:
+        self.accelerated, self.name = accelerated, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.accelerated.model:  # accelerate's unwrap_model binds what it finds
+            args = args[1:]
+        return getattr(self.accelerated, self.name)(*args, **kwargs)
+
+
 class Accelerated(UndoneAfterBlock):
     """A PeftModel on prefixcore's ops. As a context manager it is undone at the end of the block.
 
@@ -50,7 +65,7 @@ class Accelerated(UndoneAfterBlock):
             bank.adapter.handle = self
         model.__dict__[ACCELERATED] = self
         for name in _METHODS:
-            model.__dict__[name] = getattr(self, name)
+            model.__dict__[name] = _Method(self, name)
 
     @property
     def is_accelerated(self) -> bool:
@@ -67,7 +82,7 @@ class Accelerated(UndoneAfterBlock):
         if not self.is_accelerated:
             return
         for name in _METHODS:
-            if getattr(self.model.__dict__.get(name), "__self__", None) is self:
+            if getattr(self.model.__dict__.get(name), "accelerated", None) is self:
                 del self.model.__dict__[name]
         del self.model.__dict__[ACCELERATED]
         if self._bank is not None:
