@@ -124,22 +124,24 @@ def answered(
 
 
 def fitted(reads: Reads, key: Tensor, value: Tensor, count: int, *, steps: int = STEPS, seed: int = 0) -> KeyValue:
-    """`count` keys and values that answer a layer's queries as those of the whole text do.
+    """`count` keys and values, on the CPU, that answer a layer's queries as those of the whole text do.
 
     Args:
         reads: the queries and their answers.
-        key, value: of the text [Hkv, N, D] and [Hkv, N, Dv].
+        key, value: of the text [Hkv, N, D] and [Hkv, N, Dv], where it is computed.
         count: P.
         steps: of the descent; 0: the text's own keys, moved as one to what the text's share of the softmax was.
         seed: of the queries of each step.
     """
-    key, value = key.cpu().float(), value.cpu().float()
+    key, value = key.float(), value.float()
+    query, rest, rest_output, output = (x.to(key.device) for x in reads[:4])
+    reads = Reads(query, rest, rest_output, output, reads.softcap)
     new_key, new_value = heaviest_of_each_head(reads, key, value, count)
     new_value = least_squares(reads, new_key, new_value)
     if steps:
         new_key, new_value = descend(reads, new_key, new_value, steps, seed)
         new_value = least_squares(reads, new_key, new_value)
-    return new_key, new_value
+    return new_key.cpu(), new_value.cpu()
 
 
 def heaviest_of_each_head(reads: Reads, key: Tensor, value: Tensor, count: int) -> KeyValue:
@@ -167,7 +169,7 @@ def direction(query: Tensor) -> Tensor:
     """What adds about one to the score of each query [Hkv, D]: least squares, as queries have a mean."""
     query = query.double()
     square = query.mT @ query
-    ridge = 1e-3 * square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(query.shape[-1])
+    ridge = 1e-3 * square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(query.shape[-1]).to(square)
     return torch.linalg.solve(square + ridge, query.sum(1)[..., None])[..., 0].float()
 
 
@@ -181,7 +183,7 @@ def descend(reads: Reads, key: Tensor, value: Tensor, steps: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in range(steps):
-            rows = torch.randint(reads.query.shape[1], (ROWS,), generator=generator)
+            rows = torch.randint(reads.query.shape[1], (ROWS,), generator=generator).to(key.device)
             query, rest, rest_output, output = (x[:, rows] for x in reads[:4])
             found = answered(query, key, value, rest, rest_output, reads.softcap)
             loss = ((found - output).square().mean((1, 2)) / size).sum()
@@ -198,7 +200,7 @@ def least_squares(reads: Reads, key: Tensor, value: Tensor) -> Tensor:
     missing = reads.output.double() - share * reads.rest_output.double() - attention @ value.double()
     square = attention.mT @ attention
     held = RIDGE * square.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
-    square = square + held[:, None, None] * torch.eye(square.shape[-1], dtype=square.dtype)
+    square = square + held[:, None, None] * torch.eye(square.shape[-1]).to(square)
     return (value.double() + torch.linalg.solve(square, attention.mT @ missing)).float()
 
 
