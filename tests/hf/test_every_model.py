@@ -8,6 +8,7 @@ import transformers
 from prefixcore.hf.tested_classes import TESTED
 
 from . import every_encoder, every_encoder_decoder
+from .conftest import T5_IS_REACHED
 from .every_model import cells, page_rows, row, tested
 from .tiny_models import every_class
 
@@ -73,6 +74,8 @@ WRITTEN_WITH, PEFT_CANNOT = "5.23", "| PEFT cannot |"
 
 
 def check(name: str) -> None:
+    if not T5_IS_REACHED and "T5ForConditionalGeneration" in name:
+        pytest.xfail("T5's attention is reached from transformers 5.15 on")
     if name in ENCODERS:
         said, module = row(name, ENCODERS[name], every_encoder.cells(name, ENCODERS[name])), "every_encoder"
     elif name in ENCODER_DECODERS:

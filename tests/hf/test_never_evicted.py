@@ -19,7 +19,7 @@ CLASSES = {
     "Cohere2ForCausalLM": ("cohere2", {"sliding_window": WINDOW}),
     "Exaone4ForCausalLM": ("exaone4", {"sliding_window": WINDOW}),
     "Gemma3ForCausalLM": ("gemma3_text", {"sliding_window": WINDOW}),
-    "Gemma3nForCausalLM": ("gemma3n_text", {"sliding_window": WINDOW}),
+    "Gemma3nForCausalLM": ("gemma3n_text", {"sliding_window": WINDOW, "vocab_size_per_layer_input": 128}),
     "Gemma4ForCausalLM": ("gemma4_text", {"sliding_window": WINDOW}),
     "GptOssForCausalLM": ("gpt_oss", {"sliding_window": WINDOW}),
     "Llama4ForCausalLM": ("llama4_text", {"attention_chunk_size": WINDOW}),

@@ -78,7 +78,9 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
 
 def expected_layers(config: Any) -> int:
     """How many attention layers a decoder has, as its configuration says."""
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None)
+    layer_types = layer_types or getattr(config, "layers_block_type", None)  # of RecurrentGemma before 5.23
+    layer_types = layer_types or ["full_attention"] * config.num_hidden_layers
     return sum(layer_type not in _OTHER_LAYERS for layer_type in layer_types)
 
 
