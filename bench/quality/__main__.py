@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bench.demo.base_model import DemoError
@@ -46,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train for N times the CPU seconds of our prefix's steps, measured first, in place of as many steps",
     )
+    result.add_argument(
+        "--seeds",
+        type=int,
+        choices=range(1, plan.SEEDS + 1),
+        help=f"the first so many (default: {plan.SEEDS}, or 1 with --seconds)",
+    )
     result.add_argument("--first-rate", action="store_true", help="of each method only the first learning rate")
     result.add_argument("--minutes", type=float, help="begin no cell after as many")
     result.add_argument("--out", type=Path, help=f"where records go (default: {records.FOLDER}, or {records.TIMED}/xN)")
@@ -56,8 +62,20 @@ def resolved(options: argparse.Namespace) -> argparse.Namespace:
     """The options with the defaults that depend on the budget."""
     options.methods = options.methods or (list(METHODS) if options.seconds is None else list(plan.TIMED))
     options.out = options.out or (records.FOLDER if options.seconds is None else records.folder_of(options.seconds))
-    options.num_seeds = plan.SEEDS if options.seconds is None else 1
+    options.seeds = options.seeds or (plan.SEEDS if options.seconds is None else 1)
     return options
+
+
+def missing(options: argparse.Namespace, *, all_seeds: bool = False) -> Iterator[records.Cell]:
+    """The cells that were asked for and have not been run."""
+    return plan.missing(
+        options.parts,
+        options.methods,
+        options.out,
+        all_seeds=all_seeds,
+        num_seeds=options.seeds,
+        first_rate=options.first_rate,
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -74,10 +92,7 @@ def run(options: argparse.Namespace) -> None:
     model = model.to(torch.bfloat16)
     tasks = {name: TASKS[name]() for name in options.parts}
     budgets: dict[str, cells.Budget] = {}
-    missing = plan.missing(options.parts, options.methods, options.out, num_seeds=options.num_seeds)
-    if options.first_rate:
-        missing = (cell for cell in missing if cell.rate in (METHODS[cell.method].rates or (0.0,))[:1] or cell.seed)
-    for done, cell in enumerate(missing):
+    for done, cell in enumerate(missing(options)):
         minutes = (time.monotonic() - began) / 60
         if options.minutes is not None and minutes >= options.minutes:
             print(f"[{minutes:5.1f} min] stopped after {done} cells; the same command goes on", flush=True)
@@ -106,8 +121,7 @@ def main() -> int:
         if options.what == "run":
             run(options)
         elif options.what == "list":
-            asked = options.parts, options.methods, options.out
-            for cell in plan.missing(*asked, all_seeds=True, num_seeds=options.num_seeds):
+            for cell in missing(options, all_seeds=True):
                 print(cell.file)
         else:
             from . import page

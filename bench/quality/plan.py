@@ -56,13 +56,14 @@ def missing(
     *,
     all_seeds: bool = False,
     num_seeds: int = SEEDS,
+    first_rate: bool = False,
 ) -> Iterator[Cell]:
     """The cells that have not been run, one after the other as each is needed.
 
     The first seed tries every learning rate; further seeds take the one that the validation side chose of them, so
     each is only known once the cells before it have been run. With `all_seeds`, those of which it is not known yet
     come too, at the first of the learning rates, to be counted. `folder` has the records, those of a budget of seconds
-    have one of their own.
+    have one of their own. With `first_rate` no other learning rate of a method is tried.
     """
     seen: set[Cell] = set()
     for task, name, seeds, place in stages(parts, num_seeds):
@@ -70,6 +71,7 @@ def missing(
             continue
         rates = METHODS[name].rates or (0.0,)
         rates = rates if place is None else rates[place : place + 1]
+        rates = rates[:1] if first_rate else rates
         for seed in seeds:
             if seed > 0:
                 first = records.read(folder, f"{Cell(task, name, 0).stem}*.json")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.quality import cells, goals, intervals, known, page, plan, records, sources, starts, sustained
-from bench.quality.__main__ import parser, resolved
+from bench.quality.__main__ import missing, parser, resolved
 from bench.quality.methods import METHODS, shown
 from bench.quality.records import Cell, Record
 from bench.quality.tasks import TASKS, Task, of_dates
@@ -110,6 +110,9 @@ def test_a_budget_of_seconds_has_records_and_methods_of_its_own(tmp_path, monkey
         records.write(record("prefix", 0, each.rate, 0.5, "0111"), tmp_path / "x4")
     assert not list(plan.missing(*asked, num_seeds=1))
     assert list(plan.missing(*asked)) == [Cell("dates", "prefix", seed, rate) for seed in (1, 2)]
+    options = resolved(parser().parse_args(["list", "--parts", "dates", "--methods", "lora", "--first-rate"]))
+    options.out = tmp_path / "x4"
+    assert list(missing(options)) == [Cell("dates", "lora", 0, METHODS["lora"].rates[0])]
     monkeypatch.setattr(records, "TIMED", tmp_path)
     assert "| prefix | 75 (25..100), loss 1.00, 80 steps |" in page.equal_seconds()
     assert "4 times as many seconds" in page.equal_seconds()
