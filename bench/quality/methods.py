@@ -14,7 +14,7 @@ import torch
 import prefixcore
 from bench.demo.methods import shared_copy
 from prefixcore.training import best_start, starting_text, tokenize
-from prefixcore.training.starting import DRAWS, in_turns
+from prefixcore.training.starting import DRAWS, NUM_VIRTUAL_TOKENS, in_turns
 
 from .outside import FeatureMap, FeatureMapBesidePrefix, Gate, outside
 from .rates import scaled_rates
@@ -22,6 +22,9 @@ from .tasks import END, Task
 
 SHOTS = (0, 2, 8)
 PREFACE = "Below are questions and their answers. Each answer is correct and short, and nothing else is written.\n"
+LEVER_TOKENS = 32
+"""At how many tokens of examples levers are compared with each other: half of what a start has."""
+
 WRITTEN_DRAWS = 3
 """How many draws of examples a written prompt is the best of, by its score on the validation side."""
 
@@ -122,6 +125,7 @@ def ours(
     *,
     start: str = "examples",
     tokens: int | None = None,
+    most: int = LEVER_TOKENS,
     training: Mapping[str, Any] | None = None,
     around: Callable[[Any], AbstractContextManager[Sequence[torch.nn.Parameter]]] | None = None,
     **options: Any,
@@ -136,6 +140,7 @@ def ours(
             "instruction" (a person's text with two examples), "sentence" (any text with two examples),
             "labels", "vocab", "random" or "zero".
         tokens: P; None: what the start has, or 20.
+        most: how many tokens whole examples may fill.
         training: options of the training.
         around: of the handle: a block in which something is changed, and what is trained along.
         options: of the configuration; a function is asked for its value with the model's number of layers.
@@ -145,9 +150,9 @@ def ours(
     def attach(model: Any, tokenizer: Any, task: Task, seed: int) -> Iterator[Attached]:
         given: dict[str, Any] = {"seed": seed, "num_virtual_tokens": tokens, **resolved(options, model)}
         if start == "examples":
-            given["init_text"] = text_of_examples(model, tokenizer, task, seed, tokens)
+            given["init_text"] = text_of_examples(model, tokenizer, task, seed, tokens, most)
         elif start == "one draw":
-            given["init_text"] = starting_text(task.training, tokenizer, tokens, end=END, seed=seed)
+            given["init_text"] = starting_text(task.training, tokenizer, tokens, end=END, seed=seed, most=most)
         elif start == "instruction":
             given["init_text"] = shown(task)
         elif start == "sentence":
@@ -166,9 +171,11 @@ def ours(
     return Method(name, title, "ours", attach, rates, dict(training or {}))
 
 
-def text_of_examples(model: Any, tokenizer: Any, task: Task, seed: int, tokens: int | None) -> str:
+def text_of_examples(model: Any, tokenizer: Any, task: Task, seed: int, tokens: int | None, most: int) -> str:
     """What `prefixcore train` starts from where no start is given."""
-    texts = [starting_text(task.training, tokenizer, tokens, end=END, seed=seed + draw) for draw in range(DRAWS)]
+    texts = [
+        starting_text(task.training, tokenizer, tokens, end=END, seed=seed + draw, most=most) for draw in range(DRAWS)
+    ]
     outside = [each for each in in_turns(task.training, 0) if not any(each.prompt in text for text in texts)]
     configs = [PREFIX(init_text=text) for text in texts]
     return str(best_start(model, tokenizer, configs, tokenize(tokenizer, outside, end=END)).init_text)
@@ -265,9 +272,9 @@ def rates_apart(name: str, title: str, **factors: float) -> Method:
 _ALL = (
     Method("bare", "bare model", "bare", texts=lambda task, seed: [""]),
     *map(written, SHOTS),
-    ours("prefix", "prefix", PREFIX, KV),
-    ours("prompt", "soft prompt", PROMPT, EMBEDDING),
-    ours("p-tuning", "P-tuning", P_TUNING, (1e-3, 3e-3)),
+    ours("prefix", "prefix", PREFIX, KV, most=NUM_VIRTUAL_TOKENS),
+    ours("prompt", "soft prompt", PROMPT, EMBEDDING, most=NUM_VIRTUAL_TOKENS),
+    ours("p-tuning", "P-tuning", P_TUNING, (1e-3, 3e-3), most=NUM_VIRTUAL_TOKENS),
     *(
         ours(f"prefix-{n}", f"prefix, {n:,} numbers", PREFIX, BASIS, reparameterization="random_basis", num_basis=n)
         for n in (1000, 100, 10)
@@ -289,7 +296,8 @@ _ALL = (
         _peft("PromptEncoderConfig", num_virtual_tokens=20, encoder_hidden_size=576),
     ),
     of_peft("lora", "LoRA, rank 8 (PEFT)", (5e-4, 2e-3), _peft("LoraConfig", r=8, lora_dropout=0.0), "LoRA"),
-    # Levers: each is the prefix or the soft prompt with one thing otherwise.
+    # Levers: each is the prefix or the soft prompt of 32 tokens with one thing otherwise.
+    ours("prefix@32", "32 tokens, which all rows below have if they do not say otherwise", PREFIX, KV),
     ours("prefix@one-draw", "start: examples, the first draw", PREFIX, KV, start="one draw"),
     ours("prefix@vocab", "start: vocabulary", PREFIX, KV, start="vocab"),
     ours("prefix@instruction", "start: instruction, two examples", PREFIX, KV, start="instruction"),
@@ -320,6 +328,7 @@ _ALL = (
     rates_apart("prefix@keys-slow", "a fifth of the learning rate for keys", key=0.2),
     rates_apart("prefix@values-slow", "a fifth of the learning rate for values", value=0.2),
     rates_apart("prefix@keys-fast", "five times the learning rate for keys", key=5.0),
+    ours("prompt@32", "32 tokens, which all rows below have if they do not say otherwise", PROMPT, EMBEDDING),
     ours("prompt@one-draw", "start: examples, the first draw", PROMPT, EMBEDDING, start="one draw"),
     ours("prompt@vocab", "start: vocabulary", PROMPT, EMBEDDING, start="vocab"),
     ours("prompt@instruction", "start: instruction, two examples", PROMPT, EMBEDDING, start="instruction"),

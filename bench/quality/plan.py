@@ -22,7 +22,7 @@ TIMED = ("prefix", "prompt", "peft-prompt-text", "peft-prefix-text", "lora")
 
 ROUNDS = (
     ("bare", "written-0", "written-2", "written-8", "prefix", "prompt", "prefix@vocab", "lora"),
-    ("peft-prompt-text", "prefix@linear", "prefix@one-draw", "prompt@vocab"),
+    ("peft-prompt-text", "prefix@32", "prompt@32", "prefix@linear", "prefix@one-draw", "prompt@vocab"),
     ("peft-prefix-text", "prefix@instruction", "prompt@instruction", "prompt@linear", "peft-prefix"),
 )
 """The methods that are run first: a round on all tasks, each with the first of its learning rates, then the next."""

@@ -12,7 +12,7 @@ from typing import Any
 from .data import DataError, Example, TokenizedExample, pad_id
 from .evaluate import held_out_loss
 
-NUM_VIRTUAL_TOKENS = 32
+NUM_VIRTUAL_TOKENS = 64
 """How many tokens the examples may fill where no number is asked for."""
 
 TRIED = 64
@@ -35,6 +35,7 @@ def starting_text(
     *,
     end: str | None = None,
     seed: int = 0,
+    most: int = NUM_VIRTUAL_TOKENS,
 ) -> str:
     """A text for `init_text` made of training examples, so that the untrained virtual tokens show the task already.
 
@@ -44,9 +45,10 @@ def starting_text(
         examples: those to train on; held-out ones must not be among them.
         tokenizer: the model's.
         num_virtual_tokens: how many tokens the text is to fill; the end of a further example is put before the whole
-            ones to fill it. None: as many as whole examples need, at most 32.
+            ones to fill it. None: as many as whole examples need, at most `most`.
         end: text that closes every completion, as in `tokenize`.
         seed: which examples.
+        most: how many tokens whole examples may fill where `num_virtual_tokens` is None.
 
     Returns:
         The examples one after the other, as the model reads them in training; empty where all are too long to be read
@@ -63,7 +65,7 @@ def starting_text(
     """
     if not examples:
         raise DataError("no examples to start from")
-    budget = NUM_VIRTUAL_TOKENS if num_virtual_tokens is None else num_virtual_tokens
+    budget = most if num_virtual_tokens is None else num_virtual_tokens
     around = list(tokenizer("")["input_ids"])  # what the tokenizer puts around any text, once for the whole of it
     budget -= len(around)
     whole: list[list[int]] = []

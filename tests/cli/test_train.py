@@ -250,7 +250,7 @@ def test_without_a_start_the_training_examples_are_the_start(train, tmp_path, da
     assert code == 0, err
     assert "starting from some of the examples to train on" in err
     config = read_adapter(tmp_path / "adapter").config
-    assert (config.init, config.num_virtual_tokens) == ("text", 27)  # three whole examples of nine tokens
+    assert (config.init, config.num_virtual_tokens) == ("text", 63)  # seven whole examples of nine tokens
     lines = {"{prompt}{completion}".format(**json.loads(line)) for line in data.read_text().splitlines()}
     assert set(config.init_text.splitlines()) <= lines
     assert train("--method", "prompt", "--num-virtual-tokens", 11, out=tmp_path / "more")[0] == 0

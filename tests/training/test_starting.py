@@ -28,7 +28,8 @@ def test_whole_examples_are_put_one_after_the_other():
     text = starting_text(PAIRS, tiny.tokenizer(), end="\n")
     known = {each.prompt + each.completion + "\n" for each in PAIRS}
     assert set(whole(text)) <= known
-    assert len(whole(text)) == 3  # of nine tokens each, of 32
+    assert len(whole(text)) == 7  # of nine tokens each, of 64
+    assert len(whole(starting_text(PAIRS, tiny.tokenizer(), end="\n", most=32))) == 3
     assert text.endswith("\n")
 
 
@@ -63,7 +64,7 @@ def test_without_an_end_the_end_of_the_sequence_closes_each_example():
 def test_an_example_longer_than_the_room_gives_its_end():
     text = starting_text([Example("a" * 100, "bcd")], tiny.tokenizer(), 8, end="\n")
     assert text == "aaaabcd\n"
-    assert starting_text([Example("a" * 100, "bcd")], tiny.tokenizer(), end="\n") == "a" * 28 + "bcd\n"
+    assert starting_text([Example("a" * 100, "bcd")], tiny.tokenizer(), end="\n") == "a" * 60 + "bcd\n"
 
 
 def test_a_conversation_is_written_by_the_template():
