@@ -14,7 +14,7 @@ from ..audit.errors import NotMeasuredError
 from ..audit.running import FrozenRun, WatchedCall
 from ..audit.virtual import VirtualTokens
 from ..hf.attention.prefix import KeyValue
-from ..hf.positions.rotary import turn, why_fixed
+from ..hf.positions.rotary import turn
 from .front import Front
 from .matching import fitted, reads_of
 from .targets import Target
@@ -56,7 +56,11 @@ def starting_values(
         own: the keys and values of the whole text.
     """
     places = list(range(count))
-    if kind == "match" and why_fixed(model) is None:
+    try:
+        turn(model, [(key[:, :1].cpu(), value[:, :1].cpu()) for key, value in own], 1)
+    except AdapterError:
+        kind = "first"
+    if kind == "match":
         try:
             return Start(matched(model, front, count, targets, own), [], kind)
         except NotMeasuredError:
@@ -68,11 +72,7 @@ def starting_values(
             kind = "spread"
     if kind == "spread":
         places = spread(len(front.ids), count)
-    try:
-        return Start(moved(model, own, places), places, kind)
-    except AdapterError:
-        places = list(range(count))
-        return Start([(key[:, places], value[:, places]) for key, value in own], places, "first")
+    return Start(moved(model, own, places), places, kind)
 
 
 def matched(model: Any, front: Front, count: int, targets: Sequence[Target], own: list[KeyValue]) -> list[KeyValue]:

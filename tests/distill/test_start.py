@@ -55,12 +55,24 @@ def test_attention_on_the_text_is_a_share_of_all(model):
     assert mass.sum() < 2 * 4  # two layers, four tokens that read
 
 
-def test_where_keys_cannot_be_moved_the_first_tokens_are_taken(model):
+@pytest.mark.parametrize("kind", ["match", "mass", "spread"])
+def test_where_keys_cannot_be_moved_the_first_tokens_are_taken(kind):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     learned = GPT2LMHeadModel(GPT2Config(vocab_size=98, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
     front = Front.of(learned, IDS)
-    start = starting_values(learned, front, 3, "spread", [], front.pairs)
+    start = starting_values(learned, front, 3, kind, [], front.pairs)
     assert (start.places, start.kind) == ([0, 1, 2], "first")
     assert torch.equal(start.values[0][0], front.pairs[0][0][:, :3])
+
+
+def test_where_a_part_of_each_key_turns_the_first_tokens_are_taken():
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    partial = StableLmForCausalLM(StableLmConfig(vocab_size=98, num_key_value_heads=1, **sizes)).eval()
+    front = Front.of(partial, IDS)
+    start = starting_values(partial, front, 3, "match", [target([30, 31])], front.pairs)
+    assert (start.places, start.kind) == ([0, 1, 2], "first")
