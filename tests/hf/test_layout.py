@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefixcore.hf.batch.layout import Layout
@@ -17,6 +17,7 @@ def masks(draw: st.DrawFn) -> torch.Tensor:
                                       min_size=rows, max_size=rows)))  # fmt: skip
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of the machine, where it has other work
 @given(masks(), st.integers(1, 4), st.sampled_from([(), (2,)]))
 def test_insert_and_cut(mask: torch.Tensor, virtual: int, inner: tuple[int, ...]) -> None:
     rows, length = mask.shape
