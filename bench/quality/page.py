@@ -164,7 +164,7 @@ def equal_seconds() -> str:
                 )
             if any(cell != "-" for cell in cells):
                 base, _, lever = name.partition("@")
-                rows.append([f"{base}: {METHODS[name].title}" if lever else METHODS[name].title, *cells])
+                rows.append([f"{base}, {METHODS[name].title}" if lever else METHODS[name].title, *cells])
         title = "the seconds of our prefix's 60 steps" if times == 1 else f"{times} times as many seconds"
         parts.append(markdown((title, *(TITLES[task] for task in tasks)), rows))
     return "\n\n".join(parts) or "Not run: `python -m bench.quality run --seconds 1`."
