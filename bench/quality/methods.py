@@ -297,7 +297,7 @@ _ALL = (
     ),
     of_peft("lora", "LoRA, rank 8 (PEFT)", (5e-4, 2e-3), _peft("LoraConfig", r=8, lora_dropout=0.0), "LoRA"),
     # Levers: each is the prefix or the soft prompt of 32 tokens with one thing otherwise.
-    ours("prefix@32", "32 tokens, which all rows below have if they do not say otherwise", PREFIX, KV),
+    ours("prefix@32", "32 tokens", PREFIX, KV),
     ours("prefix@one-draw", "start: examples, the first draw", PREFIX, KV, start="one draw"),
     ours("prefix@vocab", "start: vocabulary", PREFIX, KV, start="vocab"),
     ours("prefix@instruction", "start: instruction, two examples", PREFIX, KV, start="instruction"),
@@ -328,7 +328,7 @@ _ALL = (
     rates_apart("prefix@keys-slow", "a fifth of the learning rate for keys", key=0.2),
     rates_apart("prefix@values-slow", "a fifth of the learning rate for values", value=0.2),
     rates_apart("prefix@keys-fast", "five times the learning rate for keys", key=5.0),
-    ours("prompt@32", "32 tokens, which all rows below have if they do not say otherwise", PROMPT, EMBEDDING),
+    ours("prompt@32", "32 tokens", PROMPT, EMBEDDING),
     ours("prompt@one-draw", "start: examples, the first draw", PROMPT, EMBEDDING, start="one draw"),
     ours("prompt@vocab", "start: vocabulary", PROMPT, EMBEDDING, start="vocab"),
     ours("prompt@instruction", "start: instruction, two examples", PROMPT, EMBEDDING, start="instruction"),
