@@ -31,7 +31,8 @@ def learn(
 ) -> TrainingRecord:
     """Trains what is attached to give the teacher's probabilities; the values at the least validation loss stay.
 
-    The loss is KL(teacher || student) in nats, the mean over the answers' tokens.
+    The loss is KL(teacher || student) in nats, the mean over the answers' tokens. The start stays where the validation
+    prompts cannot tell those values from it: a fitted start is often as near as training comes.
     """
     model = handle.model
     reader = Reader(model, [], packed=handle.can_pack)
@@ -47,11 +48,15 @@ def learn(
         finally:
             model.train()
 
+    parameters = list(handle.parameters())
+    start = [parameter.detach().clone() for parameter in parameters]
     was_training = model.training
+    model.eval()
+    before = divergence_of_each(reader, validation, padding)
     model.train()
     try:
-        return optimize(
-            handle.parameters(),
+        record = optimize(
+            parameters,
             next_loss,
             held_out_loss=validation_loss,
             options=TrainingOptions(
@@ -68,8 +73,22 @@ def learn(
             show_progress=show_progress,
             on_held_out=on_held_out,
         )
+        model.eval()
+        if record.kept_step and not is_less(divergence_of_each(reader, validation, padding), before):
+            record.kept_step = 0
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+        return record
     finally:
         model.train(was_training)
+
+
+def is_less(after: Tensor, before: Tensor) -> bool:
+    """Whether the mean of paired values has fallen by more than its standard error."""
+    fall = before - after
+    error = fall.std() / len(fall) ** 0.5 if len(fall) > 1 else torch.zeros(())
+    return bool(fall.mean() > error)
 
 
 def divergences(reader: Reader, targets: Sequence[Target], padding: int) -> Tensor:
@@ -78,15 +97,21 @@ def divergences(reader: Reader, targets: Sequence[Target], padding: int) -> Tens
     return divergence(logits, *tops(targets, logits.device))
 
 
-@torch.no_grad()
 def mean_divergence(reader: Reader, targets: Sequence[Target], padding: int) -> float:
     """The mean of `divergences` over all tokens of all targets."""
-    total, tokens = 0.0, 0
+    return float(divergence_of_each(reader, targets, padding).sum()) / sum(len(target.answer) for target in targets)
+
+
+@torch.no_grad()
+def divergence_of_each(reader: Reader, targets: Sequence[Target], padding: int) -> Tensor:
+    """The sum of `divergences` over the tokens of each target, float64."""
+    sums = torch.zeros(len(targets), dtype=torch.float64)
     vocabulary = reader.model.config.get_text_config().vocab_size
     for indices in in_batches([len(target.answer) for target in targets], vocabulary, most=16):
-        values = divergences(reader, [targets[i] for i in indices], padding)
-        total, tokens = total + float(values.sum()), tokens + len(values)
-    return total / tokens
+        values = divergences(reader, [targets[i] for i in indices], padding).double().cpu()
+        for i, part in zip(indices, values.split([len(targets[i].answer) for i in indices]), strict=True):
+            sums[i] = part.sum()
+    return sums
 
 
 def orders(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
