@@ -54,7 +54,7 @@ def reads_of(model: Any, pairs: Sequence[KeyValue], rows: Sequence[Sequence[int]
     Args:
         model: with nothing attached.
         pairs: what stands before each row.
-        rows: ids of prompts with their answers; as many are read as `MOST_READ` holds.
+        rows: ids of prompts with their answers; of all of them the first `MOST_READ` tokens are read.
 
     Raises:
         NotMeasuredError: the model's attention cannot be watched, or has sinks.
@@ -63,17 +63,18 @@ def reads_of(model: Any, pairs: Sequence[KeyValue], rows: Sequence[Sequence[int]
     virtual = VirtualTokens(length, tuple(range(length)), dict(enumerate(pairs)))
     run = FrozenRun(model)
     found: list[list[Reads]] = [[] for _ in pairs]
-    count = 0
+    left = MOST_READ
 
     def watch(call: WatchedCall) -> None:
         found[call.layer].append(_read(call))
 
     for row in rows:
-        count += len(row)
-        if found[0] and count > MOST_READ:
+        part = list(row)[:left]  # what a token is answered does not depend on those after it
+        left -= len(part)
+        if not part:
             break
         with torch.no_grad():
-            run(torch.tensor([list(row)], device=model.device), virtual=virtual, watch=watch)
+            run(torch.tensor([part], device=model.device), virtual=virtual, watch=watch)
     return [_joined(part) for part in found]
 
 
@@ -169,8 +170,9 @@ def direction(query: Tensor) -> Tensor:
     """What adds about one to the score of each query [Hkv, D]: least squares, as queries have a mean."""
     query = query.double()
     square = query.mT @ query
-    ridge = 1e-3 * square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(query.shape[-1]).to(square)
-    return torch.linalg.solve(square + ridge, query.sum(1)[..., None])[..., 0].float()
+    ridge = 1e-3 * square.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)  # a pruned head's queries are zero
+    square = square + ridge[:, None, None] * torch.eye(query.shape[-1]).to(square)
+    return torch.linalg.solve(square, query.sum(1)[..., None])[..., 0].float()
 
 
 def descend(reads: Reads, key: Tensor, value: Tensor, steps: int, seed: int) -> KeyValue:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefixcore.distill import Prompt
+from prefixcore.distill import Prompt, matching
 from prefixcore.distill.front import Front
 from prefixcore.distill.matching import error, fitted, heaviest_of_each_head, least_squares, reads_of
 from prefixcore.distill.start import starting_values
@@ -71,3 +71,27 @@ def test_the_model_answers_behind_the_start_as_behind_the_text(model, front):
         assert away(whole.values, expected) < 0.02
         few, heaviest = (starting_values(model, front, 3, kind, targets, front.pairs) for kind in ("match", "mass"))
         assert away(few.values, expected) < 0.5 * away(heaviest.values, expected)
+
+
+def test_a_long_row_is_read_as_far_as_there_is_room(model, front, monkeypatch):
+    """A long prompt takes nothing from those that were read before it, and does not take memory without end."""
+    monkeypatch.setattr(matching, "MOST_READ", 12)
+    long = list(range(20, 60))
+    groups = 2  # query heads for each key-value head
+    for rows, tokens in (([ROWS[0], long, ROWS[1]], 12), ([long], 12), (ROWS[:2], 10)):
+        assert {reads.query.shape[1] for reads in reads_of(model, front.pairs, rows)} == {groups * tokens}
+    cut = reads_of(model, front.pairs, [ROWS[0], long])
+    whole = reads_of(model, front.pairs, [ROWS[0], long[:7]])
+    for a, b in zip(cut, whole, strict=True):
+        torch.testing.assert_close(a.output, b.output)
+
+
+def test_a_head_whose_queries_are_zero(model):
+    """As pruning leaves one; there is no direction that makes a key heavier for it."""
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+    pruned = Front.of(model, IDS)
+    for reads, (key, value) in zip(reads_of(model, pruned.pairs, ROWS), pruned.pairs, strict=True):
+        found = fitted(reads, key, value, 3)
+        assert all(x.isfinite().all() for x in found)
+        assert error(reads, *found) < 1
