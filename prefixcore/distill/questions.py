@@ -19,7 +19,7 @@ from torch import Tensor
 from .checks import positions_of
 from .front import Front
 from .options import DistillOptions
-from .running import answer
+from .running import answer, end_ids
 from .store import Store
 from .writing import Plain, Prompt, writer
 
@@ -96,6 +96,9 @@ class SelfStudy:
             "chunk": chunk,
             "chat": self.options.chat,
             "kind": kind.__name__,
+            "ends_line": self.text.endswith("\n"),  # of the whole text: how a question behind it begins
+            "front": writer(self.tokenizer, chunk, chat=self.options.chat).front,
+            "ends": sorted(end_ids(self.model, self.tokenizer)),
             "seed": seed,
             "together": TOGETHER,
             "tokens": MOST_TOKENS,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .front import Front, Reader
 from .options import DistillOptions
-from .running import answer, answer_logits, in_batches
+from .running import answer, answer_logits, end_ids, in_batches
 from .store import Store
 from .writing import Asked
 
@@ -73,6 +73,7 @@ class Teacher:
                     "text": self.front.ids,
                     "prompts": [asked.behind for asked in part],
                     "end": self.options.end,
+                    "ends": sorted(end_ids(self.model, self.tokenizer)),
                     "max_answer_tokens": self.options.max_answer_tokens,
                     "temperature": temperature,
                     "seed": self.options.seed + number if temperature else 0,

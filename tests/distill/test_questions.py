@@ -45,3 +45,16 @@ def test_lines_are_cut_and_never_whole(tokenizer):
     found = cut_somewhere(tokenizer, ["abcdef", "x", "abc"], seed=0)
     assert len(found) == 2
     assert all("abcdef".startswith(each) and len(each) < 6 for each in found)
+
+
+def test_questions_of_another_text_with_the_same_part_are_not_taken(model, tokenizer, tmp_path: Path):
+    """A question begins with a line break where the text does not end with one, whichever part it is about."""
+    options = DistillOptions(num_virtual_tokens=4, questions=40, chunk_tokens=32)
+    texts = (TEXT, TEXT.rstrip("\n"))
+
+    def prompts(text, folder):
+        return SelfStudy(model, tokenizer, text, "digest", 0, options, Store(folder)).prompts()
+
+    assert chunks_of(tokenizer, texts[0], 32)[0] == chunks_of(tokenizer, texts[1], 32)[0]
+    expected = [prompts(text, None) for text in texts]
+    assert [prompts(text, tmp_path) for text in texts] == expected
