@@ -32,8 +32,8 @@ def check_length(model: Any, front: int, rest: int, what: str) -> None:
     positions = positions_of(model)
     if positions is not None and front + rest > positions:
         raise DistillError(
-            f"{what}: {front:,} tokens of the text and {rest:,} behind it, with the answer, are more than the "
-            f"{positions:,} positions of the model, so nobody can say how it answers behind the whole text: "
+            f"{what}: {front:,} tokens and {rest:,} behind them, with the answer, are more than the "
+            f"{positions:,} positions of the model, so nobody can say how it answers there: "
             "shorten the text, the prompts or max_answer_tokens, or take a model that reads more"
         )
 

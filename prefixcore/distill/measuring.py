@@ -19,14 +19,12 @@ def measure(report: Report, student: Student, found: Found, targets: Sequence[Ta
 
     Args:
         report: what is filled in.
-        student: who trained the prefix; nothing is attached to its model.
+        student: who trained the prefix; its model is in evaluation mode, and nothing is attached to it.
         found: the prefix, and what it started from.
         targets: held-out prompts with the full text's answers.
         cut: writes the text as far as its first P tokens.
     """
     model, tokenizer, options, padding = student.model, student.tokenizer, student.options, student.padding
-    was_training = model.training
-    model.eval()
     targets = list(targets)
     behind = {id(target.asked): cut.ask(target.asked.prompt).behind for target in targets}
 
@@ -50,4 +48,3 @@ def measure(report: Report, student: Student, found: Found, targets: Sequence[Ta
     with attach(model, student.config(found.values)):
         seconds[PREFIX] = median(prefill_seconds(model, asked.alone))
     report.prefill_seconds = {name: seconds[name] for name in (FULL, PREFIX, CUT, NOTHING)}
-    model.train(was_training)

@@ -44,7 +44,7 @@ class Report:
         prefill_seconds: by the same names, medians of reading one prompt of median length.
         trials: the P's that were tried, where the least was searched.
         share_kept: whether the least P keeps the share that was asked for; None: none was.
-        start: how the text's tokens were chosen that the prefix starts from, and which they are.
+        start: how the text's tokens were chosen that the prefix starts from, which they are, and why not as asked for.
         is_prefix_exact: whether the text's own keys and values stood in for it (else its tokens before each prompt).
 
     Examples:
@@ -126,6 +126,8 @@ class Report:
                 f"each request saves {self.tokens_saved:,} of {self.context_tokens:,} tokens, and its prefill takes "
                 f"{own:.0f} ms in place of {full:.0f} ms"
             )
+        if why := self.start.get("why"):
+            found.append(why)
         if self.trials:
             tried = ", ".join(f"{trial.num_virtual_tokens}: {trial.share:.0%}" for trial in self.trials)
             found.append(f"share of the full text's score on validation prompts by P: {tried}")

@@ -69,7 +69,7 @@ def distill(
         DataError: a text that cannot be encoded, or a model without a chat template that is to have one.
         TypeError, ValueError, NotImplementedError: as of `attach`.
 
-    After an error the model is as it was.
+    After an error the model is as it was. While it answers it is in evaluation mode, whichever it is in.
 
     Examples:
         >>> from prefixcore.distill import DistillOptions, distill
@@ -82,6 +82,26 @@ def distill(
     """
     check_model(model)
     check_model_answers(model)
+    was_training = model.training
+    model.eval()  # a teacher with dropout would answer otherwise each time
+    try:
+        return _distill(model, tokenizer, context, options, prompts, held_out, cache, show_progress, say)
+    finally:
+        model.train(was_training)
+
+
+def _distill(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    context: str,
+    options: DistillOptions,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    cache: str | Path | None,
+    show_progress: bool | None,
+    say: Callable[[str], None],
+) -> Distilled:
+    """`distill`, of a model in evaluation mode."""
     written = writer(tokenizer, context, chat=options.chat)
     count, length = options.num_virtual_tokens, len(written.front)
     if count >= length:
@@ -113,6 +133,8 @@ def distill(
         check_ids(model, each.behind, each.prompt.source)
     longest = max(len(each.behind) for part in asked for each in part)
     check_length(model, length, longest + options.max_answer_tokens, "the text and the longest prompt")
+    longest = max(len(each.alone) for part in asked for each in part)  # with a template's own system message, say
+    check_length(model, count, longest + options.max_answer_tokens, "the prefix and the longest request")
     say(f"{len(training)} prompts to learn from, {len(validation)} to choose the step by, {len(held)} held out")
 
     # What the model asks about a text leaves much of it out; said again, all of it is learnt.

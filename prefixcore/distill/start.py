@@ -30,11 +30,13 @@ class Start(NamedTuple):
         values: one (key [Hkv, P, D], value [Hkv, P, Dv]) a layer.
         places: of the text's tokens that they are of; none where they were fitted to the text.
         kind: how these were chosen.
+        why: in words, where that is another way than was asked for; else empty.
     """
 
     values: list[KeyValue]
     places: list[int]
     kind: str
+    why: str = ""
 
 
 def starting_values(
@@ -55,24 +57,28 @@ def starting_values(
         targets: prompts and answers, whose attention on the text is the mass, or is matched.
         own: the keys and values of the whole text.
     """
-    places = list(range(count))
+    places, asked, why = list(range(count)), kind, ""
     try:
         turn(model, [(key[:, :1].cpu(), value[:, :1].cpu()) for key, value in own], 1)
-    except AdapterError:
-        kind = "first"
+    except AdapterError as error:
+        kind, why = "first", str(error)
     if kind == "match":
         try:
             return Start(matched(model, front, count, targets, own), [], kind)
-        except NotMeasuredError:
-            kind = "spread"
+        except NotMeasuredError as error:
+            kind, why = "spread", str(error)
     if kind == "mass":
         try:
             places = heaviest(attention_on(model, front, targets), count)
-        except NotMeasuredError:
-            kind = "spread"
+        except NotMeasuredError as error:
+            kind, why = "spread", str(error)
     if kind == "spread":
         places = spread(len(front.ids), count)
-    return Start(moved(model, own, places), places, kind)
+    if kind == asked:
+        return Start(moved(model, own, places), places, kind)
+    which = "the first tokens" if kind == "first" else "tokens spread evenly"
+    why = f"it starts from {which}, not from {asked!r} ({why})"
+    return Start(moved(model, own, places), places, kind, why)
 
 
 def matched(model: Any, front: Front, count: int, targets: Sequence[Target], own: list[KeyValue]) -> list[KeyValue]:

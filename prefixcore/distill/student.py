@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,8 @@ class Student:
         """A prefix of `count` virtual tokens."""
         own = ids_to_prefix(self.model, self.front.ids) if self.front.pairs is None else self.front.pairs
         start = starting_values(self.model, self.front, count, self.options.start, self.taught, own)
+        if start.kind != self.options.start:
+            self.say(f"P = {count}: {start.why}")
         with attach(self.model, self.config(start.values)) as handle:
             record = learn(
                 handle,
@@ -96,8 +98,8 @@ class Student:
         while share is not None and not found.record.interrupted:
             own = self.score(found.values, self.judged)
             full = of_teacher(self.tokenizer, self.judged, report.context_tokens, self.options)
-            reached, goal = comparable(own, full)
-            report.trials.append(Trial(count, reached, reached / goal if goal else 1.0))
+            reached, goal = comparable(own, full, self.judged)
+            report.trials.append(Trial(count, reached, reached / goal))
             self.say(f"P = {count}: {report.trials[-1].share:.1%} of the full text's score on validation prompts")
             report.share_kept = report.share_kept or reached >= share * goal
             if reached < share * goal:
@@ -107,7 +109,7 @@ class Student:
                 break
             count //= 2
             found = self.train(count)
-        report.start = {"kind": kept.start.kind, "places": kept.start.places}
+        report.start = {"kind": kept.start.kind, "places": kept.start.places, "why": kept.start.why}
         return kept, found.record.interrupted
 
     def score(self, values: Values, targets: list[Target]) -> Score:
@@ -118,8 +120,11 @@ class Student:
             return score(reader, self.tokenizer, targets, tokens, self.options, self.padding, alone)
 
 
-def comparable(own: Score, full: Score) -> tuple[float, float]:
-    """One number of each: accuracy where there is one, else the share of equal tokens."""
-    if own.accuracy is None or full.accuracy is None:
+def comparable(own: Score, full: Score, targets: Sequence[Target]) -> tuple[float, float]:
+    """One number of each: accuracy where every prompt has a right answer and the full text gets one, else equal tokens.
+
+    Of nothing right, nothing is a share.
+    """
+    if own.accuracy is None or not full.accuracy or any(each.asked.prompt.completion is None for each in targets):
         return own.token_agreement, full.token_agreement
     return own.accuracy, full.accuracy

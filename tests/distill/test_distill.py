@@ -14,8 +14,9 @@ from prefixcore.distill.divergence import tops
 from prefixcore.distill.front import Front, Reader
 from prefixcore.distill.learning import divergences
 from prefixcore.distill.report import CUT, FULL, NOTHING, PREFIX, START
-from prefixcore.distill.scores import is_right
+from prefixcore.distill.scores import Score, is_right
 from prefixcore.distill.store import Store
+from prefixcore.distill.student import comparable
 from prefixcore.distill.targets import Teacher
 from prefixcore.distill.writing import writer
 from prefixcore.hf.handle import Handle
@@ -157,7 +158,7 @@ def test_the_least_that_keeps_a_share(model, tokenizer, prompts):
         ("", "the text has no token"),
         ("abc", "6 virtual tokens save nothing of a text of 3 tokens"),
         ("a" * 126, "more than the 128 positions"),
-        ("a" * 120, "the text and the longest prompt: 120 tokens of the text and 9 behind it"),
+        ("a" * 120, "the text and the longest prompt: 120 tokens and 9 behind them"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(model, tokenizer, text, message):
@@ -256,3 +257,71 @@ def test_answers_are_the_likeliest_tokens_whatever_the_model_sets(model, tokeniz
     found = teach(model, tokenizer, prompts[:4])
     assert [target.answer for target in found] == [target.answer for target in plain]
     assert all(target.answer == target.top_ids[:, 0].tolist() for target in found)
+
+
+def learned_positions(dropout=0.0):
+    """A tiny GPT-2, whose keys cannot be moved."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "eos_token_id": 0, "bos_token_id": 0}
+    rates = {"attn_pdrop": 0.0, "resid_pdrop": dropout, "embd_pdrop": dropout}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=98, **sizes, **rates)).eval()
+
+
+def test_a_start_that_is_not_what_was_asked_for_is_said(tokenizer, prompts):
+    """While it runs, in the notes, and in the record."""
+    said = []
+    options = DistillOptions(**{**OPTIONS, "steps": 1})
+    report = distill(learned_positions(), tokenizer, TEXT, options=options, prompts=prompts, say=said.append).report
+    why = report.start["why"]
+    assert why.startswith("it starts from the first tokens, not from 'match' (GPT2LMHeadModel has learned positions")
+    assert why in report.notes()
+    assert f"P = 6: {why}" in said
+
+
+def test_the_teacher_answers_without_dropout(tokenizer, prompts):
+    """Also where the model is in training mode, in which it is left."""
+    options = DistillOptions(**{**OPTIONS, "steps": 1})
+    model = learned_positions(dropout=0.5)
+    expected = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
+    expected.handle.detach()
+    assert not model.training
+    model.train()
+    found = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
+    assert model.training
+    for a, b in zip(expected.taught, found.taught, strict=True):
+        assert torch.equal(a.top_log_probs, b.top_log_probs)
+
+
+def test_the_share_is_of_what_can_be_shared(model, tokenizer, prompts):
+    """Of right answers only where every prompt has one, and where the full text gets one right."""
+    half = teach(model, tokenizer, prompts[:4])
+    every = [target for target in half if target.asked.prompt.completion is not None]
+    own, full, nothing = (Score(8, 0.5, 0.75, 0.1, right, []) for right in (0.25, 0.5, 0.0))
+    assert comparable(own, full, every) == (0.25, 0.5)
+    assert comparable(own, full, half) == (0.75, 0.75)
+    assert comparable(nothing, nothing, every) == (0.75, 0.75)
+
+
+def test_a_request_that_the_model_cannot_read_is_refused(model, tokenizer, prompts, monkeypatch):
+    """A template may write more before a request that comes alone than behind the text."""
+    from prefixcore.distill import writing
+
+    real = writing.Plain.ask
+
+    def ask(self, prompt):
+        asked = real(self, prompt)
+        return writing.Asked(prompt, asked.behind, [5] * 119 + asked.behind)
+
+    monkeypatch.setattr(writing.Plain, "ask", ask)
+    with pytest.raises(DistillError, match="the prefix and the longest request: 6 tokens and 128 behind"):
+        distill(model, tokenizer, TEXT, options=DistillOptions(**OPTIONS), prompts=prompts)
+
+
+def test_answers_of_another_ending_are_not_taken(model, tokenizer, prompts, tmp_path):
+    """The tokenizer, which no digest of the model knows, says at which token an answer ends."""
+    first = teach(model, tokenizer, prompts[:4], tmp_path)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0].answer[1])
+    again = teach(model, tokenizer, prompts[:4], tmp_path)
+    assert again[0].answer == first[0].answer[:2]

@@ -37,8 +37,8 @@ def test_keys_are_moved_to_where_the_token_would_be_computed(model):
 @pytest.mark.parametrize("kind", ["first", "spread", "mass"])
 def test_values_are_those_of_the_text(model, kind):
     front = Front.of(model, IDS)
-    start, places, used = starting_values(model, front, 3, kind, [target([30, 31])], front.pairs)
-    assert used == kind
+    start, places, used, why = starting_values(model, front, 3, kind, [target([30, 31])], front.pairs)
+    assert (used, why) == (kind, "")
     assert places[0] == 0
     assert len(places) == 3
     for (_, value), (_, own) in zip(start, front.pairs, strict=True):
@@ -64,6 +64,7 @@ def test_where_keys_cannot_be_moved_the_first_tokens_are_taken(kind):
     front = Front.of(learned, IDS)
     start = starting_values(learned, front, 3, kind, [], front.pairs)
     assert (start.places, start.kind) == ([0, 1, 2], "first")
+    assert "learned positions" in start.why
     assert torch.equal(start.values[0][0], front.pairs[0][0][:, :3])
 
 
