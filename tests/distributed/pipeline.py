@@ -157,6 +157,29 @@ def in_stages(case: Case, rank: int, folder: str) -> Any:
     return found
 
 
+def several(in_stages: bool) -> list[Tensor]:
+    """The values of two adapters, of which each batch is for one, after steps of an optimizer that has momentum."""
+    model = tiny.model().double()
+    bank = prefixcore.PromptBank(model)
+    handles = [bank.attach(name, prefixcore.PrefixTuningConfig(4, seed=0)) for name in ("one", "other")]
+    trained = [parameter for handle in handles for parameter in handle.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, eps=1e-3, weight_decay=0.1)
+    batch, labels = batch_of(CASES["prefix"])
+    if in_stages:
+        stage = prefixcore.pipeline_stage(handles[0])
+        schedule = ScheduleGPipe(PipelineStage(stage, stage.index, stage.count, CPU), 2, causal, scale_grads=False)
+    for number in (0, 1, 0):
+        tasks = torch.full((4,), number)
+        if in_stages:
+            schedule.step(**batch, task_ids=tasks, target=labels)
+            stage.sum_gradients()
+        else:
+            causal(model(**batch, task_ids=tasks).logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in trained]
+
+
 def refusals(base: str) -> dict[str, str]:
     """What is said of what cannot be right."""
     found: dict[str, str] = {}
@@ -188,6 +211,11 @@ def refusals(base: str) -> dict[str, str]:
     optimizer.step()
     schedule.eval(**batch, target=labels)  # which records gradients, too, and makes none
     note("gradients are left", lambda: step_of(stage, half))
+    for parameter in list(handle.parameters())[:-1]:  # those of the last layer's values alone
+        parameter.grad = None
+    note("some gradients are left", lambda: step_of(stage, half))
+    optimizer.zero_grad()
+    note("batches", lambda: other_batches(stage, schedule, batch, labels, dist.get_rank()))
     optimizer.zero_grad()
     schedule.step(**batch, target=labels)
     optimizer.step()
@@ -202,9 +230,35 @@ def refusals(base: str) -> dict[str, str]:
     if "pp_size" in inspect.signature(DistributedConfig).parameters:
         model = AutoModelForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(pp_size=2))
         note("pp_size", lambda: prefixcore.attach(model, PREFIX))
+    note(
+        "other starts", lambda: prefixcore.pipeline_stage(attached(deep("llama")), starts=(0, 1 + 2 * dist.get_rank()))
+    )
+    note("other weights", lambda: prefixcore.pipeline_stage(attached(tiny.model(seed=dist.get_rank()))))
+    tokens = prefixcore.PrefixTuningConfig(4 + dist.get_rank())
+    note("other prefixes", lambda: prefixcore.pipeline_stage(prefixcore.attach(tiny.model(), tokens)))
+    handle = attached(tiny.model())
+    handle.model.lm_head.weight.requires_grad_(True)
+    note("trained besides", lambda: prefixcore.pipeline_stage(handle))
+    handle.model.requires_grad_(False)
+    first = dist.new_group([0])
+    if dist.get_rank():
+        note("group", lambda: prefixcore.pipeline_stage(handle, first))
+    stage = prefixcore.pipeline_stage(attached(tiny.model()))
+    stage.handle.detach()
+    note("detached", lambda: stage(*given(stage, ROWS[:2]), **half))
     bart = prefixcore.attach(encoder_decoders.make("bart"), PREFIX)
     note("two stacks", lambda: prefixcore.pipeline_stage(bart))
     return found
+
+
+def attached(model: Any) -> Any:
+    return prefixcore.attach(model, PREFIX)
+
+
+def other_batches(stage: Any, schedule: Any, batch: dict[str, Tensor], labels: Tensor, rank: int) -> None:
+    """As from a DataLoader that each process shuffles in its own way."""
+    schedule.step(**{name: tensor.roll(rank, 0) for name, tensor in batch.items()}, target=labels)
+    stage.sum_gradients()
 
 
 def step_of(stage: Any, batch: dict[str, Tensor]) -> None:
@@ -222,6 +276,7 @@ def main(folder: str, base: str) -> None:
     rank = dist.get_rank()
     found: dict[str, Any] = {name: in_stages(case, rank, f"{folder}/{name}") for name, case in CASES.items()}
     found["refusals"] = refusals(base)
+    found["several"] = several(in_stages=True)
     found["offloaded"] = offloaded(base, folder, rank)
     report(folder, rank, found)
     leave()

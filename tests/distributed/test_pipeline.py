@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 import prefixcore
 from tests import tiny
 from tests.distributed import launch
-from tests.distributed.pipeline import CASES, Case, alone, batch_of
+from tests.distributed.pipeline import CASES, Case, alone, batch_of, several
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,13 @@ def test_layers_of_other_stages_may_stay_in_the_files(ranks: Any) -> None:
         ("generate", "is in another process, so the model cannot run by itself"),
         ("summed twice", "True"),
         ("gradients are left", "have been summed, are still there"),
+        ("some gradients are left", "have been summed, are still there"),
+        ("batches", "the stages have read different batches.* give every process the whole batch"),
+        ("other starts", "have layers 0 to 0, 3 to 3 of 4, each once is expected: give every process the same starts"),
+        ("other weights", "models with different weights: load the same ones in every process"),
+        ("other prefixes", "different things to the model: attach the same configuration"),
+        ("trained besides", r"1 parameters besides the virtual tokens are trained, lm_head.weight .* freeze them"),
+        ("detached", "the handle is detached, so the stage has nothing to train: load the model anew"),
         ("not summed", r"changed by the gradients of this stage alone.* call stage.sum_gradients\(\)"),
         ("not summed, saved", r"changed by the gradients of this stage alone.* call stage.sum_gradients\(\)"),
         ("labels", r"schedule.step\(..., target=labels\)"),
@@ -90,6 +97,16 @@ def test_layers_of_other_stages_may_stay_in_the_files(ranks: Any) -> None:
 def test_what_cannot_be_right_is_said(ranks: Any, name: str, said: str) -> None:
     for rank in ranks:
         assert re.search(said, rank["refusals"][name]), rank["refusals"][name]
+
+
+def test_a_process_needs_a_group_that_it_is_in(ranks: Any) -> None:
+    assert "this process is not in the group" in ranks[1]["refusals"]["group"]
+
+
+def test_an_adapter_that_no_row_names_is_no_more_changed_than_by_one_process(ranks: Any) -> None:
+    for one, other, expected in zip(ranks[0]["several"], ranks[1]["several"], several(in_stages=False), strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_that_transformers_has_shared_out_are_refused(ranks: Any) -> None:

@@ -20,6 +20,7 @@ from ..model.sample_inputs import sample_inputs
 from ..model.wrapped import WrappedMethod
 from ..positions.model_inputs import plain_ids
 from ..verify import tolerance
+from .agreement import check_in_common, take_values_of_the_first
 from .elsewhere import LayerElsewhere, Passing
 from .stage import ModelStage
 
@@ -45,7 +46,8 @@ def pipeline_stage(handle: Handle, group: Any = None, *, starts: Sequence[int] |
 
     Raises:
         RuntimeError: no process group has been made.
-        ValueError: the model is cut already, or has fewer layers than there are processes, or not these.
+        ValueError: the model is cut already, or has fewer layers than there are processes, or not these; this process
+            is not in the group; or the processes have different models, configurations or starts.
         NotImplementedError: a model that cannot be cut, or whose layers need more of each other than hidden states.
             After this error the model is as it was.
 
@@ -65,8 +67,11 @@ def pipeline_stage(handle: Handle, group: Any = None, *, starts: Sequence[int] |
         raise ValueError("the model is cut already, to one stage a process: load it anew")
     layers = _layers_of(handle)
     index, count = dist.get_rank(group), dist.get_world_size(group)
+    if index < 0:
+        raise ValueError("this process is not in the group: give each process the group of its own pipeline")
     own = _own(len(layers), index, count, starts)
     prints = {name: fingerprint(model, each.handle.config.head_names) for name, each in bank.adapters.items()}
+    check_in_common(bank, own, len(layers), prints, group)
     inputs: dict[str, Any] = sample_inputs(model, plain_ids(model, _TOKENS))
     inputs["task_ids"] = [next(iter(bank.adapters.values())).first_task]
     hidden, forms, output = _traced(model, layers, inputs)
@@ -87,7 +92,7 @@ def pipeline_stage(handle: Handle, group: Any = None, *, starts: Sequence[int] |
         bank.adapters[name].base_model = found
     bank.stage = stage
     stage.forget_shape()
-    _agree(stage)
+    take_values_of_the_first(stage, group)
     return stage
 
 
@@ -105,6 +110,14 @@ def _layers_of(handle: Handle) -> nn.ModuleList:
         )
     if any(isinstance(adapter.module, CPTPrompt) for adapter in bank.adapters.values()):
         raise NotImplementedError("context-aware prompt tuning has a loss of its own, which stages do not compute")
+    ours = {id(p) for each in bank.adapters.values() for p in (*each.module.parameters(), *each.handle.parameters())}
+    others = [n for n, p in handle.model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if others:
+        raise NotImplementedError(
+            f"{len(others)} parameters besides the virtual tokens are trained, {others[0]} for one, and a stage has "
+            "the gradients of its own layers alone: freeze them (handle.train_with_peft(peft=False), "
+            "requires_grad_(False))"
+        )
     if getattr(bank.decoder.config, "output_router_logits", False):
         raise NotImplementedError(
             "config.output_router_logits: the router's loss is over the layers of all stages, and each knows its own: "
@@ -197,16 +210,3 @@ def _forget(bank: Bank, layers: nn.ModuleList) -> None:
     patch.frozen = [(parameter, flag) for parameter, flag in patch.frozen if id(parameter) in parameters]
     patch.layers = [layer for layer in patch.layers if layer in here]
     patch.attributes = [(module, name) for module, name in patch.attributes if module in here]
-
-
-@torch.no_grad()
-def _agree(stage: ModelStage) -> None:
-    """Lets all stages have the values of the first: each has drawn its own."""
-    if stage.count == 1:
-        return
-    group: Any = stage._group or dist.group.WORLD
-    first = dist.get_global_rank(group, 0)
-    for adapter in stage.handle._bank.adapters.values():
-        for module in (adapter.module, *adapter.handle.heads.trained.values()):
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.data, src=first, group=stage._group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..handle import Handle
 from ..model.sample_inputs import CACHES
 from ..model.signature import argument_names
 from .elsewhere import Passing
+from .same_batches import check_same_batches, next_digest
 
 _FROM_SCHEDULE = "labels"
 
@@ -67,6 +67,7 @@ class ModelStage(nn.Module):
         self._changes: int | None = None
         self._shape: torch.Size | None = None  # of what is handed on
         self._watched: dict[int, nn.Parameter] = {}
+        self._read_so_far: Tensor | None = None  # a digest of the batches since the last sum
         self.training = self.model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +85,7 @@ class ModelStage(nn.Module):
         if torch.is_grad_enabled():
             self.check_summed()
             self._watch()
+            self._read_so_far = next_digest(self._read_so_far, kwargs)
         passing = self._passing
         passing.given, passing.passed_on, passing.is_running = given, None, True
         try:
@@ -98,6 +100,11 @@ class ModelStage(nn.Module):
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
         """What the stage before hands on, and the arguments of the model."""
+        if not self.handle.is_attached:
+            raise ValueError(
+                "the handle is detached, so the stage has nothing to train: load the model anew, attach to it and call "
+                "prefixcore.pipeline_stage"
+            )
         given: Tensor | None = None
         if self.index == 0 and args:
             kwargs = {self.model.main_input_name: args[0], **kwargs}
@@ -149,14 +156,14 @@ class ModelStage(nn.Module):
         """Lets what is trained tell of the first gradient of a step."""
         for parameter in self._trained():
             if parameter.requires_grad and id(parameter) not in self._watched:
-                parameter.register_hook(partial(self._note, parameter))
+                parameter.register_hook(self._note)
                 self._watched[id(parameter)] = parameter
 
-    def _note(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """A gradient comes to a parameter."""
+    def _note(self, gradient: Tensor) -> None:
+        """A gradient comes to what is trained."""
         if self._changes is not None:
             return
-        if parameter.grad is not None and bool(parameter.grad.any()):
+        if any(each.grad is not None and bool(each.grad.any()) for each in self._trained()):
             raise RuntimeError(
                 "the gradients of the last step, which have been summed, are still there, and would be summed again: "
                 "call optimizer.zero_grad() first; to accumulate, call stage.sum_gradients() once, after the last step"
@@ -176,20 +183,29 @@ class ModelStage(nn.Module):
     def sum_gradients(self) -> None:
         """Gives every process the gradients of all stages: after `schedule.step`, before the optimizer's step.
 
-        One exchange of as many numbers as are trained, for which every process of the pipeline has to come. A second
-        call, with no gradient since, changes nothing.
+        One exchange of as many numbers as are trained, before which the processes tell each other that they have read
+        the same batches; every process of the pipeline has to come. A second call, with no gradient since, changes
+        nothing. What no stage has a gradient for keeps none, as in one process.
+
+        Raises:
+            RuntimeError: the processes have read different batches, in every one of them; no gradient is changed.
         """
         trained = self._trained()
         if not trained:
             return
+        if self.count > 1:
+            check_same_batches(self._read_so_far, trained[0].device, self._group)
+        self._read_so_far = None
         parts = [torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in trained]
-        news = trained[0].new_tensor([float(self._changes is not None)])
+        news = trained[0].new_tensor([self._changes is not None, *(p.grad is not None for p in trained)])
         flat = torch.cat([*parts, news])
         if self.count > 1:
             dist.all_reduce(flat, group=self._group)
-        if flat[-1] > 0:
-            for parameter, part in zip(trained, flat[:-1].split([len(part) for part in parts]), strict=True):
-                parameter.grad = part.view(parameter.shape).to(parameter.dtype).clone()
+        *sums, news = flat.split([*map(len, parts), len(news)])
+        is_new, *has_gradient = (news > 0).tolist()
+        if is_new:
+            for parameter, part, has in zip(trained, sums, has_gradient, strict=True):
+                parameter.grad = part.view(parameter.shape).to(parameter.dtype).clone() if has else None
         self._changes = None
 
 
