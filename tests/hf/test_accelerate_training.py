@@ -137,6 +137,21 @@ def test_frozen_tokens_stay_when_training_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_mixed_precision_that_is_there_already_is_not_lost(method: str) -> None:
+    """Its wrapper is `model.forward`, in whose place ours would be put: the model would go on in float32."""
+    engine, model = Accelerator(mixed_precision="bf16", cpu=True), with_peft(method)
+    prepared = engine.prepare(model)
+    with pytest.raises(ValueError, match=r"call prefixcore.accelerate first and Accelerator.prepare after it"):
+        prefixcore.accelerate(prepared)
+    with torch.no_grad():
+        expected = prepared(**inputs(method)).logits
+    prefixcore.accelerate(engine.unwrap_model(prepared, keep_fp32_wrapper=False))
+    with torch.no_grad():
+        got = engine.prepare(model)(**inputs(method)).logits
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_mixed_precision_of_the_accelerate_library(method: str) -> None:
     """It takes the function of a bound `forward` and binds it to the model: as Trainer does with `bf16=True`."""
     engine, results = Accelerator(mixed_precision="bf16", cpu=True), []

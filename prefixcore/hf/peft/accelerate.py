@@ -70,7 +70,8 @@ def accelerate(
 
     Raises:
         TypeError: neither a PeftModel, nor a transformers model with an adapter.
-        ValueError: the model is accelerated, or something is attached to its base model, already.
+        ValueError: the model is accelerated, or something is attached to its base model, already; or the accelerate
+            library has prepared it for mixed precision.
         NotImplementedError: no method of virtual tokens, no decoder, or a base model whose attention has no place for
             ours (Bloom, Falcon, MPT, GPT-Neo): PEFT's prefix works there as it is, and `load` reads its files.
 
@@ -94,6 +95,12 @@ def accelerate(
     check_peft_model(peft_model)
     if ACCELERATED in peft_model.__dict__:
         raise ValueError("the PeftModel is accelerated already; call undo() on what accelerate returned first")
+    if "_original_forward" in peft_model.__dict__:
+        raise ValueError(
+            "the accelerate library has prepared the PeftModel for mixed precision, which would be lost: call "
+            "prefixcore.accelerate first and Accelerator.prepare after it; one that is prepared already goes through "
+            "Accelerator.unwrap_model(model, keep_fp32_wrapper=False) before"
+        )
     accelerated = Accelerated(peft_model, _attach(peft_model) if is_prefix(peft_model) else None)
     if is_trainable:
         resume(peft_model, peft_model.active_adapter)
