@@ -52,7 +52,8 @@ class LengthLimit:
         room = math.inf if positions is None else positions - virtual_tokens
         if max_length is not None and max_length <= room:
             return cls(max_length, f"limit of {max_length}; shorten the example or raise the limit")
-        mend = "shorten the example, or leave such ones out (--skip-too-long)"
+        fewer = "take fewer virtual tokens (--num-virtual-tokens), " if virtual_tokens > 1 else ""
+        mend = f"{fewer}shorten the example, or leave such ones out (--skip-too-long)"
         if learned is None:
             mend += ", or give --max-length if the model can read longer texts than it was made for"
         if positions is None:

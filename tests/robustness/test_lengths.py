@@ -50,6 +50,7 @@ def test_texts_up_to_the_last_position_and_not_beyond(train, prefixcore, learned
         code, _, err = train(*base, "--data", tmp_path / "over", *limit, "--eval-fraction", 0)
         assert code == 2
         assert "line 29: 31 tokens, more than the 30 that 2 virtual ones leave" in err.splitlines()[-1]
+        assert "take fewer virtual tokens (--num-virtual-tokens), shorten the example" in err.splitlines()[-1]
     code, _, err = train(*base, "--data", tmp_path / "over", "--skip-too-long")
     assert code == 0, err
     assert "left out 1 of" in err
