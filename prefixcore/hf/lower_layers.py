@@ -21,9 +21,8 @@ class LowerLayers:
 
     They have no prefix, or one that stays as it is (`train_layers`). No gradient goes there, so autograd keeps nothing
     of them. What the last of them passes on can be recorded in one call, and given in another one, which then begins at
-    the layer above. Embeddings, positions, masks and
-    what else a model hands to its layers it makes itself in either call. Calls inside the two blocks below are for one
-    thread.
+    the layer above. Embeddings, positions, masks and what else a model hands to its layers it makes itself in either
+    call. Calls inside the two blocks below are for one thread.
 
     Args:
         handle: of a prefix that is not trained in the first layers.
