@@ -41,18 +41,19 @@ def learn(
     def next_loss() -> Tensor:
         return divergences(reader, [targets[i] for i in next(batches)], padding).mean()
 
+    evaluations: list[Tensor] = []  # the divergence of each validation prompt
+
     def validation_loss() -> float:
         model.eval()
         try:
-            return mean_divergence(reader, validation, padding)
+            evaluations.append(divergence_of_each(reader, validation, padding))
+            return float(evaluations[-1].sum()) / sum(len(target.answer) for target in validation)
         finally:
             model.train()
 
     parameters = list(handle.parameters())
     start = [parameter.detach().clone() for parameter in parameters]
     was_training = model.training
-    model.eval()
-    before = divergence_of_each(reader, validation, padding)
     model.train()
     try:
         record = optimize(
@@ -73,8 +74,8 @@ def learn(
             show_progress=show_progress,
             on_held_out=on_held_out,
         )
-        model.eval()
-        if record.kept_step and not is_less(divergence_of_each(reader, validation, padding), before):
+        steps = [step for step, _ in record.held_out_loss]
+        if not record.interrupted and not is_less(evaluations[steps.index(record.kept_step)], evaluations[0]):
             record.kept_step = 0
             with torch.no_grad():
                 for parameter, value in zip(parameters, start, strict=True):
@@ -95,11 +96,6 @@ def divergences(reader: Reader, targets: Sequence[Target], padding: int) -> Tens
     """KL(teacher || student) at each token of the teacher's answers."""
     logits = answer_logits(reader, [(target.asked.alone, target.answer) for target in targets], padding)
     return divergence(logits, *tops(targets, logits.device))
-
-
-def mean_divergence(reader: Reader, targets: Sequence[Target], padding: int) -> float:
-    """The mean of `divergences` over all tokens of all targets."""
-    return float(divergence_of_each(reader, targets, padding).sum()) / sum(len(target.answer) for target in targets)
 
 
 @torch.no_grad()

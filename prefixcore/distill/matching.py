@@ -204,10 +204,3 @@ def least_squares(reads: Reads, key: Tensor, value: Tensor) -> Tensor:
     held = RIDGE * square.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
     square = square + held[:, None, None] * torch.eye(square.shape[-1]).to(square)
     return (value.double() + torch.linalg.solve(square, attention.mT @ missing)).float()
-
-
-def error(reads: Reads, key: Tensor, value: Tensor) -> float:
-    """The squared error of the answers as a share of their squares, the mean over the heads."""
-    found = answered(reads.query, key, value, reads.rest, reads.rest_output, reads.softcap)
-    each = (found - reads.output).square().mean((1, 2)) / reads.output.square().mean((1, 2)).clamp(min=1e-12)
-    return float(each.mean())

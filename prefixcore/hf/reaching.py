@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .attention.discover import NOT_ON_INTERFACE, check_stacks, discover, find_backbone, has_other_layers, is_encoder
+from .attention.discover import NotOnInterfaceError, check_stacks, discover, find_backbone, has_other_layers, is_encoder
 from .attention.discover_cached import HAS_WINDOW, NoAttentionError, cache_name, discover_cached
 from .attention.recording import AttentionCall
 from .families import (
@@ -46,13 +46,13 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
     try:
         return _through_cache(model)
     except NotImplementedError as error:
-        if NOT_ON_INTERFACE in str(refusal) and isinstance(error, NoAttentionError):
+        if isinstance(refusal, NotOnInterfaceError) and isinstance(error, NoAttentionError):
             raise NotImplementedError(
                 f"{type(model).__name__} has no attention that a prefix reaches: nothing in it calls transformers' "
                 "attention interface, or asks a cache of transformers for keys and values; try a soft prompt "
                 f"(PromptTuningConfig), or take a model of a known family: {known_families()}"
             ) from None
-        if NOT_ON_INTERFACE in str(refusal) or HAS_WINDOW in str(error):
+        if isinstance(refusal, NotOnInterfaceError) or HAS_WINDOW in str(error):
             raise NotImplementedError(f"{refusal}. Nor can a prefix be put into its cache: {error}") from None
         raise refusal from None
 

@@ -7,7 +7,7 @@ import torch
 
 from prefixcore.distill import Prompt, matching
 from prefixcore.distill.front import Front
-from prefixcore.distill.matching import error, fitted, heaviest_of_each_head, least_squares, reads_of
+from prefixcore.distill.matching import answered, fitted, heaviest_of_each_head, least_squares, reads_of
 from prefixcore.distill.start import starting_values
 from prefixcore.distill.targets import Target
 from prefixcore.distill.writing import Asked
@@ -17,6 +17,13 @@ from prefixcore.ops import prefix_attention
 
 IDS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
 ROWS = [[20 + i, 30 + i, 41, 52 - i, 60] for i in range(8)]
+
+
+def error(reads, key, value):
+    """The squared error of the answers as a share of their squares, the mean over the heads."""
+    found = answered(reads.query, key, value, reads.rest, reads.rest_output, reads.softcap)
+    each = (found - reads.output).square().mean((1, 2)) / reads.output.square().mean((1, 2)).clamp(min=1e-12)
+    return float(each.mean())
 
 
 @pytest.fixture

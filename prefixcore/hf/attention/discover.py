@@ -32,8 +32,9 @@ _KNOWN_ARGUMENTS = {
 """Arguments of an attention call that the op honours, or that do not concern it."""
 
 
-NOT_ON_INTERFACE = "has no attention that calls transformers' attention interface"
-"""What a refusal says of a model whose attention has other ways, or that has none."""
+class NotOnInterfaceError(NotImplementedError):
+    """Nothing in a model calls transformers' attention interface: its attention has other ways, or it has none."""
+
 
 _NO_ENCODER = "{} reads {} and is no encoder; a prefix is for models that read input_ids, and for encoders"
 
@@ -44,7 +45,8 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
     Of an encoder whose layers share a module, that one again and again.
 
     Raises:
-        NotImplementedError: no layer, not every layer, or a layer in a way that is not understood.
+        NotOnInterfaceError: no layer.
+        NotImplementedError: not every layer, or a layer in a way that is not understood.
     """
     model_class = type(model).__name__
     if model.config.is_encoder_decoder:
@@ -53,9 +55,9 @@ def discover(model: PreTrainedModel) -> list[AttentionCall]:
         raise NotImplementedError(_NO_ENCODER.format(model_class, model.main_input_name))
     calls = record(model, torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
     if not calls:
-        raise NotImplementedError(
-            f"{model_class} {NOT_ON_INTERFACE}; try a soft prompt (PromptTuningConfig), or take a model of a known "
-            f"family: {known_families()}"
+        raise NotOnInterfaceError(
+            f"{model_class} has no attention that calls transformers' attention interface; try a soft prompt "
+            f"(PromptTuningConfig), or take a model of a known family: {known_families()}"
         )
     if is_encoder(model, calls):
         _check_encoder(model, calls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attaching import check_model
-from ..attention.discover import NOT_ON_INTERFACE, discover, find_backbone
+from ..attention.discover import NotOnInterfaceError, discover, find_backbone
 from ..attention.discover_cached import discover_cached
 from ..attention.patch import frozen_run
 from ..attention.recording import AttentionCall
@@ -142,11 +143,8 @@ def _attach(peft_model: Any) -> PeftBank:
 
 def _find_calls(base: PreTrainedModel) -> list[AttentionCall]:
     """The attention calls of the base model; NotImplementedError: not all of them can be made ours."""
-    try:
+    with suppress(NotOnInterfaceError):
         return discover(base)
-    except NotImplementedError as error:
-        if NOT_ON_INTERFACE not in str(error):
-            raise
     name = type(base).__name__
     refusal = (
         f"{name} has attention of its own, in whose place prefixcore cannot put another, so accelerate would make "
