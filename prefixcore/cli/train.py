@@ -205,6 +205,7 @@ def training_options(arguments: argparse.Namespace, examples: int, *, has_held_o
             max_grad_norm=arguments.max_grad_norm,
             seed=arguments.seed,
             eval_every=arguments.eval_every or max(1, steps // 5),
+            average=arguments.average,
             keep=arguments.keep or ("best" if has_held_out else "last"),
             early_stopping_patience=arguments.early_stopping_patience,
             cache_activations=arguments.cache_activations,

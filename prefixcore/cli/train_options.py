@@ -121,6 +121,12 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default: 0")
     loop.add_argument("--max-grad-norm", type=float, metavar="X", help="default: no limit")
     loop.add_argument(
+        "--no-average",
+        dest="average",
+        action="store_false",
+        help="save one step's values (default: the average over the steps, the later ones the more)",
+    )
+    loop.add_argument(
         "--keep",
         choices=("best", "last"),
         help="values to save: of the least held-out loss or of the last step (default: best, with held-out examples)",

@@ -68,6 +68,7 @@ def learn(
                 schedule="linear",
                 seed=options.seed,
                 eval_every=max(1, options.steps // EVALUATIONS),
+                average=False,  # the rate falls to nothing instead, which comes to the same
                 keep="best",
                 early_stopping_patience=PATIENCE,
             ),

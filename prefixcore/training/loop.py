@@ -48,7 +48,7 @@ def train(
 
     Returns:
         The record; `record.interrupted` is True when Ctrl-C or SIGTERM ended it early. The virtual tokens
-        are then those of the last whole step, and can be saved.
+        are then those after the last whole step (their average, with `options.average`), and can be saved.
 
     Examples:
         >>> from prefixcore.training import Example, TrainingOptions, tokenize, train
@@ -116,8 +116,7 @@ def fit(
             (`tree.py`): only with a prefix, and where every layer lets a token see all before it. 0: they may not.
         call: calls the model with a batch.
         show_progress: a progress bar on standard error; None: only on a terminal.
-        on_held_out: called with `(step, loss)` after each held-out loss.
-        on_step: called after each step with `(step, {"loss": ..., "learning_rate": ...})`; its gradients are there.
+        on_held_out, on_step: as in `optimize`.
 
     Raises:
         ValueError: nothing to train or to learn from, no held-out examples for an option that goes by them, or a loss

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from .averaging import Average
 from .best import Best
 from .options import TrainingOptions, TrainingRecord
 from .stopping import stop_on_signal
@@ -26,8 +28,8 @@ def optimize(
 ) -> TrainingRecord:
     """Minimise a loss over `parameters`.
 
-    AdamW with the schedule of the options, held-out losses and what goes by them, a progress bar, and a stop after the
-    step that runs when Ctrl-C or SIGTERM comes. What a batch is, `next_loss` knows.
+    AdamW with the schedule of the options, the average over its steps, held-out losses and what goes by them, a
+    progress bar, and a stop after the step that runs when Ctrl-C or SIGTERM comes. What a batch is, `next_loss` knows.
 
     Args:
         parameters: those to train; what needs no gradient is left out.
@@ -35,8 +37,9 @@ def optimize(
         held_out_loss: the loss of what is never trained on; None: there is none.
         options: how to train; `batch_size` and `seed` are for whoever makes the batches.
         show_progress: a progress bar on standard error; None: only on a terminal.
-        on_held_out: called with `(step, loss)` after each held-out loss.
-        on_step: called after each step with `(step, {"loss": ..., "learning_rate": ...})`; its gradients are there.
+        on_held_out: called with `(step, loss)` after each held-out loss; the parameters are those that it is of.
+        on_step: called after each step with `(step, {"loss": ..., "learning_rate": ...})`; its values (not their
+            average) and gradients are there.
 
     Raises:
         ValueError: nothing to train, no held-out loss for an option that goes by it, or a loss that is not finite (the
@@ -63,9 +66,12 @@ def optimize(
     scheduler = LambdaLR(optimizer, options.lr_factor)
     record = TrainingRecord(options)
     best = Best(trained)
+    average = Average(trained) if options.average else None
 
     def evaluate_held_out(step: int) -> None:
-        if held_out_loss is not None:
+        if held_out_loss is None:
+            return
+        with average.in_place() if average is not None else nullcontext():
             loss = held_out_loss()
             record.held_out_loss.append((step, loss))
             best.see(step, loss, remember=options.keep == "best")
@@ -85,6 +91,8 @@ def optimize(
             began = time.perf_counter()
             rate = float(scheduler.get_last_lr()[0])
             loss = _step(next_loss, trained, optimizer, scheduler, options)
+            if average is not None:
+                average.update()
             record.step_seconds.append(time.perf_counter() - began)
             record.train_loss.append((record.steps_done + 1, loss))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -98,6 +106,8 @@ def optimize(
         if not record.interrupted and not record.stopped_early:
             evaluate_held_out(record.steps_done)
         record.kept_step = record.steps_done
+        if average is not None:
+            average.put()
         if options.keep == "best" and best.values and not record.interrupted:
             record.kept_step = best.restore()
     return record

@@ -22,6 +22,9 @@ class TrainingOptions:
         max_grad_norm: gradients are scaled down to this norm; None: never.
         seed: decides the order of the examples.
         eval_every: steps between two held-out losses; 0: at the start and the end only.
+        average: whether what is left, and what held-out losses are of, is the average of the steps' values, the later
+            ones the more (Shamir and Zhang, arXiv:1212.1824), in place of one step's. It reaches over about a quarter
+            of the steps and takes the memory of the trained numbers once more.
         keep: the values that are left when training ends: of the "last" step, or of the "best" held-out loss, the start
             included. A training that a signal ends leaves its last step's.
         cache_activations: "memory" or "disk": what the layers below the trained prefix make of each example is kept in
@@ -46,6 +49,7 @@ class TrainingOptions:
     max_grad_norm: float | None = None
     seed: int = 0
     eval_every: int = 0
+    average: bool = True
     keep: str = "last"
     early_stopping_patience: int | None = None
     cache_activations: str | None = None
