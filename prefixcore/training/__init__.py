@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..hf.trained_layers import train_layers
 from .activations import CachedActivations, CacheError, cache_activations
+from .average_callback import AverageCallback
 from .curve import Curve, draw_curve, write_curve
 from .data import DataError, Example, TokenizedExample, collate, split, tokenize
 from .describe import describe_data
@@ -17,6 +18,7 @@ from .starting import best_start, starting_text
 from .weights import base_parameters, weights_digest
 
 __all__ = [
+    "AverageCallback",
     "CacheError",
     "CachedActivations",
     "Curve",

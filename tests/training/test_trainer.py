@@ -10,10 +10,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import prefixcore
 from prefixcore.audit.virtual import VirtualTokens
+from prefixcore.training import AverageCallback
+from prefixcore.training.averaging import ETA
 from tests import tiny
 from tests.audit import eager
 
@@ -170,3 +172,48 @@ def test_the_state_is_saved_with_what_was_logged(tmp_path: Path) -> None:
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert any("prefix_attention/layer_1" in log for log in state["log_history"])
+
+
+def averaged(config: Any, folder: Path, resume: bool = False, **changes: Any) -> tuple[Any, list[list[Tensor]]]:
+    """What a training with `AverageCallback` leaves, and its values after each step."""
+    handle, trainer = make(config, folder, lr_scheduler_type="constant", **changes)
+    steps: list[list[Tensor]] = []
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            steps.append(values(handle))
+
+    trainer.add_callback(Steps())
+    trainer.add_callback(AverageCallback())
+    trainer.train(resume_from_checkpoint=resume)
+    return handle, steps
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_trainer_leaves_the_average_of_its_steps(config: Any, tmp_path: Path) -> None:
+    handle, steps = averaged(config, tmp_path)
+    expected = steps[0]
+    for t, step in enumerate(steps[1:], start=2):
+        expected = [old + (ETA + 1) / (t + ETA) * (new - old) for old, new in zip(expected, step, strict=True)]
+    for value, average in zip(values(handle), expected, strict=True):
+        torch.testing.assert_close(value, average)
+    plain, trainer = make(config, tmp_path / "plain", lr_scheduler_type="constant")
+    trainer.train()
+    assert same(steps[-1], values(plain))
+
+
+def test_an_average_goes_on_from_a_checkpoint_to_the_bit(tmp_path: Path) -> None:
+    whole, _ = averaged(CONFIGS["prefix"], tmp_path / "whole")
+    averaged(CONFIGS["prefix"], tmp_path / "half", max_steps=2)
+    resumed, _ = averaged(CONFIGS["prefix"], tmp_path / "half", resume=True)
+    assert same(values(resumed), values(whole))
+    (tmp_path / "half" / "checkpoint-4" / "average.safetensors").unlink()
+    with pytest.warns(UserWarning, match="no average beside the checkpoint"):
+        averaged(CONFIGS["prefix"], tmp_path / "half", resume=True, max_steps=6)
+
+
+def test_an_average_and_the_best_checkpoint_are_two_wishes(tmp_path: Path) -> None:
+    _, trainer = make(CONFIGS["prefix"], tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
+    trainer.add_callback(AverageCallback())
+    with pytest.raises(ValueError, match="load_best_model_at_end .* choose one"):
+        trainer.train()
