@@ -14,7 +14,7 @@ import prefixcore
 from prefixcore.training import Example, TrainingOptions, collate, fit, tokenize
 from prefixcore.training.data import IGNORED, pad_id
 
-from .methods import Attached, Method
+from .method import Attached, Method
 from .records import Cell, Record
 from .tasks import END, Task
 

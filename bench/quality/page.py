@@ -125,13 +125,22 @@ def tables(kept: Sequence[Record], names: Sequence[str]) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+LEVERS_OF = {
+    "prefix": "prefix",
+    "prompt": "soft prompt",
+    "peft-prefix-text": "PEFT prefix, from a text",
+    "peft-prompt-text": "PEFT prompt, from a text",
+}
+"""What has levers, and what pages call it."""
+
+
 def levers(kept: Sequence[Record]) -> str:
     """What one change does to the prefix and to the soft prompt, a column a task."""
     tasks = [task for task in TITLES if any("@" in each.method and each.task == task for each in kept)]
     if not tasks:
         return NOTHING
     parts = []
-    for base, title in (("prefix", "prefix"), ("prompt", "soft prompt")):
+    for base, title in LEVERS_OF.items():
         rows = []
         for name in (base, *(each for each in plan.LEVERS if each.startswith(f"{base}@"))):
             found = [chosen(kept, task, name) for task in tasks]

@@ -20,8 +20,8 @@ from prefixcore.training import starting_text
 from prefixcore.training.starting import DRAWS, PROBES, in_turns
 
 from . import cells
-from .methods import preface, shown
 from .tasks import END, TASKS, Task
+from .texts import preface, shown
 
 FILE = Path(__file__).parent / "results" / "starts.json"
 SIZES = (16, 32, 64)

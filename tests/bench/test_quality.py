@@ -12,9 +12,10 @@ import torch
 
 from bench.quality import cells, goals, intervals, known, page, plan, records, sources, starts, sustained
 from bench.quality.__main__ import missing, parser, resolved
-from bench.quality.methods import METHODS, shown
+from bench.quality.methods import METHODS
 from bench.quality.records import Cell, Record
 from bench.quality.tasks import TASKS, Task, of_dates
+from bench.quality.texts import shown
 from prefixcore.training import Example, held_out_loss, predict, tokenize
 from tests import tiny
 
