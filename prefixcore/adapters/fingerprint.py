@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -203,9 +204,14 @@ def _digests(weights: list[Weight], left_out: list[str]) -> dict[str, str]:
 
 def _sample(weight: Tensor) -> Tensor:
     """Up to SAMPLES numbers of a weight, on the CPU."""
-    count = min(SAMPLES, weight.numel())
-    indices = torch.arange(count, device=weight.device) * (weight.numel() - 1) // max(count - 1, 1)
-    return weight.reshape(-1)[indices].cpu()
+    return weight.reshape(-1)[_places(weight.numel()).to(weight.device)].cpu()
+
+
+@lru_cache(maxsize=64)
+def _places(size: int) -> Tensor:
+    """Where the samples of a weight of `size` numbers lie; a model has few different sizes."""
+    count = min(SAMPLES, size)
+    return torch.arange(count) * (size - 1) // max(count - 1, 1)
 
 
 def listed(names: list[str]) -> str:

@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -263,8 +264,14 @@ def _libraries() -> dict[str, str]:
     versions = {"prefixcore": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("transformers", "safetensors"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+            versions[name] = _version(name)
     return versions
+
+
+@cache
+def _version(name: str) -> str:
+    """That of an installed package, whose metadata takes a millisecond to parse."""
+    return importlib.metadata.version(name)
 
 
 def _describe(tokenizer: Any) -> dict[str, Any]:

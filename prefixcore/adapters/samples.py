@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from statistics import median
 
 import torch
@@ -102,19 +102,19 @@ def take_samples(weights: Iterable[Weight]) -> tuple[dict[str, Sample], dict[str
     return dict(sorted(samples.items())), unreadable
 
 
-def _indices(name: str, size: int, count: int) -> list[int]:
+@lru_cache(maxsize=2 * MOST_WEIGHTS)
+def _indices(name: str, size: int, count: int) -> tuple[int, ...]:
     """Up to `count` indices below `size`: half of them spread over all magnitudes, half over the largest power of two
     that fits, so that a few rows more or fewer change few of them."""
     if size <= count:
-        return list(range(size))
+        return tuple(range(size))
     widths, places = _random(name)
     power = 1 << (size.bit_length() - 1)
     even = [place % power for place in places[: count // 2]]
     spread = [index for index in widths if index < size][: count - count // 2]
-    return sorted({*even, *spread})
+    return tuple(sorted({*even, *spread}))
 
 
-@cache
 def _random(name: str) -> tuple[list[int], list[int]]:
     """Numbers whose logarithm is uniform, and uniform ones; by the name alone."""
     stream = hashlib.shake_128(f"prefixcore samples {name}".encode()).digest(8 * 256)

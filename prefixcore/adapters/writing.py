@@ -33,6 +33,7 @@ from .reading import read_folder, read_kept
 from .record import CURVE, RECORD, record_bytes
 from .replace import replace_folder
 from .storage import describe, load_json, naming, to_json
+from .tensors import is_finite
 from .whole import one_writer, whole_module
 
 
@@ -110,11 +111,13 @@ def write_adapter(
     blobs = {MODEL_FILE: _to_bytes(tensors)}
     if module.is_reparameterized:
         blobs[STATE_FILE] = _to_bytes(module.state_dict())
-    digest = describe(blobs[MODEL_FILE])["sha256"]
+    described = {name: describe(data) for name, data in blobs.items()}
+    digest = described[MODEL_FILE]["sha256"]
     if record is not None:
         files |= {RECORD: record_bytes(record, digest), CURVE: curve}
     else:
         files |= read_kept(target, digest)
+    described |= {name: describe(data) for name, data in files.items() if data is not None}
     files |= blobs
     same_values = source is not None and source.files.get(MODEL_FILE, {}).get("sha256") == digest
     manifest = dataclasses.replace(
@@ -122,7 +125,7 @@ def write_adapter(
         config={**config.to_dict(), "num_virtual_tokens": module.num_virtual_tokens},
         peft_type=peft_config.get("peft_type"),
         hidden_size=values.shape[1] if isinstance(values, Tensor) and not peft_config else None,
-        files={name: describe(data) for name, data in files.items() if data is not None},
+        files=described,
     )
     with naming(target / MANIFEST_FILE):
         files[MANIFEST_FILE] = to_json(manifest.to_dict())
@@ -231,7 +234,7 @@ def _to_cpu(tensor: Tensor) -> Tensor:
 
 def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise AdapterError(
                 f"{name}: holds a number that is NaN or infinite (the training has diverged); nothing is written"
             )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from prefixcore.adapters import AdapterError, Manifest, read_adapter, read_record, replace, write_adapter
+from prefixcore.adapters.tensors import is_finite
 from prefixcore.nn import LayerShape, PrefixTuningConfig, PromptTuningConfig
 
 from .models import CONFIGS, SHAPES, UNEVEN, contents, make_module, same, save
@@ -161,6 +162,18 @@ def test_a_failure_at_any_step_leaves_all_as_it_was(existing, llama, tmp_path, m
         fail_at += 1
     assert fail_at >= 6
     assert read_adapter(target).manifest.method == "prompt"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_among_many_that_is_not_finite_is_found(number, dtype):
+    tensor = torch.randn(131).to(dtype)  # no multiple of what a processor compares at once
+    assert is_finite(tensor)
+    assert is_finite(tensor[:0])
+    for place in range(len(tensor)):
+        broken = tensor.clone()
+        broken[place] = number
+        assert not is_finite(broken)
 
 
 @pytest.mark.parametrize("name", ["prefix", "prefix-basis", "p-tuning-lstm"])

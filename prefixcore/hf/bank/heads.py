@@ -142,8 +142,10 @@ def check_heads(model: PreTrainedModel, shapes: Mapping[str, list[int]]) -> list
     left = dict(shapes)
     for name, module in model.named_modules():
         keys = [key for key in left if key.startswith(f"{name}.")] if name else []
+        if not keys:
+            continue
         expected = {f"{name}.{key}": list(tensor.shape) for key, tensor in module.state_dict().items()}
-        if keys and expected.keys() <= left.keys():
+        if expected.keys() <= left.keys():
             for key, shape in expected.items():
                 if left[key] != shape:
                     raise AdapterError(f"{key}: expected shape {shape}, as the model has it, got {left[key]}")
