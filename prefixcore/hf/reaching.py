@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .attention.discover import NotOnInterfaceError, check_stacks, discover, find_backbone, has_other_layers, is_encoder
-from .attention.discover_cached import HAS_WINDOW, NoAttentionError, cache_name, discover_cached
+from .attention.discover_cached import NoAttentionError, WindowError, cache_name, discover_cached
 from .attention.recording import AttentionCall
 from .families import (
     CACHED,
@@ -52,7 +52,7 @@ def find_attention_layers(model: PreTrainedModel) -> tuple[list[AttentionCall], 
                 "attention interface, or asks a cache of transformers for keys and values; try a soft prompt "
                 f"(PromptTuningConfig), or take a model of a known family: {known_families()}"
             ) from None
-        if isinstance(refusal, NotOnInterfaceError) or HAS_WINDOW in str(error):
+        if isinstance(refusal, NotOnInterfaceError) or isinstance(error, WindowError):
             raise NotImplementedError(f"{refusal}. Nor can a prefix be put into its cache: {error}") from None
         raise refusal from None
 

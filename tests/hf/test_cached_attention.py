@@ -195,6 +195,13 @@ def test_no_window_hides_it() -> None:
     assert torch.autograd.grad(last, handle.module.layers[1].value)[0].abs().min() > 0
 
 
+def test_a_window_that_is_not_known_is_named_beside_what_the_interface_refuses() -> None:
+    with pytest.raises(
+        NotImplementedError, match=r"does not act as the text.*has a window \(config\.keep_window_size\)"
+    ):
+        attach(tiny_models.make("DogeForCausalLM", "doge"))
+
+
 @pytest.mark.parametrize("family", ["bloom", "falcon", "mpt", "gptj", "codegen", "xglm"])
 def test_as_in_peft(family: str) -> None:
     model, batch = make(family), padded("right")

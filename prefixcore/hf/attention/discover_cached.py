@@ -23,11 +23,13 @@ from .discover import expected_layers
 from .patch import frozen_run
 from .recording import AttentionCall, record
 
-HAS_WINDOW = "has a window"
-
 
 class NoAttentionError(NotImplementedError):
     """A model has no attention that asks a cache for its keys and values."""
+
+
+class WindowError(NotImplementedError):
+    """A window would hide a prefix that is concatenated with keys and values."""
 
 
 class _Recording(DynamicCache):
@@ -83,7 +85,9 @@ def discover_cached(model: PreTrainedModel) -> list[AttentionCall]:
     """The self-attention layers of the text decoder, in order, as they ask the cache for keys and values.
 
     Raises:
-        NotImplementedError: no layer, not every layer, or a layer from which a window hides its prefix.
+        NoAttentionError: no layer.
+        WindowError: a window hides the prefix of a layer.
+        NotImplementedError: not every layer, or heads that several processes share.
     """
     model_class, config = type(model).__name__, text_config(model)
     problem = None
@@ -108,8 +112,8 @@ def discover_cached(model: PreTrainedModel) -> list[AttentionCall]:
         )
     windows = [name for name, value in vars(config).items() if _is_window(name, value)]
     if windows and config.model_type not in CACHED:
-        raise NotImplementedError(
-            f"{model_class} {HAS_WINDOW} (config.{windows[0]}), which would hide a prefix that is concatenated with "
+        raise WindowError(
+            f"{model_class} has a window (config.{windows[0]}), which would hide a prefix that is concatenated with "
             "keys and values once the text is longer"
         )
     return calls
