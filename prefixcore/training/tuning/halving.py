@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...hf import PromptBank
+from ..averaging import Average
 from ..data import TokenizedExample, batches, pad_id
 from ..options import TrainingOptions, TrainingRecord
 from ..stopping import stop_on_signal
@@ -217,6 +219,7 @@ class _Run:
             for trial in self.trials
         ]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
+        self.averages = {trial.name: Average(list(bank[trial.name].parameters())) for trial in self.trials}
         tokens = min(batch_size, len(examples)) * sum(example.length for example in examples) // len(examples)
         self.at_once = AtOnce(len(self.trials), tokens)
         self.values: dict[str, list[Tensor]] = {}
@@ -302,6 +305,8 @@ class _Run:
             losses.sum().backward()
             found += losses.detach().tolist()
         self.optimizer.step()
+        for trial in alive:
+            self.averages[trial.name].update()
         self.at_once.note(at_once, len(alive), time.perf_counter() - began)
         self.steps += 1
         for trial, loss in zip(alive, found, strict=True):
@@ -309,18 +314,21 @@ class _Run:
         self._show()
 
     def _evaluate(self, alive: list[Trial]) -> None:
-        """Held-out losses now, and the values where they are the best so far."""
+        """Held-out losses now, of the averages over the steps, and these where they are the best so far."""
         began = time.perf_counter()
-        found = self.together.held_out(
-            [trial.name for trial in alive], self.held_out, at_once=self.at_once(len(alive)) if self.steps else 1
-        )
-        for trial, loss in zip(alive, found, strict=True):
-            if trial.steps == self.steps and trial.held_out_loss:
-                continue  # measured already: no step has been made since
-            trial.held_out_loss.append((self.steps, loss))
-            if trial.best[0] == self.steps:
-                parameters = self.bank[trial.name].parameters()
-                self.values[trial.name] = [parameter.detach().clone() for parameter in parameters]
+        with ExitStack() as stack:
+            for trial in alive:
+                stack.enter_context(self.averages[trial.name].in_place())
+            found = self.together.held_out(
+                [trial.name for trial in alive], self.held_out, at_once=self.at_once(len(alive)) if self.steps else 1
+            )
+            for trial, loss in zip(alive, found, strict=True):
+                if trial.steps == self.steps and trial.held_out_loss:
+                    continue  # measured already: no step has been made since
+                trial.held_out_loss.append((self.steps, loss))
+                if trial.best[0] == self.steps:
+                    parameters = self.bank[trial.name].parameters()
+                    self.values[trial.name] = [parameter.detach().clone() for parameter in parameters]
         self.evaluation_seconds = (time.perf_counter() - began) / len(alive)
         self._show()
 
@@ -335,6 +343,7 @@ class _Run:
             self.optimizer.param_groups[:] = groups_left
             self.bank.remove(trial.name)
             self.values.pop(trial.name, None)
+            del self.averages[trial.name]
         return ranked[:size]
 
     def _leave(self, best: Trial) -> None:
