@@ -9,7 +9,8 @@ from bench.cells import markdown
 
 from .intervals import mean
 from .methods import METHODS
-from .records import Record, chosen
+from .plan import NO_OPTION
+from .records import Record, at_rate, chosen
 from .tasks import TASKS
 
 CAPITALS, WITHIN, A_PART = 70.0, 2.0, 10
@@ -30,10 +31,15 @@ Found: TypeAlias = "tuple[str, bool | None, Collection[str]]"
 
 
 def capitals(kept: Sequence[Record]) -> Found:
-    """What the prefix and the soft prompt of `prefixcore train` come to with no option set."""
-    found = {METHODS[n].title: s for n, s in shares(kept, "capitals", "ours").items() if n in ("prefix", "prompt")}
-    said = ", ".join(f"{name} {share:.0f} %" for name, share in found.items())
-    return said, max(found.values()) >= CAPITALS if found else None, TASKS
+    """What `prefixcore train` comes to with no option set, the learning rate neither."""
+    found, said = [], []
+    for method in (METHODS[name] for name in NO_OPTION):
+        if mine := at_rate(kept, "capitals", method.name, method.rates[0]):
+            found.append(100 * mean([each.right for each in mine]))
+            said.append(
+                f"{method.title} {found[-1]:.0f} % (seeds {', '.join(f'{100 * each.share:.0f}' for each in mine)})"
+            )
+    return ", ".join(said), max(found) >= CAPITALS if found else None, TASKS
 
 
 def ahead_of_peft(kept: Sequence[Record]) -> Found:

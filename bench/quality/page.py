@@ -81,7 +81,7 @@ def where_others_win(kept: Sequence[Record]) -> str:
                 lines.append(f"- {title}: {METHODS[name].title} {100 * share:.0f} %, ours at best {ours}.")
     if lines:
         return "\n".join(lines)
-    others = [name for name, method in METHODS.items() if method.kind == "PEFT"]
+    others = [name for name in plan.MAIN if METHODS[name].kind == "PEFT"]
     run = [name for name in others if any(each.method == name for each in kept)]
     return f"Nowhere among what has been run; of PEFT's prompts that is {len(run)} of {len(others)} settings."
 

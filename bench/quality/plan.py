@@ -20,6 +20,9 @@ LEVER_TASKS = ("capitals", "continents", "news", "currencies", "movies")
 TIMED = ("prefix", "prompt", "peft-prompt-text", "peft-prefix-text", "lora")
 """The methods that are compared at equal seconds, too: ours, PEFT's best, and LoRA."""
 
+NO_OPTION = ("prefix", "prompt")
+"""What `prefixcore train` makes with no option set: further seeds take the first of the rates too, its default."""
+
 ROUNDS = (
     ("bare", "written-0", "written-2", "written-8", "prefix", "prompt", "prefix@vocab", "lora"),
     ("peft-prompt-text", "prefix@32", "prompt@32", "prefix@linear", "prefix@one-draw", "prompt@vocab"),
@@ -77,7 +80,8 @@ def missing(
                 first = records.read(folder, f"{Cell(task, name, 0).stem}*.json")
                 if METHODS[name].is_fixed or not (first or all_seeds):
                     continue
-                rates = (records.best_rate(first),) if first else rates[:1]
+                best = records.best_rate(first) if first else rates[0]
+                rates = tuple(dict.fromkeys((best, *(rates[:1] if name in NO_OPTION else ()))))
             for rate in rates:
                 cell = Cell(task, name, seed, rate)
                 if cell not in seen and not records.is_there(cell, folder):

@@ -113,5 +113,10 @@ def chosen(records: Sequence[Record], task: str, method: str) -> list[Record]:
     first = [each for each in mine if each.seed == 0]
     if not first:
         return []
-    rate = best_rate(first)
-    return sorted((each for each in mine if each.rate == rate), key=lambda each: each.seed)
+    return at_rate(mine, task, method, best_rate(first))
+
+
+def at_rate(records: Sequence[Record], task: str, method: str, rate: float) -> list[Record]:
+    """The records of one method on one task with one learning rate, a seed each."""
+    mine = [each for each in records if (each.task, each.method, each.rate) == (task, method, rate)]
+    return sorted(mine, key=lambda each: each.seed)

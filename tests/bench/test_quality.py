@@ -16,6 +16,7 @@ from bench.quality.methods import METHODS
 from bench.quality.records import Cell, Record
 from bench.quality.tasks import TASKS, Task, of_dates
 from bench.quality.texts import shown
+from prefixcore.cli.train_options import LEARNING_RATES
 from prefixcore.training import Example, held_out_loss, predict, tokenize
 from tests import tiny
 
@@ -130,7 +131,14 @@ def test_a_run_goes_on_where_it_stopped_and_further_seeds_take_the_rate_that_was
     records.write(record("prefix", 0, low, 0.5, "0101"), tmp_path)
     assert Cell("dates", "prefix", 0, low) not in plan.missing(["dates"], ["prefix"], tmp_path)
     records.write(record("prefix", 0, high, 0.75, "0111"), tmp_path)
-    assert list(plan.missing(["dates"], ["prefix"], tmp_path)) == [Cell("dates", "prefix", s, high) for s in (1, 2)]
+    further = [Cell("dates", "prefix", seed, rate) for seed in (1, 2) for rate in (high, low)]  # low: `train`'s default
+    assert list(plan.missing(["dates"], ["prefix"], tmp_path)) == further
+    for method in plan.NO_OPTION:
+        assert METHODS[method].rates[0] == LEARNING_RATES[method]
+    for seed, rate in enumerate(METHODS["lora"].rates):
+        records.write(record("lora", 0, rate, 0.5 + seed, "0101"), tmp_path)
+    chosen = METHODS["lora"].rates[-1]
+    assert list(plan.missing(["dates"], ["lora"], tmp_path)) == [Cell("dates", "lora", s, chosen) for s in (1, 2)]
     records.write(record("bare", 0, 0.0, 0.0, "0000"), tmp_path)
     assert not list(plan.missing(["dates"], ["bare"], tmp_path))
 
@@ -169,14 +177,16 @@ def test_the_page_says_first_where_others_win():
 
 def test_goals_say_what_was_met_and_what_was_missed():
     kept = [
-        record("prompt", 0, 1e-3, 0.5, "1111", task="capitals"),
+        record("prompt", 0, 5e-3, 0.5, "1111", task="capitals"),
+        record("prompt", 0, 2e-2, 0.9, "0000", task="capitals"),  # chosen by validation, but nobody asked for this rate
+        record("prompt", 1, 5e-3, 0.5, "0111", task="capitals"),
         record("lora", 0, 1e-3, 0.5, "0111", task="capitals"),
         record("peft-prompt", 0, 1e-3, 0.5, "1111", task="capitals"),
     ]
-    assert goals.capitals(kept)[:2] == ("soft prompt 100 %", True)
+    assert goals.capitals(kept)[:2] == ("soft prompt 88 % (seeds 100, 75)", True)
     assert goals.ahead_of_peft(kept) == ("ahead on none; not on capitals", True, ["capitals"])
     assert goals.beside_lora(kept)[:2] == ("", None)  # as many numbers as LoRA
-    kept[0] = dataclasses.replace(kept[0], numbers=10)
+    kept = [dataclasses.replace(kept[0], numbers=10), *kept[3:]]
     assert goals.beside_lora(kept)[:2] == ("+25 points on average over 1 tasks", True)
     assert goals.table(kept).count("met so far") == 2  # one task of seven
     assert "| not run | - |" in goals.table([])
