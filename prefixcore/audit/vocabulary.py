@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..hf.initialize import initial_ids
-from ..hf.positions.rotary import why_fixed
+from ..hf.positions.rotary import turn, why_fixed
 from .errors import NotMeasuredError
 from .nearest import Nearest, chunks, median_best, percentiles, random_directions, sample_ids
 from .progress import Progress
@@ -91,17 +91,19 @@ def nearest_to_prefix(
     size = vocabulary_of(run.model, tokenizer)
     layer = FirstLayer(run)
     layer.check_alone(size)
-    pair = [x.permute(1, 0, 2).flatten(1).to(device).float() for x in virtual.pairs[0]]  # key, value: [P, Hkv * D]
+    first_layer = virtual.pairs[0]
+    if not virtual.position_offset and why_fixed(run.model) is None:
+        # The text begins at 0 and keys stand before it, where no token of the vocabulary can.
+        (first_layer,) = turn(run.model, [first_layer], virtual.count, [0])
+    pair = [x.permute(1, 0, 2).flatten(1).to(device).float() for x in first_layer]  # key, value: [P, Hkv * D]
     sample = sample_ids(size).to(device)
-    # Behind a prefix that does not move it, the text begins at 0, and keys that turn stand before that.
-    first = 0 if virtual.position_offset or why_fixed(run.model) else -virtual.count
     found = [[Nearest.of(x[place : place + 1]) for place in range(virtual.count)] for x in pair]
     real = [Nearest.of(x, sample) for x in layer(sample, 0)]
     noise = [Nearest.of(random_directions(x.shape[1], device)) for x in pair]
     norms: list[list[Tensor]] = [[], []]
     for place, part in progress([(p, c) for p in range(virtual.count) for c in chunks(size)], "nearest tokens"):
         ids = torch.arange(part.start, part.stop, device=device)
-        for kind, rows in enumerate(layer(ids, first + place)):
+        for kind, rows in enumerate(layer(ids, place)):
             found[kind][place].see(ids, rows)
             if place == 0:
                 real[kind].see(ids, rows)
@@ -109,7 +111,7 @@ def nearest_to_prefix(
                 norms[kind].append(rows.norm(dim=1).cpu())
     at_start: list[list[float] | None] = [None, None]
     if start is not None:
-        begun = [layer(torch.tensor([token], device=device), first + place) for place, token in enumerate(start)]
+        begun = [layer(torch.tensor([token], device=device), place) for place, token in enumerate(start)]
         at_start = [_cosines(x, torch.cat([each[kind] for each in begun])) for kind, x in enumerate(pair)]
     kinds = {}
     for kind, name in enumerate(("key", "value")):

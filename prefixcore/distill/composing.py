@@ -71,7 +71,7 @@ def compose(
         own = [(key.cpu(), value.cpu()) for key, value in found.module.bake()]
         # Keys of a prefix that leaves the text at position 0 stand at -P to -1.
         by = before if found.module.config.position_offset else before + found.module.num_virtual_tokens
-        pairs.append(turn(model, own, by) if by else own)
+        pairs.append(turn(model, own, by, found.layers) if by else own)
         before += found.module.num_virtual_tokens
         digests.append(read_adapter(folder).digest)
     joined = [

@@ -78,7 +78,7 @@ def initial_prefix(
     calls = record_again(model, text, found) if found else record(model, text)
     pairs = [(calls[layer].key[0].float(), calls[layer].value[0].float()) for layer in layers]
     if not config.position_offset and why_fixed(model) is None:
-        return turn(model, pairs, -len(ids))
+        return turn(model, pairs, -len(ids), layers)
     return pairs
 
 

@@ -80,9 +80,9 @@ def test_keys_turn_as_the_model_turns_them(family: str, tmp_path: Path) -> None:
     ids = torch.tensor([[7, 7, 7, 7]])
     first = record(model, ids)[0]  # in the first layer keys depend on the token and its position alone
     pairs = [(first.key[0][:, :1], first.value[0][:, :1])]
-    moved = turn(model, pairs, 3)[0][0]
+    moved = turn(model, pairs, 3, [0])[0][0]
     torch.testing.assert_close(moved, first.key[0][:, 3:], atol=1e-5, rtol=0)
-    torch.testing.assert_close(turn(model, turn(model, pairs, 3), -3)[0][0], pairs[0][0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(turn(model, turn(model, pairs, 3, [0]), -3, [0])[0][0], pairs[0][0], atol=1e-6, rtol=0)
 
 
 def test_models_whose_positions_cannot_be_moved(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def bake(
         source = from_adapter(target, Path(adapter), task_id, strict)
     virtual = source.pairs[0][0].shape[1]
     if source.position_offset != position_offset:
-        source.pairs = turn(model, source.pairs, virtual if position_offset else -virtual)
+        source.pairs = turn(model, source.pairs, virtual if position_offset else -virtual, source.layers)
     ids = [_encode(tokenizer, each, model, without_bos=bool(bos)) for each in inputs]
     ids = ids or default_inputs(model, virtual)
     with source.original() as run:

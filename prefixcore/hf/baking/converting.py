@@ -201,7 +201,7 @@ def _moved(what: str, contents: Contents, position_offset: bool, model: PreTrain
             f"at {'P' if position_offset else '0'}: give the model (--model) to turn keys by"
         )
     by = contents.num_virtual_tokens if position_offset else -contents.num_virtual_tokens
-    return replace(contents, prefix=turn(model, contents.prefix, by), position_offset=position_offset)
+    return replace(contents, prefix=turn(model, contents.prefix, by, contents.layers), position_offset=position_offset)
 
 
 def _check_kind(folder: str | Path, contents: Contents, kind: Format) -> None:
