@@ -40,8 +40,8 @@ SmolLM2-135M is off by 3e-7 and 6e-7 in float32, by 0.003 and 0.011 in bfloat16;
 layer, where what is multiplied has moved. The next best table or layout is off by 0.4.
 """
 
-UNMOVED = 1e-3
-"""The same in the first layer of keys that do not turn, in any dtype: what is multiplied is equal there."""
+UNMOVED = 1e-3, 0.05
+"""The same of keys that do not turn, in any dtype: in the first layer what is multiplied is equal."""
 
 CLEAR = 0.25
 """The share of the way that keys move by which they may be off, so that a small part that turns is seen as well."""
@@ -159,7 +159,8 @@ def _repeated(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[li
 def _all(model: PreTrainedModel, seen: Sequence[Sequence[Moved]], tables: Sequence[Tensor]) -> tuple[KeyTurn, ...]:
     """The turn of each layer; NotImplementedError: a layer's keys do something else."""
     name = type(model).__name__
-    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_HALF
+    exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    tolerance = TOLERANCE if exact else TOLERANCE_HALF
     turns = []
     for layer, moved in enumerate(seen):
         if not all(bool(each.after.isfinite().all()) and bool(each.before.any()) for each in moved):
@@ -168,11 +169,14 @@ def _all(model: PreTrainedModel, seen: Sequence[Sequence[Moved]], tables: Sequen
                 "with their position"
             )
         turn, error = best_turn(moved, tables, tolerance[layer > 0])
-        if turn is None or (layer == 0 and not len(turn.frequencies) and error > UNMOVED):
-            why = f"has keys in layer {layer} that turn with their position by none of its {len(tables)} tables of "
-            why += f"rotary frequencies (off by {error:.2g} of their length)"
-            if position_limit(model) is not None and not tables:
-                why = "has learned positions"
+        if turn is None or (not len(turn.frequencies) and error > UNMOVED[layer > 0]):
+            if not tables and (limit := position_limit(model)) is not None:
+                why = f"has positions in its embeddings (a table of {limit})"
+            else:
+                why = (
+                    f"has keys in layer {layer} that turn with their position by none of its {len(tables)} tables of "
+                    f"rotary frequencies (off by {error:.2g} of their length)"
+                )
             raise NotImplementedError(
                 f"{name} {why}: keys cannot be moved to other positions, as those of the text behind them would change "
                 "too"
