@@ -31,7 +31,7 @@ from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
 from .train_result import conclude
-from .train_start import SAID, Start
+from .train_start import SAID, Start, most_start_tokens
 
 if TYPE_CHECKING:
     from ..training import TrainingOptions
@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         with user_errors(DataError, what=f"--model {arguments.model}"):
             check_template(tokenizer)
     with user_errors(DataError):
-        start = Start(arguments, config, training, tokenizer)
+        most = most_start_tokens(arguments, model, tokenizer, [*training, *held_out])
+        start = Start(arguments, config, training, tokenizer, most=most)
     tokens = count_virtual_tokens(arguments, model, tokenizer, start.longest)
     limit = LengthLimit.of(model, tokens, arguments.max_length)
     end, skip = arguments.end, arguments.skip_too_long

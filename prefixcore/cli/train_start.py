@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .limits import is_too_long, learned_positions, stated_positions
+
 if TYPE_CHECKING:
     from ..training import Example, TokenizedExample
 
@@ -16,6 +18,37 @@ SAID = (
 )
 FEWEST_PROBES = 8
 """With fewer examples outside the texts, all of them are what the texts are tried on."""
+
+TEMPLATE = 256
+"""Bytes that a tokenizer or a chat template may put around an example. No token is less than one of them."""
+
+
+def most_start_tokens(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, examples: Sequence[Example]
+) -> int | None:
+    """How many tokens a text of examples may fill, so that the model has positions for all of them behind it.
+
+    None: as many as usual, or as many as the arguments say. Where examples that are too long are left out
+    (`--skip-too-long`), the text is not cut for them.
+
+    Raises:
+        DataError: an example that the tokenizer cannot encode.
+    """
+    from ..training.starting import NUM_VIRTUAL_TOKENS, most_tokens
+
+    if not _is_to_be_made(arguments) or arguments.num_virtual_tokens is not None:
+        return None
+    learned = learned_positions(model)
+    positions = stated_positions(model) if learned is None and arguments.max_length is None else learned
+    if positions is None:
+        return None
+    lengths = []
+    for each in () if arguments.skip_too_long else examples:
+        text = each.prompt + each.completion
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size + TEMPLATE > positions - NUM_VIRTUAL_TOKENS and not is_too_long(text, positions):
+            lengths.append(each.to_ids(tokenizer, arguments.end).length)
+    return most_tokens(positions, lengths)
 
 
 class Start:
@@ -27,6 +60,7 @@ class Start:
         training: the examples to train on.
         tokenizer: the model's.
         tokens: P; None: that of the arguments, or what the examples need.
+        most: how many tokens the examples may fill where P is not said; None: as many as usual.
 
     Raises:
         DataError: an example that the tokenizer cannot encode.
@@ -39,17 +73,21 @@ class Start:
         training: Sequence[Example],
         tokenizer: Any,
         tokens: int | None = None,
+        most: int | None = None,
     ):
-        from ..training.starting import DRAWS, starting_text
+        from ..training.starting import DRAWS, NUM_VIRTUAL_TOKENS, starting_text
 
         self.tokenizer = tokenizer
         self.configs = [config]
         self.is_made = False
-        if config is None or arguments.init is not None or arguments.init_text is not None:
+        if config is None or not _is_to_be_made(arguments):
             return
+        most = most or NUM_VIRTUAL_TOKENS
         tokens = tokens or arguments.num_virtual_tokens
         end, seed = arguments.end, arguments.seed
-        drawn = (starting_text(training, tokenizer, tokens, end=end, seed=seed + draw) for draw in range(DRAWS))
+        drawn = (
+            starting_text(training, tokenizer, tokens, end=end, seed=seed + draw, most=most) for draw in range(DRAWS)
+        )
         if texts := [text for text in dict.fromkeys(drawn) if text]:
             self.is_made = True
             self.configs = [
@@ -82,3 +120,8 @@ class Start:
         outside = [each for each in order if not any(each.prompt in config.init_text for config in self.configs)]
         probes = outside if len(outside) >= FEWEST_PROBES else order
         return best_start(model, self.tokenizer, self.configs, [known[id(each)] for each in probes])
+
+
+def _is_to_be_made(arguments: argparse.Namespace) -> bool:
+    """Whether nobody says what to start from."""
+    return arguments.init is None and arguments.init_text is None

@@ -6,7 +6,7 @@ Which examples matters, before training and after it: a few draws are tried, unt
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .data import DataError, Example, TokenizedExample, pad_id
@@ -14,6 +14,9 @@ from .evaluate import held_out_loss
 
 NUM_VIRTUAL_TOKENS = 64
 """How many tokens the examples may fill where no number is asked for."""
+
+FEWEST = 16
+"""How many tokens an example has to leave for it, where a model has few positions."""
 
 TRIED = 64
 """How many examples are looked at for one that fits."""
@@ -83,6 +86,26 @@ def starting_text(
     if room > 0 and left_out and (num_virtual_tokens is not None or not whole):
         whole.insert(0, min(left_out, key=len)[-room:])
     return tokenizer.decode([token for ids in whole for token in ids], clean_up_tokenization_spaces=False)
+
+
+def most_tokens(positions: int, lengths: Iterable[int]) -> int:
+    """How many tokens a text of examples may fill on a model of so many positions, for `starting_text`.
+
+    At most 64, at most half of the positions, and no more than the longest example leaves, unless it leaves fewer than
+    16: it is then to be refused, or left out, and does not make a poor start for all the others.
+
+    Args:
+        positions: how many the model has.
+        lengths: how many tokens the examples have that are to be read behind the text.
+
+    Examples:
+        >>> from prefixcore.training.starting import most_tokens
+        >>> most_tokens(2048, [30, 400]), most_tokens(128, [30, 100]), most_tokens(96, [30])
+        (64, 28, 48)
+    """
+    most = min(NUM_VIRTUAL_TOKENS, positions // 2)
+    left = positions - max(lengths, default=0)
+    return max(1, min(most, left) if left >= FEWEST else most)
 
 
 def best_start(model: Any, tokenizer: Any, configs: Sequence[Any], examples: Sequence[TokenizedExample]) -> Any:

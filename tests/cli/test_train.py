@@ -257,6 +257,34 @@ def test_without_a_start_the_training_examples_are_the_start(train, tmp_path, da
     assert read_adapter(tmp_path / "more").config.num_virtual_tokens == 11
 
 
+@pytest.mark.parametrize(
+    ("longest", "options", "virtual"),
+    [
+        (20, [], 63),  # half of the 128 positions, in whole examples
+        (100, [], 27),  # what it leaves, in whole examples
+        (100, ["--max-length", 128], 27),  # positions of a table are all there are
+        (100, ["--skip-too-long"], 63),
+        (100, ["--num-virtual-tokens", 20], 20),
+    ],
+)
+def test_a_start_of_examples_leaves_room_for_the_longest(longest, options, virtual, prefixcore, tmp_path, data):
+    """A GPT-2 of 128 learned positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 98, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "attn_pdrop": 0.0}
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=0, bos_token_id=0)).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    longer = {"prompt": "a" * (longest - 4) + " ->", "completion": ""}
+    longer["completion"] = "b"[: longest - len(longer["prompt"])] or "b"
+    examples = tmp_path / "data.jsonl"
+    examples.write_text(data.read_text() + json.dumps(longer) + "\n")
+    base = ["train", "--model", tmp_path / "model", "--data", examples, "--out", tmp_path / "adapter", "--end", "\\n"]
+    code, _, err = prefixcore(*base, "--steps", 1, "--method", "prefix", "--eval-fraction", 0, *options)
+    assert code == 0, err
+    assert read_adapter(tmp_path / "adapter").config.num_virtual_tokens == virtual
+    assert ("left out 1 of 26 examples" in err) == ("--skip-too-long" in options)
+
+
 def test_what_is_held_out_is_never_in_the_start(train, tmp_path, data):
     held_out = tmp_path / "held-out.jsonl"
     lines = data.read_text().splitlines()

@@ -9,7 +9,7 @@ from prefixcore import PrefixTuningConfig, attach
 from prefixcore.training import DataError, Example, best_start, starting_text, tokenize
 from prefixcore.training.chat import Conversation
 from prefixcore.training.evaluate import held_out_loss
-from prefixcore.training.starting import MOST_CHARACTERS
+from prefixcore.training.starting import MOST_CHARACTERS, most_tokens
 from tests import tiny
 
 PAIRS = [Example(f"{a}{b} ->", f" {b}{a}") for a in "abcde" for b in "vwxyz"]
@@ -72,6 +72,16 @@ def test_a_conversation_is_written_by_the_template():
     tokenizer.chat_template = CHAT
     turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
     assert starting_text([Conversation.of(turns, "one")], tokenizer, end=None).startswith("<user>ab<assistant>ba")
+
+
+def test_a_text_leaves_room_for_the_longest_example():
+    assert most_tokens(2048, [10, 300]) == 64
+    assert most_tokens(128, [10, 100]) == 28
+    assert most_tokens(128, []) == 64
+    assert most_tokens(96, [10]) == 48  # half of them
+    assert most_tokens(128, [112]) == 16
+    assert most_tokens(128, [113, 10]) == 64  # too little is left by it, so that it is refused
+    assert most_tokens(1, []) == 1
 
 
 def test_no_example_is_refused():
