@@ -265,7 +265,10 @@ def _load_fields(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | 
     except (FileNotFoundError, NotADirectoryError):
         is_folder = False
     if not is_folder:
-        raise AdapterError(f"{folder}: no such folder")
+        if folder.is_file():
+            raise AdapterError(f"{folder}: is a file; give the adapter's folder, which holds it")
+        hint = "" if folder.parent.exists() else "; nothing is downloaded: give a path on this machine"
+        raise AdapterError(f"{folder}: no such folder{hint}")
     fields = load_json(folder / MANIFEST_FILE)
     peft_data = load_bytes(folder / PEFT_FILE, LONGEST_JSON)
     if fields is None and peft_data is None:

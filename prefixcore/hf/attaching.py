@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -80,12 +81,14 @@ def attach(model: PreTrainedModel, config: Config, *, tokenizer: Any = None) -> 
     """
     check_model(model)
     check_config(config)
-    if isinstance(config, PrefixTuningConfig):
-        calls, backbone = find_attention_layers(model)
-        prefix, layers = make_prefix(model, config, calls, tokenizer)
-        return attach_prefix(model, backbone, calls, layers, prefix, tokenizer)
-    prompt = make_prompt(model, config, find_hidden_size(model), tokenizer)
-    return attach_soft_prompt(model, prompt, tokenizer)
+    check_tokenizer(tokenizer)
+    with torch.inference_mode(False):  # what is made inside of it can never be trained
+        if isinstance(config, PrefixTuningConfig):
+            calls, backbone = find_attention_layers(model)
+            prefix, layers = make_prefix(model, config, calls, tokenizer)
+            return attach_prefix(model, backbone, calls, layers, prefix, tokenizer)
+        prompt = make_prompt(model, config, find_hidden_size(model), tokenizer)
+        return attach_soft_prompt(model, prompt, tokenizer)
 
 
 def check_config(config: Any) -> None:
@@ -93,7 +96,22 @@ def check_config(config: Any) -> None:
     kinds = (PrefixTuningConfig, PromptTuningConfig, PTuningConfig, MultitaskPromptTuningConfig, CPTConfig)
     if not isinstance(config, kinds):
         names = [kind.__name__ for kind in kinds]
-        raise TypeError(f"config must be a {', '.join(names[:-1])} or {names[-1]}, got {type(config).__name__}")
+        name, hint = type(config).__name__, ""
+        if name in names:
+            hint = (
+                f" of {type(config).__module__.partition('.')[0]}: give prefixcore.{name} the same arguments, or "
+                "peft.get_peft_model(model, config) to prefixcore.accelerate"
+            )
+        raise TypeError(f"config must be a {', '.join(names[:-1])} or {names[-1]} of prefixcore, got {name}{hint}")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises TypeError if the name of a tokenizer was given in place of one."""
+    if isinstance(tokenizer, (str, Path)):
+        raise TypeError(
+            f"tokenizer must be a tokenizer or None, got the text {str(tokenizer)!r}; give "
+            "transformers.AutoTokenizer.from_pretrained of it, or the text as tokenizer_name_or_path of the config"
+        )
 
 
 def make_prefix(

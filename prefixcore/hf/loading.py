@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -70,13 +71,14 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False,
     """
     check_model(model)
     target = Target(model)
-    found = target.read(Path(directory), trainable, strict)
-    if isinstance(found.module, Prefix):
-        calls, backbone = target.attention_layers
-        handle = attach_prefix(model, backbone, calls, found.layers, found.module, heads=found.heads)
-    else:
-        handle = attach_soft_prompt(model, found.module, heads=found.heads)
-    handle.heads.load(found.head_tensors)
+    with torch.inference_mode(False):  # what is made inside of it can never be trained
+        found = target.read(Path(directory), trainable, strict)
+        if isinstance(found.module, Prefix):
+            calls, backbone = target.attention_layers
+            handle = attach_prefix(model, backbone, calls, found.layers, found.module, heads=found.heads)
+        else:
+            handle = attach_soft_prompt(model, found.module, heads=found.heads)
+        handle.heads.load(found.head_tensors)
     handle.forced, handle.source = found.forced, found.manifest
     return handle
 

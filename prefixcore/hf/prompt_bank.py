@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..adapters.weights import is_named
@@ -14,6 +15,7 @@ from .attaching import (
     check_config,
     check_model,
     check_position_limit,
+    check_tokenizer,
     make_prefix,
     make_prompt,
 )
@@ -112,6 +114,7 @@ class PromptBank(UndoneAfterBlock):
         """
         self._check_name(name, replace)
         check_config(config)
+        check_tokenizer(tokenizer)
         if isinstance(config, CPTConfig):
             raise NotImplementedError(
                 "context-aware prompt tuning has a loss of its own, in which rows of a bank cannot differ: train it "
@@ -123,7 +126,7 @@ class PromptBank(UndoneAfterBlock):
                 f"{trained[0]} is to be trained along (modules_to_save, or a task_type that means it), which the rows "
                 "of a bank cannot differ in: give modules_to_save=[] to leave it as it is, or attach it by itself"
             )
-        with self._bank.disabled():
+        with self._bank.disabled(), torch.inference_mode(False):
             if isinstance(config, PrefixTuningConfig):
                 calls, _ = _result(self._layers)
                 module, layers = make_prefix(self.model, config, calls, tokenizer)
@@ -149,7 +152,7 @@ class PromptBank(UndoneAfterBlock):
         for what, found in (("attention_layers", self._layers), ("hidden_size", self._hidden_size)):
             if not isinstance(found, Exception):
                 self._target.__dict__[what] = found
-        with self._bank.disabled():
+        with self._bank.disabled(), torch.inference_mode(False):
             found = self._target.read(Path(directory), trainable, strict)
         if found.heads:
             raise NotImplementedError(
@@ -216,7 +219,8 @@ class PromptBank(UndoneAfterBlock):
             calls, _ = _result(self._layers)
             shapes = [calls[layer].shape for layer in layers]
         if adapter.trains:
-            module.to(device_of(self.model)).train(self.model.training)
+            with torch.inference_mode(False):  # what is made inside of it can never be trained
+                module.to(device_of(self.model)).train(self.model.training)
             if layers is not None and not self._bank.cache_layers:
                 warn_of_dropout(self.model)
         else:

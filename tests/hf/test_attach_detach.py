@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -112,6 +113,11 @@ def _bad_heads() -> Any:
 REFUSED_CONFIGS = [
     (None, TypeError, "config must be a PrefixTuningConfig"),
     ({"num_virtual_tokens": 3}, TypeError, "got dict"),
+    (
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        TypeError,
+        "got PrefixTuningConfig of peft: give prefixcore.PrefixTuningConfig the same arguments, or .*accelerate",
+    ),
     (PrefixTuningConfig(num_virtual_tokens=3, layers=[0, 2]), ValueError, r"layer 2, but the model has 2 .*\(0 to 1\)"),
     (_bad_heads(), ValueError, r"expected shape \[2, 5, 16\], got \[3, 5, 16\]"),
     (PrefixTuningConfig(init=torch.zeros(5, 7)), ValueError, r"\[P, 128\], got \[5, 7\]"),
@@ -134,6 +140,38 @@ def test_a_refused_config_leaves_the_model_untouched(config: Any, error: type[Ex
     with pytest.raises(error, match=message):
         prefixcore.attach(model, config)
     assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig(init_text="abc"), PromptTuningConfig(num_virtual_tokens=3)])
+def test_the_name_of_a_tokenizer_is_none(config: Any) -> None:
+    model = make("llama")
+    before, message = state(model), "tokenizer must be a tokenizer or None, got the text 'gpt2'"
+    with pytest.raises(TypeError, match=message):
+        prefixcore.attach(model, config, tokenizer="gpt2")
+    with prefixcore.PromptBank(model) as bank, pytest.raises(TypeError, match=message):
+        bank.attach("one", config, tokenizer="gpt2")
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_attached_in_inference_mode_is_trained_all_the_same(config: Any, tmp_path: Any) -> None:
+    model, ids = make("llama"), tokens(2, 7)
+    with torch.inference_mode():
+        handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in handle.parameters())
+    folder = handle.save(tmp_path / "adapter")
+    handle.detach()
+    with torch.inference_mode():
+        handle = prefixcore.load(model, folder, trainable=True)
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in handle.parameters())
+    handle.detach()
+    with torch.inference_mode():
+        bank = prefixcore.PromptBank(model)
+        handles = bank.attach("one", config, tokenizer=Tokenizer()), bank.load("two", folder, trainable=True)
+    model(ids, labels=ids, task_ids=["one", "two"]).loss.backward()
+    assert all(parameter.grad is not None for each in handles for parameter in each.parameters())
 
 
 def _bloom() -> Any:
@@ -237,6 +275,25 @@ def test_a_head_that_counts_on_places_takes_a_prefix_but_no_soft_prompt() -> Non
         prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=3, init="zero"))
     assert_same(before, state(model))
     prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="random"))
+
+
+@pytest.mark.parametrize("family", ["Bert", "Camembert"])
+def test_a_prefix_for_multiple_choice_starts_from_tokens(family: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, pad_token_id=0, **sizes)
+    model = getattr(transformers, f"{family}ForMultipleChoice")(config).eval()
+    handle = prefixcore.attach(model, PrefixTuningConfig(init_text="abcdef"), tokenizer=Tokenizer())
+    start = handle.bake()
+    choices = tokens(6, 7).view(2, 3, 7)
+    apart = [model(choices[:, i : i + 1]).logits for i in range(3)]
+    torch.testing.assert_close(model(choices).logits, torch.cat(apart, 1))
+    model(choices, labels=torch.tensor([0, 2])).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in handle.parameters())
+    handle.detach()
+    with prefixcore.attach(model.base_model, PrefixTuningConfig(init_text="abcdef"), tokenizer=Tokenizer()) as body:
+        for pair, expected in zip(start, body.bake(), strict=True):
+            torch.testing.assert_close(pair, expected)
 
 
 def test_a_classifier_takes_a_prefix() -> None:

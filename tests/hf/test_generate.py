@@ -59,6 +59,15 @@ def test_with_an_assistant(config: Any) -> None:
     assert torch.equal(model.generate(ids, assistant_model=assistant, **options()), expected)
 
 
+@pytest.mark.parametrize("config", BOTH)
+def test_its_own_first_layers_as_the_assistant(config: Any) -> None:
+    model, ids = make("llama"), tokens(1, 7)
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    expected = model.generate(ids, **options())
+    assert torch.equal(model.generate(ids, assistant_early_exit=1, **options()), expected)
+    assert torch.equal(model.generate(ids, **options()), expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["none", "left"])
 def test_static_cache(family: str, side: str) -> None:

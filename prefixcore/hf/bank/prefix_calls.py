@@ -256,7 +256,10 @@ def prompt_of(bank: Bank, task: Task) -> Tensor:
 
 
 def compute_once(bank: Bank, prompt: Tensor) -> LayerPrefixes:
-    """The keys and values that the layers compute for a soft prompt [P, E] at positions 0 to P-1."""
+    """The keys and values that the layers compute for a soft prompt [P, E] at positions 0 to P-1.
+
+    None for a layer that does not run (`generate(assistant_early_exit=...)` leaves out the last ones).
+    """
     decoder: Any = bank.decoder
     embed: Any = bank.model.get_input_embeddings()
     prompt = prompt.to(device=device_of(embed), dtype=embed.weight.dtype)
@@ -266,7 +269,7 @@ def compute_once(bank: Bank, prompt: Tensor) -> LayerPrefixes:
         return [_of_one_dtype(*pair) for pair in compute_once_cached(bank, forward, prompt)]
     inputs = {"inputs_embeds": prompt[None].clone(), "use_cache": False}  # CTRL scales what it is given in place
     _forward(bank, forward, inputs, PrefixCall([], recorded=recorded))
-    return [_of_one_dtype(*recorded[layer]) for layer in range(len(bank.layers))]
+    return [_of_one_dtype(*recorded[layer]) if layer in recorded else None for layer in range(len(bank.layers))]
 
 
 def _of_one_dtype(key: Tensor, value: Tensor) -> KeyValue:

@@ -21,6 +21,9 @@ INPUTS = (
 CACHES = ("cache", "past_key_values", "cache_params")
 """What the cache is called: `past_key_values` up to transformers 5.23, `cache` since; `cache_params` in Mamba."""
 
+_CHOICES = "ForMultipleChoice"
+"""How the names of classes end that read several texts a row, [rows, choices, T]."""
+
 _IMAGE = 224
 """Height and width of an image for a model that takes any."""
 
@@ -43,7 +46,8 @@ def sample_inputs(
 ) -> dict[str, Any]:
     """The arguments of a forward: `ids` [rows, T] for a model that reads tokens, noise for one that does not.
 
-    The decoder of an encoder-decoder reads `decoder_ids`; None: `ids` too.
+    The decoder of an encoder-decoder reads `decoder_ids`; None: `ids` too. A head for multiple choice gets each row as
+    the only choice, [rows, 1, T].
 
     Raises:
         NotImplementedError: it is not known how large what the model reads has to be.
@@ -52,6 +56,7 @@ def sample_inputs(
     if model.config.is_encoder_decoder and "decoder_input_ids" in argument_names(model):
         decoder = {"decoder_input_ids": ids if decoder_ids is None else decoder_ids, "use_cache": False}
     if reads_tokens(model):
+        ids = ids[:, None] if type(model).__name__.endswith(_CHOICES) else ids
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, **decoder}
     return {model.main_input_name: _noise(model, rows).to(device_of(model), model.dtype), **decoder}
 
