@@ -13,7 +13,13 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import prefixcore
 from prefixcore import AdapterError, PrefixTuningConfig, PromptTuningConfig
@@ -221,3 +227,67 @@ def test_a_token_classifier_with_a_bias(tmp_path: Path) -> None:
     other = classifier(2, LlamaForTokenClassification)
     with prefixcore.load(other, tmp_path / "a"):
         assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def tied() -> Any:
+    model = make("llama", tie_word_embeddings=True)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids="-".join)
+def test_what_is_trained_is_not_tied_again(names: list[str], tmp_path: Path) -> None:
+    """Trainer asks a model to tie its weights when it has loaded a checkpoint."""
+    model = tied()
+    handle = prefixcore.attach(model, PrefixTuningConfig(**PREFIX, modules_to_save=names))
+    with torch.no_grad():
+        for _, parameter in handle.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    names_before, expected = [name for name, p in model.named_parameters() if p.requires_grad], model(IDS).logits
+    for each in (model, copy.deepcopy(model)):
+        each.tie_weights()
+        assert [name for name, p in each.named_parameters() if p.requires_grad] == names_before
+        assert torch.equal(each(IDS).logits, expected)
+    handle.save(tmp_path / "a")
+    handle.detach()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    handle = prefixcore.load(model, tmp_path / "a")
+    model.tie_weights()
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_trainer_resumes_a_head_that_was_tied(tmp_path: Path) -> None:
+    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
+
+    def run(model: Any, steps: int, resume: bool) -> Any:
+        prefixcore.attach(model, PrefixTuningConfig(**PREFIX, modules_to_save=["lm_head"]))
+        options = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=steps, learning_rate=0.05, report_to=[], use_cpu=True, disable_tqdm=True, **options
+        )
+        Trainer(model, arguments, train_dataset=data, eval_dataset=data).train(resume_from_checkpoint=resume)
+        return model.eval()(IDS).logits
+
+    first = tied()
+    start = first.lm_head.weight.detach().clone()
+    expected = run(first, 2, False)  # the best checkpoint is loaded at the end
+    assert not torch.equal(first.lm_head.weight, start)
+    assert torch.equal(first.model.embed_tokens.weight, start)
+    torch.testing.assert_close(run(tied(), 2, True), expected)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_output_head_that_is_trained_does_not_grow_in_silence(is_tied: bool) -> None:
+    model = tied() if is_tied else make("llama")
+    handle = prefixcore.attach(model, PrefixTuningConfig(**PREFIX, modules_to_save=["lm_head"]))
+    before = state(model)
+    with pytest.raises(ValueError, match="lm_head is trained along .* resize the embeddings before you attach"):
+        model.resize_token_embeddings(103)
+    assert_same(before, state(model))
+    assert model.resize_token_embeddings() is model.model.embed_tokens
+    handle.detach()
+    model.resize_token_embeddings(103)
+    assert model(IDS).logits.shape[-1] == 103

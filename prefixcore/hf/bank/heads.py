@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +48,36 @@ class Heads:
             trained.__dict__["forward"] = _Forward(patch, trained, own)
             self.own[name], self.trained[name] = own, trained
             _put(self.model, name, trained)
+        if names:
+            patch.wrap_method("tie_weights", self.tie_weights)
+            patch.wrap_method("resize_token_embeddings", self.resize_token_embeddings)
+
+    def tie_weights(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Ties the model's weights, but none of a module that is trained, which has numbers of its own.
+
+        Trainer asks for it when it has loaded a checkpoint.
+        """
+        trained = {id(parameter) for _, parameter in self.named_parameters()}
+        before = [(module, dict(module._parameters)) for module in self.model.modules()]
+        result = method(*args, **kwargs)
+        for module, parameters in before:
+            for name, own in parameters.items():
+                tied = module._parameters.get(name)
+                if tied is not own and {id(own), id(tied)} & trained:
+                    module._parameters[name] = own
+        return result
+
+    def resize_token_embeddings(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Refuses to resize an output head that is trained: transformers would put another one in its place."""
+        size = args[0] if args else kwargs.get("new_num_tokens")
+        head = self.model.get_output_embeddings()
+        for name, module in self.trained.items():
+            if size is not None and head is not None and any(inner is head for inner in module.modules()):
+                raise ValueError(
+                    f"{name} is trained along (modules_to_save), and transformers would put another one in its place, "
+                    "which nothing trains: resize the embeddings before you attach"
+                )
+        return method(*args, **kwargs)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets the numbers of every attached module, by their names in the model."""
