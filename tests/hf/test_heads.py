@@ -291,3 +291,33 @@ def test_an_output_head_that_is_trained_does_not_grow_in_silence(is_tied: bool) 
     handle.detach()
     model.resize_token_embeddings(103)
     assert model(IDS).logits.shape[-1] == 103
+
+
+@pytest.mark.parametrize("name", ["layers", "self_attn"])
+def test_a_list_of_modules_is_disabled_too(name: str, tmp_path: Path) -> None:
+    model = make("llama")
+    bare, before = model(IDS).logits, state(model)
+    handle = prefixcore.attach(model, PrefixTuningConfig(**PREFIX, modules_to_save=[name]))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    expected = model(IDS).logits
+    with handle.disabled():
+        assert torch.equal(model(IDS).logits, bare)
+    handle.save(tmp_path / "a")
+    handle.detach()
+    assert_same(before, {**state(model), "rng": before["rng"]})
+    with prefixcore.load(model, tmp_path / "a") as handle:
+        assert torch.equal(model(IDS).logits, expected)
+        with handle.disabled():
+            assert torch.equal(model(IDS).logits, bare)
+    assert_same(before, {**state(model), "rng": before["rng"]})
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+def test_the_decoder_itself_is_not_trained_along(config: Any) -> None:
+    model = make("llama")
+    before = state(model)
+    with pytest.raises(ValueError, match="modules_to_save: model is or holds the whole decoder"):
+        prefixcore.attach(model, config(num_virtual_tokens=3, init="zero", modules_to_save=["model"]))
+    assert_same(before, state(model))

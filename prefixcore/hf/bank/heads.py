@@ -42,7 +42,7 @@ class Heads:
 
     def attach(self, names: list[str], patch: Patch, *, trainable: bool) -> None:
         """Puts a copy in place of each of these modules."""
-        for name in names:
+        for name in [called for each in names for called in _called(self.model, each)]:
             own = self.model.get_submodule(name)
             trained = copy.deepcopy(own).requires_grad_(trainable)
             trained.__dict__["forward"] = _Forward(patch, trained, own)
@@ -100,6 +100,16 @@ class Heads:
                 yield f"{name}.{key}", parameter
 
 
+def _called(model: nn.Module, name: str) -> Iterator[str]:
+    """The names of the modules that are called where `name` is: of a list of modules those in it."""
+    module = model.get_submodule(name)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        for child in module._modules:
+            yield from _called(model, f"{name}.{child}")
+    else:
+        yield name
+
+
 class _Forward:
     """The forward of a module in place of the model's own, which computes while virtual tokens are disabled."""
 
@@ -120,7 +130,8 @@ def find_heads(model: PreTrainedModel, module: Prefix | AnyPrompt) -> list[str]:
         UserWarning: the model has a classification head that nothing was said about, which stays as it is.
 
     Raises:
-        ValueError: one that is asked for is not there, or is one that a soft prompt cannot train.
+        ValueError: one that is asked for is not there, holds the whole decoder, or is one that a soft prompt cannot
+            train.
     """
     config: Config = module.config
     wanted = config.head_names
@@ -134,6 +145,13 @@ def find_heads(model: PreTrainedModel, module: Prefix | AnyPrompt) -> list[str]:
         raise ValueError(
             f"modules_to_save: {type(model).__name__} has no module whose name ends with {missing[0]!r}; its own are "
             f"{', '.join(name for name, _ in model.named_children() if name != MODULE)}"
+        )
+    bodies = [body for body in (model.base_model, model.get_decoder()) if body is not None and body is not model]
+    whole = [name for name in names if any(inner in bodies for inner in model.get_submodule(name).modules())]
+    if whole:
+        raise ValueError(
+            f"modules_to_save: {whole[0]} is or holds the whole decoder, which virtual tokens are put into and which "
+            "stays frozen: name modules inside of it, such as 'norm' or 'layers.1.mlp', or train without virtual tokens"
         )
     if not isinstance(module, Prefix):
         embed = model.get_input_embeddings()
