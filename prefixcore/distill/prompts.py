@@ -46,7 +46,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DistillError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # Not splitlines: JSON lets characters such as U+2028 stand as they are in a text.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DistillError(f"{path}: no prompts; expected lines like " + '{"prompt": "..."}, or plain lines')
     if not lines[0][1].lstrip().startswith("{"):

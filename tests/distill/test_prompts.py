@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from prefixcore.distill import DistillError, DistillOptions, Prompt, read_prompts
@@ -16,6 +18,20 @@ def test_json_lines_and_plain_lines(tmp_path):
     assert found[1].source.endswith("prompts, line 3")
     path.write_text("How old?\n  \nHow far?\n")
     assert [p.text for p in read_prompts(path)] == ["How old?", "How far?"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_ends_at_a_line_break_alone(tmp_path, end):
+    """JSON leaves U+2028 and the like as they are in a text, and so may a plain line."""
+    path = tmp_path / "prompts"
+    text = "one\u2028two\u2029three\x85four\x0bfive"
+    line = json.dumps({"prompt": text.replace("\x0b", "")}, ensure_ascii=False)
+    path.write_bytes((line + end + '{"prompt": "b"}' + end).encode())
+    assert [p.text for p in read_prompts(path)] == [text.replace("\x0b", ""), "b"]
+    path.write_bytes((text + end + "b").encode())
+    found = read_prompts(path)
+    assert [p.text for p in found] == [text, "b"]
+    assert found[1].source.endswith("line 2")
 
 
 @pytest.mark.parametrize(
