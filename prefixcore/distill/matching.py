@@ -9,119 +9,17 @@ descent, and values by least squares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..audit.errors import NotMeasuredError
-from ..audit.running import FrozenRun, WatchedCall
-from ..audit.virtual import VirtualTokens
 from ..hf.attention.prefix import KeyValue
-
-MOST_READ = 3072
-"""Tokens of prompts and answers whose queries are kept: 21 MB a layer for 9 heads of 64."""
+from .reads import Reads, answered, capped, weights
 
 STEPS, ROWS, RATE = 200, 1024, 0.03
 """Of the descent: steps, queries a step, and Adam's first rate as a share of the root mean square of what moves."""
 
 RIDGE = 1e-3
 """How firmly values are held to what they are, as a share of the attention that a virtual token gets on average."""
-
-
-class Reads(NamedTuple):
-    """What a layer's queries were answered, G queries of each of n tokens for each key-value head (M = G n).
-
-    Attributes:
-        query: [Hkv, M, D], scaled.
-        rest: [Hkv, M], the logarithm of the rest of the sequence's part of the softmax's denominator.
-        rest_output: [Hkv, M, Dv], what the rest of the sequence alone answers.
-        output: [Hkv, M, Dv], what text and rest answer together.
-        softcap: of the scores; None: none.
-    """
-
-    query: Tensor
-    rest: Tensor
-    rest_output: Tensor
-    output: Tensor
-    softcap: float | None
-
-
-def reads_of(model: Any, pairs: Sequence[KeyValue], rows: Sequence[Sequence[int]]) -> list[Reads]:
-    """The queries of `rows` behind keys and values, and their answers, a layer after the other.
-
-    Args:
-        model: with nothing attached.
-        pairs: what stands before each row.
-        rows: ids of prompts with their answers; of all of them the first `MOST_READ` tokens are read.
-
-    Raises:
-        NotMeasuredError: the model's attention cannot be watched, or has sinks.
-    """
-    length = pairs[0][0].shape[1]
-    virtual = VirtualTokens(length, tuple(range(length)), dict(enumerate(pairs)))
-    run = FrozenRun(model)
-    found: list[list[Reads]] = [[] for _ in pairs]
-    left = MOST_READ
-
-    def watch(call: WatchedCall) -> None:
-        found[call.layer].append(_read(call))
-
-    for row in rows:
-        part = list(row)[:left]  # what a token is answered does not depend on those after it
-        left -= len(part)
-        if not part:
-            break
-        with torch.no_grad():
-            run(torch.tensor([part], device=model.device), virtual=virtual, watch=watch)
-    return [_joined(part) for part in found]
-
-
-def _joined(parts: Sequence[Reads]) -> Reads:
-    """The queries of several rows as those of one."""
-    query, rest, rest_output, output = (torch.cat(each, 1) for each in zip(*(part[:4] for part in parts), strict=True))
-    return Reads(query, rest, rest_output, output, parts[0].softcap)
-
-
-def _read(call: WatchedCall) -> Reads:
-    """One row's queries in one layer."""
-    assert call.prefix is not None
-    if call.options["sinks"] is not None:
-        raise NotMeasuredError("attention has sinks")
-    softcap = call.options["softcap"] or None
-    heads, length, width = call.query.shape[1:]
-    groups = call.key.shape[1]
-    query = (call.query[0].float() * call.options["scale"]).reshape(groups, heads // groups * length, width)
-    scores = capped(query @ call.key[0].float().mT, softcap).unflatten(1, (-1, length))  # [Hkv, G, T, T]
-    if call.options["is_causal"]:
-        later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
-    scores = scores.flatten(1, 2)
-    rest, rest_output = scores.logsumexp(-1), scores.softmax(-1) @ call.value[0].float()
-    key, value = (x.to(query) for x in call.prefix)
-    output = answered(query, key, value, rest, rest_output, softcap)
-    return Reads(query.cpu(), rest.cpu(), rest_output.cpu(), output.cpu(), softcap)
-
-
-def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Scores as the softmax takes them."""
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def weights(query: Tensor, key: Tensor, rest: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """The attention [Hkv, M, P] on `key`, and the rest's share [Hkv, M, 1]."""
-    scores = capped(query @ key.mT, softcap)
-    total = torch.logaddexp(scores.logsumexp(-1), rest)[..., None]
-    return (scores - total).exp(), (rest[..., None] - total).exp()
-
-
-def answered(
-    query: Tensor, key: Tensor, value: Tensor, rest: Tensor, rest_output: Tensor, softcap: float | None
-) -> Tensor:
-    """What queries get of keys and values and the rest of their sequence [Hkv, M, Dv]."""
-    attention, share = weights(query, key, rest, softcap)
-    return attention @ value + share * rest_output
 
 
 def fitted(reads: Reads, key: Tensor, value: Tensor, count: int, *, steps: int = STEPS, seed: int = 0) -> KeyValue:

@@ -11,6 +11,9 @@ from .scores import Score
 FULL, PREFIX, START, CUT, NOTHING = "the full text", "distilled prefix", "its start", "the text cut to P", "nothing"
 """What stands before the prompts, in the table's order."""
 
+LITTLE = 0.5
+"""The share of what the text brings below which a note says what else to try."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -75,6 +78,21 @@ class Report:
             return None
         return self.prefill_seconds[FULL] - self.prefill_seconds[PREFIX]
 
+    @property
+    def kept(self) -> tuple[str, float] | None:
+        """How much the prefix keeps of what the text brings over nothing, 1 being all of it, and in which score.
+
+        That is right answers, where the text brings any, else equal tokens; None: not measured, or it brings nothing.
+        """
+        if FULL not in self.scores:
+            return None
+        full, own, nothing = (self.scores[name] for name in (FULL, PREFIX, NOTHING))
+        if full.accuracy is not None and own.accuracy is not None and full.accuracy > (nothing.accuracy or 0.0):
+            least = nothing.accuracy or 0.0
+            return "right answers", (own.accuracy - least) / (full.accuracy - least)
+        brought = full.token_agreement - nothing.token_agreement
+        return ("equal tokens", (own.token_agreement - nothing.token_agreement) / brought) if brought > 0 else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; the answers are left out."""
         scores = {}
@@ -128,6 +146,13 @@ class Report:
             )
         if why := self.start.get("why"):
             found.append(why)
+        if self.kept is not None and self.kept[1] < LITTLE:
+            score, share = self.kept
+            found.append(
+                f"the prefix keeps {max(0.0, share):.0%} of the {score} that the text brings, which is too little to "
+                f"serve it in the text's place: take more than {self.num_virtual_tokens:,} virtual tokens for the "
+                f"{self.context_tokens:,}, and give prompts of your own about all that is to be kept (--prompts)"
+            )
         if self.trials:
             tried = ", ".join(f"{trial.num_virtual_tokens}: {trial.share:.0%}" for trial in self.trials)
             found.append(f"share of the full text's score on validation prompts by P: {tried}")

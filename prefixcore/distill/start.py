@@ -16,7 +16,8 @@ from ..audit.virtual import VirtualTokens
 from ..hf.attention.prefix import KeyValue
 from ..hf.positions.rotary import turn
 from .front import Front
-from .matching import fitted, reads_of
+from .matching import fitted
+from .reads import Row, further, reads_of
 from .targets import Target
 
 MOST_PROMPTS = 16
@@ -89,10 +90,13 @@ def matched(model: Any, front: Front, count: int, targets: Sequence[Target], own
     if front.pairs is None:
         raise NotMeasuredError("no prefix is equal to the text")
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [targets[i].asked.behind + targets[i].answer for i in order]
+    rows = [
+        Row(each.asked.behind + each.answer, each.asked.alone + each.answer) for each in map(targets.__getitem__, order)
+    ]
     reads = reads_of(model, own, rows)
     found = [fitted(each, key, value, count) for each, (key, value) in zip(reads, own, strict=True)]
-    return turn(model, found, count - len(front.ids))
+    # As far from the words that request and teacher's row share as the text was.
+    return turn(model, found, count + further(rows[0]) - len(front.ids))
 
 
 def spread(length: int, count: int) -> list[int]:
