@@ -13,7 +13,7 @@ from prefixcore.distill import targets as targets_module
 from prefixcore.distill.divergence import tops
 from prefixcore.distill.front import Front, Reader
 from prefixcore.distill.learning import divergences
-from prefixcore.distill.report import CUT, FULL, NOTHING, PREFIX, START
+from prefixcore.distill.report import CUT, FULL, NOTHING, PREFIX, START, Report
 from prefixcore.distill.scores import Score, is_right
 from prefixcore.distill.store import Store
 from prefixcore.distill.student import comparable
@@ -257,6 +257,33 @@ def test_answers_are_the_likeliest_tokens_whatever_the_model_sets(model, tokeniz
     found = teach(model, tokenizer, prompts[:4])
     assert [target.answer for target in found] == [target.answer for target in plain]
     assert all(target.answer == target.top_ids[:, 0].tolist() for target in found)
+
+
+def test_a_prefix_that_keeps_little_is_said_to():
+    """Less than half of the right answers that the text brings, or of the equal tokens where there are none."""
+
+    def report(full, own, nothing):
+        scores = {FULL: full, PREFIX: own, CUT: nothing, NOTHING: nothing}
+        return Report(100, 8, {"training": 1, "validation": 1, "held_out": 1}, scores)
+
+    def score(tokens, right):
+        return Score(8, 0.5, tokens, 0.1, right, [])
+
+    little = report(score(1.0, 0.4), score(0.9, 0.1), score(0.5, 0.0))
+    assert little.kept == ("right answers", pytest.approx(0.25))
+    assert "keeps 25% of the right answers that the text brings" in little.notes()[-1]
+    enough = report(score(1.0, 0.4), score(0.9, 0.3), score(0.5, 0.0))
+    assert enough.kept == ("right answers", pytest.approx(0.75))
+    assert enough.notes() == []
+    # Where the text makes none right that nothing does not, or nobody says what is right, tokens count.
+    for right in (0.0, None):
+        found = report(score(1.0, right), score(0.6, right), score(0.5, right))
+        assert found.kept == ("equal tokens", pytest.approx(0.2))
+        assert "keeps 20% of the equal tokens" in found.notes()[-1]
+    assert report(score(1.0, None), score(1.0, None), score(1.0, None)).kept is None
+    worse = report(score(1.0, None), score(0.4, None), score(0.5, None))
+    assert "keeps 0% of" in worse.notes()[-1]
+    assert Report(100, 8, {}).kept is None
 
 
 def learned_positions(dropout=0.0):

@@ -9,6 +9,7 @@ from prefixcore.audit.running import FrozenRun
 from prefixcore.audit.virtual import VirtualTokens
 from prefixcore.distill import Prompt
 from prefixcore.distill import reads as reads_module
+from prefixcore.distill import start as start_module
 from prefixcore.distill.front import Front
 from prefixcore.distill.matching import fitted, heaviest_of_each_head, least_squares
 from prefixcore.distill.reads import Row, answered, reads_of
@@ -16,6 +17,7 @@ from prefixcore.distill.start import starting_values
 from prefixcore.distill.targets import Target
 from prefixcore.distill.writing import Asked
 from prefixcore.hf import attach
+from prefixcore.hf.positions.rotary import turn
 from prefixcore.nn import PrefixTuningConfig
 from prefixcore.ops import prefix_attention
 
@@ -160,6 +162,19 @@ def test_a_start_for_requests_answers_them_nearer_to_the_text(model, front, befo
     found = away(start(before))
     assert found < 0.5 * away(start([]))
     assert found < away(front.pairs)
+
+
+@pytest.mark.parametrize("before", [[], *BEFORE])
+def test_what_is_fitted_stands_as_far_from_the_words_as_the_text_does_from_the_teachers(
+    model, front, before, monkeypatch
+):
+    monkeypatch.setattr(start_module, "fitted", lambda reads, key, value, count: (key[:, -count:], value[:, -count:]))
+    targets = [Target(Asked(Prompt("x"), ROWS[0], before + ROWS[0]), [5], torch.zeros(1, 1), torch.zeros(1, 1))]
+    found = starting_values(model, front, 4, "match", targets, front.pairs).values
+    # The last four of the text stand at 8 to 11 and the teacher's words from 12 on; a request's from 4 + len(before).
+    expected = turn(model, [(key[:, -4:], value[:, -4:]) for key, value in front.pairs], 4 + len(before) - 12)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a[0], b[0])
 
 
 def test_a_request_is_cut_where_there_is_no_more_room(model, front, monkeypatch):
