@@ -40,6 +40,7 @@ class Text:
 def make(name: str, folder: Path) -> Text:
     """The text of that name; what has to be made is written into `folder`."""
     makers = {"capitals": capitals, "reviews": reviews, "desk": desk, "harbour": harbour, "shop": shop}
+    makers["desk-chat"] = desk_chat
     return makers[name](folder)
 
 
@@ -96,12 +97,25 @@ def reviews(folder: Path) -> Text:
 
 def desk(folder: Path) -> Text:
     """A prompt of rules with a few examples: headlines of BBC news, which it sorts into five sections."""
-    pairs = sources.headlines()
-    random.Random(0).shuffle(pairs)
-    rows = [{"prompt": f"{headline} ->", "completion": f" {section}"} for headline, section in pairs]
+    rows = [{"prompt": f"{headline} ->", "completion": f" {section}"} for headline, section in shuffled_headlines()]
     options = learn_and_measure(folder, "desk", rows, learn=200, measure=100)
     options += ["--end", "\\n", "--max-answer-tokens", "5"]
     return Text("desk", "rules with a few examples", TEXTS / "desk.txt", options)
+
+
+def desk_chat(folder: Path) -> Text:
+    """The same rules as the system message of a conversation, and headlines as a user's turns."""
+    rows = [{"prompt": headline, "completion": section} for headline, section in shuffled_headlines()]
+    options = learn_and_measure(folder, "desk-chat", rows, learn=200, measure=100)
+    options += ["--chat", "--match", "contains", "--max-answer-tokens", "8"]
+    return Text("desk-chat", "rules as a system message", TEXTS / "desk.txt", options)
+
+
+def shuffled_headlines() -> list[tuple[str, str]]:
+    """Headlines of BBC news with their sections, in an order that is always the same."""
+    pairs = list(sources.headlines())
+    random.Random(0).shuffle(pairs)
+    return pairs
 
 
 def learn_and_measure(
