@@ -55,6 +55,21 @@ def test_the_prefix_learns_what_the_text_does(model, tokenizer, prompts):
     assert weights_digest(model) == before
 
 
+def test_conversations_whose_requests_begin_with_a_system_message_of_the_templates_own(model, tokenizer):
+    """The text stands in its place before the teacher; the start knows of it."""
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}[system]Be nice.<end>{% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    asked = [Prompt(f"{a}{b}") for a in "abcde" for b in "stuvwxyz"]
+    options = DistillOptions(**{**OPTIONS, "num_virtual_tokens": 12, "steps": 1}, chat=True)
+    report = distill(model, tokenizer, TEXT, options=options, prompts=asked).report
+    assert report.start["kind"] == "match"
+    assert report.scores[FULL].tokens == len(tokenizer("[system]" + TEXT + "<end>[user]")["input_ids"])
+    assert report.scores[START].divergence < 0.3 * report.scores[CUT].divergence
+
+
 def test_the_adapter_is_one_as_any_other(model, tokenizer, prompts, tmp_path):
     options = DistillOptions(**{**OPTIONS, "steps": 3})
     distilled = distill(model, tokenizer, TEXT, options=options, prompts=prompts)
