@@ -113,8 +113,8 @@ def test_a_head_whose_queries_are_zero(model):
 
 
 BEFORE = [[3], [3, 50, 51, 52, 60, 61], list(range(30, 50))]
-"""What stands before the words of a request: a token that begins every text, and what a template writes, of six tokens and
-of more than the text has."""
+"""What stands before the words of a request: a token that begins every text, and what a template writes, of six tokens
+and of more than the text has."""
 
 
 @pytest.mark.parametrize("before", BEFORE)
