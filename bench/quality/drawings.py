@@ -9,8 +9,22 @@ from .intervals import interval, mean
 from .methods import METHODS
 from .records import Record, chosen
 
-COLOURS = {"ours": "#c1272d", "PEFT": "#1f77b4", "LoRA": "#2a8c5a", "written": "#8c8c2a", "bare": "#444444"}
-LABELS = {"ours": "prefixcore", "PEFT": "PEFT's prompts", "LoRA": "LoRA", "written": "written prompt", "bare": "bare"}
+COLOURS = {
+    "ours": "#c1272d",
+    "ours, from a text": "#e8898c",
+    "PEFT": "#1f77b4",
+    "LoRA": "#2a8c5a",
+    "written": "#8c8c2a",
+    "bare": "#444444",
+}
+LABELS = {
+    "ours": "prefixcore",
+    "ours, from a text": "prefixcore, from a text",
+    "PEFT": "PEFT's prompts",
+    "LoRA": "LoRA",
+    "written": "written prompt",
+    "bare": "bare",
+}
 
 Content = dict[str, list[dict[str, Any]]]
 """Task to its points."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from bench.cells import markdown
 
 from .intervals import mean
 from .methods import METHODS
+from .ours import FROM_A_TEXT
 from .plan import NO_OPTION
 from .records import Record, at_rate, chosen
 from .tasks import TASKS
@@ -42,12 +44,12 @@ def capitals(kept: Sequence[Record]) -> Found:
     return ", ".join(said), max(found) >= CAPITALS if found else None, TASKS
 
 
-def ahead_of_peft(kept: Sequence[Record]) -> Found:
+def ahead_of_peft(kept: Sequence[Record], kind: str = "ours") -> Found:
     """On which tasks the best of ours is ahead of the best of PEFT's prompts."""
     ahead: list[str] = []
     behind: list[str] = []
     for task in dict.fromkeys(each.task for each in kept):
-        ours, others = shares(kept, task, "ours"), shares(kept, task, "PEFT")
+        ours, others = shares(kept, task, kind), shares(kept, task, "PEFT")
         if ours and others:
             (ahead if max(ours.values()) > max(others.values()) else behind).append(task)
     said = f"ahead on {', '.join(ahead) or 'none'}; not on {', '.join(behind) or 'none'}"
@@ -69,9 +71,10 @@ def beside_lora(kept: Sequence[Record]) -> Found:
 
 def table(kept: Sequence[Record]) -> str:
     """A row a goal."""
-    goals = {
+    goals: dict[str, Callable[[Sequence[Record]], Found]] = {
         f"capitals at least {CAPITALS:.0f} % with no option set": capitals,
         "ahead of PEFT's best prompt at equal steps, on every task but one at most": ahead_of_peft,
+        "the same with ours started from the same text as PEFT's": partial(ahead_of_peft, kind=FROM_A_TEXT),
         f"within {WITHIN:.0f} points of LoRA with a tenth of its numbers": beside_lora,
     }
     rows = []

@@ -43,7 +43,7 @@ class Method:
     Attributes:
         name: what records call it.
         title: what pages call it.
-        kind: "bare", "written", "ours", "PEFT" or "LoRA".
+        kind: "bare", "written", "ours", "ours, from a text", "PEFT" or "LoRA".
         attach: a context manager of (model, tokenizer, task, seed) that gives an `Attached`; None: nothing is trained.
         rates: learning rates that the validation side chooses from.
         options: further options of the training, for all rates.

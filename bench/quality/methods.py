@@ -14,6 +14,7 @@ from .ours import (
     BASIS,
     EMBEDDING,
     FAST_GATE,
+    FROM_A_TEXT,
     KV,
     LINEAR,
     MATRIX,
@@ -34,6 +35,10 @@ _ALL = (
     *map(written, SHOTS),
     ours("prefix", "prefix", PREFIX, KV, **AS_IT_IS),
     ours("prompt", "soft prompt", PROMPT, EMBEDDING, **AS_IT_IS),
+    ours("prefix-text", "prefix, from a text", PREFIX, KV, **AS_IT_IS, start="instruction", kind=FROM_A_TEXT),
+    ours(
+        "prompt-text", "soft prompt, from a text", PROMPT, EMBEDDING, **AS_IT_IS, start="instruction", kind=FROM_A_TEXT
+    ),
     ours("p-tuning", "P-tuning", P_TUNING, (1e-3, 3e-3), **AS_IT_IS),
     *(
         ours(f"prefix-{n}", f"prefix, {n:,} numbers", PREFIX, BASIS, reparameterization="random_basis", num_basis=n)

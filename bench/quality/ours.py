@@ -22,6 +22,9 @@ from .texts import preface, shown
 LEVER_TOKENS = 32
 """At how many tokens of examples levers are compared with each other: half of what a start has."""
 
+FROM_A_TEXT = "ours, from a text"
+"""The kind of those that a person has started from the same text as PEFT's; else they are "ours"."""
+
 AS_IT_IS: Mapping[str, Any] = {"most": NUM_VIRTUAL_TOKENS, "average": True}
 """What `prefixcore train` does with no option set."""
 
@@ -43,6 +46,7 @@ def ours(
     tokens: int | None = None,
     most: int = LEVER_TOKENS,
     average: bool = False,
+    kind: str = "ours",
     training: Mapping[str, Any] | None = None,
     around: Callable[[Any], AbstractContextManager[Sequence[torch.nn.Parameter]]] | None = None,
     **options: Any,
@@ -59,6 +63,7 @@ def ours(
         tokens: P; None: what the start has, or 20.
         most: how many tokens whole examples may fill.
         average: whether what is trained is the average of its steps, as it is by default; levers are compared without.
+        kind: of the method.
         training: further options of the training.
         around: of the handle: a block in which something is changed, and what is trained along.
         options: of the configuration; a function is asked for its value with the model's number of layers.
@@ -86,7 +91,7 @@ def ours(
             parameters = [each for each in (*handle.parameters(), *further) if each.numel()]
             yield Attached(handle.model, parameters, handle.can_pack, handle.num_virtual_tokens)
 
-    return Method(name, title, "ours", attach, rates, {"average": average, **(training or {})})
+    return Method(name, title, kind, attach, rates, {"average": average, **(training or {})})
 
 
 def text_of_examples(model: Any, tokenizer: Any, task: Task, seed: int, tokens: int | None, most: int) -> str:

@@ -14,6 +14,7 @@ from bench.cells import markdown
 from . import drawings, goals, known, plan, records, sustained
 from .intervals import mean, percent
 from .methods import METHODS
+from .ours import FROM_A_TEXT
 from .records import Record, chosen
 from .starts import FILE, best_draw
 
@@ -48,10 +49,10 @@ def ranking(kept: Sequence[Record], task: str, kinds: Sequence[str]) -> list[tup
 
 def summary(kept: Sequence[Record]) -> str:
     """The best of each kind on each task; where ours is not ahead, that stands in bold."""
-    kinds = {"ours": ["ours"], "PEFT": ["PEFT"], "LoRA": ["LoRA"], "written": ["written"], "bare": ["bare"]}
+    kinds = ("ours", FROM_A_TEXT, "PEFT", "LoRA", "written", "bare")
     rows = []
     for task, title in TITLES.items():
-        best = {kind: ranking(kept, task, names) for kind, names in kinds.items()}
+        best = {kind: ranking(kept, task, [kind]) for kind in kinds}
         if not any(best.values()):
             continue
         top = max(found[0][0] for found in best.values() if found)
@@ -64,7 +65,15 @@ def summary(kept: Sequence[Record]) -> str:
             text = f"{100 * share:.0f}" + ("" if METHODS[name].kind in ("bare", "LoRA") else f" {METHODS[name].title}")
             cells.append(f"**{text}**" if share == top else text)
         rows.append(cells)
-    header = ("% right, held out", "prefixcore", "PEFT's prompts", "LoRA", "written prompt", "bare")
+    header = (
+        "% right, held out",
+        "prefixcore",
+        "the same, from a text",
+        "PEFT's prompts",
+        "LoRA",
+        "written prompt",
+        "bare",
+    )
     return markdown(header, rows) if rows else NOTHING
 
 
@@ -72,13 +81,14 @@ def where_others_win(kept: Sequence[Record]) -> str:
     """Each task on which something else than a prompt of ours is ahead, with both figures."""
     lines = []
     for task, title in TITLES.items():
-        own = ranking(kept, task, ["ours"])
+        own, written = (ranking(kept, task, [kind]) for kind in ("ours", FROM_A_TEXT))
         if not own and any(each.task == task for each in kept):
             lines.append(f"- {title}: nothing of ours has been run yet.")
         for share, name in ranking(kept, task, ["PEFT", "LoRA", "written"]):
             if own and share > own[0][0]:
                 ours = f"{METHODS[own[0][1]].title} {100 * own[0][0]:.0f} %"
-                lines.append(f"- {title}: {METHODS[name].title} {100 * share:.0f} %, ours at best {ours}.")
+                same = f", {100 * written[0][0]:.0f} % from the same text" if written else ""
+                lines.append(f"- {title}: {METHODS[name].title} {100 * share:.0f} %, ours at best {ours}{same}.")
     if lines:
         return "\n".join(lines)
     others = [name for name in plan.MAIN if METHODS[name].kind == "PEFT"]

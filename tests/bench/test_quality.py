@@ -170,7 +170,7 @@ def test_intervals_hold_the_mean_and_narrow_with_examples():
 def test_the_page_says_first_where_others_win():
     kept = [record("prefix", 0, 1e-3, 0.5, "0011"), record("lora", 0, 1e-3, 0.5, "0111")]
     assert page.where_others_win(kept) == "- Dates rewritten: LoRA, rank 8 (PEFT) 75 %, ours at best prefix 50 %."
-    assert "| Dates rewritten | 50 prefix | - | **75** | - | - |" in page.summary(kept)
+    assert "| Dates rewritten | 50 prefix | - | - | **75** | - | - |" in page.summary(kept)
     nowhere = "Nowhere among what has been run; of PEFT's prompts that is 0 of 6 settings."
     assert page.where_others_win(kept[:1]) == nowhere
 
