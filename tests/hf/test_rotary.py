@@ -142,6 +142,14 @@ def test_in_bfloat16_the_same_layout_is_found(family: str) -> None:
         assert float((key - expected.float()).norm() / expected.float().norm()) < 0.05
 
 
+def test_scores_that_depend_on_more_than_the_distance_are_found_out() -> None:
+    """HunYuan's norm comes behind its rotary embedding: trained weights scale what has turned."""
+    model = make("HunYuanDenseV1ForCausalLM", every_class()["HunYuanDenseV1ForCausalLM"])
+    for layer in model.model.layers:
+        torch.nn.init.uniform_(layer.self_attn.key_layernorm.weight, 0.5, 2.0)
+    assert "has keys in layer 0 that turn with their position by none of its 1 tables" in str(why_fixed(model))
+
+
 def test_some_layers_turn_by_their_own_table() -> None:
     model = build("gemma3")
     here, there = cached_keys(model, IDS, 0), cached_keys(model, IDS, BY)
