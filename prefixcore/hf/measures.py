@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from ..adapters.whole import whole_module
 from ..nn import Prefix
 from .attention.mass import watch_mass
 from .batch.tasks import TASK_IDS
+from .handle import Handle
 from .model.sharded import reshard
 from .model.signature import argument_names
-
-if TYPE_CHECKING:
-    from .handle import Handle
 
 _ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label")
 """What a loss is computed from, which is not wanted here."""
@@ -47,6 +45,9 @@ def measure(handle: Handle, batches: Mapping[str, Any] | Iterable[Mapping[str, A
     Returns:
         The numbers. Where FSDP2 has the virtual tokens in parts, every process has to call, and all get the same.
 
+    Raises:
+        TypeError: something else than a handle, such as the model.
+
     Examples:
         >>> handle = prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4))
         >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
@@ -54,6 +55,8 @@ def measure(handle: Handle, batches: Mapping[str, Any] | Iterable[Mapping[str, A
         >>> sorted(prefixcore.measure(handle, batch))[::2]
         ['prefix_attention/layer_0', 'prefix_grad_norm/layer_0', 'prefix_norm/layer_0']
     """
+    if not isinstance(handle, Handle):
+        raise TypeError(f"expected the handle that attach or load gave, got a {type(handle).__name__}")
     some = [batches] if isinstance(batches, Mapping) else batches
     return {**norms(handle), **attention_on_prefix(handle, (dict(batch) for batch in some))}
 

@@ -19,11 +19,12 @@ from .families import (
     known_families,
     text_config,
 )
+from .model.own_words import own_words
 from .model.sample_inputs import reads_tokens
 from .model.signature import argument_names
 from .positions.model_inputs import OTHER, SEQUENCE, head_of
 from .tested_classes import PREFIX, SOFT_PROMPT, TESTED
-from .verify import check_causal, own_words, verify_prefix, verify_soft_prompt
+from .verify import check_causal, verify_prefix, verify_soft_prompt
 from .verify_encoder import verify_encoder, verify_encoder_prompt
 from .verify_hybrid import verify_hybrid
 

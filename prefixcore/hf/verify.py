@@ -7,8 +7,6 @@ and a forward and a backward must pass. So what a model cannot do is found here,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +22,7 @@ from .bank.attached import Attached
 from .bank.bank import Bank
 from .families import AS_DECODER, known_families, text_config
 from .model.devices import device_of
+from .model.own_words import own_words
 from .positions.model_inputs import SEQUENCE, found_to_read_ids, head_of, plain_ids, reads_ids, stand_in
 
 TEXT, CONTINUATION, NEW = 3, 4, 2
@@ -136,31 +135,6 @@ def check_causal(model: PreTrainedModel, what: str = "a soft prompt") -> None:
             f"{type(model).__name__} is meant to generate, but its text is not causal: a later token changes an "
             f"earlier logit, and what it generates with a cache is not what it generates without. {AS_DECODER}"
         )
-
-
-@contextmanager
-def own_words(model: PreTrainedModel, what: str) -> Iterator[None]:
-    """A block that runs the model: what is raised becomes NotImplementedError, which says if the model raised it."""
-    try:
-        yield
-    except (NotImplementedError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or ["no message"]
-        whose = "" if _is_ours(error) else f"its own code raises {type(error).__name__}: "
-        raise NotImplementedError(
-            f"{type(model).__name__} cannot be given {what}: on a few tokens of text, {whose}{lines[0]}"
-        ) from error
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised an error, and not what it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not isinstance(error, (ValueError, RuntimeError)):
-        return False
-    return str(trace.tb_frame.f_globals.get("__name__")).startswith(__package__.partition(".")[0])
 
 
 def first(output: Any) -> Tensor:

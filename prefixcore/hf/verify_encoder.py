@@ -21,13 +21,14 @@ from .attention.recording import AttentionCall
 from .bank.attached import Attached
 from .bank.bank import Bank
 from .model.devices import device_of
+from .model.own_words import own_words
 from .model.sample_inputs import reads_tokens, sample_inputs
 from .model.signature import argument_names
 from .model.wrapped import WrappedMethod
 from .positions.decoder_positions import embed_positions, moved, position_module
 from .positions.model_inputs import plain_ids
 from .positions.position_table import first_position
-from .verify import own_words, tolerance
+from .verify import tolerance
 
 _VIRTUAL, _LENGTH, _PADDING = 3, 6, 2
 

@@ -16,8 +16,9 @@ from .attention.recording import AttentionCall
 from .bank.attached import Attached
 from .bank.bank import Bank
 from .model.devices import device_of
+from .model.own_words import own_words
 from .positions.model_inputs import plain_ids
-from .verify import CONTINUATION, NEW, PADDING, TEXT, first, generate, generate_after_text, own_words, tolerance
+from .verify import CONTINUATION, NEW, PADDING, TEXT, first, generate, generate_after_text, tolerance
 from .verify_encoder import verify_encoder
 
 

@@ -72,6 +72,11 @@ def test_the_norm_of_a_soft_prompt_is_of_what_the_model_reads(config: Any, more:
     assert prefixcore.measure(loaded) == {"prompt_norm": expected}
 
 
+def test_measure_asks_for_the_handle() -> None:
+    with pytest.raises(TypeError, match="expected the handle that attach or load gave, got a LlamaForCausalLM"):
+        prefixcore.measure(tiny.model())  # type: ignore[arg-type]
+
+
 def test_measure_is_norms_gradients_and_attention() -> None:
     handle = prefixcore.attach(tiny.model(), PREFIX)
     before = prefixcore.measure(handle)

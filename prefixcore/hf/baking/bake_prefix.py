@@ -23,10 +23,10 @@ from ..bank.bank import Bank
 from ..bank.prefix_calls import compute_once
 from ..bank.reach import reach
 from ..families import text_config
+from ..model.own_words import own_words
 from ..positions.position_table import position_limit
 from ..positions.rotary import has_moving_positions
 from ..reaching import find_attention_layers
-from ..verify import own_words
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 

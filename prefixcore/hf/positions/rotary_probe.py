@@ -20,6 +20,7 @@ from ..attention.discover import discover, find_backbone, is_encoder
 from ..attention.discover_cached import discover_cached, record_again
 from ..attention.recording import AttentionCall
 from ..families import is_known, text_config
+from ..model.own_words import own_words
 from ..model.signature import argument_names, as_keywords
 from .frequencies import tables_of
 from .key_turn import KeyTurn, every_turn
@@ -61,8 +62,6 @@ def probed_turns(model: PreTrainedModel) -> tuple[KeyTurn, ...]:
     Raises:
         NotImplementedError: an encoder, or keys that do something else than turn.
     """
-    from ..verify import own_words
-
     with own_words(model, "keys that are moved to other positions"):
         calls, backbone = _layers(model)
         if is_encoder(model, calls):
