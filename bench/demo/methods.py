@@ -51,10 +51,11 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def train_peft(model: Any, tokenizer: Any, task: Task, seed: int) -> Outcome:
-    """PEFT's prefix tuning as a newcomer gets it: its own start, as many virtual tokens as our prefix."""
+    """PEFT's prefix tuning as a newcomer gets it: its own start, the last step's values, as many virtual tokens as ours."""
+    options = replace(PREFIX, average=False)
     wrapped = peft_model(model, tokenizer, seed)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return _train(PEFT_NAME, wrapped, wrapped.parameters(), trainable, tokenizer, task, PREFIX, seed)
+    return _train(PEFT_NAME, wrapped, wrapped.parameters(), trainable, tokenizer, task, options, seed)
 
 
 def peft_model(model: Any, tokenizer: Any, seed: int) -> Any:
