@@ -51,7 +51,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def train_peft(model: Any, tokenizer: Any, task: Task, seed: int) -> Outcome:
-    """PEFT's prefix tuning as a newcomer gets it: its own start, the last step's values, as many virtual tokens as ours."""
+    """PEFT's prefix tuning as a newcomer gets it: its start, its last step, as many virtual tokens as our prefix."""
     options = replace(PREFIX, average=False)
     wrapped = peft_model(model, tokenizer, seed)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
