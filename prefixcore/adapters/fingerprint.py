@@ -211,7 +211,8 @@ def _sample(weight: Tensor) -> Tensor:
 def _places(size: int) -> Tensor:
     """Where the samples of a weight of `size` numbers lie; a model has few different sizes."""
     count = min(SAMPLES, size)
-    return torch.arange(count) * (size - 1) // max(count - 1, 1)
+    with torch.inference_mode(False):  # it is kept, whatever mode and default device the first call has
+        return torch.arange(count, device="cpu") * (size - 1) // max(count - 1, 1)
 
 
 def listed(names: list[str]) -> str:

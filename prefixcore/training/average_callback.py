@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from ..adapters.weights import is_sharded
 from .averaging import Average
 
 FILE = "average.safetensors"
@@ -23,7 +24,7 @@ class AverageCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins: `load_best_model_at_end`, whose values the average would take the place of;
-            nothing to train; or parameters that are in parts (DeepSpeed's ZeRO-3).
+            nothing to train; or parameters that several processes have in parts (FSDP2, DeepSpeed's ZeRO-3).
 
     Examples:
         >>> from transformers import Trainer, TrainingArguments
@@ -48,8 +49,11 @@ class AverageCallback(TrainerCallback):
         trained = [each for each in model.parameters() if each.requires_grad]
         if not trained:
             raise ValueError("no parameter requires a gradient; attach before the Trainer is made")
-        if any(hasattr(each, "ds_id") for each in trained):
-            raise ValueError("DeepSpeed's ZeRO-3 keeps parameters in parts, and they cannot be averaged: take stage 2")
+        if any(hasattr(each, "ds_id") or is_sharded(each) for each in trained):
+            raise ValueError(
+                "several processes have the parameters in parts (FSDP2 or DeepSpeed's ZeRO-3), and AverageCallback "
+                "keeps whole ones: take DDP or ZeRO's stage 2, or leave the callback out"
+            )
         self._average = Average(trained)
         if state.global_step:
             self._average.steps = state.global_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import time
 
@@ -94,3 +95,14 @@ def test_a_hundred_million_parameters_in_well_under_a_second():
     start = time.process_time()  # others on the machine do not lengthen it
     fingerprint(model)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, lambda: torch.device("meta")])
+def test_what_the_first_model_was_read_in_is_not_left_to_the_next(first):
+    kept = importlib.import_module("prefixcore.adapters.fingerprint")
+    weight = torch.nn.Parameter(torch.arange(3001.0))
+    expected = kept._sample(weight)
+    kept._places.cache_clear()
+    with first():
+        kept._sample(weight.detach())
+    assert torch.equal(kept._sample(weight), expected)

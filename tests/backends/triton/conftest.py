@@ -8,10 +8,17 @@ from importlib.util import find_spec
 import pytest
 
 from tests.backends.triton import stand_in
-from tests.device import DEVICE
+from tests.device import DEVICE, triton_backend
 
 _NEEDS_TRITON = ("beside", "flash4", "folded", "merged", "registration", "soft_embedding")
 collect_ignore = [] if find_spec("triton") else [f"test_{name}.py" for name in _NEEDS_TRITON]
+
+
+@pytest.fixture(scope="module")
+def triton() -> Iterator[None]:
+    """Ops run on Triton's kernels, also where there is no GPU."""
+    with triton_backend():
+        yield
 
 
 @pytest.fixture

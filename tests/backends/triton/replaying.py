@@ -6,11 +6,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from prefixcore.backends.triton import replay
+from tests.device import DEVICE
 from tests.ops.problems import Problem
+
+WITHOUT_GPU = [
+    pytest.mark.skipif(DEVICE.type == "cuda", reason="test_replay_on_device.py runs where there is a GPU"),
+    pytest.mark.usefixtures("triton"),
+]
+"""What marks each file of them."""
 
 SMALL = Problem(B=2, H=2, Hkv=1, T=5, P=3, D=16)
 LEAST = replace(SMALL, B=1, T=3, P=2)

@@ -5,7 +5,6 @@ Where there is no GPU, `stand_in` takes the driver's place and Triton's interpre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +17,10 @@ import prefixcore
 from prefixcore.backends import library
 from prefixcore.backends.triton import recording, replay, use_path
 from tests.backends.triton import stand_in
-from tests.backends.triton.replaying import LEAST, SMALL, run_recorded, small_tensors
-from tests.device import DEVICE, triton_backend
+from tests.backends.triton.replaying import LEAST, SMALL, WITHOUT_GPU, run_recorded, small_tensors
 from tests.ops.problems import check, run
 
-pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="test_replay_on_device.py runs where there is a GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def backend() -> Iterator[None]:
-    with triton_backend():
-        yield
+pytestmark = WITHOUT_GPU
 
 
 CASES: dict[str, dict[str, Any]] = {

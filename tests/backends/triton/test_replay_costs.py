@@ -6,26 +6,18 @@ Where there is no GPU, `stand_in` takes the driver's place and Triton's interpre
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 import prefixcore
 from prefixcore.backends.triton import replay, use_path
 from prefixcore.backends.triton.plan_words import Memory
 from tests.backends.triton import stand_in
-from tests.backends.triton.replaying import small_tensors
-from tests.device import DEVICE, triton_backend
+from tests.backends.triton.replaying import WITHOUT_GPU, small_tensors
 
-pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="test_replay_on_device.py runs where there is a GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def backend() -> Iterator[None]:
-    with triton_backend():
-        yield
+pytestmark = WITHOUT_GPU
 
 
 class Calls:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,16 +19,10 @@ from prefixcore.backends import triton
 from prefixcore.backends.triton import recording, replay, replay_check
 from prefixcore.cli import doctor
 from tests.backends.triton import stand_in
-from tests.backends.triton.replaying import NOT_KEPT, count, run_recorded
-from tests.device import DEVICE, triton_backend
+from tests.backends.triton.replaying import NOT_KEPT, WITHOUT_GPU, count, run_recorded
+from tests.device import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="test_replay_on_device.py runs where there is a GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def backend() -> Iterator[None]:
-    with triton_backend():
-        yield
+pytestmark = WITHOUT_GPU
 
 
 @pytest.mark.parametrize("case", NOT_KEPT)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +20,9 @@ from prefixcore.backends import gradients, library
 from prefixcore.backends.problem import attention_problem
 from prefixcore.backends.triton import recording, replay, use_path
 from tests.backends.triton import stand_in
-from tests.backends.triton.replaying import LEAST, count, small_tensors
-from tests.device import DEVICE, triton_backend
+from tests.backends.triton.replaying import LEAST, WITHOUT_GPU, count, small_tensors
 
-pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="test_replay_on_device.py runs where there is a GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def backend() -> Iterator[None]:
-    with triton_backend():
-        yield
+pytestmark = WITHOUT_GPU
 
 
 def _shifted(x: Tensor) -> Tensor:
