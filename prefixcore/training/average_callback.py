@@ -6,13 +6,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..adapters.weights import is_sharded
 from .averaging import Average
+from .weights import tensors_digest
 
 FILE = "average.safetensors"
+BESIDE = "digest of the step's own values"
 
 
 class AverageCallback(TrainerCallback):
@@ -61,12 +65,20 @@ class AverageCallback(TrainerCallback):
 
     def _go_on(self, file: Path) -> None:
         assert self._average is not None
-        if not file.is_file():
+        try:
+            kept = read(file, tensors_digest(self._average.parameters))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: damaged ({error}); delete it to go on from the checkpoint's own values, or take another "
+                "checkpoint"
+            ) from error
+        if kept is None:
             warnings.warn(
-                f"no average beside the checkpoint ({file}): it goes on from the checkpoint's own values", stacklevel=2
+                f"no average beside the checkpoint ({file} is not there, or of other values): it goes on from the "
+                "checkpoint's own values",
+                stacklevel=2,
             )
             return
-        kept = load_file(file)
         for number, value in enumerate(self._average.values):
             value.copy_(kept[str(number)])
 
@@ -79,7 +91,8 @@ class AverageCallback(TrainerCallback):
         """Keeps the average beside the checkpoint."""
         folder = checkpoint(args, state)
         if self._average is not None and state.is_world_process_zero and folder.is_dir():
-            save_file({str(n): value.contiguous() for n, value in enumerate(self._average.values)}, folder / FILE)
+            values = {str(n): value.contiguous() for n, value in enumerate(self._average.values)}
+            save_file(values, folder / FILE, {BESIDE: tensors_digest(self._average.parameters)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Puts the average in place."""
@@ -90,3 +103,16 @@ class AverageCallback(TrainerCallback):
 def checkpoint(args: Any, state: Any) -> Path:
     """The folder of the checkpoint of this step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def read(file: Path, beside: str) -> dict[str, Tensor] | None:
+    """The average that was kept beside the step's values with this digest; None: the file is not there, or of others.
+
+    A callback is not told from which folder a training goes on: it may be another than the one it writes to.
+    """
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as opened:
+        if (opened.metadata() or {}).get(BESIDE) != beside:
+            return None
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 it is no dictionary

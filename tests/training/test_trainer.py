@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_the_state_is_saved_with_what_was_logged(tmp_path: Path) -> None:
     assert any("prefix_attention/layer_1" in log for log in state["log_history"])
 
 
-def averaged(config: Any, folder: Path, resume: bool = False, **changes: Any) -> tuple[Any, list[list[Tensor]]]:
+def averaged(config: Any, folder: Path, resume: bool | str = False, **changes: Any) -> tuple[Any, list[list[Tensor]]]:
     """What a training with `AverageCallback` leaves, and its values after each step."""
     handle, trainer = make(config, folder, lr_scheduler_type="constant", **changes)
     steps: list[list[Tensor]] = []
@@ -210,6 +211,26 @@ def test_an_average_goes_on_from_a_checkpoint_to_the_bit(tmp_path: Path) -> None
     (tmp_path / "half" / "checkpoint-4" / "average.safetensors").unlink()
     with pytest.warns(UserWarning, match="no average beside the checkpoint"):
         averaged(CONFIGS["prefix"], tmp_path / "half", resume=True, max_steps=6)
+
+
+def test_an_average_of_another_training_is_not_gone_on_from(tmp_path: Path) -> None:
+    """A training that goes on from another folder's checkpoint may find one of the same number in its own."""
+    averaged(CONFIGS["prefix"], tmp_path / "first", max_steps=2)
+    averaged(CONFIGS["prefix"], tmp_path / "other", max_steps=2, learning_rate=0.5)
+    with pytest.warns(UserWarning, match="no average beside the checkpoint .* of other values"):
+        handle, _ = averaged(CONFIGS["prefix"], tmp_path / "other", resume=str(tmp_path / "first" / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "other")
+    with pytest.warns(UserWarning, match="is not there"):
+        alone, _ = averaged(CONFIGS["prefix"], tmp_path / "other", resume=str(tmp_path / "first" / "checkpoint-2"))
+    assert same(values(handle), values(alone))
+
+
+def test_a_damaged_average_is_named(tmp_path: Path) -> None:
+    averaged(CONFIGS["prefix"], tmp_path, max_steps=2)
+    file = tmp_path / "checkpoint-2" / "average.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"average\.safetensors: damaged .* delete it"):
+        averaged(CONFIGS["prefix"], tmp_path, resume=True)
 
 
 def test_an_average_and_the_best_checkpoint_are_two_wishes(tmp_path: Path) -> None:
