@@ -26,10 +26,10 @@ _MOST_NUMBERS_A_BYTE = {"plain": 1, "quantized": 8}
 
 
 def check_size(name: str) -> None:
-    """Raises UserError if the configuration asks for more layers than are ever built, or more than the files hold.
+    """Raises UserError if the configuration asks for too many layers, more than the files hold, or an encoder-decoder.
 
     Args:
-        name: `--model`. Of an id, whose files are not there yet, only the numbers of layers are looked at.
+        name: `--model`. Of an id, whose files are not there yet, only the configuration is looked at.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -49,6 +49,11 @@ def check_size(name: str) -> None:
         layers = getattr(config.get_text_config(), "num_hidden_layers", None)
         if isinstance(layers, int) and layers < 1:
             raise UserError(f"--model {name} cannot be opened: its config.json has {layers} layers")
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"--model {name} is an encoder-decoder ({config.model_type}), and the commands are for causal language "
+            "models: attach, train and save in Python (docs/guides/transformers.md, Encoder-decoders)"
+        )
     if folder.is_dir():
         _check_files(name, folder, config)
 

@@ -11,15 +11,6 @@ from ..training.data import vocabulary_size
 from .errors import DistillError
 
 
-def check_model_answers(model: Any) -> None:
-    """Raises NotImplementedError unless the model goes on with a text."""
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise NotImplementedError(
-            f"{type(model).__name__} does not go on with a text, so there are no answers to learn from: expected a "
-            "causal language model"
-        )
-
-
 def positions_of(model: Any) -> int | None:
     """How many tokens the model can read, or was made to read; None: nobody says."""
     learned = position_limit(model)

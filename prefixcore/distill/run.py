@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from ..hf import attach
 from ..hf.attaching import check_model
+from ..training.causal import TO_ANSWER, check_causal
 from ..training.data import pad_id
 from ..training.weights import configuration_digest, weights_digest
-from .checks import check_ids, check_length, check_model_answers, positions_of
+from .checks import check_ids, check_length, positions_of
 from .errors import DistillError
 from .front import Front
 from .measuring import measure
@@ -81,7 +82,7 @@ def distill(
         'capitals'
     """
     check_model(model)
-    check_model_answers(model)
+    check_causal(model, TO_ANSWER)
     was_training = model.training
     model.eval()  # a teacher with dropout would answer otherwise each time
     try:

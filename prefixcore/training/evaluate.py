@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .batch import Batch, Call, call_model, loss_of
+from .causal import TO_ANSWER, TO_LEARN, check_causal
 from .chat import question_ids
 from .data import IGNORED, DataError, Example, TokenizedExample, collate, encode, pad_id
 
@@ -75,6 +76,7 @@ def held_out_loss(
         >>> 4 < loss < 5  # of random weights: about the logarithm of the 97 tokens that there are
         True
     """
+    check_causal(model, TO_LEARN)
     total, tokens = 0.0, 0
     with _in_eval_mode(model) as device:
         for start in range(0, len(examples), batch_size):
@@ -89,6 +91,8 @@ def held_out_loss(
             count = int((batch.arguments["labels"][:, 1:] != IGNORED).sum())
             total += float(loss_of(model, batch, call)) * count
             tokens += count
+    if not tokens:
+        raise ValueError(f"none of {len(examples)} examples has a token to predict: a completion behind a first token")
     return total / tokens
 
 
@@ -143,6 +147,7 @@ def _continue(
     max_length: int | None,
     options: dict[str, Any],
 ) -> list[str]:
+    check_causal(model, TO_ANSWER)
     padding = pad_id(tokenizer, model)
     if end:
         options = {**options, "stop_strings": [end], "tokenizer": tokenizer}
@@ -210,6 +215,8 @@ def evaluate(
         >>> evaluate(model, tokenizer, examples, tokenize(tokenizer, examples)).exact_match
         0.0
     """
+    if not tokenized:
+        raise ValueError("no examples to evaluate on")
     longest = max(len(example.answer_ids) for example in tokenized)
     prompts = [example.question_ids for example in tokenized]
     answers = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, {"do_sample": False})

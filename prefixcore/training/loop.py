@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..hf.shared_texts import sharing_width as width_of
 from .activations import cache_activations
 from .batch import Batch, Call, call_model, loss_of
+from .causal import TO_LEARN, check_causal
 from .data import TokenizedExample, batches, pad_id
 from .evaluate import held_out_loss
 from .optimization import optimize
@@ -58,6 +59,7 @@ def train(
         3
     """
     options = options or TrainingOptions()
+    check_causal(handle.model, TO_LEARN)
     packed = handle.can_pack if packed is None else packed
     with ExitStack() as stack:
         call: Call = call_model
@@ -121,6 +123,7 @@ def fit(
     Raises:
         ValueError: nothing to train or to learn from, no held-out examples for an option that goes by them, or a loss
             that is not finite (the parameters are then those before that step).
+        NotImplementedError: an encoder, an encoder-decoder, or a model without a language model's head.
 
     Examples:
         >>> from prefixcore.training import Example, TrainingOptions, fit, tokenize
@@ -130,6 +133,7 @@ def fit(
         2
     """
     options = options or TrainingOptions()
+    check_causal(model, TO_LEARN)
     if not examples:
         raise ValueError("no examples to train on")
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -220,6 +220,13 @@ def test_a_damaged_model(train, tmp_path, model_folder, name):
     assert f"--model {damaged} {what}" in message(err)
 
 
+def test_an_encoder_decoder(train, tmp_path):
+    """transformers would open its decoder alone, or list every other model."""
+    code, _, err = train("--method", "prefix", "--model", tiny.encoder_decoder_folder(tmp_path / "bart"))
+    assert code == 2
+    assert "is an encoder-decoder (bart), and the commands are for causal language models" in message(err)
+
+
 def test_an_unwritable_place(train, tmp_path):
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):

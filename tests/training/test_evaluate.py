@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prefixcore.training import Evaluation, Example, evaluate, held_out_loss, predict, tokenize
+from prefixcore.training import Evaluation, Example, TokenizedExample, evaluate, held_out_loss, predict, tokenize
 from prefixcore.training.data import IGNORED
 from prefixcore.training.evaluate import exact_match, is_right
 from tests import tiny
@@ -102,3 +102,12 @@ def test_generation_stops_at_the_end_text():
     end = free[4]
     (cut,) = predict(model, tokenizer, ["c"], max_new_tokens=12, end=end)
     assert cut == free[: free.index(end)]
+
+
+def test_nothing_to_evaluate_on():
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    with pytest.raises(ValueError, match="no examples to evaluate on"):
+        evaluate(model, tokenizer, [], [])
+    for examples in ([], [TokenizedExample([5], [])]):
+        with pytest.raises(ValueError, match=f"none of {len(examples)} examples has a token to predict"):
+            held_out_loss(model, examples, 0)

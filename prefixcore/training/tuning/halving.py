@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...hf import PromptBank
 from ..averaging import Average
+from ..causal import TO_LEARN, check_causal
 from ..data import TokenizedExample, batches, pad_id
 from ..options import TrainingOptions, TrainingRecord
 from ..stopping import stop_on_signal
@@ -184,6 +185,7 @@ def tune(
         raise ValueError(f"seconds must be a finite number above 0, got {seconds}")
     if most_steps is not None and most_steps < 1:
         raise ValueError(f"most_steps must be at least 1 or None, got {most_steps}")
+    check_causal(bank.model, TO_LEARN)
     if len(bank):
         raise ValueError(f"the bank must hold nothing, and it has {', '.join(bank.names)}; remove them")
     return _Run(bank, tokenizer, candidates, examples, held_out, batch_size, seed, packed).run(
