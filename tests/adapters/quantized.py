@@ -1,4 +1,4 @@
-"""A tensor subclass as torchao has them: int8 numbers and scales, which only `linear` and `dequantize` know."""
+"""A tensor subclass as torchao has them: int8 numbers and scales, which few operations know."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Int8(Tensor):
-    """Refuses every operation but those; `can_dequantize` False: that too."""
+    """Refuses every operation but `linear`, `embedding` and `dequantize`; `can_dequantize` False: that too."""
 
     can_dequantize = True
 
@@ -35,6 +35,8 @@ class Int8(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
             return nn.functional.linear(args[0], args[1].numbers * args[1].scale, *args[2:])
+        if func is nn.functional.embedding:
+            return nn.functional.embedding(args[0], args[1].numbers * args[1].scale)
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -42,10 +44,10 @@ class Opaque(Int8):
     can_dequantize = False
 
 
-def quantize(model: nn.Module, kind: type[Int8] = Int8) -> None:
-    """Puts such weights in place of those of the linear layers, the head aside."""
+def quantize(model: nn.Module, kind: type[Int8] = Int8, modules: type[nn.Module] = nn.Linear) -> None:
+    """Puts such weights in place of those of the linear layers (or other `modules`), the head aside."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, modules) and name != "lm_head":
             weight = module.weight.detach()
             scale = weight.abs().amax(dim=1, keepdim=True) / 127
             numbers = (weight / scale).round().to(torch.int8)

@@ -1,4 +1,4 @@
-"""Where a model computes, also where accelerate keeps its weights elsewhere between forwards.
+"""Where a model computes, also where accelerate keeps its weights elsewhere between forwards, and what can read them.
 
 An offloaded weight is on the meta device, without values; a hook puts it on the device of computation for each forward
 of its module.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 def _offloads(module: nn.Module) -> list[Any]:
@@ -48,3 +51,8 @@ def device_of(module: nn.Module) -> torch.device:
                     return torch.device(hook.execution_device)
         return parameter.device
     return torch.device("cpu")
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a kernel finds the numbers of a weight in its memory: not in one that torchao has quantised, say."""
+    return type(weight) in _PLAIN

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops import soft_embedding
+from ..model.devices import is_plain
 from .encoder import prompt
 from .methods import active_config, method
 
@@ -104,6 +105,7 @@ def _is_plain(peft_model: Any, table: Any) -> bool:
         and set(table._forward_hooks) <= harmless
         and table.max_norm is None
         and not table.weight.requires_grad
+        and is_plain(table.weight)
     )
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...ops import soft_embedding
 from ..batch.layout import Layout
+from ..model.devices import is_plain
 from ..positions.model_inputs import (
     insert_token_types,
     reads_ids,
@@ -119,7 +120,7 @@ def check_range(ids: Tensor, size: int) -> None:
 
 
 def _is_plain_table(embed: nn.Module) -> bool:
-    """Whether the embedding is a look-up and nothing else: no scaling, no hooks, no other forward."""
+    """Whether the embedding is a look-up and nothing else: no scaling, no hooks, no other forward, plain numbers."""
     return (
         type(embed).forward is nn.Embedding.forward
         and "forward" not in embed.__dict__
@@ -127,4 +128,5 @@ def _is_plain_table(embed: nn.Module) -> bool:
         and not embed._forward_pre_hooks
         and embed.max_norm is None
         and not embed.weight.requires_grad
+        and is_plain(embed.weight)
     )
