@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,3 +94,58 @@ def test_generate_with_a_static_cache_and_a_compiled_step() -> None:
     compile_config._compile_all_devices = True
     got = model.generate(ids, cache_implementation="static", compile_config=compile_config, **options)
     assert torch.equal(got, expected)
+
+
+class Hidden(torch.nn.Module):
+    """What TRL's trainers do: the model without its head, and a loss of its hidden states."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_a_soft_prompt_without_the_head(given: str) -> None:
+    model, ids = make("llama"), tokens(2, 5)
+    handle = prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=4))
+    inputs = {given: ids if given == "input_ids" else model.get_input_embeddings()(ids)}
+    expected = Hidden(model)(**inputs)
+    with handle.disabled():
+        assert (Hidden(model)(**inputs) - expected).abs().max() > 1e-3
+    got = torch.compile(Hidden(model), backend="eager", fullgraph=True)(**inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    got.sum().backward()
+    assert handle.module.embedding.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_soft_prompt_is_put_in_once_where_a_part_of_the_model_is_compiled(family: str) -> None:
+    model, batch = make(family), padded("left")
+    prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=4))
+    expected = model(**batch)
+    model.base_model.compile(backend="eager")
+    got, seen = model(**batch), batch["attention_mask"].bool()
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.logits[seen], expected.logits[seen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [PrefixTuningConfig, PromptTuningConfig])
+def test_one_after_another(first: type) -> None:
+    """What one compiled model leaves in a thread that has run none is in no other's way."""
+    second = PromptTuningConfig if first is PrefixTuningConfig else PrefixTuningConfig
+
+    def losses() -> list[tuple[float, float]]:
+        found, ids = [], tokens(2, 5)
+        for config in (first, second, first):
+            model = make("llama")
+            prefixcore.attach(model, config(num_virtual_tokens=4))
+            got = torch.compile(model, backend="eager")(ids, labels=ids).loss  # first: the other runs everything
+            found.append((float(model(ids, labels=ids).loss), float(got)))
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        for expected, got in pool.submit(losses).result():
+            assert got == pytest.approx(expected, rel=1e-5)

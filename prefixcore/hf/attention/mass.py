@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 class _Watching(threading.local):
-    masses: dict[int, Tensor] | None = None
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.masses: dict[int, Tensor] | None = None
 
 
 _watching = _Watching()

@@ -64,7 +64,8 @@ class PrefixCall:
 
 
 class _Running(threading.local):
-    call: PrefixCall | None = None
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.call: PrefixCall | None = None
 
 
 _running = _Running()

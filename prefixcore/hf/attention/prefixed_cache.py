@@ -145,7 +145,8 @@ def whole_order(order: Tensor, length: int) -> Tensor:
 
 
 class _Running(threading.local):
-    cache: PrefixedCache | None = None
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.cache: PrefixedCache | None = None
 
 
 _running = _Running()

@@ -231,11 +231,10 @@ class Bank:
         if computed or explicit or len(self.adapters) > 1:
             kwargs[ROWS] = RowPrefixes(rows, computed)
         if prompts or self._continues_after_prompts(kwargs, rows):
-            return call_with_prompts(self, forward, kwargs, rows, prompts, answers)
+            with activate(self.patch):
+                return call_with_prompts(self, forward, kwargs, rows, prompts, answers)
         if self.stays and not self.is_reached and is_known(self.model) and not has_axes(self.model):
             shift_positions(kwargs, 0, None)  # counted from the mask, as where a row has virtual tokens
-        if torch.compiler.is_compiling():
-            return forward(**kwargs)
         # Models without **kwargs (Bloom, Falcon, GPT-J, Mamba) do not hand the rows on to the model without a head.
         with activate(self.patch):
             return forward(**kwargs)
@@ -335,10 +334,12 @@ class Bank:
 
     def lacks_prompt(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of the model without its head starts a sequence by itself, without its soft prompt."""
-        if ROWS in kwargs or torch.compiler.is_compiling() or is_inserted(kwargs.get("inputs_embeds")):
-            return False
-        if is_active(self.patch) or all(a.is_prefix for a in self.adapters.values()):
+        if ROWS in kwargs or is_active(self.patch) or all(a.is_prefix for a in self.adapters.values()):
             return False  # a model of images alone has no input embeddings to ask
+        if torch.compiler.is_compiling():  # which sees no mark on embeddings or a cache
+            return cache_argument(kwargs) is None
+        if is_inserted(kwargs.get("inputs_embeds")):
+            return False
         return not has_stand_ins(self.model.get_input_embeddings()) and get_label(cache_argument(kwargs)) is None
 
     def check_inserted(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:

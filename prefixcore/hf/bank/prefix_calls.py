@@ -67,7 +67,8 @@ class RowPrefixes:
 
 
 class _Handed(threading.local):
-    rows: RowPrefixes | None = None
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.rows: RowPrefixes | None = None
 
 
 _handed = _Handed()

@@ -22,7 +22,8 @@ _LENGTH = "past_key_values_length"
 
 
 class _Moved(threading.local):
-    counts: tuple[int, ...] = ()
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.counts: tuple[int, ...] = ()
 
 
 _moved = _Moved()

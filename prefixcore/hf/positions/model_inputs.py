@@ -33,7 +33,8 @@ _found_to_read_ids: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary
 
 
 class _Calls(threading.local):
-    running: tuple[tuple[nn.Module, Layout, Tensor], ...] = ()
+    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
+        self.running: tuple[tuple[nn.Module, Layout, Tensor], ...] = ()
 
 
 _calls = _Calls()
