@@ -30,6 +30,9 @@ from .model.devices import device_of
 from .model.undone import UndoneAfterBlock
 from .reaching import find_attention_layers, find_hidden_size
 
+_LONGEST_NAME = 200
+"""Below what file systems have for a name (255 bytes), as a folder is written beside its place first."""
+
 
 class PromptBank(UndoneAfterBlock):
     """Several adapters on a model: prefixes and soft prompts, of any lengths.
@@ -101,7 +104,7 @@ class PromptBank(UndoneAfterBlock):
         """Attaches virtual tokens that are to be trained.
 
         Args:
-            name: of the adapter: any text without a dot.
+            name: of the adapter, and of its folder in a checkpoint: a text without a dot or a slash.
             config, tokenizer: as of `prefixcore.attach`.
             replace: whether it may take the place of one that has this name.
 
@@ -140,7 +143,7 @@ class PromptBank(UndoneAfterBlock):
         """Attaches an adapter that was saved, frozen unless it is `trainable`.
 
         Args:
-            name: of the adapter: any text without a dot.
+            name: of the adapter, and of its folder in a checkpoint: a text without a dot or a slash.
             directory, trainable, strict: as of `prefixcore.load`.
             replace: whether it may take the place of one that has this name; where reading it fails, that one stays.
 
@@ -201,8 +204,12 @@ class PromptBank(UndoneAfterBlock):
         return self._bank.adapters[name]
 
     def _check_name(self, name: str, replace: bool) -> None:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"name: expected a text without a dot, got {name!r}")
+        if not _is_name(name):
+            raise ValueError(
+                "name: expected a text without a dot, a slash or what cannot be printed, of at most "
+                f"{_LONGEST_NAME} bytes and not 'training', which torch has for itself, as it names a module and a "
+                f"folder; got {name!r}"
+            )
         if name in self._bank.adapters and not replace:
             raise ValueError(f"an adapter is named {name!r} already: pass replace=True, or remove it first")
 
@@ -229,6 +236,13 @@ class PromptBank(UndoneAfterBlock):
         if name in self._bank.adapters:
             self._bank.remove(self._bank.adapters[name])
         return Handle(self._bank, self._bank.add(adapter), shapes, tokenizer)
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a name can be that of a module, and of its folder in what `save_pretrained` writes."""
+    if not isinstance(name, str) or not name.isprintable() or name in ("", "training"):
+        return False
+    return not set("./\\") & set(name) and len(name.encode()) <= _LONGEST_NAME
 
 
 def _attempt(function: Any, model: PreTrainedModel) -> Any:

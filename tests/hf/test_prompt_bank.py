@@ -246,10 +246,10 @@ def test_one_is_added_replaced_and_removed_without_touching_the_others(tmp_path:
     assert prefixcore.attach(model, CONFIGS["long"]).is_attached
 
 
-def test_names_and_what_is_refused() -> None:
+def test_names_and_what_is_refused(tmp_path: Path) -> None:
     model = make("llama")
     bank = fill(model, ["long"])
-    for name in ("", "a.b", 3):
+    for name in ("", "a.b", 3, "/tmp/a", "a/b", "a\\b", "a\0", "\ud800", "a" * 201, "training"):
         with pytest.raises(ValueError, match="a text without a dot"):
             bank.attach(name, CONFIGS["short"])  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="no adapter is named 'x'; there are long"):
@@ -258,6 +258,11 @@ def test_names_and_what_is_refused() -> None:
         bank.attach("x", {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="attached to LlamaForCausalLM already"):
         PromptBank(model)
+    longest = "é" * 100
+    bank.attach(longest, CONFIGS["short"])
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "prefixcore" / longest).is_dir()
+    bank.remove(longest)
     assert repr(bank) == "PromptBank(1 adapters on LlamaForCausalLM: long)"
 
 
