@@ -114,6 +114,13 @@ def test_without_labels_every_logit_is_computed() -> None:
         ([{"input_ids": [1, 2], "labels": [1]}], "feature 0 has 2 input_ids, but 1 labels"),
         ([{"input_ids": [1, 2], "attention_mask": [1]}], "feature 0 has 2 input_ids, but an attention_mask of 1"),
         ([{"input_ids": [1]}, {"input_ids": [1, 2], "attention_mask": [0, 0]}], "feature 1 has no token"),
+        ([{"input_ids": [1, 2.5]}], r"feature 0: expected input_ids as whole numbers, got \[1, 2\.5\]"),
+        ([{"input_ids": [1], "labels": [float("nan")]}], "feature 0: expected labels as whole numbers"),
+        ([{"input_ids": [1, 2], "attention_mask": [0.5, 1]}], "expected attention_mask as whole numbers"),
+        ([{"input_ids": [1]}, {"input_ids": ["1"]}], r"feature 1: expected input_ids as whole numbers, got \['1'\]"),
+        ([{"input_ids": "1"}], "feature 0: expected input_ids as whole numbers, got '1'"),
+        ([{"input_ids": [1, None]}], "feature 0: expected input_ids as whole numbers"),
+        ([{"input_ids": [2**63]}], "feature 0: expected input_ids as whole numbers"),
         ([{"input_ids": [[1, 2]]}], r"feature 0: expected input_ids as one sequence \[T\], got \[1, 2\]"),
     ],
 )

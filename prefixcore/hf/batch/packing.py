@@ -109,7 +109,15 @@ def _numbers(feature: Mapping[str, Any], name: str, index: int) -> Tensor:
     """One field of a feature, int64 [T]."""
     if feature.get(name) is None:
         raise ValueError(f"feature {index} has no {name} (it has {', '.join(feature) or 'nothing'})")
-    values = torch.as_tensor(feature[name], dtype=torch.long)
+    given = feature[name]
+    try:
+        values = torch.as_tensor(given)
+        whole = values.long() if len(given) else torch.zeros(0, dtype=torch.long)  # of no dtype
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"feature {index}: expected {name} as whole numbers, got {given!r:.80} ({error})") from error
+    if values.is_complex() or not bool((values == whole).all()):
+        raise ValueError(f"feature {index}: expected {name} as whole numbers, got {given!r:.80}")
+    values = whole
     if values.dim() != 1:
         raise ValueError(f"feature {index}: expected {name} as one sequence [T], got {list(values.shape)}")
     return values
