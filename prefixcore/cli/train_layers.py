@@ -20,6 +20,11 @@ def check_train_layers(arguments: argparse.Namespace, config: Any, model: Any) -
         return
     if config is not None and config.method != "prefix":
         raise UserError(f"--train-layers is for --method prefix, got {config.method}; leave it out")
+    if config is not None and config.reparameterization != "none":
+        raise UserError(
+            f"--train-layers: {config.reparameterization!r} is trained in place of the prefix and makes the values of "
+            "all its layers: leave one of the two out, or say which layers have a prefix (--layers)"
+        )
     own = layers_of(arguments, config, model)
     missing = sorted(set(arguments.train_layers) - set(own))
     if own and missing:

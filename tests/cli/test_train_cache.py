@@ -55,6 +55,7 @@ def test_layers_without_a_prefix_are_refused_before_anything_is_tokenized(train,
     monkeypatch.setattr("prefixcore.cli.train.tokenize_all", lambda *arguments, **options: 1 / 0)
     cases = [
         (("--method", "prefix", "--num-virtual-tokens", 3, "--train-layers", "1,2"), "layer 2 is not among", "0 to 1"),
+        ((*UPPER, "--train-layers", "1", "--prefix-projection"), "'mlp' is trained in place of the prefix", "--layers"),
         ((*UPPER, "--train-layers", "0"), "layer 0 is not among the layers with a prefix", "1 to 1"),
         (("--resume", tmp_path / "upper", "--train-layers", "0"), "layer 0 is not among", "1 to 1"),
         (("--method", "prompt", "--num-virtual-tokens", 3, "--train-layers", "1"), "is for --method prefix", "prompt"),
