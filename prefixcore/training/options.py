@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 ACTIVATION_DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -59,7 +60,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("eval_every", 0), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, Integral) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
             if not least <= value < 2**63:
                 raise ValueError(
