@@ -46,8 +46,8 @@ def make(name: str, folder: Path) -> Text:
 
 def harbour(folder: Path) -> Text:
     """A document: the model asks itself about it, and is measured on questions that a person wrote."""
-    options = ["--questions", "192", "--eval-prompts", str(TEXTS / "harbour.jsonl"), "--end", "\\n"]
-    options += ["--match", "contains", "--max-answer-tokens", "20", "--batch-size", "8", "--steps", "140"]
+    options = ["--questions", "1024", "--eval-prompts", str(TEXTS / "harbour.jsonl"), "--end", "\\n"]
+    options += ["--match", "contains", "--max-answer-tokens", "20", "--batch-size", "8", "--steps", "600"]
     return Text("harbour", "a handbook", TEXTS / "harbour.txt", options)
 
 
@@ -131,9 +131,9 @@ def learn_and_measure(
 def shop(folder: Path) -> Text:
     """A system prompt: half of the customers' messages are learnt from, the other half held out."""
     rows = [json.loads(line) for line in (TEXTS / "shop.jsonl").read_text(encoding="utf-8").splitlines()]
-    options = ["--prompts", str(write(folder / "shop.jsonl", rows[::2])), "--questions", "96"]
+    options = ["--prompts", str(write(folder / "shop.jsonl", rows[::2])), "--questions", "192"]
     options += ["--eval-prompts", str(write(folder / "shop-held-out.jsonl", rows[1::2]))]
-    options += ["--chat", "--match", "contains", "--max-answer-tokens", "24", "--batch-size", "8", "--steps", "100"]
+    options += ["--chat", "--match", "contains", "--max-answer-tokens", "24", "--batch-size", "8"]
     return Text("shop", "a system prompt with rules", TEXTS / "shop.txt", options)
 
 

@@ -98,8 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the first N virtual tokens stay as they start (default: 0)",
     )
-    loop.add_argument("--steps", type=positive, metavar="N", help="default: 100")
-    loop.add_argument("--lr", type=float, metavar="RATE", help="of AdamW (default: 0.001)")
+    loop.add_argument("--steps", type=positive, metavar="N", help="default: 300")
+    loop.add_argument("--lr", type=float, metavar="RATE", help="of AdamW (default: 0.015)")
     loop.add_argument("--batch-size", type=positive, metavar="N", help="default: 16")
     loop.add_argument("--seed", type=seed, metavar="N", help="of questions, order and what is held out (default: 0)")
 

@@ -15,7 +15,7 @@ from .options import DistillOptions
 from .running import answer_logits, in_batches
 from .targets import Target
 
-EVALUATIONS, PATIENCE = 10, 3
+EVALUATIONS, PATIENCE = 20, 4
 """How often the validation loss is measured on the way, and after how many that are not below the least one it ends."""
 
 
@@ -31,8 +31,8 @@ def learn(
 ) -> TrainingRecord:
     """Trains what is attached to give the teacher's probabilities; the values at the least validation loss stay.
 
-    The loss is KL(teacher || student) in nats, the mean over the answers' tokens. The start stays where the validation
-    prompts cannot tell those values from it: a fitted start is often as near as training comes.
+    The loss is KL(teacher || student) in nats, the mean over the tokens of the targets' answers. The start stays where
+    the validation prompts cannot tell those values from it: a fitted start is often as near as training comes.
     """
     model = handle.model
     reader = Reader(model, [], packed=handle.can_pack)

@@ -53,8 +53,8 @@ class DistillOptions:
     top_k: int = 20
     start: str = "match"
     num_frozen_tokens: int = 0
-    steps: int = 100
-    learning_rate: float = 1e-3
+    steps: int = 300
+    learning_rate: float = 1.5e-2
     batch_size: int = 16
     eval_fraction: float = 0.2
     match: str = "exact"

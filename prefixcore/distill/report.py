@@ -150,8 +150,9 @@ class Report:
             score, share = self.kept
             found.append(
                 f"the prefix keeps {max(0.0, share):.0%} of the {score} that the text brings, which is too little to "
-                f"serve it in the text's place: take more than {self.num_virtual_tokens:,} virtual tokens for the "
-                f"{self.context_tokens:,}, and give prompts of your own about all that is to be kept (--prompts)"
+                "serve it in the text's place: learn from more questions (--questions) in more steps (--steps), give "
+                "prompts of your own about all that is to be kept (--prompts), or take more than "
+                f"{self.num_virtual_tokens:,} virtual tokens for the {self.context_tokens:,}"
             )
         if self.trials:
             tried = ", ".join(f"{trial.num_virtual_tokens}: {trial.share:.0%}" for trial in self.trials)

@@ -27,7 +27,7 @@ from .report import Report
 from .result import Distilled
 from .store import Store
 from .student import Student
-from .targets import Teacher
+from .targets import Teacher, whole
 from .writing import Prompt, writer
 
 
@@ -46,7 +46,7 @@ def distill(
     """Makes a prefix of P virtual tokens that stands in for a text of many more.
 
     The teacher is the model itself with the whole text before each prompt, the student the same model with the prefix,
-    which starts from keys and values of the text and learns the teacher's probabilities on the teacher's answers.
+    which starts from keys and values of the text and learns the teacher's probabilities on prompts and its answers.
     Prompts are yours, or those that the model asks itself about parts of the text, or both.
 
     Args:
@@ -147,23 +147,27 @@ def _distill(
     teacher = Teacher(model, tokenizer, front, digest, padding, options, store)
     with progress(sum(map(len, [*asked, recited])), "answers") as advance:
         taught = teacher.targets(asked[0], greedy=False, progress=advance)
-        taught += teacher.targets(recited, greedy=False, progress=advance)
+        said_again = teacher.targets(recited, greedy=False, progress=advance)
         judged = teacher.targets(asked[1], greedy=True, progress=advance)
         measured = teacher.targets(asked[2], greedy=True, progress=advance)
+    # What the teacher expects of a prompt's own words says as much of the text as its answers do.
+    with progress(len(taught), "the prompts' own words") as advance:
+        learnt = teacher.targets([whole(each) for each in taught], greedy=False, progress=advance)
+    learnt += said_again
     report = Report(
         length,
         count,
-        {"training": len(taught), "validation": len(judged), "held_out": len(measured)},
+        {"training": len(learnt), "validation": len(judged), "held_out": len(measured)},
         is_prefix_exact=front.pairs is not None,
     )
-    student = Student(model, tokenizer, front, taught, judged, options, padding, show_progress, say)
+    student = Student(model, tokenizer, front, learnt, judged, options, padding, show_progress, say)
     found, interrupted = student.search(report)
     if not interrupted:
         say("measuring on held-out prompts")
         measure(report, student, found, measured, writer(tokenizer, cut(tokenizer, context, report), chat=options.chat))
     handle = attach(model, student.config(found.values), tokenizer=tokenizer)
     handle.module.requires_grad_(False)
-    return Distilled(handle, report, found.record, interrupted, options, context, taught, measured)
+    return Distilled(handle, report, found.record, interrupted, options, context, taught + said_again, measured)
 
 
 def digest_of(model: PreTrainedModel) -> str:

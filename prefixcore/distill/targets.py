@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .front import Front, Reader
 from .options import DistillOptions
+from .reads import Row, shared
 from .running import answer, answer_logits, end_ids, in_batches
 from .store import Store
 from .writing import Asked
@@ -27,7 +28,7 @@ class Target:
 
     Attributes:
         asked: the prompt.
-        answer: the ids of the teacher's answer, with what ends it.
+        answer: the ids of the teacher's answer, with what ends it, or those that are given in its place.
         top_ids: int64 [A, k], of each of its A tokens the likeliest ids.
         top_log_probs: float32 [A, k], their log-probabilities.
     """
@@ -36,6 +37,19 @@ class Target:
     answer: list[int]
     top_ids: Tensor
     top_log_probs: Tensor
+
+
+def whole(target: Target) -> Asked:
+    """A prompt and its answer, to be gone on with from the prompt's first token.
+
+    What a request has before the words that it shares with the teacher's prompt, such as a template's own system
+    message, is given to it, and so is the first of these words.
+    """
+    behind, alone = target.asked.behind, target.asked.alone
+    words = min(shared(Row(behind, alone)), len(behind) - 1, len(alone) - 1)
+    cut = len(behind) - words
+    given = (*behind[cut:], *target.answer)
+    return Asked(target.asked.prompt, behind[:cut], alone[: len(alone) - words], given)
 
 
 @dataclass(frozen=True)

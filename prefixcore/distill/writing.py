@@ -40,7 +40,7 @@ class Asked:
         prompt: which.
         behind: what the teacher reads behind the text.
         alone: what a request holds, which the student reads behind its prefix.
-        given: the ids that stand in the answer's place, where the teacher is not to answer but to go on with the text.
+        given: the ids that stand in the answer's place, where the teacher is not to answer but to read on.
     """
 
     prompt: Prompt

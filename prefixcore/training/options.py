@@ -62,9 +62,9 @@ class TrainingOptions:
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if not least <= value < 2**63:
+            if not least <= int(value) < 2**63:
                 raise ValueError(
-                    f"{name} must be at least {least}{' and below 2**63' if value > 0 else ''}, got {value}"
+                    f"{name} must be at least {least}{' and below 2**63' if int(value) > 0 else ''}, got {value}"
                 )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")

@@ -10,6 +10,13 @@ from tests import tiny
 
 TEXT = "France -> Paris\nJapan -> Tokyo\nPeru -> Lima\n"
 
+OWN_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}[system]Be nice.<end>{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""A chat template that writes a system message of its own where none is given."""
+
 
 @pytest.fixture
 def model():

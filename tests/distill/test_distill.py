@@ -22,7 +22,7 @@ from prefixcore.distill.writing import writer
 from prefixcore.hf.handle import Handle
 from prefixcore.training import weights_digest
 from tests import tiny
-from tests.distill.conftest import TEXT
+from tests.distill.conftest import OWN_SYSTEM, TEXT
 from tests.hf import models
 
 OPTIONS = {"num_virtual_tokens": 6, "questions": 0, "max_answer_tokens": 4, "steps": 30, "learning_rate": 0.02}
@@ -57,11 +57,7 @@ def test_the_prefix_learns_what_the_text_does(model, tokenizer, prompts):
 
 def test_conversations_whose_requests_begin_with_a_system_message_of_the_templates_own(model, tokenizer):
     """The text stands in its place before the teacher; the start knows of it."""
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}[system]Be nice.<end>{% endif %}"
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    tokenizer.chat_template = OWN_SYSTEM
     asked = [Prompt(f"{a}{b}") for a in "abcde" for b in "stuvwxyz"]
     options = DistillOptions(**{**OPTIONS, "num_virtual_tokens": 12, "steps": 1}, chat=True)
     report = distill(model, tokenizer, TEXT, options=options, prompts=asked).report
