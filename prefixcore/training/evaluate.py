@@ -79,7 +79,7 @@ def held_out_loss(
     check_causal(model, TO_LEARN)
     total, tokens = 0.0, 0
     with _in_eval_mode(model) as device:
-        for start in range(0, len(examples), batch_size):
+        for start in _starts(len(examples), batch_size):
             batch = Batch.of(
                 examples[start : start + batch_size],
                 pad_token_id,
@@ -153,7 +153,7 @@ def _continue(
         options = {**options, "stop_strings": [end], "tokenizer": tokenizer}
     answers = [""] * len(prompts)
     with _in_eval_mode(model) as device:
-        for start in range(0, len(prompts), batch_size):
+        for start in _starts(len(prompts), batch_size):
             rows = {start + i: TokenizedExample(ids, []) for i, ids in enumerate(prompts[start : start + batch_size])}
             for indices, room in _by_room(rows, max_new_tokens, max_length):
                 batch = collate([rows[index] for index in indices], padding, side="left")
@@ -169,6 +169,13 @@ def _continue(
                     text = tokenizer.decode(ids, skip_special_tokens=True)
                     answers[index] = text.split(end)[0] if end else text
     return answers
+
+
+def _starts(count: int, batch_size: int) -> range:
+    """Where batches begin; ValueError: they would never come to an end, or to nothing."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return range(0, count, batch_size)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, source: str, *, chat: bool) -> list[int]:

@@ -111,3 +111,13 @@ def test_nothing_to_evaluate_on():
     for examples in ([], [TokenizedExample([5], [])]):
         with pytest.raises(ValueError, match=f"none of {len(examples)} examples has a token to predict"):
             held_out_loss(model, examples, 0)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_that_hold_nothing_are_refused(batch_size):
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    examples = tokenize(tokenizer, [Example("ab", "c")])
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        predict(model, tokenizer, ["ab"], max_new_tokens=1, batch_size=batch_size)
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        held_out_loss(model, examples, 0, batch_size=batch_size)
