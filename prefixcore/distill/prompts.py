@@ -1,4 +1,4 @@
-"""The user's own prompts: JSON lines with `prompt` and perhaps `completion`, or plain lines."""
+"""The user's own prompts: JSON lines or a table with `prompt` and perhaps `completion`, or plain lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.data import set_aside
+from ..training.data import DataError, set_aside
+from ..training.reading import TABLES, failures
 from .errors import DistillError
 from .options import DistillOptions
 from .writing import Prompt
@@ -20,10 +21,11 @@ MOST_HELD_OUT = 128
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    r"""Reads prompts, one a line.
+    r"""Reads prompts, one a line or row.
 
-    A file whose first line is a JSON object is read as JSON lines with `prompt` and, where there is a right answer,
-    `completion`; any other as plain lines, each a prompt. Blank lines are passed over.
+    `.csv`, `.tsv` and `.parquet` are tables with the column `prompt` and, where there is a right answer, `completion`.
+    Any other file whose first line is a JSON object is read as JSON lines with these fields; one whose first line is
+    not, as plain lines, each a prompt. Blank lines are passed over.
 
     Args:
         path: the file, in UTF-8.
@@ -42,17 +44,34 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "no such file"
         raise DistillError(f"{path}: {what}; expected JSON lines with the field prompt, or plain lines")
+    rows = TABLES.get(path.suffix.lower())
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DistillError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        with failures(path):
+            if rows is not None:
+                return _of_table(path, list(rows(path)))
+            text = path.read_text(encoding="utf-8-sig")
+    except DataError as error:
+        raise DistillError(str(error)) from None
     # Not splitlines: JSON lets characters such as U+2028 stand as they are in a text.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise DistillError(f"{path}: no prompts; expected lines like " + '{"prompt": "..."}, or plain lines')
+    if _is_array(text):  # each of its lines would be a prompt, brackets and all
+        raise DistillError(f"{path}: is one JSON array; expected JSON lines: each object on a line of its own, alone")
     if not lines[0][1].lstrip().startswith("{"):
         return [Prompt(line, None, f"{path}, line {number}") for number, line in lines]
     return [_prompt(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _is_array(text: str) -> bool:
+    """Whether a text is a JSON array of objects."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return any(isinstance(item, dict) for item in found)
 
 
 def _prompt(line: str, source: str) -> Prompt:
@@ -62,6 +81,17 @@ def _prompt(line: str, source: str) -> Prompt:
         raise DistillError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise DistillError(f"{source}: expected a JSON object with the field prompt")
+    return _of_record(record, source)
+
+
+def _of_table(path: Path, rows: Sequence[tuple[str, Any]]) -> list[Prompt]:
+    """The prompts of a table; an empty completion is none."""
+    if not rows:
+        raise DistillError(f"{path}: no prompts; expected rows with the column prompt, and perhaps completion")
+    return [_of_record({**row, "completion": row.get("completion") or None}, source) for source, row in rows]
+
+
+def _of_record(record: dict[str, Any], source: str) -> Prompt:
     prompt, completion = record.get("prompt"), record.get("completion")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DistillError(f"{source}: the field 'prompt' must be a text that is not empty")

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .errors import DistillError
 
-VERSION = 1
+VERSION = 2
 """Of what the files hold."""
 
-KEY = "prefixcore_distill"
+KEY, CONTENT = "prefixcore_distill", "sha256"
+"""In a file's header: the digest of what it follows from, and that of its tensors."""
 
 
 def digest_of(facts: Mapping[str, Any]) -> str:
@@ -66,12 +67,16 @@ class Store:
 
         try:
             with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-                found = (file.metadata() or {}).get(KEY)
+                header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DistillError(f"{path}: damaged ({error}); remove it to compute it again") from error
-        if found != digest:
-            raise DistillError(f"{path}: expected the digest {digest}, got {found}; remove it to compute it again")
+        if header.get(KEY) != digest:
+            raise DistillError(
+                f"{path}: expected the digest {digest}, got {header.get(KEY)}; remove it to compute it again"
+            )
+        if header.get(CONTENT) != _sha256(tensors):
+            raise DistillError(f"{path}: damaged (a number is not what was written); remove it to compute it again")
         return tensors
 
     def _write(self, path: Path, tensors: dict[str, Tensor], digest: str) -> None:
@@ -81,7 +86,14 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            unfinished.write_bytes(save(tensors, {KEY: digest}))
+            unfinished.write_bytes(save(tensors, {KEY: digest, CONTENT: _sha256(tensors)}))
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """Of tensors with their names, types and shapes: safetensors writes them in one way."""
+    from safetensors.torch import save
+
+    return hashlib.sha256(save(tensors)).hexdigest()

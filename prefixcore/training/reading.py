@@ -14,6 +14,9 @@ from .tables import DATASET_FILES, read_csv, read_dataset, read_parquet
 
 _Reader = Callable[[Path], Iterator[tuple[str, Any]]]
 
+TABLES: dict[str, _Reader] = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+"""How a file's name ends -> its rows, where it is no JSON lines."""
+
 
 def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
     """Read examples; what the file is called says what it is.
@@ -40,13 +43,12 @@ def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
         (' Lima', 'capitals.csv, line 2')
     """
     path = Path(path)
-    readers: dict[str, _Reader] = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
     fields = "the field messages" if chat else "the fields prompt and completion"
-    with _failures(path):
+    with failures(path):
         if any((path / name).is_file() for name in DATASET_FILES):
             return _examples(path, read_dataset, "column", chat)
         _check_regular(path, f"JSON lines, CSV or Parquet with {fields}, or a folder that Dataset.save_to_disk wrote")
-        reader = readers.get(path.suffix.lower())
+        reader = TABLES.get(path.suffix.lower())
         return _examples(path, reader or _json_lines, "column" if reader else "field", chat)
 
 
@@ -69,7 +71,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
         ' Lima'
     """
     path = Path(path)
-    with _failures(path):
+    with failures(path):
         _check_regular(path, "JSON lines with the fields prompt and completion")
         return _examples(path, _json_lines, "field", chat=False)
 
@@ -81,7 +83,7 @@ def _check_regular(path: Path, expected: str) -> None:
 
 
 @contextmanager
-def _failures(path: Path) -> Iterator[None]:
+def failures(path: Path) -> Iterator[None]:
     """A block whose failures to read the file are `DataError`."""
     try:
         yield

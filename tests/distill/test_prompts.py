@@ -43,6 +43,7 @@ def test_a_line_ends_at_a_line_break_alone(tmp_path, end):
         (b'{"text": "a"}\n', "line 1: the field 'prompt' must be a text"),
         (b'{"prompt": "a", "completion": 3}\n', "'completion' must be a text"),
         (b'{"prompt": "a"}\n[1]\n', "line 2: expected a JSON object"),
+        (b'[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', "is one JSON array; expected JSON lines"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, content, message):
@@ -50,6 +51,27 @@ def test_what_cannot_be_read_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DistillError, match=message):
         read_prompts(path)
+
+
+def test_a_table_has_a_prompt_a_row(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_bytes(b'\xef\xbb\xbfprompt,completion\r\nPeru ->, Lima\r\n"a, b",\r\n')
+    assert [(p.text, p.completion) for p in read_prompts(path)] == [("Peru ->", " Lima"), ("a, b", None)]
+    for content, message in (
+        (b"text\na\n", "line 2: the field 'prompt' must be a text"),
+        (b"prompt\n", "no prompts; expected rows"),
+        (b"prompt\n\xff\n", "not UTF-8 text"),
+        (b"prompt\na,b\n", "line 2: 2 values"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DistillError, match=message):
+            read_prompts(path)
+
+
+def test_a_line_that_begins_like_an_array_is_a_prompt(tmp_path):
+    path = tmp_path / "prompts"
+    path.write_text("[1, 2] ->\n[3] ->\n")
+    assert [p.text for p in read_prompts(path)] == ["[1, 2] ->", "[3] ->"]
 
 
 def test_no_file(tmp_path):

@@ -36,6 +36,17 @@ def test_a_file_that_is_damaged_or_of_other_facts_is_named(tmp_path):
         store.keep("part", {"a": 1}, make(1))
 
 
+def test_a_number_that_was_changed_on_disk_is_found(tmp_path):
+    store = Store(tmp_path)
+    store.keep("part", {"a": 1}, make(1))
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 2
+    file.write_bytes(content)
+    with pytest.raises(DistillError, match=r"damaged .* remove it"):
+        store.keep("part", {"a": 1}, make(1))
+
+
 def test_what_is_not_finished_is_not_there(tmp_path):
     def fail():
         raise RuntimeError("stopped")

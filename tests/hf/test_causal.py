@@ -29,6 +29,14 @@ def test_a_prefix_is_refused_with_the_same_hint() -> None:
         prefixcore.attach(make("BertLMHeadModel", "bert"), prefixcore.PrefixTuningConfig(3, seed=0))
 
 
+def test_a_small_change_of_earlier_logits_is_one() -> None:
+    """Weights are small: what a later token changes before it is a few thousandths of what it does."""
+    model = make("BertLMHeadModel", "bert", initializer_range=0.01)
+    for config in (prefixcore.PrefixTuningConfig(3, seed=0), prefixcore.PromptTuningConfig(3, seed=0)):
+        with pytest.raises(NotImplementedError, match="is_decoder=True"):
+            prefixcore.attach(model, config)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_as_a_decoder_it_generates_the_same_with_a_cache_and_without(name: str) -> None:
     model = make(name, NAMES[name], is_decoder=True)
