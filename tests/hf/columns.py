@@ -1,4 +1,4 @@
-"""What the table of decoders says of a prefix besides that it works: packing, caches, the backend, and beside PEFT's.
+"""What the table of decoders says of a prefix besides that it works: packing, caches, backend, positions, PEFT's.
 
 Each cell is what real calls do; AssertionError: two of them disagree, which nothing may.
 """
@@ -17,6 +17,9 @@ import prefixcore
 from prefixcore import PrefixTuningConfig
 from prefixcore.hf.families import text_config
 from prefixcore.hf.model.signature import argument_names
+from prefixcore.hf.positions.rotary import turn, why_fixed
+
+COLUMNS = "packs", "caches", "backend", "keys turn", "text at 0", "beside PEFT's prefix"
 
 P, NEW = 3, 4
 TOLERANCE = 2e-3
@@ -25,11 +28,21 @@ ROWS = [11, 58, 33, 70, 22], [44, 9, 66]
 CANNOT = "PEFT cannot"
 SHARED = "refused: layers that share keys share PEFT's, too"
 
+_FIXED = {
+    "has learned positions": "learned positions",
+    "has positions in its embeddings": "learned positions",
+    "turn with their position by none of its": "not by a table of its own",
+    "does not heed the positions": "heeds no positions",
+    "are all zero": "not seen: zeros in the tiny model",
+}
+"""What the page says of keys that cannot be moved, by what the refusal says."""
 
-def attached(model: Any, init: Any = "random") -> Any:
+
+def attached(model: Any, init: Any = "random", **options: Any) -> Any:
+    count = P if init == "random" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return prefixcore.attach(model, PrefixTuningConfig(P if init == "random" else None, init=init, seed=0))
+        return prefixcore.attach(model, PrefixTuningConfig(count, init=init, seed=0, **options))
 
 
 def columns(model: Any, bare: Any) -> list[str]:
@@ -37,7 +50,7 @@ def columns(model: Any, bare: Any) -> list[str]:
     beside = beside_peft(copy.deepcopy(bare), copy.deepcopy(bare))
     handle = attached(model)
     backend = "concatenated" if handle.backend().name == "concatenated" else "fused"
-    return [packs(model), caches(model, bare), backend, beside]
+    return [packs(model), caches(model, bare), backend, keys_turn(bare), text_at_0(model, bare, handle), beside]
 
 
 def _same(expected: Tensor, got: Tensor) -> bool:
@@ -98,6 +111,32 @@ def caches(model: Any, bare: Any) -> str:
         assert _same(expected, got), f"generates something else with a {name} cache"
         found.append(name)
     return ", ".join(found)
+
+
+def keys_turn(bare: Any) -> str:
+    """ "yes", or why keys cannot be moved to other positions."""
+    why = why_fixed(bare)
+    if why is None:
+        return "yes"
+    for part, words in _FIXED.items():
+        if part in why:
+            return words
+    raise AssertionError(f"no words for: {why}")
+
+
+def text_at_0(model: Any, bare: Any, handle: Any) -> str:
+    """Whether a text can begin at position 0 behind a prefix, where keys that turn have to leave all as it was."""
+    ids = torch.tensor([ROWS[0]])
+    pairs, turns = handle.bake(), why_fixed(bare) is None
+    try:
+        at_0 = attached(bare, turn(bare, pairs, -P) if turns else pairs, position_offset=False)
+    except NotImplementedError:  # ours, and says what to do
+        return "no"
+    with torch.no_grad():
+        expected, got = model(input_ids=ids).logits, bare(input_ids=ids).logits
+    at_0.detach()
+    assert not turns or _same(expected, got), "keys that were turned act otherwise before position 0"
+    return "yes"
 
 
 def beside_peft(model: Any, bare: Any) -> str:

@@ -24,7 +24,8 @@ from prefixcore import PrefixTuningConfig
 from prefixcore.hf.model.sample_inputs import sample_inputs
 
 from .encoders import P, concatenated
-from .every_model import TOLERANCE, Verdict, bare_faults, cell, is_ours, judge, row, write_table
+from .every_model import TOLERANCE, bare_faults, is_ours, judge
+from .models_page import Verdict, cell, row, write_table
 from .tiny_models import every_class, make
 
 UNTRIED = {

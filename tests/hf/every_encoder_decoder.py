@@ -30,7 +30,8 @@ from prefixcore.hf.model.signature import argument_names
 from prefixcore.hf.positions.decoder_positions import embed_positions, moved
 
 from .encoders import P, concatenated
-from .every_model import TOLERANCE, Verdict, bare_faults, cell, is_ours, row, write_table
+from .every_model import TOLERANCE, bare_faults, is_ours
+from .models_page import Verdict, cell, row, write_table
 from .tiny_models import WITH_IMAGES, every_class, make, tiny_config
 
 IDS = torch.tensor([[11, 58, 33, 70, 2], [44, 9, 2, 0, 0]])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import transformers
 
 from prefixcore.hf.tested_classes import TESTED
 
 from . import every_encoder, every_encoder_decoder
+from .columns import COLUMNS
 from .conftest import T5_IS_REACHED
-from .every_model import cells, page_rows, row, tested
+from .every_model import cells
+from .models_page import PAGE, page_rows, row, tested
 from .tiny_models import every_class
 
 CLASSES = every_class()
@@ -111,3 +115,13 @@ def test_what_is_attached_without_a_warning_is_what_the_page_says() -> None:
 def test_the_page_has_every_class() -> None:
     if transformers.__version__.startswith(WRITTEN_WITH):
         assert set(page_rows()) == {*CLASSES, *ENCODERS, *ENCODER_DECODERS}
+
+
+def test_the_guide_counts_the_classes_whose_keys_turn_as_the_page_does() -> None:
+    cells = [line.split(" | ") for line in page_rows().values()]
+    prefixes = [each for each in cells if len(each) == len(COLUMNS) + 4 and each[2].startswith("works")]
+    turn = [each for each in prefixes if each[4 + COLUMNS.index("keys turn")] == "yes"]
+    guide = " ".join((PAGE.parent / "guides" / "transformers.md").read_text(encoding="utf-8").split())
+    said = re.search(r"Of the (\d+) classes with a causal head that take a prefix \(\S+ \S+ (\d+) turn", guide)
+    assert said is not None
+    assert [int(number) for number in said.groups()] == [len(prefixes), len(turn)]

@@ -195,6 +195,12 @@ def test_what_does_not_turn_is_refused_in_words(name: str, words: str, dtype: to
         turn(model, [], 1)
 
 
+def test_layers_that_begin_anew_at_position_0_are_found_out() -> None:
+    """RecurrentGemma's forget what was before it, so that no turn leads from a text at P to one at 0."""
+    model = make("RecurrentGemmaForCausalLM", "recurrent_gemma")
+    assert "has keys in layer 0 that turn with their position by none of its 1 tables" in str(why_fixed(model))
+
+
 def test_encoders_and_encoder_decoders_are_refused_in_words() -> None:
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
@@ -308,34 +314,3 @@ def test_a_model_with_few_positions_is_not_asked_for_others() -> None:
     assert why_fixed(model) is None
     model = make("GPTJForCausalLM", "gptj", n_positions=6)
     assert "has no more than 6 positions" in str(why_fixed(model))
-
-
-REFUSED = {
-    "BartForCausalLM", "BertGenerationDecoder", "BertLMHeadModel", "BigBirdForCausalLM",
-    "BigBirdPegasusForCausalLM", "BioGptForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM",
-    "CTRLLMHeadModel", "ElectraForCausalLM", "Ernie4_5_VLMoeForConditionalGeneration", "ErnieForCausalLM",
-    "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM", "Glm5NextForConditionalGeneration",
-    "GraniteMoeHybridForCausalLM", "JambaForCausalLM", "KimiLinearForCausalLM", "MBartForCausalLM",
-    "MarianForCausalLM", "MegatronBertForCausalLM", "MvpForCausalLM", "NemotronHForCausalLM",
-    "NemotronH_Omni_Reasoning_V3", "OPTForCausalLM", "PLBartForCausalLM", "PegasusForCausalLM",
-    "RemBertForCausalLM", "RoCBertForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM", "XGLMForCausalLM",
-    "Zamba2ForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM",
-}  # fmt: skip
-"""Of the classes that take a prefix those whose keys cannot be moved: positions that are learned or added to
-embeddings; hybrids whose attention has none; a table in another order; a tiny model whose keys are zero."""
-
-
-@pytest.mark.slow
-def test_of_every_class_that_takes_a_prefix_keys_turn_or_it_is_refused() -> None:
-    from .every_model import UNTRIED, page_rows
-
-    rows = page_rows()
-    refused = set()
-    for name, kind in every_class().items():
-        if name in UNTRIED or not rows[name].split(" | ")[2].startswith("works"):
-            continue
-        why = why_fixed(make(name, kind))
-        if why is not None:
-            assert name in why
-            refused.add(name)
-    assert refused == REFUSED

@@ -31,8 +31,8 @@ from .positions import shift_positions
 TOKENS, REPEATED = 6, 64
 """How many tokens are read at other positions; how often one is read where positions cannot be given."""
 
-FIRST, FARTHEST = 1, 256
-"""Where the tokens first stand (at 0, a text begins: RecurrentGemma forgets), and how much further on at most."""
+FARTHEST = 256
+"""How much further on tokens stand at most than at 0, where a text begins and RecurrentGemma forgets what was."""
 
 TOLERANCE, TOLERANCE_HALF = (1e-4, 5e-3), (1e-2, 0.1)
 """The share of a key by which it may be off, in the first layer and above.
@@ -108,13 +108,13 @@ def _room(model: PreTrainedModel) -> int:
     """How many positions the model may be asked for."""
     longest = getattr(text_config(model), "max_position_embeddings", None)
     limits = [limit for limit in (position_limit(model), longest) if isinstance(limit, int) and limit > 0]
-    return min(limits, default=FIRST + FARTHEST + TOKENS)
+    return min(limits, default=FARTHEST + TOKENS)
 
 
 def _at_positions(model: PreTrainedModel, backbone: Any, calls: Sequence[AttentionCall]) -> list[list[Moved]]:
     """What is seen of each layer where the same tokens stand at other positions."""
     ids = plain_ids(model, TOKENS)
-    farthest = min(FARTHEST, _room(model) - TOKENS - FIRST)
+    farthest = min(FARTHEST, _room(model) - TOKENS)
     if farthest < 1:
         raise NotImplementedError(f"{type(model).__name__} has no more than {_room(model)} positions")
 
@@ -122,8 +122,8 @@ def _at_positions(model: PreTrainedModel, backbone: Any, calls: Sequence[Attenti
         with _shifted(backbone, at):
             return [call.key[0].detach().cpu().double() for call in record_again(model, ids, calls)]
 
-    before = keys(FIRST)
-    moved = [(by, keys(FIRST + by)) for by in sorted({1, farthest})]
+    before = keys(0)
+    moved = [(by, keys(by)) for by in sorted({1, farthest})]
     return [[Moved(by, key, after[layer]) for by, after in moved] for layer, key in enumerate(before)]
 
 
@@ -149,10 +149,7 @@ def _repeated(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[li
     count = min(REPEATED, _room(model))
     ids = plain_ids(model, 1).expand(1, count).contiguous()
     found = [call.key[0].detach().cpu().double() for call in record_again(model, ids, calls)]
-    return [
-        [Moved(by, key[:, FIRST : FIRST + 1], key[:, FIRST + by : FIRST + by + 1]) for by in sorted({1, count - 2})]
-        for key in found
-    ]
+    return [[Moved(by, key[:, :1], key[:, by : by + 1]) for by in sorted({1, count - 1})] for key in found]
 
 
 def _all(model: PreTrainedModel, seen: Sequence[Sequence[Moved]], tables: Sequence[Tensor]) -> tuple[KeyTurn, ...]:
