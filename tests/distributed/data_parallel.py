@@ -16,7 +16,7 @@ from torch.distributed.tensor.experimental import context_parallel
 import prefixcore
 from tests import tiny
 from tests.distributed.launch import leave, report
-from tests.distributed.training import CONFIGS, IDS, train
+from tests.distributed.training import CONFIGS, IDS, train, why_no_average
 
 HOW = (
     "ddp",
@@ -91,6 +91,11 @@ def main(folder: str) -> None:
     for name, how in CASES:
         handle, run = prepare(name, how, mesh)
         found[f"{name} {how}"] = train(handle, run, IDS[rank : rank + 1])
+        found[f"{name} {how}"]["why no average"] = why_no_average(run)
+        trained = set(map(id, handle.parameters()))
+        found[f"{name} {how}"]["not frozen"] = [
+            name for name, each in run.named_parameters() if each.requires_grad and id(each) not in trained
+        ]
         handle.save(f"{folder}/{name} {how}")
     # Nobody gave a seed, and what FSDP does not know of must still be the same everywhere.
     for kind in (prefixcore.PrefixTuningConfig, prefixcore.PromptTuningConfig):

@@ -36,6 +36,23 @@ def test_two_processes_train_as_one(ranks: Any, folder: Path, name: str, how: st
             assert torch.equal(got, trained), "what is saved is what was trained"
 
 
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_all_weights_stay_frozen(ranks: Any, name: str, how: str) -> None:
+    for rank in ranks:
+        assert rank[f"{name} {how}"]["not frozen"] == []
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_an_average_is_of_whole_parameters(ranks: Any, name: str, how: str) -> None:
+    in_parts = how == "fsdp" or how.startswith("fsdp of accelerate")
+    for rank in ranks:
+        why = rank[f"{name} {how}"]["why no average"]
+        assert (why is not None) == in_parts, why
+        assert why is None or why.startswith(
+            "several processes have the parameters in parts (FSDP2 or DeepSpeed's ZeRO-3)"
+        )
+
+
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
 def test_processes_agree_on_values_that_each_has_drawn(ranks: Any, kind: str) -> None:
     for one, other in zip(ranks[0][kind], ranks[1][kind], strict=True):

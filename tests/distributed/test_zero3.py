@@ -17,6 +17,9 @@ from tests.distributed.training import CONFIGS, IDS, train
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     ranks = launch.run("zero3", tmp_path)
+    for rank in ranks:
+        for why in rank.pop("why no average"):
+            assert why.startswith("several processes have the parameters in parts (FSDP2 or DeepSpeed's ZeRO-3)")
     for case in ranks[0]:
         handle = prefixcore.attach(tiny.model(), CONFIGS[case.split(",")[0]])
         losses = train(handle, handle.model, IDS)["losses"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import prefixcore
+from prefixcore.training import AverageCallback
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
@@ -40,6 +42,16 @@ def train(handle: Any, run: Any, ids: Tensor, steps: int = 3) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     return {"losses": losses, "gradients": gradients, "values": [whole(p) for p in handle.parameters()]}
+
+
+def why_no_average(model: Any) -> str | None:
+    """Why `AverageCallback` refuses a model as Trainer hands it over when training begins; None: it does not."""
+    arguments, state = SimpleNamespace(load_best_model_at_end=False), SimpleNamespace(global_step=0)
+    try:
+        AverageCallback().on_train_begin(arguments, state, None, model=model)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def assert_same_training(ranks: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:

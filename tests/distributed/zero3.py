@@ -14,7 +14,7 @@ import deepspeed
 import prefixcore
 from tests import tiny
 from tests.distributed.launch import leave, report
-from tests.distributed.training import CONFIGS, IDS
+from tests.distributed.training import CONFIGS, IDS, why_no_average
 
 THRESHOLDS = {"small ones whole": {}, "all in pieces": {"stage3_param_persistence_threshold": 0}}
 
@@ -22,7 +22,7 @@ THRESHOLDS = {"small ones whole": {}, "all in pieces": {"stage3_param_persistenc
 def main(folder: str) -> None:
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"why no average": []}
     for name in CONFIGS:
         for how, threshold in THRESHOLDS.items():
             handle = prefixcore.attach(tiny.model(), CONFIGS[name])
@@ -40,6 +40,7 @@ def main(folder: str) -> None:
                 engine.backward(loss)
                 engine.step()
                 losses.append(loss.item())
+            found["why no average"].append(why_no_average(engine))
             handle.save(f"{folder}/{name}, {how}")
             found[f"{name}, {how}"] = losses
     report(folder, rank, found)

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..model.devices import device_of
 from ..model.peft_parameters import flags_to_restore
+from ..model.sharded import reshard
 from ..model.wrapped import Around, WrappedMethod
 from .interface import LAYER, Layer
 from .refusals import RefusedReplica
@@ -55,6 +56,7 @@ class Patch:
 
     def freeze(self) -> None:
         """Turns off the gradient of every parameter."""
+        reshard(self.model)  # FSDP's gathered parameters take their flag anew from those in parts at each forward
         self.frozen = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for parameter, _ in self.frozen:
             parameter.requires_grad_(False)
