@@ -26,7 +26,7 @@ from .cli import (
 )
 from .cli import list as list_
 from .cli.common import INTERRUPTED, USER_ERROR
-from .cli.failures import message
+from .cli.failures import UserError, message
 from .version import __version__
 
 COMMANDS = {
@@ -94,6 +94,8 @@ def _run(arguments: Sequence[str]) -> int:
         options = parser().parse_args(arguments)  # SystemExit: it has printed its help, or what is wrong
         program = f"prefixcore {options.command}"
         _interrupt.tell(_interrupt.NOTHING, program=program)
+        if any("\0" in argument for argument in arguments):  # as Python alone can call this
+            raise UserError("an argument holds a NUL character, which no path or text can; take it out")
         return COMMANDS[options.command].run(options)
     except KeyboardInterrupt:
         output.say(f"\n{_interrupt.line()}")

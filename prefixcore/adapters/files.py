@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .manifest import Manifest
 from .peft import PROMPT_EMBEDDINGS
+from .storage import check_path
 
 MODEL_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
@@ -35,6 +36,7 @@ Trainer takes every folder of the checkpoint that holds an `adapter_model.safete
 
 def find_adapter(folder: Path) -> Path:
     """The adapter's folder: the one given, or the one in it where that is a checkpoint."""
+    check_path(folder)
     beside = folder / CHECKPOINT / BESIDE_PEFT
     if os.path.lexists(beside / MANIFEST_FILE) and not os.path.lexists(folder / MANIFEST_FILE):
         return beside

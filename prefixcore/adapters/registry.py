@@ -19,7 +19,7 @@ from .registry_entry import Entry, is_entry_name, may_be_adapter, read_entry, st
 from .registry_log import Event, Log, Replaced
 from .replace import replace_folder
 from .same_model import find_differences
-from .storage import open_file
+from .storage import check_path, naming_errors_of, open_file
 from .writing import check_target
 
 LONGEST_NAME = 52
@@ -57,6 +57,7 @@ class Registry:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        check_path(self.directory)
         self._log = Log(self.directory)
         self._seen: dict[str, tuple[object, Entry]] = {}
         try:
@@ -149,7 +150,7 @@ class Registry:
             self.directory.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise AdapterError(f"{self.directory}: is not a folder; expected a folder of adapters") from None
-        with self._log.locked(self._is_done, self._finish):
+        with naming_errors_of(self.directory), self._log.locked(self._is_done, self._finish):
             taken = self._conflicts(manifest, name, source.absolute().name)
             given = name or self._same_task(manifest, taken) or source.absolute().name
             _check_name(given)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterError
+from .errors import AdapterError, shown
 
 LONGEST_JSON = 4 * 2**20
 """Bytes, a thousand times what an adapter needs. Parsing a longer file could fill the memory."""
@@ -39,6 +39,23 @@ def naming(path: Path) -> Iterator[None]:
         raise AdapterError(f"{path}: {error}") from error
 
 
+@contextmanager
+def naming_errors_of(path: Path) -> Iterator[None]:
+    """A block in which an error of the file system that names no file, such as that it is full, gets this name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_path(path: Path) -> None:
+    """Raises AdapterError for a path that no file system takes, as Python's own error does not say which it is."""
+    if "\0" in str(path):
+        raise AdapterError(f"{shown(str(path))}: a path cannot hold a NUL character; take it out")
+
+
 def open_file(path: Path) -> io.FileIO | None:
     """A regular file, or a link to one, opened for reading; None if there is nothing of this name.
 
@@ -49,6 +66,7 @@ def open_file(path: Path) -> io.FileIO | None:
         AdapterError: not a regular file, or a link that leads nowhere.
         OSError: the file system refuses, for example because of permissions or of links that lead in a circle.
     """
+    check_path(path)
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -32,7 +32,7 @@ from .provenance import inherited
 from .reading import read_folder, read_kept
 from .record import CURVE, RECORD, record_bytes
 from .replace import replace_folder
-from .storage import describe, load_json, naming, to_json
+from .storage import check_path, describe, load_json, naming, to_json
 from .tensors import is_finite
 from .whole import one_writer, whole_module
 
@@ -171,6 +171,7 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def _check_target(target: Path) -> None:
+    check_path(target)
     try:
         found = target.lstat()
         if stat.S_ISLNK(found.st_mode):

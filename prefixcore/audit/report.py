@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters.storage import naming_errors_of
+
 
 @dataclass(frozen=True)
 class Report:
@@ -56,7 +58,8 @@ class Report:
         page, data = targets(Path(out))
         page.parent.mkdir(parents=True, exist_ok=True)
         for path, text in ((data, self.to_json()), (page, self.to_html())):
-            _write(path, text)
+            with naming_errors_of(path):
+                _write(path, text)
         return page, data
 
 

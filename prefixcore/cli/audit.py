@@ -21,15 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--probe",
         type=Path,
         required=True,
-        metavar="FILE.jsonl",
-        help="JSON lines with prompt and completion, of the adapter's task; best ones it was not trained on",
+        metavar="FILE",
+        help="examples with prompt and completion, as train reads them, of its task; best ones it was not trained on",
     )
     parser.add_argument(
         "--other",
         type=Path,
         action="append",
         default=[],
-        metavar="FILE.jsonl",
+        metavar="FILE",
         help="the same of another task, to see how far the adapter leaks; may be given several times",
     )
     parser.add_argument(
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples",
         type=Path,
-        metavar="FILE.jsonl",
+        metavar="FILE",
         help="examples of the task, best its training data, for written prompts to show (default: some probes)",
     )
     parser.add_argument(
@@ -125,15 +125,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def read_probes(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, list[Any]], list[Any] | None]:
     """The probes, those of other tasks by the names of their files, and the examples."""
-    from ..training import read_jsonl
+    from ..training import read_examples
 
-    probes = read_jsonl(arguments.probe)
+    probes = read_examples(arguments.probe)
     others: dict[str, list[Any]] = {}
     for path in arguments.other:
         if path.stem in others:
             raise UserError(f"--other {path}: another file has the name {path.stem} too; rename one of them")
-        others[path.stem] = read_jsonl(path)
-    return probes, others, None if arguments.examples is None else read_jsonl(arguments.examples)
+        others[path.stem] = read_examples(path)
+    return probes, others, None if arguments.examples is None else read_examples(arguments.examples)
 
 
 def check_out(page: Path, data: Path) -> None:

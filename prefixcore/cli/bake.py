@@ -91,6 +91,6 @@ def read_text(arguments: argparse.Namespace) -> str | None:
     if arguments.text is not None:
         raise UserError("--text and --text-file are two texts; give one")
     try:
-        return arguments.text_file.read_text(encoding="utf-8")
+        return arguments.text_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--text-file {arguments.text_file} is not UTF-8 text ({error.reason})") from None

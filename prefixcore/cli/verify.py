@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        metavar="FILE.jsonl",
+        metavar="FILE",
         help="measure again: the file that train was given, or the held-out examples (with --model)",
     )
     parser.add_argument(

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.storage import naming_errors_of
 from .errors import DistillError
 
 VERSION = 2
@@ -86,8 +87,9 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            unfinished.write_bytes(save(tensors, {KEY: digest, CONTENT: _sha256(tensors)}))
-            unfinished.replace(path)
+            with naming_errors_of(path):
+                unfinished.write_bytes(save(tensors, {KEY: digest, CONTENT: _sha256(tensors)}))
+                unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from .bank.heads import Heads
 from .checkpoint import uninstall
 from .families import is_known
 from .model.devices import device_of
+from .model.peft_names import missing
 from .model.signature import argument_names
 from .model.undone import UndoneAfterBlock
 from .tested_classes import PACKED, TESTED
@@ -249,6 +250,11 @@ class Handle(UndoneAfterBlock):
 
     def _take_back(self) -> None:
         self.detach()
+
+    if not TYPE_CHECKING:  # else every name would pass for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing(name)
 
     def __repr__(self) -> str:
         state = "" if self.is_attached else ", detached"

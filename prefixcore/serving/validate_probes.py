@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters import AdapterError, read_record
-from ..training import DataError, read_jsonl, split
+from ..training import DataError, read_examples, split
 
 GENERIC = ("Portugal ->", "Q: What is the answer?\nA:", "2 + 3 =", "Once upon a time", "The quick brown fox")
 
@@ -44,7 +44,7 @@ def find_probes(folder: Path, given: Mapping[str, Sequence[str]], count: int) ->
         record = read_record(folder)
         data, part = record.get("data"), record.get("split")
         if isinstance(data, str) and isinstance(part, dict) and Path(data).is_file():
-            _, held_out = split(read_jsonl(data), part["fraction"], part["seed"])
+            _, held_out = split(read_examples(data), part["fraction"], part["seed"])
             prompts = list(dict.fromkeys(example.prompt for example in held_out))[:count]
             if prompts:
                 return Probes(prompts, f"held out of {Path(data).name}")
@@ -63,7 +63,7 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
 
     found: dict[str, list[str]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     for number, line in enumerate(lines, start=1):

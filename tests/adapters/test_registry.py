@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_it_as_it_was(registry, sources, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("prefixcore.adapters.replace._write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: .{registry.directory}."):
         registry.add(sources / "capitals-2", replace=True)
     monkeypatch.undo()
     assert registry.find("capitals").digest == adapter_digest(sources / "capitals")

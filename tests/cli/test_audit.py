@@ -32,6 +32,13 @@ def test_writes_a_page_and_its_json_and_prints_the_summary(audit, tmp_path):
     assert report["task"]["name"] == "swap"
 
 
+def test_probes_of_a_table(audit, tmp_path):
+    (tmp_path / "probes.csv").write_text("prompt,completion\nab ->, ba\nce ->, ec\n")
+    code, _, err = audit(probe=tmp_path / "probes.csv")
+    assert code == 0, err
+    assert json.loads((tmp_path / "swap-audit.json").read_text())["task"]["used"] == 2
+
+
 def test_a_folder_other_tasks_and_examples(audit, data, tmp_path):
     other = tmp_path / "upper.jsonl"
     other.write_text('{"prompt": "a =", "completion": " A"}\n')

@@ -53,6 +53,8 @@ def test_a_text(bake, tmp_path):
     assert "9 virtual tokens baked from a text" in out
     (tmp_path / "text").write_text("ab -> ba\n", encoding="utf-8")
     assert bake("--text-file", tmp_path / "text")[1] == out
+    (tmp_path / "text").write_text("ab -> ba\n", encoding="utf-8-sig")  # as editors on Windows write it
+    assert bake("--text-file", tmp_path / "text")[1] == out
 
 
 def test_a_text_is_verified_as_what_nothing_was_trained_for(bake, prefixcore, tmp_path):

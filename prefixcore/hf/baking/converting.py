@@ -21,6 +21,7 @@ from ...adapters.files import find_adapter
 from ...adapters.formats import FORMATS, PREFIX, PROMPT, Contents, Facts, Format, Written, contents_of
 from ...adapters.formats.files import read_bytes
 from ...adapters.reading import read_header
+from ...adapters.storage import check_path, naming_errors_of
 from ...adapters.writing import check_apart
 from ...nn import LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from ..attaching import check_model
@@ -80,7 +81,8 @@ def export_adapter(
     if kind.name != "peft":  # whose files are the folder's own, or none
         joined = _moved(str(adapter), joined, kind.position_offset, model)
     written = kind.write(joined, facts, dtype)
-    _put(target, written)
+    with naming_errors_of(target):
+        _put(target, written)
     lost = list(written.lost)
     if any(each.manifest is not None for each in read):
         lost.append(f"manifest (task, {'' if kind.name == 'peft' else 'base model, '}provenance)")
@@ -287,15 +289,15 @@ def _digest(source: Path) -> str:
 
 def _check_free(target: Path) -> None:
     """Raises AdapterError if something is there: files of others are never replaced."""
+    check_path(target)
     if os.path.lexists(target):
         raise AdapterError(f"{target}: is there already; give another name, or remove it")
 
 
 def _put(target: Path, written: Written) -> None:
     """Writes a file or a folder beside its place, and gives it its name as a whole."""
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f".{target.name}.writing-{secrets.token_hex(4)}"
+    new = target.absolute().parent / f".{target.name}.writing-{secrets.token_hex(4)}"
+    new.parent.mkdir(parents=True, exist_ok=True)
     try:
         if set(written.files) == {""}:
             new.write_bytes(written.files[""])
