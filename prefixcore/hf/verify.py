@@ -28,14 +28,20 @@ from .positions.model_inputs import SEQUENCE, found_to_read_ids, head_of, plain_
 TEXT, CONTINUATION, NEW = 3, 4, 2
 """How many tokens become virtual ones, how many follow them, and how many are generated."""
 
+FULL = torch.float32, torch.float64
+"""Types whose rounding is below what the checks allow for."""
+
 PADDING = 2
 """How many of the continuation are padding in one row of the batch that is generated from."""
 
 _TOLERANCE, _TOLERANCE_HALF = 0.01, 0.05
 """The share of the text's effect that may be missing. Rounding in bfloat16 takes a hundredth, in TF32 a thousandth."""
 
-_ROUNDING = 1e-4
-"""The share of a later token's change that earlier logits of a causal model may have: it computes them of the same."""
+_ROUNDING = 1e-3
+"""The share of a later token's change that earlier logits of a causal model in float32 may have.
+
+It computes them of the same numbers, but not always in the same order: which expert reads how many tokens differs, say.
+"""
 
 
 def verify_prefix(model: PreTrainedModel, backbone: PreTrainedModel, calls: list[AttentionCall]) -> None:
@@ -133,7 +139,8 @@ def check_causal(model: PreTrainedModel, what: str = "a soft prompt") -> None:
     other[:, -1] = stand_in(model)
     with own_words(model, what), frozen_run(model):
         change = first(model(input_ids=ids, use_cache=False)) - first(model(input_ids=other, use_cache=False))
-    if change[:, :-1].float().norm() > _ROUNDING * change[:, -1].float().norm():
+    rounding = _ROUNDING if model.dtype in FULL else _TOLERANCE_HALF
+    if change[:, :-1].float().norm() > rounding * change[:, -1].float().norm():
         raise NotImplementedError(
             f"{type(model).__name__} is meant to generate, but its text is not causal: a later token changes an "
             f"earlier logit, and what it generates with a cache is not what it generates without. {AS_DECODER}"
@@ -249,7 +256,7 @@ def _check_training(model: PreTrainedModel, what: str, module: nn.Module, ids: T
 
 def tolerance(model: PreTrainedModel) -> float:
     """The share of an effect that may be missing, in the model's dtype."""
-    return _TOLERANCE if model.dtype in (torch.float32, torch.float64) else _TOLERANCE_HALF
+    return _TOLERANCE if model.dtype in FULL else _TOLERANCE_HALF
 
 
 def _compare(model: PreTrainedModel, what: str, expected: Tensor, got: Any, without: Tensor) -> None:
