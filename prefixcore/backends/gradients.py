@@ -20,6 +20,7 @@ from .problem import AttentionProblem
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+_is_tracing: Callable[[], bool] = torch._C._is_tracing
 _ops = torch.ops.prefixcore
 
 
@@ -114,6 +115,10 @@ def prefix_attention(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     """The op, its gradient recorded where one is asked for: for eager code outside functional transforms."""
     differentiable = p.differentiable
     if torch.is_grad_enabled() and _any_requires_grad(*differentiable):
+        if _is_tracing():
+            raise NotImplementedError(
+                "torch.jit.trace cannot record the gradient of prefix attention: trace inside torch.no_grad()"
+            )
         return _apply(_PrefixAttention, *differentiable, p)
     result: tuple[Tensor, Tensor] = _run("prefix_attention", _ops.prefix_attention.default, p)
     return result

@@ -74,6 +74,14 @@ def seed(text: str) -> int:
     return _whole(text, least=0)
 
 
+def port(text: str) -> int:
+    """An argparse type: the number of a port."""
+    value = positive(text)
+    if value > 65535:
+        raise argparse.ArgumentTypeError(f"must be at most 65535, got {value}")
+    return value
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)

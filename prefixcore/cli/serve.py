@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _interrupt
-from .common import OK, positive
+from .common import OK, port, positive
 from .failures import UserError, user_errors
 from .output import say
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapters", type=Path, required=True, metavar="DIR", help="folder of adapters; it may change while they serve"
     )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
-    parser.add_argument("--port", type=positive, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=port, default=8000, help="default: 8000")
     parser.add_argument(
         "--bake",
         action="store_true",

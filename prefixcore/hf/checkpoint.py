@@ -115,6 +115,36 @@ def _place(name: str | None) -> str:
     return f"{MODULE}." if name is None else f"{MODULE}.{name}."
 
 
+def check_state(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before tensors are loaded into a model: ValueError if those of virtual tokens are of another kind or number.
+
+    Trainer resumes with `strict=False`, which passes over them: a training would begin anew in silence, or end in words
+    of the optimizer's.
+    """
+    method, start = model.__dict__.get(_METHOD), f"{prefix}{MODULE}."
+    held = {name: tensor.shape for name, tensor in state_dict.items() if name.startswith(start)}
+    if not held or not isinstance(method, SavePretrained):
+        return
+    adapters, found = method.bank.adapters, False
+    for name, adapter in adapters.items():
+        place = prefix + _place(name)
+        given = {key: shape for key, shape in held.items() if key.startswith(place)}
+        own = {place + key: tensor.shape for key, tensor in adapter.module.state_dict().items()}
+        own = {key: shape if shape.numel() else given.get(key) for key, shape in own.items()}  # elsewhere, as of ZeRO-3
+        if any(own.get(key) != shape for key, shape in given.items()):
+            break
+        found |= bool(given)  # a bank may have more adapters than were saved, or fewer
+    else:
+        if found:
+            return
+    saved = ", ".join(f"{name} {list(shape)}" for name, shape in list(held.items())[:4])
+    raise ValueError(
+        f"other virtual tokens were saved than are attached: saved are {saved}, attached "
+        f"{', '.join(repr(adapter.handle) for adapter in adapters.values()) or 'none'}; attach what the checkpoint was "
+        "trained with, or go on from its values by prefixcore.load(model, checkpoint, trainable=True), without resuming"
+    )
+
+
 class NotSaved:
     """The names of the tensors that a checkpoint leaves out, in place of the model's `_keys_to_ignore_on_save`.
 
@@ -134,7 +164,9 @@ class NotSaved:
 
 
 def install(bank: Bank) -> None:
-    """Puts the method in place of the model's own."""
+    """Puts the method in place of the model's own, and looks at what is loaded into the model."""
+    if not isinstance(bank.model.__dict__.get(_METHOD), SavePretrained):
+        bank.state_hook = bank.model.register_load_state_dict_pre_hook(check_state)
     bank.model.__dict__[_METHOD] = SavePretrained(bank)
     bank.model.__dict__[_NOT_SAVED] = NotSaved(bank)
 
@@ -144,6 +176,7 @@ def uninstall(bank: Bank) -> None:
     found = bank.model.__dict__.get(_METHOD)
     if isinstance(found, SavePretrained) and found.bank is bank and not bank.is_attached:
         del bank.model.__dict__[_METHOD]
+        bank.state_hook.remove()
         bank.model._keys_to_ignore_on_save = bank.model.__dict__[_NOT_SAVED].own
 
 

@@ -84,3 +84,16 @@ def test_bad_arguments(case: str, backend: str) -> None:
         prefixcore.prefix_attention(**arguments)
     for name, x in before.items():
         assert torch.equal(arguments[name], x), name
+
+
+def test_jit_trace_says_how_to_trace() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, query: Tensor, prefix: Tensor) -> Tensor:
+            return prefixcore.prefix_attention(query, query, query, prefix, prefix)
+
+    query, prefix = torch.randn(1, 2, 5, 8), torch.randn(2, 3, 8, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"trace inside torch.no_grad\(\)"):
+        torch.jit.trace(Attention(), (query, prefix))
+    with torch.no_grad():
+        traced = torch.jit.trace(Attention(), (query, prefix))
+        assert torch.equal(traced(query, prefix), Attention()(query, prefix))

@@ -192,6 +192,7 @@ def test_adapters_that_cannot_be_served_stop_it(prefixcore: Any, place: Path, fa
         (("--adapters", "nowhere"), "is not a folder"),
         (("--model", "./nowhere"), "is not a folder"),
         (("--placeholder", "100000"), "is no token"),
+        (("--port", "65536"), "must be at most 65535"),
         (("--", "--port", "1"), "cannot be given to vLLM here"),
     ],
 )

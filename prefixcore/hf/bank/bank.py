@@ -109,6 +109,7 @@ class Bank:
         self.residency = Residency()
         self.stays = False
         self.stage: Any = None
+        self.state_hook: Any = None
         self.moves_with_padding: bool | None = None
         self._next_task = 0
         self.names = {module: argument_names(module) for module in {model, model.base_model}}

@@ -47,6 +47,7 @@ def _described(bank: Bank) -> str:
 def pop_rows(bank: Bank, kwargs: dict[str, Any]) -> Rows:
     """The tasks of the rows of a call."""
     refuse_context_parallelism()
+    _refuse_choices(bank, kwargs)
     task_ids = kwargs.pop(TASK_IDS, None)
     if task_ids is not None:
         what = "rows" if kwargs.get("cu_seq_lens_q") is None else "packed sequences"
@@ -67,6 +68,16 @@ def pop_rows(bank: Bank, kwargs: dict[str, Any]) -> Rows:
             "numbers: Trainer's collator leaves texts out (PackedCollator does not)"
         )
     return Rows([Task(adapter) for adapter in bank.adapters.values()])
+
+
+def _refuse_choices(bank: Bank, kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for choices [B, C, T] that a model with two heads reads as they are."""
+    ids = kwargs.get("input_ids")
+    if "mc_token_ids" in bank.names[bank.model] and isinstance(ids, Tensor) and ids.dim() > 2:
+        raise NotImplementedError(
+            f"{type(bank.model).__name__} got choices {list(ids.shape)}, and virtual tokens are for rows [B, T]: give "
+            "each choice as a row, input_ids.flatten(0, 1) and mc_token_ids.flatten(), and the others so too"
+        )
 
 
 def _rows_here(bank: Bank, rows: Rows) -> Rows | None:

@@ -12,6 +12,9 @@ from ..positions.model_inputs import (
 )
 from ..positions.positions import check_limit
 
+_PLACES = ("mc_token_ids", "cls_index")
+"""Arguments that say which token of a row a head reads."""
+
 _TOKEN_ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", *TOKEN_TYPES}
 """Arguments with a value a token for which the value at virtual tokens is known."""
 
@@ -52,6 +55,12 @@ def check_arguments(kwargs: dict[str, Any], axes: bool) -> None:
             "a soft prompt needs logits_to_keep as a number of last tokens, got a tensor of token indices, which is "
             "for packed batches"
         )
+    for name in _PLACES:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{name} counts tokens from the first one of a row, before which a soft prompt is put: leave it out, "
+                "so that the head reads the token that it takes by itself, or attach a prefix (PrefixTuningConfig)"
+            )
     packed = kwargs.get("cu_seq_lens_q") is not None
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
