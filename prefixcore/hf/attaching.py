@@ -148,14 +148,9 @@ def make_prompt(model: PreTrainedModel, config: Any, hidden_size: int, tokenizer
 def check_model(model: Any) -> None:
     """Raises unless `model` is a transformers model with nothing attached."""
     if not isinstance(model, PreTrainedModel):
-        wrapped = isinstance(model, nn.Module) and any(isinstance(m, PreTrainedModel) for m in model.modules())
-        hint = "; attach to the model inside, before it is wrapped" if wrapped else ""
-        if wrapped and hasattr(model, "peft_config"):
-            hint = (
-                "; to run PEFT's own virtual tokens on prefixcore's ops, call prefixcore.accelerate(peft_model); to "
-                "put virtual tokens beside a LoRA, give peft_model.get_base_model()"
-            )
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}")
+        text = isinstance(model, (str, Path))
+        got = f"the text {str(model)!r}" if text else type(model).__name__
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {got}{_how_to_mend(model)}")
     found = [name for name, m in model.named_modules() if ATTACHMENT in m.__dict__ or LAYER in m.__dict__]
     if found:
         raise ValueError(
@@ -177,6 +172,24 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"the model has parameters without values (on the meta device), as {missing[0]} is: load its weights first"
         )
+
+
+def _how_to_mend(model: Any) -> str:
+    """What to give in place of something that is no transformers model."""
+    if isinstance(model, (str, Path)):
+        return "; load it: transformers.AutoModelForCausalLM.from_pretrained of it"
+    if hasattr(model, "num_virtual_tokens"):
+        return "; give the model first, then the config"
+    if isinstance(getattr(model, "model", None), PreTrainedModel) and not isinstance(model, nn.Module):
+        return "; give its .model"
+    if not isinstance(model, nn.Module) or not any(isinstance(m, PreTrainedModel) for m in model.modules()):
+        return ""
+    if hasattr(model, "peft_config"):
+        return (
+            "; to run PEFT's own virtual tokens on prefixcore's ops, call prefixcore.accelerate(peft_model); to "
+            "put virtual tokens beside a LoRA, give peft_model.get_base_model()"
+        )
+    return "; attach to the model inside, before it is wrapped"
 
 
 def choose_layers(calls: list[AttentionCall], config: PrefixTuningConfig) -> list[int]:
