@@ -1,14 +1,16 @@
 """Self-study: prompts that the model asks itself about parts of the text (Cartridges, arXiv:2506.06266).
 
-Without a chat template the model goes on behind a part of the text: with lines of its own, which are cut at a random
-token and so become prompts; with a question, behind a word that asks for one; and lines of the text itself, cut in the
-same way, ask it to go on with what it has read. With a template it writes the user's turn itself, behind the text as
-the system message (as Magpie does, arXiv:2406.08464), or is asked for a question.
+In plain text the model is asked, by its chat template where it has one, for lists of questions about a part of the
+text; it goes on behind such a part with lines of its own, which are cut at a random token and so become prompts; and
+lines of the text itself, cut in the same way, ask it to go on with what it has read. In conversations it writes the
+user's turn itself, behind the text as the system message (as Magpie does, arXiv:2406.08464), or is asked for one.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..training.chat import question_ids
+from ..training.data import DataError
 from .checks import positions_of
 from .front import Front
 from .options import DistillOptions
@@ -31,8 +35,22 @@ MOST_TOKENS = 40
 
 TOP_P = 0.95
 
+LISTS, LIST_TOKENS = 4, 160
+"""Lists of questions that are made at once, about `TOGETHER` questions in all, and the tokens of each."""
+
+OF_LISTS = 0.7
+"""The temperature of lists: at 1 a small model asks about other things than the text."""
+
+LIST_REQUEST = "Write ten short questions about details of this text."
+LIST_HEADING = "Questions about this text:"
+FIRST_NUMBER = "1."
+"""What begins a list of questions: asked for in a conversation, or in plain text, and its first number."""
+
+NUMBERED = re.compile(r"\s*(?:\d+[.):]|[-*])?\s*([^?]*[^?\s])\s*\?")
+"""A question of a list."""
+
 ASKING = (("Q:", "\nA:"), ("Question:", "\nAnswer:"))
-"""What is put behind a part of a text to get a question, and behind the question to get an answer."""
+"""What is put before a question, and behind it to get an answer."""
 
 REQUESTS = (
     "Ask one short question that can be answered with what you were told. Write the question and nothing else.",
@@ -67,7 +85,7 @@ class SelfStudy:
         """About `options.questions` different prompts; `progress` is told how many more were made."""
         found: dict[str, Prompt] = {}
         positions = positions_of(self.model)
-        most = self.options.chunk_tokens
+        most = self.options.part
         if positions is not None:  # behind a part there is to be room for what asks for a prompt, and for the prompt
             most = max(1, min(most, positions - 2 * MOST_TOKENS))
         chunks = chunks_of(self.tokenizer, self.text, most)
@@ -79,9 +97,10 @@ class SelfStudy:
             if len(found) >= wanted:
                 break
             before = len(found)
-            # Each part meets each kind, also where there are as many parts as kinds.
-            kind = kinds[(number + number // len(chunks)) % len(kinds)]
-            for text in self._round(kind, chunks[number % len(chunks)], self.options.seed + number):
+            # Each part meets each kind, however many parts there are.
+            turn, part = divmod(number, len(chunks))
+            kind = kinds[(turn + part) % len(kinds)]
+            for text in self._round(kind, chunks[part], self.options.seed + number):
                 if len(found) < wanted:
                     found.setdefault(text, Prompt(text, None, f"question {len(found) + 1}"))
             progress(len(found) - before)
@@ -101,7 +120,7 @@ class SelfStudy:
             "ends": sorted(end_ids(self.model, self.tokenizer)),
             "seed": seed,
             "together": TOGETHER,
-            "tokens": MOST_TOKENS,
+            "tokens": [MOST_TOKENS, LIST_TOKENS],
         }
         kept = self.store.keep("questions", facts, lambda: _pack(kind(chunk, seed)))
         return [text for text in _unpack(kept) if text.strip()]
@@ -131,18 +150,38 @@ class SelfStudy:
 
     def _questions(self, chunk: str, seed: int) -> list[str]:
         """Questions, with the words that ask for an answer behind them."""
-        front = Plain(self.tokenizer, chunk.rstrip() + "\n").front
-        asking = [ASKING[i % len(ASKING)] for i in range(TOGETHER)]
-        behind = [list(self.tokenizer(before, add_special_tokens=False)["input_ids"]) for before, _ in asking]
-        found = zip(asking, self._sample(front, behind, seed, "?"), strict=False)
+        begin = list(self.tokenizer(FIRST_NUMBER, add_special_tokens=False)["input_ids"])
+        lists = self._sample(
+            self._list_front(chunk), [begin] * LISTS, seed, None, new=LIST_TOKENS, temperature=OF_LISTS
+        )
+        found = dict.fromkeys(question for said in lists for question in listed(said))
         # A line of its own, wherever the text ends.
-        begin = "" if self.text.endswith("\n") else "\n"
-        return [f"{begin}{ask}{text}?{after}" for (ask, after), text in found if text and "\n" not in text]
+        line = "" if self.text.endswith("\n") else "\n"
+        asking = itertools.cycle(ASKING)
+        return [f"{line}{before} {question}{after}" for question, (before, after) in zip(found, asking, strict=False)]
 
-    def _sample(self, front: Sequence[int], behind: list[list[int]], seed: int, end: str | None) -> list[str]:
-        """What the model says behind a part of the text and each of `behind`."""
+    def _list_front(self, chunk: str) -> list[int]:
+        """The ids that ask for a list of questions about a part of the text."""
+        if getattr(self.tokenizer, "chat_template", None):
+            try:
+                return question_ids(self.tokenizer, f"{chunk.rstrip()}\n\n{LIST_REQUEST}", "a request for questions")
+            except DataError:  # a template that wants something else than one turn of a user
+                pass
+        return Plain(self.tokenizer, f"{chunk.rstrip()}\n\n{LIST_HEADING}\n").front
+
+    def _sample(
+        self,
+        front: Sequence[int],
+        behind: list[list[int]],
+        seed: int,
+        end: str | None,
+        *,
+        new: int = MOST_TOKENS,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """What the model says, in at most `new` tokens, behind a part of the text and each of `behind`."""
         last = list(front[-1:])  # something has to be read for there to be something said
-        positions, new = positions_of(self.model), MOST_TOKENS
+        positions = positions_of(self.model)
         if positions is not None:
             new = min(new, positions - len(front) - max(map(len, behind)))
         if new < 1:  # one line that fills the model
@@ -155,7 +194,7 @@ class SelfStudy:
                 max_new_tokens=new,
                 padding=self.padding,
                 end=end,
-                temperature=1.0,
+                temperature=temperature,
                 seed=seed,
                 top_p=TOP_P,
             )
@@ -174,6 +213,12 @@ def chunks_of(tokenizer: Any, text: str, most: int) -> list[str]:
         parts[-1] += line
         used += length
     return [part for part in parts if part.strip()]
+
+
+def listed(said: str) -> list[str]:
+    """The questions of a list that begins behind its first number, each with its question mark, in one line."""
+    found = [match[1] for line in said.splitlines() if (match := NUMBERED.match(line)) is not None]
+    return [f"{question}?" for question in found if any(map(str.isalpha, question))]
 
 
 def cut_somewhere(tokenizer: Any, lines: Sequence[str], seed: int) -> list[str]:
