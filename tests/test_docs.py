@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 import pytest
 import torch
 
-from prefixcore.__main__ import main
+from prefixcore.__main__ import COMMANDS, main
 from prefixcore.hf import ENCODER_DECODERS, ENCODERS, FAMILIES
 from tests import tiny
 from tests.examples import ROOT, blocks, commands, execute, public
@@ -61,6 +61,16 @@ def test_options_in_the_table_of_the_command_line_exist(capsys: pytest.CaptureFi
     named = {option for row in rows for option in re.findall(r"--[a-z-]+", row)}
     assert len(named) > 8
     assert named <= known
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_is_on_a_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    named = {option for page in PAGES.values() for option in re.findall(r"--[a-z][a-z-]+", page)}
+    named |= {option.replace("--no-", "--") for option in named}
+    assert known - named == set()
 
 
 def test_environment_variables_are_those_that_the_code_reads() -> None:
