@@ -95,6 +95,12 @@ def audit(
     """
     if not probes:
         raise AuditError("there is no probe: an audit needs at least one prompt with its completion")
+    for probe in probes:
+        if not isinstance(probe, Example):
+            raise TypeError(
+                f"probes: expected those of read_examples(file), or Example(prompt, completion) for each, got "
+                f"{type(probe).__name__}"
+            )
     folder, progress = Path(adapter_folder), Progress(show_progress)
     adapter, record = read_adapter(folder), read_record(folder)
     virtual = virtual_tokens(adapter, model.device)

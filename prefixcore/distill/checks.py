@@ -9,6 +9,24 @@ from ..hf.families import text_config
 from ..hf.positions.position_table import position_limit
 from ..training.data import vocabulary_size
 from .errors import DistillError
+from .options import DistillOptions
+from .writing import Prompt
+
+
+def check_kinds(context: Any, options: Any, prompts: Iterable[Any]) -> None:
+    """Raises TypeError for arguments of another kind than they are to be."""
+    if not isinstance(context, str):
+        raise TypeError(
+            f"context: expected the text itself, got {type(context).__name__}; of a file: "
+            'Path(file).read_text(encoding="utf-8")'
+        )
+    if not isinstance(options, DistillOptions):
+        raise TypeError(f"options: expected DistillOptions(num_virtual_tokens=...), got {type(options).__name__}")
+    for prompt in prompts:
+        if not isinstance(prompt, Prompt):
+            raise TypeError(
+                f"prompts: expected those of read_prompts(file), or Prompt(text) for each, got {type(prompt).__name__}"
+            )
 
 
 def positions_of(model: Any) -> int | None:

@@ -15,7 +15,7 @@ from ..hf.attaching import check_model
 from ..training.causal import TO_ANSWER, check_causal
 from ..training.data import pad_id
 from ..training.weights import configuration_digest, weights_digest
-from .checks import check_ids, check_length, positions_of
+from .checks import check_ids, check_kinds, check_length, positions_of
 from .errors import DistillError
 from .front import Front
 from .measuring import measure
@@ -83,6 +83,7 @@ def distill(
     """
     check_model(model)
     check_causal(model, TO_ANSWER)
+    check_kinds(context, options, (*prompts, *held_out))
     was_training = model.training
     model.eval()  # a teacher with dropout would answer otherwise each time
     try:
