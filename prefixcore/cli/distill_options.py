@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prompts that the model asks itself about parts of the text (default: {QUESTIONS}; with --prompts: none)",
     )
-    asked.add_argument("--chunk-tokens", type=positive, metavar="N", help="of a part (default: 128)")
+    asked.add_argument("--chunk-tokens", type=positive, metavar="N", help="of a part (default: 128; with --chat 512)")
     asked.add_argument(
         "--end", type=plain_escapes, help=r"text at which an answer ends, such as '\n' (default: as the model ends it)"
     )

@@ -32,7 +32,8 @@ class DistillOptions:
         match: when an answer is right: "exact": it is the completion, white space around both aside; "contains": the
             completion stands in it, in large letters or small.
         least_share: the least P is searched, by halving, that keeps this share of the full text's score; None: P is P.
-        chunk_tokens: the longest part of the text that questions are asked about; a small model asks of no more.
+        chunk_tokens: the longest part of the text that a question is asked about; None: 128, or 512 with chat. A small
+            model asks about what it has just read.
         seed: of the questions, the order and what is held out.
 
     Raises:
@@ -59,7 +60,7 @@ class DistillOptions:
     eval_fraction: float = 0.2
     match: str = "exact"
     least_share: float | None = None
-    chunk_tokens: int = 128
+    chunk_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class DistillOptions:
         least |= {"steps": 1, "batch_size": 1, "chunk_tokens": 8, "seed": 0}
         for name, number in least.items():
             value = getattr(self, name)
+            if name == "chunk_tokens" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < number:
                 raise ValueError(f"{name} must be an integer of at least {number}, got {value!r}")
         for name, choices in (("start", STARTS), ("match", MATCHES)):
@@ -89,6 +92,11 @@ class DistillOptions:
             raise ValueError("end must be a text that is not empty, or None")
         if self.chat and self.end is not None:
             raise ValueError("end cannot be given with chat: the model's chat template ends each turn")
+
+    @property
+    def part(self) -> int:
+        """The longest part of the text that a question is asked about, in tokens."""
+        return self.chunk_tokens or (512 if self.chat else 128)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,9 +1,9 @@
 """Self-study: prompts that the model asks itself about parts of the text (Cartridges, arXiv:2506.06266).
 
-The model is asked, by its chat template where it has one, for lists of questions about a part of the text. In plain
-text it also goes on behind such a part with lines of its own, which are cut at a random token and so become prompts;
-and lines of the text itself, cut in the same way, ask it to go on with what it has read. In conversations it also
-writes the user's turn itself, behind the text as the system message (as Magpie does, arXiv:2406.08464).
+In plain text the model is asked, by its chat template where it has one, for lists of questions about a part of the
+text; it goes on behind such a part with lines of its own, which are cut at a random token and so become prompts; and
+lines of the text itself, cut in the same way, ask it to go on with what it has read. In conversations it writes the
+user's turn itself, behind the text as the system message (as Magpie does, arXiv:2406.08464).
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class SelfStudy:
         """About `options.questions` different prompts; `progress` is told how many more were made."""
         found: dict[str, Prompt] = {}
         positions = positions_of(self.model)
-        most = self.options.chunk_tokens
+        most = self.options.part
         if positions is not None:  # behind a part there is to be room for what asks for a prompt, and for the prompt
             most = max(1, min(most, positions - 2 * MOST_TOKENS))
         chunks = chunks_of(self.tokenizer, self.text, most)
         kinds = [self._questions, self._lines, self._questions, self._quotes]
         if self.options.chat:
-            kinds = [self._users, self._listed]
+            kinds = [self._users]
         wanted = self.options.questions
         for number in range(4 * -(-wanted // TOGETHER)):  # some come twice, and some are empty
             if len(found) >= wanted:
@@ -106,10 +106,11 @@ class SelfStudy:
         facts = {
             "model": self.digest,
             "chunk": chunk,
+            "chat": self.options.chat,
+            "asked": [] if self.options.chat else self._list_front(chunk),
             "kind": kind.__name__,
             "ends_line": self.text.endswith("\n"),  # of the whole text: how a question behind it begins
             "front": writer(self.tokenizer, chunk, chat=self.options.chat).front,
-            "asked": self._list_front(chunk),
             "ends": sorted(end_ids(self.model, self.tokenizer)),
             "seed": seed,
             "together": [TOGETHER, LISTS],
@@ -137,17 +138,15 @@ class SelfStudy:
 
     def _questions(self, chunk: str, seed: int) -> list[str]:
         """Questions, with the words that ask for an answer behind them."""
+        begin = list(self.tokenizer(FIRST_NUMBER, add_special_tokens=False)["input_ids"])
+        lists = self._sample(
+            self._list_front(chunk), [begin] * LISTS, seed, None, new=LIST_TOKENS, temperature=OF_LISTS
+        )
+        found = dict.fromkeys(question for said in lists for question in listed(said))
         # A line of its own, wherever the text ends.
         line = "" if self.text.endswith("\n") else "\n"
-        found = zip(self._listed(chunk, seed), itertools.cycle(ASKING), strict=False)
-        return [f"{line}{before} {question}{after}" for question, (before, after) in found]
-
-    def _listed(self, chunk: str, seed: int) -> list[str]:
-        """Questions of lists that the model makes, each once."""
-        begin = list(self.tokenizer(FIRST_NUMBER, add_special_tokens=False)["input_ids"])
-        asked = self._list_front(chunk)
-        lists = self._sample(asked, [begin] * LISTS, seed, None, new=LIST_TOKENS, temperature=OF_LISTS)
-        return list(dict.fromkeys(question for said in lists for question in listed(said)))
+        asking = itertools.cycle(ASKING)
+        return [f"{line}{before} {question}{after}" for question, (before, after) in zip(found, asking, strict=False)]
 
     def _list_front(self, chunk: str) -> list[int]:
         """The ids that ask for a list of questions about a part of the text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -141,7 +141,7 @@ def test_the_defaults_in_its_help_are_those_of_the_options(prefixcore):
     text = " ".join(out.split())
     default = DistillOptions(num_virtual_tokens=1)
     for words in (
-        f"a part (default: {default.chunk_tokens})",
+        f"a part (default: {default.part}; with --chat {replace(default, chat=True).part})",
         f"--max-answer-tokens N default: {default.max_answer_tokens}",
         f"a token (default: {default.top_k})",
         f"of its tokens (default: {default.start})",
