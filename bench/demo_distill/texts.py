@@ -47,7 +47,8 @@ def make(name: str, folder: Path) -> Text:
 def harbour(folder: Path) -> Text:
     """A document: the model asks itself about it, and is measured on questions that a person wrote."""
     options = ["--questions", "1024", "--eval-prompts", str(TEXTS / "harbour.jsonl"), "--end", "\\n"]
-    options += ["--match", "contains", "--max-answer-tokens", "20", "--batch-size", "8", "--steps", "600"]
+    options += ["--match", "contains", "--max-answer-tokens", "20", "--batch-size", "8", "--steps", "250"]
+    options += ["--dtype", "bfloat16"]
     return Text("harbour", "a handbook", TEXTS / "harbour.txt", options)
 
 

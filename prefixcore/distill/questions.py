@@ -35,8 +35,8 @@ MOST_TOKENS = 40
 
 TOP_P = 0.95
 
-LISTS, LIST_TOKENS = 8, 160
-"""Lists of questions that are made at once, and the tokens of each: some ten questions, many of which come twice."""
+LISTS, LIST_TOKENS = 4, 160
+"""Lists of questions that are made at once, some ten questions in each, and the tokens of one."""
 
 OF_LISTS = 0.7
 """The temperature of lists: at 1 a small model asks about other things than the text."""
