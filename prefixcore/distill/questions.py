@@ -46,8 +46,8 @@ LIST_HEADING = "Questions about this text:"
 FIRST_NUMBER = "1."
 """What begins a list of questions: asked for in a conversation, or in plain text, and its first number."""
 
-NUMBERED = re.compile(r"\s*(?:\d+[.):]|[-*])?\s*([^?]*[^?\s])\s*\?")
-"""A question of a list."""
+NUMBER = re.compile(r"^(?:\d+[.):]|[-*])\s*")
+"""What stands before a question of a list."""
 
 ASKING = (("Q:", "\nA:"), ("Question:", "\nAnswer:"))
 """What is put before a question, and behind it to get an answer."""
@@ -205,7 +205,8 @@ def chunks_of(tokenizer: Any, text: str, most: int) -> list[str]:
 
 def listed(said: str) -> list[str]:
     """The questions of a list that begins behind its first number, each with its question mark, in one line."""
-    found = [match[1] for line in said.splitlines() if (match := NUMBERED.match(line)) is not None]
+    before_marks = [line.split("?", 1)[0].strip() for line in said.splitlines() if "?" in line]
+    found = [NUMBER.sub("", text) for text in before_marks]
     return [f"{question}?" for question in found if any(map(str.isalpha, question))]
 
 

@@ -57,8 +57,10 @@ def test_each_part_meets_each_kind(model, tokenizer, monkeypatch, parts: int):
         (" Who built it?\n2. When was it built?\n3. Where", ["Who built it?", "When was it built?"]),
         ("1) Who? Nobody.\n- Why not ?\n\n* How?", ["Who?", "Why not?", "How?"]),
         ("It has none.\n?\n2. ?", []),
+        (" " * 10_000 + "a", []),  # in a time that grows with its length alone
         ("", []),
     ],
+    ids=range(5),
 )
 def test_questions_of_a_list(said: str, questions: list[str]):
     assert listed(said) == questions
