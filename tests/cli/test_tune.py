@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from prefixcore.adapters import read_adapter, read_record
-from prefixcore.training.tuning.halving import Tuning
+from prefixcore.training.tuning import Tuning
 
 
 @pytest.fixture

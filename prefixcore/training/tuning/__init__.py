@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .candidates import Candidate, grid
-from .halving import Rung, Trial, Tuning, tune
+from .halving import tune
 from .picture import draw_tuning
+from .result import Rung, Trial, Tuning
 
 __all__ = ["Candidate", "Rung", "Trial", "Tuning", "draw_tuning", "grid", "tune"]

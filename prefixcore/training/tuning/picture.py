@@ -6,7 +6,7 @@ import math
 from io import BytesIO
 from typing import Any
 
-from .halving import Trial, Tuning
+from .result import Trial, Tuning
 
 _COLOURS = "viridis"
 """Of learning rates, from dark to light: in order also for colour-blind readers, and in print."""
