@@ -11,10 +11,11 @@ from typing import Any
 
 from .errors import AdapterError, shown
 from .files import MANIFEST_FILE, PEFT_FILE, find_adapter
+from .folder import read_folder
 from .manifest import Manifest
 from .module import Adapter
 from .provenance import now
-from .reading import read_adapter, read_folder
+from .reading import read_adapter
 from .registry_entry import Entry, is_entry_name, may_be_adapter, read_entry, stamp
 from .registry_log import Event, Log, Replaced
 from .replace import replace_folder

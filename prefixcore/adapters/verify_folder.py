@@ -14,11 +14,11 @@ from .digest import DIGEST, check_content
 from .errors import AdapterError, shown
 from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, SIGNATURE_FILE, STATE_FILE
 from .fingerprint import fingerprint
+from .folder import check_listed, read_folder
 from .header import claimed_config, claimed_shapes, header_of
 from .manifest import Manifest
 from .peft import HEAD, head_shapes
 from .provenance import is_of_text_alone
-from .reading import check_listed, read_folder
 from .same_model import compare_fingerprints
 from .signing import check_signature
 from .storage import LONGEST_JSON, load_bytes, load_json, parse_json, to_json

@@ -25,11 +25,12 @@ from ..nn import (
 )
 from .errors import AdapterError
 from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, SIGNATURE_FILE, STATE_FILE, tensor_names
+from .folder import read_folder
 from .manifest import Manifest
 from .module import Module
 from .peft import COLS, HEAD, PEFT_TYPES, PROMPT_EMBEDDINGS, ROWS, Values, is_expressible, to_peft
 from .provenance import inherited
-from .reading import read_folder, read_kept
+from .reading import read_kept
 from .record import CURVE, RECORD, record_bytes
 from .replace import replace_folder
 from .storage import check_path, describe, load_json, naming, to_json
