@@ -9,7 +9,7 @@ from .digest import is_sha256
 from .errors import AdapterError, shown
 from .files import MODEL_FILE, PEFT_FILE, STATE_FILE
 from .manifest import Manifest
-from .peft import is_expressible
+from .peft_writing import is_expressible
 from .record import CURVE, RECORD
 
 

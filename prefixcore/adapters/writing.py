@@ -28,7 +28,8 @@ from .files import MANIFEST_FILE, MODEL_FILE, PEFT_FILE, SIGNATURE_FILE, STATE_F
 from .folder import read_folder
 from .manifest import Manifest
 from .module import Module
-from .peft import COLS, HEAD, PEFT_TYPES, PROMPT_EMBEDDINGS, ROWS, Values, is_expressible, to_peft
+from .peft import COLS, HEAD, PEFT_TYPES, PROMPT_EMBEDDINGS, ROWS, Values
+from .peft_writing import is_expressible, to_peft
 from .provenance import inherited
 from .reading import read_kept
 from .record import CURVE, RECORD, record_bytes

@@ -202,7 +202,7 @@ def _check_layers(header: AdapterHeader, calls: list[AttentionCall]) -> None:
                 "PEFT puts its prefix at positions, to which the model adds a learned bias; a prefix here has none, so "
                 "it would not be the same: train one with prefixcore.attach"
             )
-        if len(header.layers) not in (len(layers), 2 * len(layers)):  # see `for_seq2seq`
+        if len(header.layers) not in (len(layers), 2 * len(layers)):  # see `adapters.peft_writing.for_seq2seq`
             raise AdapterError(
                 f"it has a prefix for {len(header.layers)} layers of a decoder, but the model's has {len(layers)}; it "
                 "was trained for another model"
