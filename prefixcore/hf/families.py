@@ -180,6 +180,12 @@ def has_windows(model: Any) -> bool:
     return able and getattr(text_config(model), "sliding_window", None) is not None
 
 
+def has_only_full_attention(model: Any) -> bool:
+    """Whether every layer of the text decoder inside `model` lets each token see all that come before it."""
+    layer_types = getattr(text_config(model), "layer_types", None) or []
+    return not has_windows(model) and set(layer_types) <= {"full_attention"}
+
+
 def attention_dropout(model: Any) -> dict[str, float]:
     """The dropout rates of attention weights that are not zero, by their name in the configuration.
 

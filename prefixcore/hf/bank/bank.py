@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,29 +20,23 @@ from ..attention.discover import has_other_layers, is_encoder, moves_positions
 from ..attention.interface import ATTENTION
 from ..attention.patch import ATTACHMENT, Patch
 from ..attention.recording import AttentionCall
-from ..batch.tasks import (
-    TASK_IDS,
-    Rows,
-    Task,
-    generated_tasks,
-    generating,
-)
-from ..families import has_windows, is_known, text_config
-from ..model.active import activate, is_active
+from ..batch.tasks import TASK_IDS, Task, generated_tasks, generating
+from ..families import has_only_full_attention, is_known
+from ..model.active import activate
 from ..model.devices import device_of
 from ..model.sharded import agree_on_values, data_meshes
 from ..model.signature import argument_names, as_keywords
 from ..model.tensor_parallel import HeadGroup, head_group
-from ..positions.cache import cache_argument, get_label, label_to_continue
 from ..positions.decoder_positions import embed_positions, position_module
-from ..positions.model_inputs import has_axes, has_stand_ins
+from ..positions.model_inputs import has_axes
 from ..positions.position_table import first_position, position_limit
-from ..positions.positions import batch_rows, shift_positions
-from ..prompts.prompt_embeddings import is_inserted
+from ..positions.positions import shift_positions
 from .attached import Attached
 from .cpt_calls import TYPES, take_answers_loss
 from .encoder_calls import encode, find_encoder
-from .prefix_calls import ROWS, RowPrefixes, decode, hand_over
+from .handed import ROWS, RowPrefixes, hand_over
+from .inserted import check_inserted, continues_after_prompts, lacks_prompt
+from .prefix_calls import decode
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
 from .reach import check_concatenated, reach
 from .residency import Residency
@@ -114,7 +107,7 @@ class Bank:
         self._next_task = 0
         self.names = {module: argument_names(module) for module in {model, model.base_model}}
         self.checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.only_full_attention = _only_full_attention(model)
+        self.only_full_attention = has_only_full_attention(model)
         try:
             self.freeze()
             self.patch.wrap_forward(model, self.call_model)
@@ -196,6 +189,20 @@ class Bank:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.checkpointable)
 
     @property
+    def can_pack(self) -> bool:
+        """Whether packed batches can be given with a soft prompt, and attention has a kernel for them.
+
+        The model keeps its own attention until the first packed batch, so its dtype and device may still change.
+        """
+        if isinstance(self.decoder, str):
+            return False
+        try:
+            choice = which_backend("prefix_attention", device_of(self.decoder), self.decoder.dtype)
+        except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
+            return False
+        return choice.name != "reference" or choice.why == "forced"
+
+    @property
     def is_disabled(self) -> bool:
         """Whether the running thread computes as if nothing were attached."""
         return is_disabled(self.patch)
@@ -231,7 +238,7 @@ class Bank:
             computed, prompts = place_prompts(self, kwargs, rows, in_rows=answers is not None)
         if computed or explicit or len(self.adapters) > 1:
             kwargs[ROWS] = RowPrefixes(rows, computed)
-        if prompts or self._continues_after_prompts(kwargs, rows):
+        if prompts or continues_after_prompts(kwargs, rows):
             with activate(self.patch):
                 return call_with_prompts(self, forward, kwargs, rows, prompts, answers)
         if self.stays and not self.is_reached and is_known(self.model) and not has_axes(self.model):
@@ -239,14 +246,6 @@ class Bank:
         # Models without **kwargs (Bloom, Falcon, GPT-J, Mamba) do not hand the rows on to the model without a head.
         with activate(self.patch):
             return forward(**kwargs)
-
-    def _continues_after_prompts(self, kwargs: dict[str, Any], rows: Rows) -> bool:
-        """Whether the cache of a call holds soft prompts, be it only as padding of the rows that were selected."""
-        cache = cache_argument(kwargs)
-        label = get_label(cache)
-        if label is None or not label.slots:
-            return False
-        return label_to_continue(cache, rows.keys(batch_rows(kwargs))) is not None
 
     def call_generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model's generate: its rows' tasks are those of all calls of the model inside.
@@ -275,7 +274,7 @@ class Bank:
         kwargs = as_keywords(self.names[base], args, kwargs)
         if (
             self.encoder is None
-            and self.lacks_prompt(kwargs)
+            and lacks_prompt(self, kwargs)
             and not any(isinstance(a.module, CPTPrompt) for a in self.adapters.values())
         ):
             # As TRL's trainers do, which compute their losses from the hidden states without the model's own head.
@@ -284,7 +283,7 @@ class Bank:
             return decode(self, forward, **kwargs)
         if self.encoder is not None:  # whose stacks put everything in
             return forward(**kwargs)
-        self.check_inserted(base, kwargs)
+        check_inserted(self, base, kwargs)
         return forward(**kwargs)
 
     def call_decoder(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -316,44 +315,3 @@ class Bank:
         if name is not None and module.config._attn_implementation == ATTENTION and self.hands_on_arguments:
             kwargs[OTHER_ATTENTION] = name
         return forward(*args, **kwargs)
-
-    # -- soft prompts
-
-    @property
-    def can_pack(self) -> bool:
-        """Whether packed batches can be given with a soft prompt, and attention has a kernel for them.
-
-        The model keeps its own attention until the first packed batch, so its dtype and device may still change.
-        """
-        if isinstance(self.decoder, str):
-            return False
-        try:
-            choice = which_backend("prefix_attention", device_of(self.decoder), self.decoder.dtype)
-        except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
-            return False
-        return choice.name != "reference" or choice.why == "forced"
-
-    def lacks_prompt(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call of the model without its head starts a sequence by itself, without its soft prompt."""
-        if ROWS in kwargs or is_active(self.patch) or all(a.is_prefix for a in self.adapters.values()):
-            return False  # a model of images alone has no input embeddings to ask
-        if torch.compiler.is_compiling():  # which sees no mark on embeddings or a cache
-            return cache_argument(kwargs) is None
-        if is_inserted(kwargs.get("inputs_embeds")):
-            return False
-        return not has_stand_ins(self.model.get_input_embeddings()) and get_label(cache_argument(kwargs)) is None
-
-    def check_inserted(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-        """Raises RuntimeError in a call that starts a sequence of `module` by itself, without its soft prompt."""
-        if self.encoder is not None or not self.lacks_prompt(kwargs):
-            return
-        raise RuntimeError(
-            f"{type(module).__name__} was called without the soft prompt, which is put in when the model that it is "
-            f"attached to ({type(self.model).__name__}) is called"
-        )
-
-
-def _only_full_attention(model: PreTrainedModel) -> bool:
-    """Whether every layer lets each token see all that come before it."""
-    layer_types = getattr(text_config(model), "layer_types", None) or []
-    return not has_windows(model) and set(layer_types) <= {"full_attention"}

@@ -32,7 +32,8 @@ from ..positions.positions import batch_rows
 from ..positions.row_padding import check_rows_may_differ
 from ..prompts.prompts import Prompts, missing_tokens
 from ..prompts.soft_prompt import insert, insert_mask
-from .prefix_calls import ROWS, RowPrefixes, prefixes_of_call, prompt_of
+from .handed import ROWS, RowPrefixes
+from .prefix_calls import prefixes_of_call, prompt_of
 from .rows import pop_rows
 
 if TYPE_CHECKING:

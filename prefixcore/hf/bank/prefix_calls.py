@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from ..attention.interface import PREFIXES
 from ..attention.prefix import KeyValue, LayerPrefixes, PrefixCall, running, stack
 from ..attention.refusals import refuse_attention_weights, refuse_other_attention, refuse_reentrant_checkpointing
 from ..batch.packing import is_empty_mask, set_empty_mask
-from ..batch.tasks import Rows, Task
+from ..batch.tasks import Task
 from ..model.devices import device_of
 from ..model.sample_inputs import model_input, reads_tokens
 from ..model.tensor_parallel import own_heads
@@ -30,58 +29,14 @@ from ..positions.cache import (
 from ..positions.decoder_positions import moved
 from ..positions.positions import batch_rows, check_limit, past_length, query_length, shift_positions
 from ..prompts.prompt_arguments import tokens
-from .cached_calls import compute_once_cached, forward_cached, refuse_packed
+from .cached_calls import compute_once_cached, forward_cached
 from .evaluate import evaluate
+from .handed import RowPrefixes, pop_handed
+from .inserted import check_inserted
 from .rows import pop_rows
 
 if TYPE_CHECKING:
     from .bank import Bank
-
-ROWS = "prefixcore_rows"
-"""The argument by which a model's call hands the rows' tasks, a `RowPrefixes`, to the decoder inside."""
-
-
-class RowPrefixes:
-    """What a model's call hands to the decoder inside.
-
-    Attributes:
-        rows: the tasks of the rows.
-        computed: the prefixes that soft prompts have been turned into.
-    """
-
-    __slots__ = ("rows", "computed")
-
-    def __init__(self, rows: Rows, computed: dict[Task, LayerPrefixes | None]) -> None:
-        self.rows, self.computed = rows, computed
-
-    @property
-    def tasks(self) -> list[Task]:
-        """The tasks that rows see as a prefix, in the order of the stack."""
-        return [task for task in self.rows.tasks if task.adapter.is_prefix or task in self.computed]
-
-    def shift(self, task: Task) -> int:
-        """How many positions further on a text stands behind the prefix of a task."""
-        layers = self.computed.get(task)
-        first = None if layers is None else layers[0]
-        return task.adapter.shift if first is None else first[0].shape[1]
-
-
-class _Handed(threading.local):
-    def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
-        self.rows: RowPrefixes | None = None
-
-
-_handed = _Handed()
-
-
-def hand_over(forward: Callable[..., Any], **kwargs: Any) -> Any:
-    """A forward of a model that hands no unknown arguments on to the decoder inside (Bloom, Falcon, GPT-J)."""
-    refuse_packed(kwargs)
-    before, _handed.rows = _handed.rows, kwargs.pop(ROWS, None)
-    try:
-        return forward(**kwargs)
-    finally:
-        _handed.rows = before
 
 
 def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
@@ -92,10 +47,10 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
             f"{type(bank.model).__name__} needs either decoder_input_ids or decoder_inputs_embeds, or labels, which "
             "its decoder's input is made of"
         )
-    given: RowPrefixes | None = kwargs.pop(ROWS, None) or _handed.rows
+    given: RowPrefixes | None = pop_handed(kwargs)
     from_model = given is not None
     if given is None:
-        bank.check_inserted(decoder, kwargs)
+        check_inserted(bank, decoder, kwargs)
         given = RowPrefixes(pop_rows(bank, kwargs), {})
     if bank.encoder is not None:
         from .encoder_calls import behind_prompts, extend_encoder_mask
