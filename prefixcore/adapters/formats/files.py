@@ -1,13 +1,17 @@
-"""Files of others, opened so that nothing in them runs or fills the memory: `.pt`, `.npy`, raw bytes."""
+"""Files of others: read so that nothing in them runs or fills the memory (`.pt`, `.npy`, raw bytes); written whole."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
 import pickle
 import re
+import secrets
+import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import torch
 
 from ..._text import printable
 from ..errors import AdapterError, shown
-from ..storage import naming, open_file
+from ..storage import check_path, naming, open_file
 from .record import MOST_NUMBERS
 
 
@@ -132,3 +136,42 @@ def save_npy(tensor: torch.Tensor) -> bytes:
     stream = io.BytesIO()
     np.save(stream, tensor.numpy(), allow_pickle=False)
     return stream.getvalue()
+
+
+def digest_of(source: Path) -> str:
+    """The SHA-256 of a file, or of a folder's files by their names."""
+    try:
+        paths = [source] if not source.is_dir() else sorted(path for path in source.iterdir() if path.is_file())
+    except OSError as error:
+        raise AdapterError(f"{source}: cannot be read: {error.strerror or error}") from error
+    if source.is_dir():
+        lines = [f"{path.name} {hashlib.sha256(read_bytes(path)).hexdigest()}\n" for path in paths]
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(read_bytes(source)).hexdigest()
+
+
+def check_free(target: Path) -> None:
+    """Raises AdapterError if something is there: files of others are never replaced."""
+    check_path(target)
+    if os.path.lexists(target):
+        raise AdapterError(f"{target}: is there already; give another name, or remove it")
+
+
+def put(target: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files, or the one whose name is empty, beside its place, and gives it its name as a whole."""
+    new = target.absolute().parent / f".{target.name}.writing-{secrets.token_hex(4)}"
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if set(files) == {""}:
+            new.write_bytes(files[""])
+        else:
+            new.mkdir()
+            for name, data in files.items():
+                (new / name).write_bytes(data)
+        check_free(target)
+        os.rename(new, target)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new, ignore_errors=True)
+        else:
+            new.unlink(missing_ok=True)

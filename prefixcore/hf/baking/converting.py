@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import secrets
-import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,10 +14,10 @@ from transformers import PreTrainedModel
 from ...adapters import AdapterError, Manifest, check_target, read_adapter, write_adapter
 from ...adapters.errors import shown
 from ...adapters.files import find_adapter
-from ...adapters.formats import FORMATS, PREFIX, PROMPT, Contents, Facts, Format, Written, contents_of
-from ...adapters.formats.files import read_bytes
+from ...adapters.formats import FORMATS, PREFIX, PROMPT, Contents, Facts, Format, contents_of
+from ...adapters.formats.files import check_free, digest_of, put
 from ...adapters.reading import read_header
-from ...adapters.storage import check_path, naming_errors_of
+from ...adapters.storage import naming_errors_of
 from ...adapters.writing import check_apart
 from ...nn import LayerShape, Prefix, PrefixTuningConfig, PromptTuningConfig, SoftPrompt
 from ..attaching import check_model
@@ -70,7 +66,7 @@ def export_adapter(
         torch.Size([4, 32])
     """
     target, kind = Path(path), find_format(format)
-    _check_free(target)
+    check_free(target)
     folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
     read = [read_adapter(folder) for folder in folders]
     contents = [contents_of(each, find_adapter(Path(folder))) for each, folder in zip(read, folders, strict=True)]
@@ -82,7 +78,7 @@ def export_adapter(
         joined = _moved(str(adapter), joined, kind.position_offset, model)
     written = kind.write(joined, facts, dtype)
     with naming_errors_of(target):
-        _put(target, written)
+        put(target, written.files)
     lost = list(written.lost)
     if any(each.manifest is not None for each in read):
         lost.append(f"manifest (task, {'' if kind.name == 'peft' else 'base model, '}provenance)")
@@ -134,7 +130,7 @@ def import_adapter(
     check_target(Path(directory).absolute())
     check_apart(origin, Path(directory))
     check_model(model)
-    record = {"converted_from": {"format": kind.name, "name": origin.name, "sha256": _digest(origin)}}
+    record = {"converted_from": {"format": kind.name, "name": origin.name, "sha256": digest_of(origin)}}
     if kind.name == "peft":
         if position_offset is False:
             raise AdapterError(
@@ -273,42 +269,3 @@ def _prompt(origin: Path, contents: Contents, hidden_size: int, task_id: int | N
             f"{hidden_size}"
         )
     return SoftPrompt(hidden_size, PromptTuningConfig(init=prompts[number]), prompts[number])
-
-
-def _digest(source: Path) -> str:
-    """The SHA-256 of a file, or of a folder's files by their names."""
-    try:
-        paths = [source] if not source.is_dir() else sorted(path for path in source.iterdir() if path.is_file())
-    except OSError as error:
-        raise AdapterError(f"{source}: cannot be read: {error.strerror or error}") from error
-    if source.is_dir():
-        lines = [f"{path.name} {hashlib.sha256(read_bytes(path)).hexdigest()}\n" for path in paths]
-        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    return hashlib.sha256(read_bytes(source)).hexdigest()
-
-
-def _check_free(target: Path) -> None:
-    """Raises AdapterError if something is there: files of others are never replaced."""
-    check_path(target)
-    if os.path.lexists(target):
-        raise AdapterError(f"{target}: is there already; give another name, or remove it")
-
-
-def _put(target: Path, written: Written) -> None:
-    """Writes a file or a folder beside its place, and gives it its name as a whole."""
-    new = target.absolute().parent / f".{target.name}.writing-{secrets.token_hex(4)}"
-    new.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if set(written.files) == {""}:
-            new.write_bytes(written.files[""])
-        else:
-            new.mkdir()
-            for name, data in written.files.items():
-                (new / name).write_bytes(data)
-        _check_free(target)
-        os.rename(new, target)
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new, ignore_errors=True)
-        else:
-            new.unlink(missing_ok=True)
