@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench.quality import cells, goals, intervals, known, page, plan, records, sources, starts, sustained
+from bench.quality import cells, goals, intervals, known, page, plan, records, sources, starts, sustained, tables
 from bench.quality.__main__ import missing, parser, resolved
 from bench.quality.methods import METHODS
 from bench.quality.records import Cell, Record
@@ -116,8 +116,8 @@ def test_a_budget_of_seconds_has_records_and_methods_of_its_own(tmp_path, monkey
     options.out = tmp_path / "x4"
     assert list(missing(options)) == [Cell("dates", "lora", 0, METHODS["lora"].rates[0])]
     monkeypatch.setattr(records, "TIMED", tmp_path)
-    assert "| prefix | 75 (25..100), loss 1.00, 80 steps |" in page.equal_seconds()
-    assert "4 times as many seconds" in page.equal_seconds()
+    assert "| prefix | 75 (25..100), loss 1.00, 80 steps |" in tables.equal_seconds()
+    assert "4 times as many seconds" in tables.equal_seconds()
 
 
 def record(method: str, seed: int, rate: float, validation: float, right: str, task: str = "dates") -> Record:
@@ -169,10 +169,10 @@ def test_intervals_hold_the_mean_and_narrow_with_examples():
 
 def test_the_page_says_first_where_others_win():
     kept = [record("prefix", 0, 1e-3, 0.5, "0011"), record("lora", 0, 1e-3, 0.5, "0111")]
-    assert page.where_others_win(kept) == "- Dates rewritten: LoRA, rank 8 (PEFT) 75 %, ours at best prefix 50 %."
-    assert "| Dates rewritten | 50 prefix | - | - | **75** | - | - |" in page.summary(kept)
+    assert tables.where_others_win(kept) == "- Dates rewritten: LoRA, rank 8 (PEFT) 75 %, ours at best prefix 50 %."
+    assert "| Dates rewritten | 50 prefix | - | - | **75** | - | - |" in tables.summary(kept)
     nowhere = "Nowhere among what has been run; of PEFT's prompts that is 0 of 6 settings."
-    assert page.where_others_win(kept[:1]) == nowhere
+    assert tables.where_others_win(kept[:1]) == nowhere
 
 
 def test_goals_say_what_was_met_and_what_was_missed():
