@@ -12,6 +12,8 @@ from torch import Tensor
 import prefixcore
 from tests.device import triton_backend
 
+__all__ = ["backend"]
+
 OPS = torch.ops.prefixcore
 BACKENDS = ("cpu", "reference", "triton")
 """The triton backend stands in the cpu backend's place, interpreted."""
