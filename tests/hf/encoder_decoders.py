@@ -63,6 +63,7 @@ FAMILIES = list(_MADE)
 TEXT = [name for name in FAMILIES if name != "whisper"]
 BIASED = ("t5", "mt5")
 """Those that bias scores by position."""
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
 def make(family: str, seed: int = 0, **changes: Any) -> Any:
