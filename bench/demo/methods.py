@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from bench.models import twin
 from prefixcore.training import Evaluation, TrainingOptions, TrainingRecord, evaluate, fit, tokenize
 from prefixcore.training.data import pad_id
 
@@ -44,12 +44,6 @@ class Outcome:
     record: TrainingRecord | None = None
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A second model over the very same weights: modules are copied, tensors are not."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def train_peft(model: Any, tokenizer: Any, task: Task, seed: int) -> Outcome:
     """PEFT's prefix tuning as a newcomer gets it: its start, its last step, as many virtual tokens as our prefix."""
     options = replace(PREFIX, average=False)
@@ -65,7 +59,7 @@ def peft_model(model: Any, tokenizer: Any, seed: int) -> Any:
     length = len(tokenizer(INSTRUCTION_WITH_EXAMPLES)["input_ids"])
     torch.manual_seed(seed)
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
-    return get_peft_model(shared_copy(model), config)  # type: ignore[arg-type]
+    return get_peft_model(twin(model), config)  # type: ignore[arg-type]
 
 
 def soft_prompt_config(seed: int) -> Any:

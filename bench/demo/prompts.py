@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from prefixcore.audit.candidates import with_text
 from prefixcore.training import Evaluation, Example, evaluate, predict, tokenize
 from prefixcore.training.evaluate import exact_match
 
@@ -36,11 +37,6 @@ class Chosen:
     name: str
     text: str
     training_exact_match: float
-
-
-def with_text(examples: Sequence[Example], text: str) -> list[Example]:
-    """The same examples with `text` before each prompt."""
-    return [replace(example, prompt=text + example.prompt) for example in examples]
 
 
 def best_written(model: Any, tokenizer: Any, training: Sequence[Example]) -> Chosen:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bench import models
+from bench.reference.bare_model import bare_step
 from prefixcore.training import collate, tokenize
 from prefixcore.training.data import pack, pad_id
 
@@ -60,14 +62,14 @@ def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_s
     examples = tokenize(tokenizer, task.training[:batch_size], end=END)
     batch = collate(examples, pad_id(tokenizer))
     with ExitStack() as stack:
-        steps: dict[str, Step] = {BARE_NAME: bare_step(methods.shared_copy(model), batch)}
+        steps: dict[str, Step] = {BARE_NAME: bare_step(models.twin(model).requires_grad_(False).train(), batch)}
         peft = methods.peft_model(model, tokenizer, seed=0)
         steps[PEFT_NAME] = training_step(peft, [p for p in peft.parameters() if p.requires_grad], batch)
         for name, config in (
             (PREFIX_NAME, methods.prefix_config(0)),
             (SOFT_PROMPT_NAME, methods.soft_prompt_config(0)),
         ):
-            twin: Any = methods.shared_copy(model)
+            twin: Any = models.twin(model)
             handle = stack.enter_context(prefixcore.attach(twin, config, tokenizer=tokenizer))
             steps[name] = training_step(twin, list(handle.parameters()), pack(examples))
         seconds = interleave(steps, rounds=rounds)
@@ -78,18 +80,6 @@ def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_s
         rounds=rounds,
         threads=torch.get_num_threads(),
     )
-
-
-def bare_step(model: Any, batch: Mapping[str, torch.Tensor]) -> Step:
-    """Forward and the gradient of the input embeddings, with every weight frozen."""
-    model.requires_grad_(False).train()
-    rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
-
-    def step() -> None:
-        embeddings = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-        model(inputs_embeds=embeddings, use_cache=False, **rest).loss.backward()
-
-    return step
 
 
 def training_step(model: Any, parameters: Sequence[torch.nn.Parameter], batch: Mapping[str, Any]) -> Step:

@@ -15,11 +15,9 @@ test set; so is the learning rate, found with the first seed. A run that was sto
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import statistics
-import tarfile
 import time
 import warnings
 import zipfile
@@ -34,7 +32,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedMod
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import prefixcore
-from bench.quality import kept
+from bench.quality import kept, sources
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 
 TRAIN, DEVELOPMENT, TEST = 600, 300, 600
@@ -111,21 +109,8 @@ def read_model(data: Path, into: Path) -> tuple[Any, Any]:
 def read_sentences(data: Path) -> list[tuple[str, int]]:
     """Sentences with 1 for a good review and 0 for a bad one, in the order of the file."""
     (sdist,) = data.glob("vaderSentiment-*.tar.gz")
-    with tarfile.open(sdist) as outer:
-        inner = next(each for each in outer.getnames() if each.endswith("hutto_ICWSM_2014.tar.gz"))
-        packed = outer.extractfile(inner)
-        assert packed is not None
-        with tarfile.open(fileobj=io.BytesIO(packed.read())) as archive:
-            name = next(each for each in archive.getnames() if each.endswith("movieReviewSnippets_GroundTruth.txt"))
-            file = archive.extractfile(name)
-            assert file is not None
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    found = []
-    for line in lines:
-        _, score, sentence = line.split("\t", 2)
-        if abs(float(score)) > 0.5:
-            found.append((sentence, int(float(score) > 0)))
-    return found
+    lines = sources.scored(sdist, "movieReviewSnippets")
+    return [(sentence, int(score > 0)) for score, sentence in lines if abs(score) > 0.5]
 
 
 def batches(tokenizer: Any, examples: list[tuple[str, int]]) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.demo.methods import shared_copy
+from bench.models import twin
 
 from .method import Attached, Method
 from .tasks import Task
@@ -33,7 +33,7 @@ def of_peft(
     @contextmanager
     def attach(model: Any, tokenizer: Any, task: Task, seed: int) -> Iterator[Attached]:
         torch.manual_seed(seed)
-        wrapped = make(shared_copy(model), tokenizer, task)
+        wrapped = make(twin(model), tokenizer, task)
         parameters = [each for each in wrapped.parameters() if each.requires_grad]
         config = next(iter(wrapped.peft_config.values()))
         yield Attached(wrapped, parameters, False, getattr(config, "num_virtual_tokens", None) or 0)

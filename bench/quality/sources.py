@@ -74,7 +74,17 @@ def reviews(name: str, *, most_words: int = 12) -> list[tuple[str, str]]:
 
     Sentences that people scored near the middle are left out.
     """
-    with tarfile.open(fetch(REVIEWS, source=True)) as outer:
+    found = []
+    for score, sentence in scored(fetch(REVIEWS, source=True), name):
+        sentence = " ".join(sentence.split())
+        if abs(score) > 1 and 3 <= len(sentence.split()) <= most_words:
+            found.append((sentence, "positive" if score > 0 else "negative"))
+    return found
+
+
+def scored(sdist: Path, name: str) -> list[tuple[float, str]]:
+    """The sentences of one file of vaderSentiment, each with what people felt that it says, from -4 to 4."""
+    with tarfile.open(sdist) as outer:
         inner = next(each for each in outer.getnames() if each.endswith("hutto_ICWSM_2014.tar.gz"))
         packed = outer.extractfile(inner)
         assert packed is not None
@@ -82,13 +92,8 @@ def reviews(name: str, *, most_words: int = 12) -> list[tuple[str, str]]:
             file = archive.extractfile(next(n for n in archive.getnames() if n.endswith(f"{name}_GroundTruth.txt")))
             assert file is not None
             lines = file.read().decode("utf-8", "replace").splitlines()
-    found = []
-    for line in lines:
-        _, score, sentence = line.split("\t", 2)
-        sentence = " ".join(sentence.split())
-        if abs(float(score)) > 1 and 3 <= len(sentence.split()) <= most_words:
-            found.append((sentence, "positive" if float(score) > 0 else "negative"))
-    return found
+    parts = [line.split("\t", 2) for line in lines]
+    return [(float(score), sentence) for _, score, sentence in parts]
 
 
 def headlines() -> list[tuple[str, str]]:

@@ -234,7 +234,7 @@ def _check_baked(module: Prefix | SoftPrompt, values: Values) -> None:
 
     Some virtual tokens at a time: all of them at once would take the memory of the adapter again.
     """
-    baked = _flatten(values)
+    baked = tensors_of(values)
     largest = [max(abs(float(x)) for x in tensor.aminmax()) for tensor in baked]
     tokens = module.num_virtual_tokens
     step = max(1, NUMBERS_AT_ONCE * tokens // max(1, sum(tensor.numel() for tensor in baked)))
@@ -242,11 +242,12 @@ def _check_baked(module: Prefix | SoftPrompt, values: Values) -> None:
         step = tokens
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
-        for got, tensor, scale in zip(_flatten(module.bake_some(start, stop)), baked, largest, strict=True):
+        for got, tensor, scale in zip(tensors_of(module.bake_some(start, stop)), baked, largest, strict=True):
             expected = tensor[..., start:stop, :]
             if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * max(1e-6, scale)):
                 raise AdapterError("the training state does not make the virtual tokens that the adapter holds")
 
 
-def _flatten(values: Values) -> list[Tensor]:
+def tensors_of(values: Values) -> list[Tensor]:
+    """The tensors of an adapter's values: a soft prompt, or the key and the value of one layer after the other."""
     return [values] if isinstance(values, Tensor) else [tensor for pair in values for tensor in pair]

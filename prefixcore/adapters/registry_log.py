@@ -23,7 +23,7 @@ from typing import Any
 
 from .errors import AdapterError
 from .replace import leftovers
-from .storage import load_bytes, load_json
+from .storage import load_bytes, load_json, write_new
 
 try:
     import fcntl
@@ -128,10 +128,7 @@ class Log:
         data = json.dumps(dataclasses.asdict(event)).encode()
         unfinished = self._pending.with_suffix(".unfinished")
         unfinished.unlink(missing_ok=True)  # of a dead writer
-        with open(unfinished, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(unfinished, data)
         unfinished.replace(self._pending)
 
     def end(self, event: Event) -> None:

@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .exchange import exchange
+from .storage import write_new
 
 try:
     import fcntl
@@ -57,7 +58,7 @@ def replace_folder(
     with _new_folder(target) as new:
         for name, data in files.items():
             if data is not None:
-                _write(new / name, data)
+                write_new(new / name, data)
         _take_along(target, new, lambda entry: entry.name not in files and keep(entry), check)
         _sync(new)
         check(new)
@@ -220,13 +221,6 @@ def _put_in_place(new: Path, target: Path) -> None:
                 old.rename(target)
             raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

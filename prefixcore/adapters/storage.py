@@ -89,6 +89,14 @@ def _check_regular(path: Path, found: os.stat_result) -> None:
         raise AdapterError(f"{path}: not a file but a {_KINDS.get(stat.S_IFMT(found.st_mode), 'special file')}")
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Writes a file that must not be there yet, and waits until it is on the disk."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def to_json(values: Mapping[str, Any]) -> bytes:
     """JSON in UTF-8, indented and in the order of its keys: equal values make equal bytes."""
     return json.dumps(values, indent=2, sort_keys=True).encode()

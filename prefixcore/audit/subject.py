@@ -6,9 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..adapters import Adapter, adapter_digest
+from ..adapters.module import tensors_of
 from .virtual import METHODS, VirtualTokens
 
 
@@ -18,8 +17,7 @@ def describe(folder: Path, adapter: Adapter, record: dict[str, Any], virtual: Vi
     Everything but the shapes and the digest is what the adapter says of itself.
     """
     manifest = {} if adapter.manifest is None else adapter.manifest.to_dict()
-    tensors = adapter.tensors
-    values = [tensors] if isinstance(tensors, Tensor) else [tensor for pair in tensors for tensor in pair]
+    values = tensors_of(adapter.tensors)
     base = manifest.get("base_model") or {}
     stated = adapter.peft_config or {}
     config = {name: value for name, value in adapter.config.to_dict().items() if value is not None}

@@ -40,13 +40,11 @@ def describe(folder: Path, adapter: Adapter, record: dict[str, Any]) -> dict[str
     """What is known about an adapter, as JSON can hold it."""
     from torch import Tensor
 
+    from ..adapters.module import tensors_of
     from ..adapters.provenance import FIELDS
 
     tensors, manifest = adapter.tensors, adapter.manifest
-    if isinstance(tensors, Tensor):
-        values, hidden_size = [tensors], tensors.shape[1]
-    else:
-        values, hidden_size = [tensor for pair in tensors for tensor in pair], None
+    values, hidden_size = tensors_of(tensors), tensors.shape[1] if isinstance(tensors, Tensor) else None
     return {
         "folder": str(folder),
         "written_by": "PEFT" if manifest is None else f"prefixcore {manifest.libraries.get('prefixcore')}",

@@ -6,6 +6,7 @@ from io import BytesIO
 from typing import Any
 
 from ..training import TrainingRecord
+from ..training.curve import plain
 from .report import CUT, FULL, NOTHING, PREFIX, START, Report
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, also in print.
@@ -51,7 +52,7 @@ def _losses(axis: Any, record: TrainingRecord) -> None:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("KL to the full text (nats per answer token)")
-    _plain(axis)
+    plain(axis, "y")
     axis.legend(frameon=False, fontsize=9)
 
 
@@ -73,11 +74,5 @@ def _scores(axis: Any, report: Report) -> None:
     axis.set_xticks(range(len(shown)), [title for title, _ in shown])
     axis.set_ylim(0, 1.08)
     axis.set_ylabel(f"share, on {report.prompts['held_out']} held-out prompts")
-    _plain(axis)
+    plain(axis, "y")
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-
-
-def _plain(axis: Any) -> None:
-    axis.grid(True, axis="y", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)

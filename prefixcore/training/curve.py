@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .options import TrainingRecord
 
@@ -112,9 +112,7 @@ def draw_curve(curves: Sequence[Curve], *, title: str = "") -> bytes:
     for axis, name in zip(axes, ("training", "held out, never trained on"), strict=False):
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("optimizer step")
-        axis.grid(True, color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
         if logarithmic:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -130,3 +128,10 @@ def draw_curve(curves: Sequence[Curve], *, title: str = "") -> bytes:
     picture = BytesIO()
     figure.savefig(picture)
     return picture.getvalue()
+
+
+def plain(axis: Any, lines: Literal["x", "y", "both"] = "both") -> None:
+    """Gives an axis thin grey lines behind what is drawn, and no frame at the top and on the right."""
+    axis.grid(True, axis=lines, color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)

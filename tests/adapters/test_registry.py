@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_it_as_it_was(registry, sources, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prefixcore.adapters.replace._write", full)
+    monkeypatch.setattr("prefixcore.adapters.replace.write_new", full)
     with pytest.raises(OSError, match=f"No space left on device: .{registry.directory}."):
         registry.add(sources / "capitals-2", replace=True)
     monkeypatch.undo()

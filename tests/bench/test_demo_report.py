@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prefixcore
-from bench import front
+from bench import front, models
 from bench.demo import __main__ as demo
 from bench.demo import methods, prompts, report, task, timing
 from prefixcore.training import Evaluation, TrainingOptions, weights_digest
@@ -56,7 +56,7 @@ def test_steps_take_turns():
 
 def test_a_copy_shares_every_weight_and_nothing_else():
     model = tiny.model()
-    twin = methods.shared_copy(model)
+    twin = models.twin(model)
     assert twin is not model
     assert twin.model.layers[0] is not model.model.layers[0]
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):

@@ -30,7 +30,7 @@ def interrupted(*args: object, **kwargs: object) -> None:
         ("prefixcore.training.train", "nothing was written"),
         ("prefixcore.training.draw_curve", "nothing was written"),
         ("prefixcore.adapters.replace.recover", "as it was before, or the new adapter, whole"),
-        ("prefixcore.adapters.replace._write", "as it was before, or the new adapter, whole"),
+        ("prefixcore.adapters.replace.write_new", "as it was before, or the new adapter, whole"),
         ("prefixcore.adapters.replace._put_in_place", "as it was before, or the new adapter, whole"),
         ("prefixcore.adapters.replace.remove_leftovers", "as it was before, or the new adapter, whole"),
         ("prefixcore.cli.train_result.results", "the adapter is in"),
@@ -65,7 +65,7 @@ def test_what_ctrl_c_says_is_true(train, adapter, tmp_path, monkeypatch, where, 
 def test_ctrl_c_after_the_adapter_is_written(train, tmp_path, monkeypatch, when):
     """The second save, with the scores after training, or what comes before it."""
     calls = []
-    place = "prefixcore.adapters.replace._write" if when == "saving" else "prefixcore.training.evaluate"
+    place = "prefixcore.adapters.replace.write_new" if when == "saving" else "prefixcore.training.evaluate"
     module, _, name = place.rpartition(".")
     original = getattr(sys.modules[module], name)
 

@@ -47,7 +47,7 @@ def test_a_disk_that_is_full_at_the_end(train, tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(replace, "_write", full)
+    monkeypatch.setattr(replace, "write_new", full)
     code, out, err = train(*NEW)
     assert (code, out) == (2, "")
     assert "cannot be written (No space left on device); give a folder" in err.splitlines()[-1]

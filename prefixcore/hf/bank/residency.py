@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...adapters.module import tensors_of
+
 
 class Residency:
     """The copies on a device, of which the least recently used give way.
@@ -57,15 +59,11 @@ class Residency:
             return self._bytes()
 
     def _bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for copy in self._copies.values() for x in _tensors(copy))
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [values] if isinstance(values, Tensor) else [x for pair in values for x in pair]
+        return sum(x.numel() * x.element_size() for copy in self._copies.values() for x in tensors_of(copy))
 
 
 def _first(values: Any) -> Tensor:
-    return _tensors(values)[0]
+    return tensors_of(values)[0]
 
 
 def _to(values: Any, device: torch.device) -> Any:

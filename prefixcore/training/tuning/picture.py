@@ -6,6 +6,7 @@ import math
 from io import BytesIO
 from typing import Any
 
+from ..curve import plain
 from .result import Trial, Tuning
 
 _COLOURS = "viridis"
@@ -69,9 +70,7 @@ def draw_tuning(tuning: Tuning, *, title: str = "") -> bytes:
     right.set_title("the least of each (larger: longer in)", fontsize=10)
     right.set_xlabel("learning rate")
     for axis in (left, right):
-        axis.grid(True, color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
     if right.get_legend_handles_labels()[0]:
         right.legend(frameon=False, fontsize=9)
     if title:
