@@ -25,7 +25,7 @@ from .limits import (
     stated_positions,
 )
 from .output import check_open, say
-from .train_examples import HeldOutEvaluator, read_examples, tokenize_all
+from .train_examples import HeldOutEvaluator, check_chat, read_examples, tokenize_all
 from .train_layers import check_train_layers
 from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
@@ -45,7 +45,6 @@ MOST_EPOCHS = 1e9
 def run(arguments: argparse.Namespace) -> int:
     """Train, save, evaluate; exit code 130 if Ctrl-C ended the training early (what there was is saved)."""
     from ..training import DataError, train
-    from ..training.chat import check_template
     from ..training.tracking import TrackerError, check_trackers
 
     # Whatever is wrong with the request is found before the model is opened, and long before a write.
@@ -65,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     model, tokenizer = open_model(arguments)
     check_train_layers(arguments, config, model)
-    if arguments.chat:
-        with user_errors(DataError, what=f"--model {arguments.model}"):
-            check_template(tokenizer)
+    check_chat(arguments, tokenizer)
     with user_errors(DataError):
         most = most_start_tokens(arguments, model, tokenizer, [*training, *held_out])
         start = Start(arguments, config, training, tokenizer, most=most)

@@ -39,6 +39,16 @@ def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Ex
     return training, held_out[: arguments.eval_limit]
 
 
+def check_chat(arguments: argparse.Namespace, tokenizer: Any) -> None:
+    """Raises UserError where conversations are given and the model's chat template cannot be learnt from."""
+    from ..training import DataError
+    from ..training.chat import check_template
+
+    if arguments.chat:
+        with user_errors(DataError, what=f"--model {arguments.model}"):
+            check_template(tokenizer)
+
+
 def tokenize_all(
     model: Any, tokenizer: Any, examples: Sequence[Example], end: str | None, limit: LengthLimit, *, skip: bool
 ) -> tuple[list[Example], list[TokenizedExample]]:

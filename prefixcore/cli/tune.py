@@ -14,7 +14,7 @@ from .failures import UserError, user_errors
 from .limits import LengthLimit, check_virtual_tokens, learned_positions
 from .output import check_open, results, say, table
 from .train import check_out, count_virtual_tokens, signals_held_back
-from .train_examples import HeldOutEvaluator, read_examples, tokenize_all
+from .train_examples import HeldOutEvaluator, check_chat, read_examples, tokenize_all
 from .train_options import (
     LEARNING_RATES,
     METHODS,
@@ -85,7 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Tune, save, evaluate; exit code 130 if Ctrl-C ended it early (the best so far is saved)."""
     from ..hf import PromptBank
     from ..training import DataError
-    from ..training.chat import check_template
     from ..training.tuning import grid, tune
 
     check_out(arguments.out)
@@ -102,9 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("tuning goes by held-out examples, and there are none; give --eval-data or --eval-fraction")
 
     model, tokenizer = open_model(arguments)
-    if arguments.chat:
-        with user_errors(DataError, what=f"--model {arguments.model}"):
-            check_template(tokenizer)
+    check_chat(arguments, tokenizer)
     own = count_virtual_tokens(arguments, model, tokenizer, config)
     lengths = lengths_of(arguments, own)
     longest = max(lengths)

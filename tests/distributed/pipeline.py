@@ -132,6 +132,18 @@ def alone(case: Case, start: list[Tensor] | None = None) -> Any:
     return train(case, handle, step)
 
 
+def scheduled(stage: Any, schedule: Any) -> Callable[[dict[str, Tensor], Tensor], float]:
+    """A step of this stage; the loss where the last one is here, else 0."""
+
+    def step(batch: dict[str, Tensor], labels: Tensor) -> float:
+        losses: list[Tensor] = []
+        schedule.step(**batch, target=labels, losses=losses)
+        stage.sum_gradients()
+        return float(sum(losses)) if losses else 0.0
+
+    return step
+
+
 def in_stages(case: Case, rank: int, folder: str) -> Any:
     torch.manual_seed(rank)
     handle = attach(case)
@@ -141,13 +153,7 @@ def in_stages(case: Case, rank: int, folder: str) -> Any:
     place = PipelineStage(stage, stage.index, stage.count, CPU)
     schedule = case.schedule(place, n_microbatches=2, loss_fn=case.loss, scale_grads=False)
 
-    def step(batch: dict[str, Tensor], labels: Tensor) -> float:
-        losses: list[Tensor] = []
-        schedule.step(**batch, target=labels, losses=losses)
-        stage.sum_gradients()
-        return float(sum(losses)) if losses else 0.0
-
-    found = train(case, handle, step)
+    found = train(case, handle, scheduled(stage, schedule))
     gc.collect()
     here = {id(p) for p in handle.model.parameters()}
     found |= {"start": start, "layers": list(stage.layers), "freed": sum(ref() is None for ref in others)}
@@ -293,13 +299,7 @@ def offloaded(base: str, folder: str, rank: int) -> dict[str, Any]:
     place = PipelineStage(stage, stage.index, stage.count, CPU)
     schedule = ScheduleGPipe(place, n_microbatches=2, loss_fn=case.loss, scale_grads=False)
 
-    def step(batch: dict[str, Tensor], labels: Tensor) -> float:
-        losses: list[Tensor] = []
-        schedule.step(**batch, target=labels, losses=losses)
-        stage.sum_gradients()
-        return float(sum(losses)) if losses else 0.0
-
-    return {**train(case, handle, step), "meta": sum(p.is_meta for p in model.parameters())}
+    return {**train(case, handle, scheduled(stage, schedule)), "meta": sum(p.is_meta for p in model.parameters())}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 import prefixcore
 from prefixcore.adapters import AdapterError, read_adapter
+from prefixcore.adapters.formats.files import save_torch
 
 from .conftest import P, make_adapter
 from .outputs import behind_embeddings, with_adapter
@@ -72,27 +73,21 @@ def npy(array: Any, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def pt(value: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    return stream.getvalue()
-
-
 HUGE = npy(np.zeros((1, 1, 32), np.float32)).replace(b"(1, 1, 32)", b"(9, 9, 32)")
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("vllm", pt(torch.randn(4, 33)), "have 33 numbers, but the model's embeddings have 32"),
-        ("vllm", pt(torch.randn(32)), "expected shape"),
-        ("vllm", pt(torch.randn(2, 4, 32)), "expected shape"),
-        ("vllm", pt(torch.ones(4, 32, dtype=torch.int32)), "floating-point numbers, got torch.int32"),
-        ("vllm", pt(torch.eye(32).to_sparse()), "floating-point numbers"),
-        ("vllm", pt(torch.full((4, 32), torch.inf)), "NaN or infinite"),
-        ("vllm", pt([torch.randn(4, 32)]), "expected a tensor, got list"),
-        ("vllm", pt(Path("x")), "needs unpickling"),
-        ("vllm", pt(torch.ones(1).expand(2**31, 32)), "claims .* numbers, but holds 1"),
+        ("vllm", save_torch(torch.randn(4, 33)), "have 33 numbers, but the model's embeddings have 32"),
+        ("vllm", save_torch(torch.randn(32)), "expected shape"),
+        ("vllm", save_torch(torch.randn(2, 4, 32)), "expected shape"),
+        ("vllm", save_torch(torch.ones(4, 32, dtype=torch.int32)), "floating-point numbers, got torch.int32"),
+        ("vllm", save_torch(torch.eye(32).to_sparse()), "floating-point numbers"),
+        ("vllm", save_torch(torch.full((4, 32), torch.inf)), "NaN or infinite"),
+        ("vllm", save_torch([torch.randn(4, 32)]), "expected a tensor, got list"),
+        ("vllm", save_torch(Path("x")), "needs unpickling"),
+        ("vllm", save_torch(torch.ones(1).expand(2**31, 32)), "claims .* numbers, but holds 1"),
         ("vllm", b"nothing", "not a file of torch.save"),
         ("tensorrt-llm", b"nothing", "not a .npy file"),
         ("tensorrt-llm", npy(np.array([{"a": 1}], dtype=object)), "Python objects, which need unpickling"),

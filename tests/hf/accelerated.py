@@ -96,6 +96,7 @@ def _of_length(method: str, num_virtual_tokens: int = P) -> Any:
 
 
 def pickled(model: Any) -> Any:
+    """The model, pickled and read again."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import prefixcore
 
@@ -44,16 +43,3 @@ def move(module: Any) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-def spelled_out(model: Any, prompt: Tensor, ids: Tensor) -> Tensor:
-    """Logits of ids [B, T] behind embeddings [P, E], by the bare model."""
-    embeddings = model.get_input_embeddings()(ids)
-    front = prompt.to(embeddings.dtype).expand(len(ids), -1, -1)
-    with torch.no_grad():
-        return model(inputs_embeds=torch.cat((front, embeddings), 1), use_cache=False).logits[:, len(prompt) :]
-
-
-def with_adapter(model: Any, folder: Path, ids: Tensor) -> Tensor:
-    with prefixcore.load(model, folder), torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits

@@ -99,3 +99,12 @@ def concatenated(model: Any, pairs: Sequence[tuple[Tensor, Tensor] | None]) -> I
     finally:
         modeling.eager_attention_forward = original
         model.set_attn_implementation(before)
+
+
+def nine_tenths(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An op that leaves a tenth of the prefix's values out."""
+
+    def wrong(query: Tensor, key: Tensor, value: Tensor, prefix_key: Any, prefix_value: Any, **options: Any) -> Tensor:
+        return op(query, key, value, prefix_key, None if prefix_value is None else 0.9 * prefix_value, **options)
+
+    return wrong

@@ -186,3 +186,13 @@ def assert_same(before: Any, after: Any, where: str = "") -> None:
         assert torch.equal(before, after), where
     else:
         assert before == after, where
+
+
+def after(text: str, ids: Tensor) -> Tensor:
+    """The rows of `ids`, each with the tokens of `text` before it."""
+    return torch.cat((torch.tensor([Tokenizer()(text)["input_ids"]]).expand(ids.shape[0], -1), ids), 1)
+
+
+def close(got: Any, expected: Any) -> None:
+    """Asserts that two tensors differ by no more than float32's rounding in a small model."""
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)

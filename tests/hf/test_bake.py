@@ -15,8 +15,9 @@ import prefixcore
 from prefixcore.adapters import AdapterError, adapter_digest, read_adapter, read_record
 from prefixcore.nn import CPTConfig, CPTPrompt
 from tests import tiny
+from tests.formats.outputs import behind_embeddings, with_adapter
 
-from .baked import PREFIXES, PROMPTS, TOLERANCE, P, move, spelled_out, trained, wide, with_adapter
+from .baked import PREFIXES, PROMPTS, TOLERANCE, P, move, trained, wide
 from .models import FAMILIES, VOCABULARY, assert_same, make, state, tokens, window_of
 
 CASES = [
@@ -41,7 +42,7 @@ def test_a_soft_prompt(method: str, family: str, dtype: torch.dtype, tmp_path: P
     adapter = read_adapter(tmp_path / "baked")
     assert (adapter.config.method, adapter.config.is_reparameterized, len(adapter.layer_shapes)) == ("prefix", False, 2)
     ids = tokens(3, 30)
-    expected = spelled_out(model, prompt, ids)
+    expected = behind_embeddings(model, prompt, ids)
     with torch.no_grad():
         without = model(input_ids=ids).logits
     got = with_adapter(model, tmp_path / "baked", ids)
@@ -92,7 +93,7 @@ def test_the_prompt_of_one_of_several_tasks(tmp_path: Path) -> None:
     for task in range(3):
         prefixcore.bake(model, tmp_path / "tasks", tmp_path / "baked", task_id=task)
         got = with_adapter(model, tmp_path / "baked", ids)
-        torch.testing.assert_close(got, spelled_out(model, prompts[task], ids), atol=2e-5, rtol=0)
+        torch.testing.assert_close(got, behind_embeddings(model, prompts[task], ids), atol=2e-5, rtol=0)
     assert read_record(tmp_path / "baked")["baked_from"]["task_id"] == 2
     with pytest.raises(AdapterError, match=r"prompts of 3 tasks .* task_id=0 to 2"):
         prefixcore.bake(model, tmp_path / "tasks", tmp_path / "none")
@@ -138,7 +139,7 @@ def test_our_own_cpt(tmp_path: Path) -> None:
     write_adapter(tmp_path / "cpt", module=module, config=config, manifest=Manifest.create(model, config))
     prefixcore.bake(model, tmp_path / "cpt", tmp_path / "baked")
     ids = tokens(2, 7)
-    expected = spelled_out(model, module.bake(), ids)
+    expected = behind_embeddings(model, module.bake(), ids)
     torch.testing.assert_close(with_adapter(model, tmp_path / "baked", ids), expected, atol=2e-5, rtol=0)
 
 

@@ -11,8 +11,9 @@ import transformers
 import prefixcore
 from prefixcore.adapters import AdapterError, read_record
 from tests import tiny
+from tests.formats.outputs import with_adapter
 
-from .baked import wide, with_adapter
+from .baked import wide
 from .models import make
 
 

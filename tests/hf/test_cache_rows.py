@@ -13,7 +13,7 @@ from prefixcore import PrefixTuningConfig, PromptBank, PromptTuningConfig
 from prefixcore.hf.bank import prompt_calls
 
 from . import tiny_models
-from .models import make, padded, tokens
+from .models import close, make, padded, tokens
 
 CONFIGS = {
     "long": PrefixTuningConfig(5, init="random", seed=1),
@@ -28,10 +28,6 @@ def fill(model: Any) -> PromptBank:
     for name, config in CONFIGS.items():
         bank.attach(name, config)
     return bank
-
-
-def close(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
 SELECTIONS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from prefixcore.hf import attached
 
+from .accelerated import pickled
 from .models import assert_same, make, padded, state, tokens
 
 CONFIGS = [
@@ -31,13 +31,6 @@ def same(got: Any, expected: Any) -> bool:
     """Whether logits at tokens agree: a soft prompt is computed in two ways, which differ at padding."""
     seen = padded("left")["attention_mask"].bool()
     return torch.allclose(got.float()[seen], expected.float()[seen], rtol=1e-5, atol=1e-5)
-
-
-def pickled(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

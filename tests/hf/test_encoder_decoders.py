@@ -16,7 +16,7 @@ from prefixcore.hf.attention import interface
 from prefixcore.hf.measures import attention_on_prefix
 
 from .encoder_decoders import BIASED, FAMILIES, GREEDY, inputs, labels, make
-from .encoders import P, concatenated
+from .encoders import P, concatenated, nine_tenths
 from .encoders import make as encoder
 from .models import assert_same, state
 
@@ -178,12 +178,7 @@ def test_the_check_of_an_unknown_family(family: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reaching, "is_known_encoder_decoder", lambda model: False)
     with prefixcore.attach(make(family), config()):
         pass
-    op = interface.prefix_attention
-
-    def wrong(query: Tensor, key: Tensor, value: Tensor, prefix_key: Any, prefix_value: Any, **options: Any) -> Tensor:
-        return op(query, key, value, prefix_key, None if prefix_value is None else 0.9 * prefix_value, **options)
-
-    monkeypatch.setattr(interface, "prefix_attention", wrong)
+    monkeypatch.setattr(interface, "prefix_attention", nine_tenths(interface.prefix_attention))
     with pytest.raises(NotImplementedError, match="not what it would be if it was concatenated"):
         prefixcore.attach(make(family), config())
 

@@ -14,7 +14,7 @@ from prefixcore.hf import ENCODERS, reaching, verify_encoder
 from prefixcore.hf.attention import interface
 from prefixcore.hf.measures import attention_on_prefix
 
-from .encoders import MOVING, SIDES, TEXT, P, concatenated, inputs, make, moved
+from .encoders import MOVING, SIDES, TEXT, P, concatenated, inputs, make, moved, nine_tenths
 from .models import assert_same, state
 
 pytestmark = [
@@ -233,12 +233,7 @@ def test_the_check_of_an_unknown_family(family: str, monkeypatch: pytest.MonkeyP
         prefixcore.attach(make(family), config()),
     ):
         pass
-    op = interface.prefix_attention
-
-    def wrong(query: Tensor, key: Tensor, value: Tensor, prefix_key: Any, prefix_value: Any, **options: Any) -> Tensor:
-        return op(query, key, value, prefix_key, None if prefix_value is None else 0.9 * prefix_value, **options)
-
-    monkeypatch.setattr(interface, "prefix_attention", wrong)
+    monkeypatch.setattr(interface, "prefix_attention", nine_tenths(interface.prefix_attention))
     model = make(family)
     before = state(model)
     with pytest.raises(NotImplementedError, match="not what it would be if it was concatenated"):

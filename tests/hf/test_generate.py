@@ -12,14 +12,10 @@ from transformers import set_seed
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 
-from .models import FAMILIES, Tokenizer, make, padded, tokens
+from .models import FAMILIES, Tokenizer, after, make, padded, tokens
 
 TEXT = "abcdef"
 BOTH = [PrefixTuningConfig(init_text=TEXT), PromptTuningConfig(init_text=TEXT)]
-
-
-def text_and(ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat((torch.tensor([Tokenizer()(TEXT)["input_ids"]]).expand(ids.shape[0], -1), ids), 1)
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -45,7 +41,7 @@ def test_as_the_text_itself(config: Any, way: dict[str, Any]) -> None:
     """The bare model continues [text][ids]; with the text attached it continues [ids] in the same way."""
     model, ids = make("llama"), tokens(1 if "prompt_lookup_num_tokens" in way else 2, 7)
     set_seed(5)
-    expected = model.generate(text_and(ids), **options(**way))[:, len(TEXT) :]
+    expected = model.generate(after(TEXT, ids), **options(**way))[:, len(TEXT) :]
     prefixcore.attach(model, config, tokenizer=Tokenizer())
     set_seed(5)
     assert torch.equal(model.generate(ids, **options(**way)), expected)

@@ -14,15 +14,11 @@ from transformers.cache_utils import QuantizedLayer
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
 
-from .models import FAMILIES, Tokenizer, make, padded, tokens
+from .models import FAMILIES, Tokenizer, after, make, padded, tokens
 
 TEXT = "abcd"
 BOTH = [PrefixTuningConfig(init_text=TEXT), PromptTuningConfig(init_text=TEXT)]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-
-
-def text_and(ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat((torch.tensor([Tokenizer()(TEXT)["input_ids"]]).expand(ids.shape[0], -1), ids), 1)
 
 
 def off(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -36,7 +32,7 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_before_and_after_attaching(family: str, when: str, config: Any, dtype: torch.dtype) -> None:
     model, ids = make(family), tokens(2, 7)
-    expected = model(text_and(ids)).logits[:, len(TEXT) :]
+    expected = model(after(TEXT, ids)).logits[:, len(TEXT) :]
     if when == "before":
         model.to(dtype)
     handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
@@ -126,7 +122,7 @@ def test_quantised_weights(config: Any) -> None:
             for name, child in list(block.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(block, name, Int8Linear(child))
-    expected = model(text_and(ids)).logits[:, len(TEXT) :]
+    expected = model(after(TEXT, ids)).logits[:, len(TEXT) :]
     handle = prefixcore.attach(model, config, tokenizer=Tokenizer())
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
     model(ids, labels=ids).loss.backward()
@@ -173,11 +169,11 @@ def test_generate_as_the_text(way: str, config: Any) -> None:
     options = {**OPTIONS, **options}
     if way == "embeddings":
         got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options)
-        expected = bare.generate(text_and(ids), **options)[:, len(TEXT) + 7 :]
+        expected = bare.generate(after(TEXT, ids), **options)[:, len(TEXT) + 7 :]
         assert torch.equal(got, expected)
         return
     torch.manual_seed(3)
-    expected = bare.generate(text_and(ids), **options)[:, len(TEXT) :]
+    expected = bare.generate(after(TEXT, ids), **options)[:, len(TEXT) :]
     torch.manual_seed(3)
     assert torch.equal(model.generate(ids, **options), expected)
 

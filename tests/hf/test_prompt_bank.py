@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 import prefixcore
 from prefixcore import PackedCollator, PrefixTuningConfig, PromptBank, PromptTuningConfig
 
-from .models import FAMILIES, assert_same, make, padded, state, tokens, window_of
+from .models import FAMILIES, assert_same, close, make, padded, state, tokens, window_of
 
 CONFIGS = {
     "long": PrefixTuningConfig(5, init="random", seed=1),
@@ -41,10 +41,6 @@ def fill(model: Any, names: list[str | None]) -> PromptBank:
         if name in names:
             bank.attach(name, CONFIGS[name])
     return bank
-
-
-def close(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("names", MIXTURES, ids=str)

@@ -21,7 +21,7 @@ from prefixcore.backends.problem import AttentionProblem, attention_problem
 from prefixcore.backends.triton import choose, flash4, use_path
 from prefixcore.backends.triton.choose import Path
 from tests.device import DEVICE, triton_backend
-from tests.ops.problems import Problem, check, run
+from tests.ops.problems import Problem, check, output_alone, run
 
 from . import flash4_stand_in
 
@@ -56,12 +56,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
         monkeypatch.setattr(choose, name, watched)
     return seen
-
-
-def output_alone(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a model uses the op: no gradient comes in through the log-sum-exp, which would take the single path."""
-    out, lse = prefixcore.prefix_attention(**arguments)
-    return out, lse.detach()
 
 
 SIDE_BY_SIDE: dict[str, dict[str, Any]] = {

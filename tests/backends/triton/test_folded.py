@@ -17,7 +17,7 @@ from prefixcore.backends.triton import choose, folded, fused_attention, use_path
 from prefixcore.backends.triton.fused_attention import FusedAttention
 from prefixcore.backends.triton.kernels import merge
 from tests.device import DEVICE, triton_backend
-from tests.ops.problems import GRADIENTS, Problem, check, relative_error, run
+from tests.ops.problems import GRADIENTS, Problem, check, output_alone, relative_error, run
 
 ON_A_GPU = DEVICE.type == "cuda"
 DTYPES = (torch.bfloat16, torch.float16) if ON_A_GPU else (torch.float32,)
@@ -43,12 +43,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
     monkeypatch.setattr(choose, "backward", watched)
     return seen
-
-
-def output_alone(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a model uses the op: no gradient comes in through the log-sum-exp, which would take the single path."""
-    out, lse = prefixcore.prefix_attention(**arguments)
-    return out, lse.detach()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ from prefixcore.backends.problem import attention_problem
 from prefixcore.backends.triton import choose, fused_attention, merged, single, use_path
 from prefixcore.backends.triton.kernels import grad_short_prefix
 from tests.device import DEVICE, triton_backend
-from tests.ops.problems import GRADIENTS, Problem, check, relative_error, run
+from tests.ops.problems import GRADIENTS, Problem, check, output_alone, relative_error, run
 
 DTYPES = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.float32,)
 
@@ -25,12 +25,6 @@ DTYPES = (torch.bfloat16, torch.float16) if DEVICE.type == "cuda" else (torch.fl
 def merged_path(without_flash4: None) -> Iterator[None]:
     with triton_backend(), use_path("merged"):
         yield
-
-
-def output_alone(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a model uses the op: no gradient comes in through the log-sum-exp, so that PyTorch's does the backward."""
-    out, lse = prefixcore.prefix_attention(**arguments)
-    return out, lse.detach()
 
 
 @pytest.fixture
