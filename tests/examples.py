@@ -35,7 +35,7 @@ def execute(code: str, place: str, names: dict[str, Any]) -> dict[str, Any]:
 def public() -> dict[str, Any]:
     """The public classes and functions, each under the shortest name that it is imported by."""
     found: dict[str, Any] = {}
-    rooms = ("", ".nn", ".training", ".adapters", ".audit", ".distill", ".serving.client")
+    rooms = ("", ".ops", ".nn", ".training", ".training.tuning", ".adapters", ".audit", ".distill", ".serving.client")
     for room in (f"prefixcore{each}" for each in rooms):
         module = importlib.import_module(room)
         for name in module.__all__:

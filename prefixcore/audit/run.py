@@ -76,6 +76,9 @@ def audit(
         name: what the report calls the probes.
         show_progress: bars on standard error; None: on a terminal.
 
+    Returns:
+        The report: `write(path)` makes the page and the JSON beside it.
+
     Raises:
         AuditError: no probe, the task's own probes as another's, a method that cannot be audited, another model's
             tokenizer, numbers that are not finite.

@@ -47,7 +47,9 @@ def distill(
 
     The teacher is the model itself with the whole text before each prompt, the student the same model with the prefix,
     which starts from keys and values of the text and learns the teacher's probabilities on prompts and its answers.
-    Prompts are yours, or those that the model asks itself about parts of the text, or both.
+    Prompts are yours, or those that the model asks itself about parts of the text, or both. Context distillation
+    (Snell et al., arXiv:2209.15189) into keys and values by self-study (Cartridges: Eyuboglu et al.,
+    arXiv:2506.06266), which start by attention matching (arXiv:2602.16284).
 
     Args:
         model: a causal transformers model with nothing attached; it is frozen.

@@ -97,7 +97,11 @@ class PromptBank(UndoneAfterBlock):
         return [name for name in self._bank.adapters if name is not None]
 
     def number(self, name: str) -> int:
-        """The number of an adapter, or of the first of its tasks. It stays, and is given to no other one later."""
+        """The number of an adapter, or of the first of its tasks. It stays, and is given to no other one later.
+
+        Raises:
+            KeyError: no adapter has this name.
+        """
         return self._find(name).first_task
 
     def attach(self, name: str, config: Config, *, tokenizer: Any = None, replace: bool = False) -> Handle:
@@ -167,7 +171,11 @@ class PromptBank(UndoneAfterBlock):
         return handle
 
     def remove(self, name: str) -> None:
-        """Takes an adapter away, and touches no other."""
+        """Takes an adapter away, and touches no other.
+
+        Raises:
+            KeyError: no adapter has this name.
+        """
         self._bank.remove(self._find(name))
 
     def detach(self) -> None:

@@ -62,8 +62,18 @@ def backend_name(op: str, device_type: str, dtype: torch.dtype) -> str:
 def which_backend(op: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
     """The backend that `op` uses for tensors on `device` with `dtype`, and why.
 
-    Raises `TypeError` if `dtype` is not one, `ValueError` for an unknown op and if a forced backend is unknown
-    or cannot do this, and `RuntimeError` if the compiled library that would be used is missing.
+    Args:
+        op: "prefix_attention" or "soft_embedding".
+        device: of the tensors; its type alone counts.
+        dtype: of the tensors.
+
+    Returns:
+        The backend's `name`, and in words `why` it is the one.
+
+    Raises:
+        TypeError: `dtype` is none.
+        ValueError: an unknown op, or a forced backend that is unknown or cannot do this.
+        RuntimeError: the compiled library that would be used is missing.
 
     Examples:
         >>> prefixcore.which_backend("prefix_attention", "cpu", torch.float64).name
@@ -97,6 +107,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     For the whole process while the block runs, not for its thread alone: threads that force different backends at
     the same time are in each other's way.
 
+    Args:
+        name: "cpu", "cuda", "triton" or "reference"; None: none is forced.
+
+    Raises:
+        ValueError: no backend of this name; one that cannot do what it is asked says so when it is called.
+
     Examples:
         >>> with prefixcore.use_backend("reference"):
         ...     prefixcore.which_backend("soft_embedding", "cpu", torch.float32)
@@ -107,7 +123,15 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def explain() -> list[tuple[str, str, str, str, str]]:
-    """Rows (op, device, dtype, backend, why) for what this machine has: what `prefixcore doctor` prints."""
+    """Rows (op, device, dtype, backend, why) for what this machine has: what `prefixcore doctor` prints.
+
+    A backend "none" is one that is forced and cannot do it, or is missing; `why` says which.
+
+    Examples:
+        >>> from prefixcore.ops import explain
+        >>> explain()[3][:4]
+        ('prefix_attention', 'cpu', 'float64', 'reference')
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
     for op in OPS:

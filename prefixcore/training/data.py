@@ -86,6 +86,7 @@ class TokenizedExample:
 
     @property
     def length(self) -> int:
+        """How many tokens it has in all."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property

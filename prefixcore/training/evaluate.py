@@ -69,6 +69,9 @@ def held_out_loss(
         sharing_width: as in `fit`.
         call: calls the model with a batch.
 
+    Raises:
+        ValueError: no example has a token to predict, or `batch_size` is below 1.
+
     Examples:
         >>> from prefixcore.training import Example, held_out_loss, tokenize
         >>> held_out = tokenize(tokenizer, [Example("Peru ->", " Lima")])
@@ -211,10 +214,22 @@ def evaluate(
     end: str | None = None,
     max_length: int | None = None,
 ) -> Evaluation:
-    """Held-out loss and greedy exact match on `examples` (`tokenized`: the same ones, from `tokenize`).
+    """Held-out loss and greedy exact match.
 
     Of a conversation, the answer is the assistant's last turn. An answer may be one token longer than the longest right
-    one: a longer answer cannot be right. With `max_length`, none goes beyond as many tokens in all, prompt included.
+    one: a longer answer cannot be right.
+
+    Args:
+        model: a transformers causal language model, with or without virtual tokens.
+        tokenizer: the model's.
+        examples: held-out ones.
+        tokenized: the same ones, from `tokenize`.
+        end: text at which an answer is cut, as `tokenize` was told; None: the end-of-sequence token.
+        max_length: the most tokens that a prompt and its answer may have in all; answers end there.
+
+    Raises:
+        ValueError: no examples, or none with a token to predict.
+        DataError: a prompt that leaves no room for an answer.
 
     Examples:
         >>> from prefixcore.training import Example, evaluate, tokenize

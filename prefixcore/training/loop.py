@@ -51,6 +51,11 @@ def train(
         The record; `record.interrupted` is True when Ctrl-C or SIGTERM ended it early. The virtual tokens
         are then those after the last whole step (their average, with `options.average`), and can be saved.
 
+    Raises:
+        ValueError, NotImplementedError: as of `fit`.
+        CacheError: `options.cache_activations`, and no layer lies below the trained prefix, or the model cannot be
+            cut in two.
+
     Examples:
         >>> from prefixcore.training import Example, TrainingOptions, tokenize, train
         >>> handle = prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4))

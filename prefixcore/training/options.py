@@ -35,6 +35,9 @@ class TrainingOptions:
         early_stopping_patience: training ends after as many held-out losses in a row that are not below the least one
             before; None: never.
 
+    Raises:
+        ValueError: a value is out of range, or `activation_dtype` is given and nothing is kept.
+
     Examples:
         >>> from prefixcore.training import TrainingOptions
         >>> options = TrainingOptions(steps=200, learning_rate=5e-3, schedule="linear")
@@ -127,6 +130,7 @@ class TrainingRecord:
 
     @property
     def steps_done(self) -> int:
+        """How many steps were made."""
         return len(self.train_loss)
 
     def to_dict(self) -> dict[str, Any]:

@@ -53,6 +53,9 @@ def grid(config: Config, lengths: Sequence[int], learning_rates: Sequence[float]
         lengths: numbers of virtual tokens.
         learning_rates: of AdamW.
 
+    Raises:
+        ValueError: a length or a learning rate that is out of range.
+
     Examples:
         >>> from prefixcore.training.tuning import grid
         >>> candidates = grid(prefixcore.PrefixTuningConfig(num_virtual_tokens=8), [4, 8], [1e-3, 4e-3])

@@ -40,11 +40,11 @@ def tune(
     show_progress: bool | None = None,
     on_rung: Callable[[Rung, Trial], None] | None = None,
 ) -> Tuning:
-    """Finds the best of some candidates in a stated time.
+    """Finds the best of some candidates in a stated time, by successive halving.
 
-    Each round has as much of the time, and half as many candidates as the one before: the one that is left trained for
-    twice as long in each. All of them see the same examples in the same order. How many share a batch is found from
-    the time that steps take.
+    Jamieson and Talwalkar, arXiv:1502.07943. Each round has as much of the time, and half as many candidates as the one
+    before: the one that is left trained for twice as long in each. All of them see the same examples in the same order.
+    How many share a batch is found from the time that steps take.
 
     Args:
         bank: on a model, with nothing attached; afterwards it holds the best candidate, its values those of its least
@@ -61,8 +61,12 @@ def tune(
         show_progress: a progress bar on standard error; None: only on a terminal.
         on_rung: called after each round with it and with the best trial of it.
 
+    Returns:
+        What was found, the best first. Its best adapter is `bank[tuning.best.name]`.
+
     Raises:
         ValueError: no candidates, no examples, no held-out ones, or no time.
+        NotImplementedError: an encoder, an encoder-decoder, or a model without a language model's head.
 
     Examples:
         >>> from prefixcore.training import Example, tokenize

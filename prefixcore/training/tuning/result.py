@@ -20,6 +20,12 @@ class Trial:
         held_out_loss: `(step, loss)` where it was measured, in nats a completion token; step 0 is before training.
         train_loss: `(step, loss)` of each step, from 1.
         rung: the last one that it took part in, from 1.
+
+    Examples:
+        >>> from prefixcore.training.tuning import Candidate, Trial
+        >>> candidate = Candidate(2e-3, prefixcore.PrefixTuningConfig(num_virtual_tokens=8))
+        >>> Trial(candidate, "candidate-0", held_out_loss=[(0, 3.0), (5, 1.5), (9, 2.0)]).best
+        (5, 1.5)
     """
 
     candidate: Candidate
@@ -67,6 +73,11 @@ class Rung:
         steps: of each in this round.
         at_once: how many shared a batch.
         seconds: of all of it.
+
+    Examples:
+        >>> from prefixcore.training.tuning import Rung
+        >>> Rung(candidates=4, steps=20, at_once=2, seconds=1.5).candidates
+        4
     """
 
     candidates: int
@@ -85,6 +96,13 @@ class Tuning:
         seconds: that it took.
         step_seconds: seconds of a step for one candidate, by how many candidates shared a batch.
         interrupted: whether a signal ended it early.
+
+    Examples:
+        >>> from prefixcore.training.tuning import Candidate, Trial, Tuning
+        >>> config = prefixcore.PrefixTuningConfig(num_virtual_tokens=8)
+        >>> trial = Trial(Candidate(2e-3, config), "candidate-0", held_out_loss=[(0, 3.0), (5, 1.5)])
+        >>> Tuning([trial], [], seconds=1.5, step_seconds={1: 0.25}).best.last_loss
+        1.5
     """
 
     trials: list[Trial]
@@ -95,6 +113,7 @@ class Tuning:
 
     @property
     def best(self) -> Trial:
+        """The one whose adapter the bank holds."""
         return self.trials[0]
 
     def to_dict(self) -> dict[str, Any]:
