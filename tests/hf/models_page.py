@@ -15,6 +15,15 @@ from prefixcore.hf.tested_classes import PACKED
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
+WRITTEN_WITH = "5.23"
+"""The transformers that the page was written with."""
+
+BAKED = (
+    "docs/guides/formats.md",
+    r"Of the (\d+) classes of transformers .*? (\d+) take a soft prompt: (\d+) of these bake, .*? (\d+) are refused",
+)
+"""The page that says how many of these classes take a soft prompt, and how many of those bake, and where it does."""
+
 TESTED = Path(prefixcore.hf.__file__).parent / "tested_classes.py"
 
 METHODS = "prefix", "soft prompt"
@@ -89,6 +98,13 @@ def cell(verdict: Verdict) -> str:
 
 def row(name: str, model_type: str, said: list[str]) -> str:
     return f"| `{name}` | `{model_type}` | {' | '.join(said)} |"
+
+
+def said_by(name: str, pattern: str) -> list[int]:
+    """The numbers that a page says in the groups of a pattern, which has to be there."""
+    said = re.search(pattern, " ".join((PAGE.parents[1] / name).read_text(encoding="utf-8").split()))
+    assert said is not None, pattern
+    return [int(number) for number in said.groups()]
 
 
 def page_rows() -> dict[str, str]:

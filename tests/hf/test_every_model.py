@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import transformers
 
@@ -13,7 +11,7 @@ from . import every_encoder, every_encoder_decoder
 from .columns import COLUMNS
 from .conftest import T5_IS_REACHED
 from .every_model import cells
-from .models_page import PAGE, page_rows, row, tested
+from .models_page import BAKED, WRITTEN_WITH, page_rows, row, said_by, tested
 from .tiny_models import every_class
 
 CLASSES = every_class()
@@ -73,8 +71,8 @@ SAMPLE_OF_OTHERS = [
 ]
 
 
-WRITTEN_WITH, PEFT_CANNOT = "5.23", "| PEFT cannot |"
-"""The transformers that the page was written with, and a row's last cell where PEFT fails."""
+PEFT_CANNOT = "| PEFT cannot |"
+"""A row's last cell where PEFT fails."""
 
 
 def check(name: str) -> None:
@@ -117,11 +115,22 @@ def test_the_page_has_every_class() -> None:
         assert set(page_rows()) == {*CLASSES, *ENCODERS, *ENCODER_DECODERS}
 
 
-def test_the_guide_counts_the_classes_whose_keys_turn_as_the_page_does() -> None:
+def causal_rows() -> list[list[str]]:
+    """The cells of the classes with a causal head, or that read images and text."""
     cells = [line.split(" | ") for line in page_rows().values()]
-    prefixes = [each for each in cells if len(each) == len(COLUMNS) + 4 and each[2].startswith("works")]
+    return [each for each in cells if len(each) == len(COLUMNS) + 4]
+
+
+def test_pages_count_the_classes_as_the_table_does() -> None:
+    assert said_by("README.md", r"All (\d+) classes of transformers with a causal head") == [len(causal_rows())]
+    prompts = [each for each in causal_rows() if each[3].startswith("works")]
+    classes, take, bake, refused = said_by(*BAKED)
+    assert (classes, take) == (len(causal_rows()), len(prompts))
+    assert take == bake + refused
+
+
+def test_the_guide_counts_the_classes_whose_keys_turn_as_the_page_does() -> None:
+    prefixes = [each for each in causal_rows() if each[2].startswith("works")]
     turn = [each for each in prefixes if each[4 + COLUMNS.index("keys turn")] == "yes"]
-    guide = " ".join((PAGE.parent / "guides" / "transformers.md").read_text(encoding="utf-8").split())
-    said = re.search(r"Of the (\d+) classes with a causal head that take a prefix \(\S+ \S+ (\d+) turn", guide)
-    assert said is not None
-    assert [int(number) for number in said.groups()] == [len(prefixes), len(turn)]
+    pattern = r"Of the (\d+) classes with a causal head that take a prefix \(\S+ \S+ (\d+) turn"
+    assert said_by("docs/guides/transformers.md", pattern) == [len(prefixes), len(turn)]
