@@ -155,3 +155,18 @@ def test_training_the_upper_layers() -> None:
     assert f"each take {shared[64]:.2f} and {shared[144]:.2f} of the packed step" in guide
     assert f"first 100 or 400 tokens {shared[228]:.2f};" in guide
     assert f"{shared[228]:.2f}" == f"{shared[880]:.2f}"
+
+
+def test_the_front_page_distills_as_the_guide_does() -> None:
+    """Each text is one that the guide has a table of, cell by cell: tokens, right answers, equal answers and KL."""
+    guide = (ROOT / "docs" / "guides" / "distill.md").read_text(encoding="utf-8").replace("*", "")
+    tables = re.findall(r"\| the full text \| .*?\n(?=\n)", guide, re.DOTALL)
+    rows = re.findall(r"^\| .*? \| (\d+) into (\d+) \| (.*) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == 3
+    for tokens, virtual, said in rows:
+        found = [[line.strip("| ").split(" | ") for line in table.splitlines()] for table in tables]
+        of_text = next(each for each in found if each[0][1] == tokens and each[1][:2] == ["distilled prefix", virtual])
+        full, prefix = of_text[:2]
+        cut = next(row for row in of_text if row[0].startswith("the text cut to"))
+        right = [f"{float(row[2].removesuffix(' %')):.0f} %" for row in (full, prefix, cut)]
+        assert said.split(" | ") == [*right, prefix[3], prefix[5]]
