@@ -46,8 +46,6 @@ from .resource_cache import remember
 
 RECORDED = Path(__file__).with_name("resources.json")
 ARCHITECTURES = (80, 89, 90, 100, 120)
-SHARED_LIMIT = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-"""Bytes a block may use. sm_80's kernels also run on sm_86, which has fewer than sm_80."""
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
