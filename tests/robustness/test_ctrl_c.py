@@ -148,7 +148,7 @@ def test_a_program_of_its_own_keeps_its_handler(prefixcore, adapter):
     assert not _interrupt.is_command_line()
 
 
-@pytest.mark.parametrize("attempts", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attempts", [6, pytest.param(12, marks=pytest.mark.slow)])
 def test_ctrl_c_at_random_early_moments(model_folder, data, adapter, tmp_path, attempts):
     """Imports, opening the model, a training of three steps, the end: never a traceback, an abort or a lie."""
     generator = random.Random(attempts)
