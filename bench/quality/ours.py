@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import prefixcore
-from prefixcore.training import best_start, starting_text, tokenize
+from prefixcore.training import best_start, starting_text, tokenize, train_layers
 from prefixcore.training.starting import DRAWS, NUM_VIRTUAL_TOKENS, in_turns
 
 from .method import Attached, Method
@@ -88,7 +88,7 @@ def ours(
             prefixcore.attach(model, config(**given), tokenizer=tokenizer) as handle,
             around(handle) if around is not None else nullcontext([]) as further,
         ):
-            parameters = [each for each in (*handle.parameters(), *further) if each.numel()]
+            parameters = [each for each in (*handle.parameters(), *further) if each.numel() and each.requires_grad]
             yield Attached(handle.model, parameters, handle.can_pack, handle.num_virtual_tokens)
 
     return Method(name, title, kind, attach, rates, {"average": average, **(training or {})})
@@ -124,6 +124,19 @@ def gated(name: str, title: str, rate: float, **options: Any) -> Method:
 def beside(name: str, title: str, rate: float) -> Method:
     """The prefix, and a map of the queries' features beside the softmax."""
     return ours(name, title, PREFIX, KV, around=partial(outside, make=partial(FeatureMapBesidePrefix, rate=rate)))
+
+
+def from_layer(name: str, part: str, quarters: int) -> Method:
+    """The prefix trained from so many quarters of the layers up; in the layers below it keeps its start."""
+
+    @contextmanager
+    def upper_layers(handle: Any) -> Iterator[Sequence[torch.nn.Parameter]]:
+        layers = handle.model.config.num_hidden_layers
+        train_layers(handle, range(layers * quarters // 4, layers))
+        yield []
+
+    title = f"trained from {part} of the layers up, the others keep their start"
+    return ours(name, title, PREFIX, KV, around=upper_layers)
 
 
 def rates_apart(name: str, title: str, **factors: float) -> Method:

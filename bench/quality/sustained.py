@@ -96,7 +96,7 @@ def run(name: str, model: Any, tokenizer: Any, seed: int, steps: int = 80) -> di
             handle.parameters(),
             tokenize(tokenizer, training, end=""),
             pad_token_id=pad_id(tokenizer),
-            options=TrainingOptions(steps=steps, learning_rate=rate, seed=seed, average=False),
+            options=TrainingOptions(steps=steps, learning_rate=rate, seed=seed),
             packed=handle.can_pack,
             show_progress=False,
         )
