@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from . import library
@@ -19,5 +21,14 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def describe() -> str:
-    """The backend in a few words."""
-    return f"C++ kernels, {library.host().isa()}"
+    """The backend in a few words; ValueError: as of `instruction_set`."""
+    return f"C++ kernels, {instruction_set()}"
+
+
+def instruction_set() -> str:
+    """The one in use; ValueError, as of every op: PREFIXCORE_ISA names one that cannot run here."""
+    host = library.host()
+    name: str = host.isa()
+    if name == "none":
+        host.select_isa(os.environ.get("PREFIXCORE_ISA", ""))
+    return name

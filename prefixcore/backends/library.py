@@ -21,16 +21,19 @@ from .layout import empty_gradient, empty_heads_last
 from .problem import AttentionProblem
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
-BUILT = LIBRARY.exists()
+BUILT = False
+"""Whether the compiled library is there and was loaded."""
+
+WHY = f"are missing ({LIBRARY.name})"
+"""Where it is not: why, in words."""
 
 
 def require() -> None:
     """Raises RuntimeError, with the remedy, unless the compiled library is there."""
     if not BUILT:
         raise RuntimeError(
-            f"prefixcore's compiled kernels are missing ({LIBRARY.name}): build them with "
-            "'pip install --no-build-isolation -e .' in the repository, or run the slow reference with "
-            "PREFIXCORE_BACKEND=reference"
+            f"prefixcore's compiled kernels {WHY}: build them with 'pip install --no-build-isolation -e .' in the "
+            "repository, or run the slow reference with PREFIXCORE_BACKEND=reference"
         )
 
 
@@ -105,6 +108,11 @@ def _cuda_architectures() -> tuple[tuple[int, int], ...]:
 CUDA_ARCHITECTURES: tuple[tuple[int, int], ...] = ()
 """The compute capabilities that the CUDA sources were compiled for; none where they were not."""
 
+if LIBRARY.exists():
+    try:
+        _REGISTERED = _register()  # lasts as long as this object does
+        BUILT = True
+    except OSError as error:  # built for another machine, or damaged: what needs none of it goes on, and doctor says so
+        WHY = f"cannot be loaded ({error.__cause__ or error})"
 if BUILT:
-    _REGISTERED = _register()  # lasts as long as this object does
     CUDA_ARCHITECTURES = _cuda_architectures()

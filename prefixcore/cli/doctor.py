@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -56,16 +57,20 @@ def build_facts() -> tuple[bool, list[tuple[str, str]]]:
     """Whether the compiled library is there, and what is known about it and the machine."""
     import torch
 
-    from ..backends import library
+    from ..backends import cpu, library
 
     try:
         host = library.host()
     except (RuntimeError, ImportError) as error:
         return False, [("compiled library", f"missing: {error}")]
     info = host.build_info()
+    try:
+        used = f"{cpu.instruction_set()} in use"
+    except ValueError as error:
+        used = f"none in use: {error}"
     return True, [
         ("compiled library", f"built against torch {info['torch']} by {info['compiler']}"),
-        ("instruction sets", f"{host.isa()} in use; compiled in: {info['compiled_isas']}"),
+        ("instruction sets", f"{used}; compiled in: {info['compiled_isas']}"),
         ("  this machine can run", ", ".join(host.runnable_isas())),
         ("CUDA architectures", info["cuda_architectures"] or "none compiled in"),
         ("threads", f"{torch.get_num_threads()} used by torch, {host.hardware_threads()} in hardware"),
@@ -175,15 +180,19 @@ def gpu_paths() -> list[tuple[str, str, str, str]]:
         query, key = head.expand(8, 32, queries, -1), head.expand(8, 8, keys, -1)
         prefix = head.expand(8, tokens, -1)
         p = attention_problem(query, key, key, prefix, prefix, sliding_window=window)
-        rows.append((name, "forward", *_path(choose.forward(p), choose.considered(p))))
+        rows.append((name, "forward", *_path(partial(choose.forward, p), choose.considered(p))))
         if queries > 1:
-            path = choose.backward(p, all_three=True, grad_lse=False)
-            rows.append((name, "backward", *_path(path, choose.considered(p, choose.Pass(training=True)))))
+            backward = partial(choose.backward, p, all_three=True, grad_lse=False)
+            rows.append((name, "backward", *_path(backward, choose.considered(p, choose.Pass(training=True)))))
     return rows
 
 
-def _path(path: Path, considered: Sequence[tuple[str, str]]) -> tuple[str, str]:
+def _path(choice: Callable[[], Path], considered: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """Its name and why it is the one; of a long prefix that no vendor does, what speaks against that, too."""
+    try:
+        path = choice()
+    except ValueError as error:  # one is forced that is none, or that cannot do this
+        return "none", str(error)
     folded = dict(considered).get("folded", "")
     long = path.name == "merged" and "virtual tokens" not in folded
     return path.name, f"{path.why}; not folded: {folded}" if long else path.why

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 
 from prefixcore.adapters import read_adapter
+from prefixcore.backends import library
 from prefixcore.cli import doctor
 from prefixcore.cli.inspect import ranges
 from prefixcore.ops import explain
@@ -152,6 +157,41 @@ def test_doctor_says_what_was_compiled_and_what_would_run(prefixcore):
     lines = [line.split() for line in out.splitlines()]
     for op, device, dtype, backend, _ in explain():
         assert [op, device, dtype, backend] in [line[:4] for line in lines]
+
+
+def doctor_of(root=None, **environment):
+    """What it says in a process of its own."""
+    path = {} if root is None else {"PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "prefixcore", "doctor"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, **path, **environment})
+
+
+def test_doctor_says_what_is_wrong_with_an_instruction_set():
+    """Every op refuses it, so no backend is said to run."""
+    result = doctor_of(PREFIXCORE_ISA="sse9")
+    assert result.returncode == 0, result.stderr
+    assert "none in use: unknown instruction set 'sse9' (PREFIXCORE_ISA): use one of" in result.stdout
+    [row] = [line.split() for line in result.stdout.splitlines() if re.match("soft_embedding +cpu +float32", line)]
+    assert row[3:6] == ["none", "unknown", "instruction"]
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [(b"", "cannot be loaded .*file too short"), (b"no library", "cannot be loaded"), (None, "are missing")],
+)
+def test_doctor_says_why_the_compiled_library_cannot_be_used(tmp_path, written, said):
+    """Of another machine, cut short or not there: without a traceback out of the import."""
+    source = Path(library.__file__).parents[1]
+    shutil.copytree(source, tmp_path / "prefixcore", ignore=shutil.ignore_patterns("_kernels.so", "__pycache__"))
+    if written is not None:
+        (tmp_path / "prefixcore" / "_kernels.so").write_bytes(written)
+    result = doctor_of(tmp_path)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert re.search(
+        f"compiled library +missing: prefixcore's compiled kernels {said}.*: build them with", result.stdout
+    )
+    assert re.search("soft_embedding +cpu +float32 +none", result.stdout)
+    assert re.search("soft_embedding +cpu +float64 +reference", result.stdout)
 
 
 def test_doctor_says_whether_the_embedding_streams(monkeypatch):

@@ -314,6 +314,18 @@ def test_the_doctor_says_why_a_long_prefix_is_not_left_to_a_vendor(monkeypatch: 
     assert rows["training, T = 2048, P = 64, bfloat16", "forward"] == ("merged", "cuDNN does the sequence")
 
 
+def test_the_doctor_says_why_a_forced_path_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced for the whole process, as by PREFIXCORE_GPU_PATH, and of no use for some of the problems or for all."""
+    monkeypatch.setattr(triton, "refuses", lambda *_: None)
+    monkeypatch.setattr(choose._forced, "name", "no such path")
+    for _, _, path, why in doctor.gpu_paths():
+        assert (path, "unknown path 'no such path' (PREFIXCORE_GPU_PATH)" in why) == ("none", True)
+    monkeypatch.setattr(choose._forced, "name", "fa4")
+    rows = {(name, direction): (path, why) for name, direction, path, why in doctor.gpu_paths()}
+    path, why = rows["the same in float32", "forward"]
+    assert (path, "the fa4 path was forced, but" in why) == ("none", True)
+
+
 def test_what_is_considered_ends_with_what_is_taken() -> None:
     assert [name for name, _ in choose.considered(problem(T=1, S=4096))] == ["decode_once", "decode"]
     rules = ["decode_once", "decode", "fa4", "folded", "short", "merged"]
