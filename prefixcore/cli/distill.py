@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask, answer, train, measure, save; 130 if Ctrl-C ended the training early (what there was is saved)."""
+    """Ask, answer, train, save, measure, save the scores; 130 if Ctrl-C ended it early (what was trained is saved)."""
     check_open()
     check_out(arguments.out)
     options = build_options(arguments)
     context = read_context(arguments.context)
     cache = arguments.cache or arguments.out.with_name(f"{arguments.out.name}.distill")
-    check_cache(cache)
+    check_cache(cache, arguments.out)
 
     from ..distill import DistillError, distill
 
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             cache=cache,
             show_progress=None,
             say=say,
+            on_trained=lambda trained: save(arguments, trained),
         )
     save(arguments, distilled)
     if distilled.interrupted:
@@ -88,10 +90,15 @@ def read_both(arguments: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]
     return prompts, held_out
 
 
-def check_cache(folder: Path) -> None:
-    """Refuse a place where answers cannot be kept."""
+def check_cache(folder: Path, out: Path) -> None:
+    """Refuse a place where answers cannot be kept, or that the adapter, which is replaced as a whole, would take."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--cache {folder}: not a folder; expected one, or a name that is not there")
+    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(f"--cache {folder}: is in --out {out}, which holds the adapter and nothing else; give another")
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--cache {folder} cannot be written: {there} is not a folder that you may write to")
 
 
 def save(arguments: argparse.Namespace, distilled: Distilled) -> None:

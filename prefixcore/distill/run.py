@@ -26,7 +26,7 @@ from .questions import SelfStudy
 from .report import Report
 from .result import Distilled
 from .store import Store
-from .student import Student
+from .student import Found, Student
 from .targets import Teacher, whole
 from .writing import Prompt, writer
 
@@ -42,6 +42,7 @@ def distill(
     cache: str | Path | None = None,
     show_progress: bool | None = False,
     say: Callable[[str], None] = lambda text: None,
+    on_trained: Callable[[Distilled], object] = lambda distilled: None,
 ) -> Distilled:
     """Makes a prefix of P virtual tokens that stands in for a text of many more.
 
@@ -62,6 +63,8 @@ def distill(
         cache: a folder in which questions and the teacher's answers are kept, to go on from; None: nothing is kept.
         show_progress: bars on standard error; None: on a terminal.
         say: is told what is being done.
+        on_trained: is given each prefix that may be the one, before it is measured, which takes a while: it can be
+            saved meanwhile.
 
     Returns:
         The prefix, attached to the model, with its report; `save` writes the adapter.
@@ -89,7 +92,7 @@ def distill(
     was_training = model.training
     model.eval()  # a teacher with dropout would answer otherwise each time
     try:
-        return _distill(model, tokenizer, context, options, prompts, held_out, cache, show_progress, say)
+        return _distill(model, tokenizer, context, options, prompts, held_out, cache, show_progress, say, on_trained)
     finally:
         model.train(was_training)
 
@@ -104,6 +107,7 @@ def _distill(
     cache: str | Path | None,
     show_progress: bool | None,
     say: Callable[[str], None],
+    on_trained: Callable[[Distilled], object],
 ) -> Distilled:
     """`distill`, of a model in evaluation mode."""
     written = writer(tokenizer, context, chat=options.chat)
@@ -164,13 +168,22 @@ def _distill(
         is_prefix_exact=front.pairs is not None,
     )
     student = Student(model, tokenizer, front, learnt, judged, options, padding, show_progress, say)
-    found, interrupted = student.search(report)
+
+    def attached(found: Found, interrupted: bool = False) -> Distilled:
+        handle = attach(model, student.config(found.values), tokenizer=tokenizer)
+        handle.module.requires_grad_(False)
+        return Distilled(handle, report, found.record, interrupted, options, context, taught + said_again, measured)
+
+    def keep(found: Found) -> None:
+        distilled = attached(found)
+        with distilled.handle:
+            on_trained(distilled)
+
+    found, interrupted = student.search(report, keep)
     if not interrupted:
         say("measuring on held-out prompts")
         measure(report, student, found, measured, writer(tokenizer, cut(tokenizer, context, report), chat=options.chat))
-    handle = attach(model, student.config(found.values), tokenizer=tokenizer)
-    handle.module.requires_grad_(False)
-    return Distilled(handle, report, found.record, interrupted, options, context, taught + said_again, measured)
+    return attached(found, interrupted)
 
 
 def digest_of(model: PreTrainedModel) -> str:

@@ -88,13 +88,17 @@ class Student:
             )
             return Found(list(handle.bake()), start, record)  # type: ignore[arg-type]
 
-    def search(self, report: Report) -> tuple[Found, bool]:
+    def search(self, report: Report, on_kept: Callable[[Found], None]) -> tuple[Found, bool]:
         """The prefix of P virtual tokens, and whether a signal ended its training.
 
-        With `least_share` that of the least P that keeps it: P is halved until one does not.
+        With `least_share` that of the least P that keeps it: P is halved until one does not. `on_kept` is given each
+        that would be returned if nothing came after it.
         """
         count, share = self.options.num_virtual_tokens, self.options.least_share
         found = kept = self.train(count)
+        self._describe(report, kept, count)
+        if not found.record.interrupted:
+            on_kept(kept)
         while share is not None and not found.record.interrupted:
             own = self.score(found.values, self.judged)
             full = of_teacher(self.tokenizer, self.judged, report.context_tokens, self.options)
@@ -104,13 +108,20 @@ class Student:
             report.share_kept = report.share_kept or reached >= share * goal
             if reached < share * goal:
                 break
-            kept, report.num_virtual_tokens = found, count
+            if found is not kept:
+                kept = found
+                self._describe(report, kept, count)
+                on_kept(kept)
             if count == 1:
                 break
             count //= 2
             found = self.train(count)
-        report.start = {"kind": kept.start.kind, "places": kept.start.places, "why": kept.start.why}
         return kept, found.record.interrupted
+
+    def _describe(self, report: Report, kept: Found, count: int) -> None:
+        """Puts down which prefix a report is of."""
+        report.num_virtual_tokens = count
+        report.start = {"kind": kept.start.kind, "places": kept.start.places, "why": kept.start.why}
 
     def score(self, values: Values, targets: list[Target]) -> Score:
         """The scores of a prefix with these values."""

@@ -8,7 +8,9 @@ import signal
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
+from prefixcore.adapters import read_adapter
 from prefixcore.distill import DistillOptions
 
 TEXT = "ab -> ba\ncd -> dc\nxy -> yx\n"
@@ -95,6 +97,9 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(distill, tmp_pat
         (distill("--least-share", "2"), "least_share must be above 0 and at most 1"),
         (distill("--questions", "0"), "no prompt to learn from"),
         (distill("--cache", empty), "not a folder"),
+        (distill("--cache", empty / "cache"), f"{empty} is not a folder that you may write to"),
+        (distill("--cache", tmp_path / "adapter"), "is in --out"),
+        (distill("--cache", tmp_path / "adapter" / "cache"), "is in --out"),
     ]
     for (code, out, err), message in cases:
         assert code == 2, message
@@ -134,6 +139,40 @@ def test_ctrl_c_while_it_learns_saves_what_there_is(distill, prefixcore, tmp_pat
     code, out, _ = prefixcore("inspect", tmp_path / "adapter", "--json")
     assert code == 0
     assert json.loads(out)["metrics"] is None
+
+
+def test_ctrl_c_while_it_measures_leaves_what_was_trained(distill, prefixcore, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prefixcore.distill.run.measure", stop)
+        code, out, err = distill("--questions", 20)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == f"prefixcore distill: stopped; the adapter is in {tmp_path / 'adapter'}"
+    values = read_adapter(tmp_path / "adapter").tensors
+    code, _, err = distill("--questions", 20, out=tmp_path / "whole")
+    assert code == 0, err
+    for pair, same in zip(values, read_adapter(tmp_path / "whole").tensors, strict=True):
+        assert all(map(torch.equal, pair, same))
+
+
+def test_ctrl_c_while_the_least_is_searched_leaves_the_least_so_far(distill, tmp_path, monkeypatch):
+    from prefixcore.distill.student import Student
+
+    real = Student.train
+
+    def train(self, count):
+        if count == 1:
+            raise KeyboardInterrupt
+        return real(self, count)
+
+    monkeypatch.setattr(Student, "train", train)
+    monkeypatch.setattr("prefixcore.distill.student.comparable", lambda *_: (1.0, 1.0))
+    code, _, err = distill("--questions", 20, "--least-share", "0.5")
+    assert code == 130
+    assert "stopped; the adapter is in" in err
+    assert read_adapter(tmp_path / "adapter").config.num_virtual_tokens == 2
 
 
 def test_the_defaults_in_its_help_are_those_of_the_options(prefixcore):
