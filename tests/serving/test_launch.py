@@ -17,7 +17,8 @@ import pytest
 from prefixcore.serving import launch
 from prefixcore.serving.before_start import choose_placeholder, describe_model
 from prefixcore.serving.catalog import Catalog
-from prefixcore.serving.vllm_command import LaunchError, find_vllm, vllm_command, vllm_environment
+from prefixcore.serving.context_length import context_length, why_no_room
+from prefixcore.serving.vllm_command import LaunchError, find_vllm, served_names, vllm_command, vllm_environment
 from tests import tiny
 from tests.cli.fixtures import prefixcore
 from tests.serving import shelf
@@ -122,6 +123,42 @@ def test_the_model_is_described_by_its_files(place: Path, tmp_path: Path) -> Non
     assert "other weights" in problems["capitals"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "length"),
+    [
+        ((), 128),  # as the model states
+        (("--max-model-len", "64"), 64),
+        (("--dtype", "float32", "--max_model_len=0.5k", "--seed", "1"), 500),
+        (("--max-model-len", "64", "--max-model-len", "2K"), 2048),  # the last one counts
+        (("--max-model-len", "auto"), 128),
+        (("--max-model-len=-1",), 128),
+    ],
+)
+def test_the_context_that_a_request_has(place: Path, arguments: tuple[str, ...], length: int) -> None:
+    assert context_length(str(place / "tiny"), arguments) == length
+
+
+@pytest.mark.parametrize("text", ["", "many", "0", "1.5", "-2", "1.0001k"])
+def test_a_context_that_is_no_length(place: Path, text: str) -> None:
+    with pytest.raises(LaunchError, match="--max-model-len: expected a number of tokens, such as 4096"):
+        context_length(str(place / "tiny"), ["--max-model-len", text])
+
+
+def test_a_context_that_scaling_extends_is_not_known(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    model.config.save_pretrained(tmp_path)
+    assert context_length(str(tmp_path), []) is None
+    assert why_no_room(10**6, None) is None
+
+
+def test_the_names_of_the_model(place: Path) -> None:
+    model = str(place / "tiny")
+    assert served_names(model, ["--dtype", "float32"]) == ["tiny"]
+    assert served_names(model, ["--served-model-name", "a", "b", "--seed", "1"]) == ["a", "b"]
+    assert served_names(model, ["--served_model_name=a", "--seed", "1"]) == ["a"]
+
+
 def test_start_and_stop(place: Path, fake_python: str) -> None:
     told: list[str] = []
     with launch.start(place / "tiny", place / "adapters", python=fake_python, say=told.append) as server:
@@ -164,6 +201,48 @@ def test_a_dry_run_prints_the_command(prefixcore: Any, place: Path, fake_python:
     assert code == 0, err
     assert "--dtype float32" in out
     assert "adapter capitals: 3 virtual tokens" in err
+
+
+def test_a_dry_run_needs_no_vllm(prefixcore: Any, place: Path) -> None:
+    code, out, err = serve(prefixcore, place, "--dry-run")
+    assert code == 0, err
+    assert "warning: vLLM is not installed" in err
+    assert "--kv-transfer-config" in out
+    code, out, err = serve(prefixcore, place)
+    assert (code, out) == (2, "")
+    assert "vLLM is not installed" in err
+    code, _, err = serve(prefixcore, place, "--dry-run", "--python", "/no/python")
+    assert code == 2
+    assert "is no Python that runs" in err
+
+
+def test_a_prefix_that_leaves_no_room_stops_it(prefixcore: Any, place: Path, fake_python: str) -> None:
+    """Of three virtual tokens, a prompt and an answer take two more."""
+    options = ("--python", fake_python, "--dry-run")
+    code, _, err = serve(prefixcore, place, *options, "--", "--max-model-len", "5")
+    assert code == 0, err
+    assert "adapter capitals: 3 virtual tokens of the 5 that a request may have" in err
+    code, out, err = serve(prefixcore, place, *options, "--", "--max-model-len", "4")
+    assert (code, out) == (2, "")
+    assert "adapter capitals: its 3 virtual tokens leave no room for a prompt and an answer in the 4 tokens" in err
+    assert "1 of 1 adapters cannot be served" in err
+    code, out, err = serve(prefixcore, place, *options, "--allow-problems", "--", "--max-model-len", "4")
+    assert code == 0, err
+    assert "adapter capitals: 3 virtual tokens" not in err
+
+
+def test_an_adapter_that_has_the_models_name(prefixcore: Any, place: Path, fake_python: str, tmp_path: Path) -> None:
+    """By whichever name vLLM is told to serve it."""
+    shelf.write(tmp_path / "tiny", seed=5)
+    options = ("--adapters", tmp_path, "--python", fake_python, "--dry-run")
+    for named, expected in (((), 2), (("--", "--served-model-name", "base"), 0)):
+        code, _, err = serve(prefixcore, place, *options, *named)
+        assert code == expected, err
+    code, _, err = serve(
+        prefixcore, place, "--python", fake_python, "--dry-run", "--", "--served-model-name", "base", "capitals"
+    )
+    assert code == 2
+    assert "adapter capitals: it has the name of the model" in err
 
 
 def test_adapters_that_cannot_be_served_stop_it(prefixcore: Any, place: Path, fake_python: str, tmp_path: Path) -> None:
