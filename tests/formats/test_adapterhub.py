@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import prefixcore
 from prefixcore.adapters import AdapterError, read_adapter
@@ -173,3 +175,83 @@ def test_learned_positions_there_and_back(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="has learned positions: keys cannot be moved"):
         prefixcore.import_adapter(tmp_path / "theirs", "adapters", tmp_path / "p", model=gpt2, position_offset=True)
     assert not (tmp_path / "p").exists()
+
+
+Change = Callable[[dict[str, torch.Tensor]], Any]
+LEAF = "model.prefix_tuning.prefix_tunings.flat.self_prefix."
+
+
+def their_flat(folder: Path, change: Change = lambda weights: None, **said: Any) -> Path:
+    """Their flat prefix, with other tensors and facts of the model in its files."""
+    shutil.copytree(THEIRS / "flat", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    weights = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+    change(weights)
+    torch.save(weights, folder / "pytorch_adapter.bin")
+    return folder
+
+
+def test_files_for_a_model_of_another_type(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose keys stand elsewhere, so that shapes that fit say nothing."""
+    other = their_flat(tmp_path / "gpt2", model_type="gpt2")
+    with pytest.raises(AdapterError, match="adapter_config.json: model_type: .* type 'gpt2', and this one is 'llama'"):
+        prefixcore.import_adapter(other, "adapters", tmp_path / "x", model=llama)
+    assert not (tmp_path / "x").exists()
+    named = their_flat(tmp_path / "named", model_name="somebody/llama-2")
+    monkeypatch.setattr(llama.config, "_name_or_path", "/models/llama-3")
+    with pytest.warns(UserWarning, match="are for 'somebody/llama-2' .* written as one for '/models/llama-3'"):
+        prefixcore.import_adapter(named, "adapters", tmp_path / "x", model=llama)
+    monkeypatch.setattr(llama.config, "_name_or_path", "/models/llama-2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*are for")
+        prefixcore.import_adapter(named, "adapters", tmp_path / "y", model=llama)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.update({f"{LEAF}gate": torch.ones(1)}), "'gate': not known of a prefix that is flat"),
+        (
+            lambda weights: weights.update({f"{LEAF}control_trans": torch.empty(128, device="meta")}),
+            "no numbers at all",
+        ),
+    ],
+)
+def test_tensors_that_no_prefix_has(change: Change, message: str, llama: Any, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=message):
+        prefixcore.import_adapter(their_flat(tmp_path / "a", change), "adapters", tmp_path / "x", model=llama)
+
+
+def test_a_head_that_was_trained_along_is_said_to_be_left_out(llama: Any, tmp_path: Path) -> None:
+    (their_flat(tmp_path / "a") / "head_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"head_config.json: a head was trained along, which is not read"):
+        prefixcore.import_adapter(tmp_path / "a", "adapters", tmp_path / "x", model=llama)
+
+
+def test_their_safetensors(llama: Any, tmp_path: Path) -> None:
+    """`save_adapter(..., use_safetensors=True)` writes no other file of tensors."""
+    folder = their_flat(tmp_path / "a")
+    weights = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+    (folder / "pytorch_adapter.bin").unlink()
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "adapter.safetensors")
+    ours = prefixcore.import_adapter(folder, "adapters", tmp_path / "x", model=llama)
+    same = prefixcore.import_adapter(THEIRS / "flat", "adapters", tmp_path / "y", model=llama)
+    for pair, other in zip(read_adapter(ours).tensors, read_adapter(same).tensors, strict=True):
+        assert all(map(torch.equal, pair, other))
+    (folder / "adapter.safetensors").write_bytes(b"cut off")
+    with pytest.raises(AdapterError, match="adapter.safetensors: not a whole safetensors file"):
+        prefixcore.import_adapter(folder, "adapters", tmp_path / "z", model=llama)
+
+
+def test_keys_are_turned_by_the_adapters_own_model_alone(tmp_path: Path) -> None:
+    model, other = (
+        make("llama", head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": x}) for x in (1e4, 7)
+    )
+    folder = make_adapter(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=3), tmp_path / "own")
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(2)
+    for name in ("adapters", "vllm", "peft"):
+        with pytest.raises(AdapterError, match="other weights than the one the adapter was trained for|holds a soft"):
+            prefixcore.export_adapter(folder, name, tmp_path / "theirs", model=other)
+    assert not (tmp_path / "theirs").exists()

@@ -1,4 +1,4 @@
-"""The `adapters` library (AdapterHub): a folder with `adapter_config.json` and `pytorch_adapter.bin`.
+"""The `adapters` library (AdapterHub): a folder with `adapter_config.json` and `pytorch_adapter.bin` (or safetensors).
 
 Its prefix is one vector, `control_trans` ("flat") or made by an MLP of its own, laid out `[P, L*2, Hkv, D]` as PEFT's.
 Keys meet queries as they are, but the text behind them begins at position 0, not P: our `position_offset=False`. Rotary
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from ...nn import LayerShape, join_layers, split_layers
 from ..errors import AdapterError, shown
 from ..storage import load_json, naming
-from .files import load_torch, save_torch
+from .files import load_safetensors, load_torch, save_torch
 from .record import PREFIX, Contents, Facts, Written, as_numbers, one_shape, rounded
 
-CONFIG, WEIGHTS = "adapter_config.json", "pytorch_adapter.bin"
+CONFIG, WEIGHTS, SAFE_WEIGHTS, HEAD = (
+    "adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors", "head_config.json",
+)  # fmt: skip
 _PREFIX = ".self_prefix."
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}
+_HOW = {True: "flat", False: "made by an MLP"}
 _MOST_TOKENS = 2**24
 _CAUSAL = (
     "read as the adapters library computes it with attn_implementation='eager': with its default (sdpa) and no "
@@ -53,14 +56,23 @@ class AdapterHub:
         if config is None:
             raise AdapterError(f"{source}: expected a folder with {CONFIG}, as save_adapter writes it")
         with naming(source / CONFIG):
+            _check_model(config, facts)
             inner, tokens, left_out = _check(config, len(shapes))
-        weights = load_torch(source / WEIGHTS)
-        with naming(source / WEIGHTS):
+        if (source / HEAD).exists():
+            warnings.warn(
+                f"{source / HEAD}: a head was trained along, which is not read: the model's own is used", stacklevel=2
+            )
+        is_safe = not (source / WEIGHTS).exists() and (source / SAFE_WEIGHTS).exists()
+        file = source / (SAFE_WEIGHTS if is_safe else WEIGHTS)
+        weights = load_safetensors(file) if is_safe else load_torch(file)
+        with naming(file):
             tensors = _own_tensors(weights, str(config.get("name")))
             layers = [layer for layer in range(len(shapes)) if layer not in left_out]
             chosen = [shapes[layer] for layer in layers]
             width = sum(shape.width for shape in chosen)
             flat = _flat(tensors, tokens, width) if inner["flat"] else _made_by_mlp(tensors, inner, tokens, width)
+            if unknown := sorted(tensors):
+                raise AdapterError(f"{shown(unknown[0])}: not known of a prefix that is {_HOW[inner['flat']]}")
             pairs = [(key.contiguous(), value.contiguous()) for key, value in split_layers(flat, chosen)]
         return Contents(prefix=pairs, layers=layers if left_out else None, position_offset=False)
 
@@ -115,6 +127,19 @@ def _need(facts: Facts) -> list[LayerShape]:
     return list(facts.shapes)
 
 
+def _check_model(config: dict[str, Any], facts: Facts) -> None:
+    """Raises AdapterError if the file is for a model of another type; warns if it is for one of another name."""
+    kind, name = config.get("model_type"), config.get("model_name")
+    if isinstance(kind, str) and facts.model_type and kind != facts.model_type:
+        raise AdapterError(f"model_type: it is for a model of type {shown(kind)}, and this one is {facts.model_type!r}")
+    if isinstance(name, str) and name and facts.name and Path(name).name != Path(facts.name).name:
+        warnings.warn(
+            f"the files say that they are for {shown(name)} and know none of that model's weights; the adapter is "
+            f"written as one for {shown(facts.name)}, whose shapes fit",
+            stacklevel=3,
+        )
+
+
 def _check(config: dict[str, Any], num_layers: int) -> tuple[dict[str, Any], int, list[int]]:
     """What the configuration says of a prefix, P, and the layers that have none."""
     inner = config.get("config")
@@ -152,16 +177,18 @@ def _own_tensors(weights: Any, name: str) -> dict[str, Tensor]:
                 f"{shown(key)}: a prefix of an encoder, or of cross-attention; a decoder's is self_prefix"
             )
         last = key.rpartition(_PREFIX)[2]
-        if last in found and not (found[last].shape == tensor.shape and torch.equal(found[last], tensor)):
+        numbers = as_numbers(shown(key), tensor, [None] * tensor.dim())
+        if last in found and not (found[last].shape == numbers.shape and torch.equal(found[last], numbers)):
             raise AdapterError(f"{shown(key)}: not the same in every layer, which share one prefix")
-        found[last] = tensor
+        found[last] = numbers
     return found
 
 
 def _take(tensors: dict[str, Tensor], name: str, shape: list[int | None]) -> Tensor:
+    """The tensor of this name, which leaves `tensors`."""
     if name not in tensors:
         raise AdapterError(f"{name}: missing; there is {shown(sorted(tensors))}")
-    return as_numbers(name, tensors[name], shape)
+    return as_numbers(name, tensors.pop(name), shape)
 
 
 def _flat(tensors: dict[str, Tensor], tokens: int, width: int) -> Tensor:

@@ -70,6 +70,18 @@ def load_torch(path: Path, names: dict[str, Any] | None = None) -> Any:
         raise AdapterError(f"{path}: not a whole file of torch.save: {_reason(error)}") from error
 
 
+def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; AdapterError: there is none, or it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = read_bytes(path)
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: not a whole safetensors file: {_reason(error)}") from error
+
+
 def _reason(error: Exception) -> str:
     """What an error says, in a line; of weights_only the class that the file names, without its advice to trust it."""
     text = str(error).strip()

@@ -133,8 +133,11 @@ def as_numbers(name: str, tensor: Any, shape: Sequence[int | None]) -> Tensor:
     """
     if not isinstance(tensor, Tensor):
         raise AdapterError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
-        raise AdapterError(f"{name}: expected floating-point numbers, got {tensor.dtype}, {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.dtype not in _FLOATS or tensor.is_meta:
+        what = (
+            "no numbers at all (a tensor on the meta device)" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+        )
+        raise AdapterError(f"{name}: expected floating-point numbers, got {what}")
     expected = [size if size is not None else "any" for size in shape]
     if tensor.dim() != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
         raise AdapterError(f"{name}: expected shape {expected}, got {shown(list(tensor.shape))}")

@@ -47,15 +47,16 @@ def export_adapter(
         adapter: its folder, ours or one that PEFT wrote; for "tensorrt-llm" also several, one task each.
         format: a name of `prefixcore.adapters.formats.FORMATS`.
         path: the file or folder to write, which must not be there.
-        model: the model; "adapters" needs it, and a format whose text begins elsewhere than the adapter's
-            (`position_offset`), to turn keys by.
+        model: the model that the adapter was trained for; "adapters" needs it, and a format whose text begins
+            elsewhere than the adapter's (`position_offset`), to turn keys by.
         dtype: of the numbers.
 
     Returns:
         What the adapter has and the format does not hold, in words.
 
     Raises:
-        AdapterError: the adapter cannot be read, the format cannot hold it, or something is at `path`.
+        AdapterError: the adapter cannot be read or is another model's, the format cannot hold it, or something is at
+            `path`.
 
     Examples:
         >>> with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=4)) as handle:
@@ -72,6 +73,10 @@ def export_adapter(
     contents = [contents_of(each, find_adapter(Path(folder))) for each, folder in zip(read, folders, strict=True)]
     for folder, each in zip(folders, contents, strict=True):
         _check_kind(folder, each, kind)
+    if model is not None:
+        its_model = Target(model)
+        for folder in folders:
+            its_model.read(Path(folder), trainable=False)  # by another model's angles, keys would turn wrong
     facts = Facts() if model is None else facts_of(model, needs_layers=kind.needs_model)
     joined = _joined(contents, kind)
     if kind.name != "peft":  # whose files are the folder's own, or none
