@@ -21,7 +21,9 @@ from .registry_log import Event, Log, Replaced
 from .replace import replace_folder
 from .same_model import find_differences
 from .storage import check_path, naming_errors_of, open_file
-from .writing import check_target
+from .writing import check_outside, check_target
+
+_NO_FOLDER = "{}: no such folder; expected a folder of adapters"
 
 LONGEST_NAME = 52
 """Characters of a name that `add` gives: what a request to a server can name."""
@@ -92,7 +94,7 @@ class Registry:
             with os.scandir(self.directory) as listing:
                 found = sorted(e.name for e in listing if not e.name.startswith(".") and may_be_adapter(e))
         except FileNotFoundError:
-            raise AdapterError(f"{self.directory}: no such folder; expected a folder of adapters") from None
+            raise AdapterError(_NO_FOLDER.format(self.directory)) from None
         except OSError as error:
             raise AdapterError(f"{self.directory}: cannot be read: {error.strerror or error}") from error
         read = [self._read(name, whole) for name in found]
@@ -112,7 +114,13 @@ class Registry:
         return entry
 
     def history(self) -> list[Event]:
-        """What was added, replaced and removed by `add` and `remove`, the oldest first."""
+        """What was added, replaced and removed by `add` and `remove`, the oldest first.
+
+        Raises:
+            AdapterError: no such folder.
+        """
+        if not self.directory.exists():
+            raise AdapterError(_NO_FOLDER.format(self.directory))
         return self._log.read(self._is_done)
 
     def add(self, folder: str | Path, name: str | None = None, replace: bool = False) -> Entry:
@@ -147,6 +155,7 @@ class Registry:
         if name is not None:
             _check_name(name)
         files = _contents(source)
+        check_outside(self.directory)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except FileExistsError:

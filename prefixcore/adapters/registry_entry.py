@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .errors import AdapterError
+from .files import find_adapter
 from .manifest import Manifest
 from .reading import read_adapter, read_header
 
@@ -86,7 +87,8 @@ def read_entry(path: Path, whole: bool) -> Entry | None:
             return Entry(path.name, path, problem=_LINK)
         if not path.is_dir():
             return Entry(path.name, path, problem="is not a folder")
-        size = sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(path) if e.is_file(follow_symlinks=False))
+        files = [e for e in os.scandir(find_adapter(path)) if e.is_file(follow_symlinks=False)]
+        size = sum(e.stat(follow_symlinks=False).st_size for e in files)
         header, digest = read_header(path)
         if whole:
             digest = read_adapter(path).digest or digest
@@ -116,12 +118,16 @@ def may_be_adapter(entry: os.DirEntry[str]) -> bool:
 
 
 def stamp(path: Path) -> object:
-    """What changes when a file of a folder does."""
+    """What changes when a file of an adapter's folder does, or of the checkpoint that it is in."""
     try:
-        with os.scandir(path) as listing:
-            found = [(e.name, e.stat(follow_symlinks=False)) for e in listing]
-        return path.stat().st_ino, sorted((n, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in found)
-    except OSError:
+        found = []
+        for folder in dict.fromkeys((path, find_adapter(path))):
+            with os.scandir(folder) as listing:
+                files = [(e.path, e.stat(follow_symlinks=False)) for e in listing]
+            found.append((str(folder), folder.stat().st_ino, 0, 0, 0))
+            found += [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files]
+        return sorted(found)
+    except (OSError, AdapterError):
         return None
 
 

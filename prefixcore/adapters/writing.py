@@ -172,6 +172,15 @@ def check_apart(source: Path, target: Path) -> None:
         )
 
 
+def check_outside(target: Path) -> None:
+    """Raises AdapterError if the target would be in an adapter's folder: with it, that is none that can be replaced."""
+    for parent in Path(os.path.realpath(target)).parents:
+        if (parent / MANIFEST_FILE).is_file():
+            raise AdapterError(
+                f"{target}: would be in {parent}, which is an adapter and has no subfolders; give a folder beside it"
+            )
+
+
 def _check_target(target: Path) -> None:
     check_path(target)
     try:

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     end = arguments.end if arguments.end is not None else record.get("end")
     model, tokenizer = open_model(arguments)
     chat = arguments.chat if arguments.chat is not None else record.get("chat") is True
-    check_prompts(model, tokenizer, prompts, virtual_tokens, chat=chat)
+    check_prompts(model, tokenizer, prompts, virtual_tokens, arguments.max_new_tokens, chat=chat)
     learned = learned_positions(model)
 
     import torch
@@ -106,8 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def check_prompts(model: Any, tokenizer: Any, prompts: list[str], virtual_tokens: int, *, chat: bool) -> None:
-    """Refuse prompts that the model cannot read, and say which are longer than it was made for."""
+def check_prompts(
+    model: Any, tokenizer: Any, prompts: list[str], virtual_tokens: int, new_tokens: int, *, chat: bool
+) -> None:
+    """Refuse prompts that the model cannot read, and say which are, or with their answers get, too long for it."""
     from ..training import DataError
     from ..training.evaluate import prompt_ids
 
@@ -124,6 +126,11 @@ def check_prompts(model: Any, tokenizer: Any, prompts: list[str], virtual_tokens
             raise UserError(f"{needed} leave no room in the model's {positions:,} positions; shorten it")
         if positions is not None and len(ids) + virtual_tokens > positions:
             say(f"warning: {needed} are more than the {positions:,} positions that the model was made for")
+        elif learned is None and positions is not None and len(ids) + virtual_tokens + new_tokens > positions:
+            say(
+                f"warning: {needed} with an answer of {new_tokens:,} are more than the {positions:,} positions that "
+                "the model was made for (--max-new-tokens)"
+            )
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -135,11 +142,14 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         if sys.stdin.isatty():
             say("one prompt a line, then Ctrl-D:")
         try:
-            prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+            text = sys.stdin.read().removeprefix("\ufeff")  # which some editors put before a text in UTF-8
+            prompts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not {error.encoding.upper()} text ({error.reason})") from None
-    if not prompts or not all(prompts):
+    if not prompts:
         raise UserError("there is no prompt; give --prompt TEXT, or one prompt a line on standard input")
+    if "" in prompts:
+        raise UserError(f"prompt {prompts.index('') + 1} is empty; give a text to continue, or leave it out")
     return list(prompts)
 
 

@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 def check_out(out: Path) -> None:
     """Refuse a place where an adapter cannot be written, or where something else would be overwritten."""
     from ..adapters import AdapterError, check_target
+    from ..adapters.writing import check_outside
 
     if out.name in ("", "..") or (out.is_dir() and out.samefile(os.curdir)):
         raise UserError(f"--out {out}: an adapter is replaced as a whole, name and all; give a folder of its own")
@@ -117,6 +118,7 @@ def check_out(out: Path) -> None:
         str(out.absolute()).encode()
     with user_errors(AdapterError):
         check_target(out)
+        check_outside(out)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written: {parent} is not a folder that you may write to")

@@ -317,3 +317,30 @@ def test_a_log_that_somebody_has_damaged_is_read_as_far_as_it_can_be(registry, s
     registry.remove("sums")
     assert not pending.exists()
     assert len(registry.history()) == 4
+
+
+def test_a_checkpoint_is_noticed_when_it_changes(sources, tmp_path):
+    """Its adapter lies one folder deeper."""
+    inside = tmp_path / "registry" / "step-8" / "prefixcore"
+    shutil.copytree(sources / "capitals", inside)
+    registry = Registry(tmp_path / "registry")
+    (before,) = registry.entries()
+    assert before.size == sum(path.stat().st_size for path in inside.iterdir())
+    assert registry.entries()[0] is before
+    shutil.rmtree(inside)
+    shutil.copytree(sources / "sums", inside)
+    (after,) = registry.entries()
+    assert after.digest == adapter_digest(sources / "sums") != before.digest
+
+
+def test_no_registry_is_made_in_an_adapter(sources, tmp_path):
+    """Which then is none that can be replaced, or added anywhere."""
+    shutil.copytree(sources / "capitals", tmp_path / "capitals")
+    with pytest.raises(AdapterError, match="would be in .*capitals, which is an adapter and has no subfolders"):
+        Registry(tmp_path / "capitals" / "registry").add(tmp_path / "capitals")
+    Registry(tmp_path / "registry").add(tmp_path / "capitals")
+
+
+def test_a_registry_that_is_not_there_has_no_history(tmp_path):
+    with pytest.raises(AdapterError, match="no such folder; expected a folder of adapters"):
+        Registry(tmp_path / "nowhere").history()

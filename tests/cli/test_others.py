@@ -71,7 +71,8 @@ def test_the_adapter_makes_a_difference_and_nothing_stays_behind(adapter):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--prompt", ""], "there is no prompt"),
+        (["--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", "a", "--prompt", ""], "prompt 2 is empty"),
         (["--prompt", "a", "--temperature", 0.5], "with --sample only"),
         (["--prompt", "a", "--sample", "--temperature", 0], "--temperature must be above 0"),
         (["--prompt", "a", "--sample", "--top-p", 1.5], "--top-p must be"),
@@ -143,6 +144,21 @@ def test_inspect_refuses_what_is_not_whole(prefixcore, adapter, tmp_path):
     assert (code, out) == (2, "")
     assert "adapter_model.safetensors" in err
     assert "Traceback" not in err
+
+
+def test_the_mark_before_a_text_is_no_part_of_a_prompt(generate, monkeypatch):
+    """Which editors put there; the first prompt would be another one."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfav ->\r\n"), encoding="utf-8"))
+    _, out, _ = generate("--max-new-tokens", 2, "--json")
+    assert json.loads(out)["prompt"] == "av ->"
+
+
+def test_an_answer_beyond_what_the_model_was_made_for_is_said(generate):
+    """Of 128 positions nine are the prefix's and five the prompt's."""
+    _, _, err = generate("--prompt", "av ->", "--max-new-tokens", 114)
+    assert err == ""
+    _, _, err = generate("--prompt", "av ->", "--max-new-tokens", 115)
+    assert "5 tokens and 9 virtual ones with an answer of 115 are more than the 128 positions" in err
 
 
 def test_ranges():

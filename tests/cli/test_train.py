@@ -312,3 +312,11 @@ def test_a_start_that_is_given_is_taken(train, tmp_path):
     assert "starting from" not in err
     config = read_adapter(tmp_path / "adapter").config
     assert (config.init, config.init_text, config.num_virtual_tokens) == ("vocab", None, 20)
+
+
+def test_an_adapter_is_not_written_into_another(train, adapter):
+    """Which then is none that can be replaced."""
+    code, _, err = train("--method", "prefix", "--init-text", "ab", out=adapter / "new")
+    assert code == 2
+    assert f"would be in {adapter}, which is an adapter and has no subfolders" in err
+    assert not (adapter / "new").exists()
