@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not train_ids or not held_out_ids:
         raise UserError(f"no example has at most {limit.tokens} tokens; raise --max-length or shorten the examples")
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out to choose by")
-    say(f"{len(candidates)} candidates, {arguments.minutes:g} minutes")
+    say(f"{how_many(len(candidates))}, {arguments.minutes:g} minutes")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
     with user_errors(ValueError, TypeError, NotImplementedError):
         best = {length: start.best(model, training, train_ids) for length, start in starts.items()}
@@ -150,6 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
             evaluator(AFTER)
             save(arguments, handle, found, evaluator.to_dict(), provenance, evaluator.results[AFTER])
     say_at_once(found)
+    say_if_worthless(found)
     say(f"adapter  {arguments.out}\npicture  {arguments.out / CURVE}")
     results(f"{table_of(found)}\n\n{command(arguments, found)}")
     return INTERRUPTED if found.interrupted else OK
@@ -160,7 +161,7 @@ def lengths_of(arguments: argparse.Namespace, own: int) -> list[int]:
     if arguments.lengths is not None:
         if any(length < 1 for length in arguments.lengths):
             raise UserError(f"--lengths must be whole numbers from 1, got {','.join(map(str, arguments.lengths))}")
-        return list(arguments.lengths)
+        return list(dict.fromkeys(arguments.lengths))
     if arguments.num_virtual_tokens is not None:
         return [own]
     if arguments.init_text is not None:
@@ -171,18 +172,37 @@ def lengths_of(arguments: argparse.Namespace, own: int) -> list[int]:
 def rates_of(arguments: argparse.Namespace) -> list[float]:
     """The learning rates to try."""
     if arguments.lrs is not None:
-        return list(arguments.lrs)
+        return list(dict.fromkeys(arguments.lrs))
     usual = LEARNING_RATES[arguments.method]
     return [float(f"{factor * usual:.2g}") for factor in FACTORS]
 
 
 def say_rung(rung: Rung, best: Trial) -> None:
     """What came of a round."""
-    many = "1 candidate" if rung.candidates == 1 else f"{rung.candidates} candidates"
     say(
-        f"{many}, {rung.steps} steps each in {rung.seconds:.0f} s ({rung.at_once} in one batch); "
+        f"{how_many(rung.candidates)}, {rung.steps} steps each in {rung.seconds:.0f} s ({rung.at_once} in one batch); "
         f"best: {best.candidate.name}, held-out loss {best.last_loss:.3f}"
     )
+
+
+def how_many(candidates: int) -> str:
+    """In words."""
+    return "1 candidate" if candidates == 1 else f"{candidates} candidates"
+
+
+def say_if_worthless(found: Tuning) -> None:
+    """Where the best candidate has learnt nothing, or would diverge if it were trained by itself."""
+    step, loss = found.best.best
+    if step == 0 and not found.interrupted:
+        say(
+            f"warning: no step of the best candidate brought its held-out loss below {loss:.3f}, that of its start, "
+            "which is what is saved; try lower learning rates (--lrs), or more time (--minutes)"
+        )
+    elif not math.isfinite(found.best.last_loss):
+        say(
+            f"warning: the best candidate diverged after step {step}, whose values are saved; its learning rate "
+            f"{found.best.candidate.learning_rate:g} is too large: try lower ones (--lrs)"
+        )
 
 
 def say_at_once(found: Tuning) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 
 import pytest
 
 from prefixcore.adapters import read_adapter, read_record
-from prefixcore.training.tuning import Tuning
+from prefixcore.training.tuning.halving import _Run
 
 
 @pytest.fixture
@@ -92,21 +93,54 @@ def test_wrong_numbers_are_refused(tune, option, said):
     assert said in err
 
 
-def test_ctrl_c_saves_the_best_so_far(tune, tmp_path, monkeypatch):
-    import prefixcore.training.tuning as tuning
+@pytest.mark.parametrize("step", [1, 3, 7])  # in the first round, in the second, and in the last
+def test_ctrl_c_saves_the_best_so_far(tune, tmp_path, monkeypatch, step):
+    real = _Run._step
 
-    whole = tuning.tune
+    def interrupted(self, alive) -> None:
+        real(self, alive)
+        if self.steps == step:
+            signal.raise_signal(signal.SIGINT)
 
-    def interrupted(*arguments, **options) -> Tuning:
-        found = whole(*arguments, **options)
-        found.interrupted = True
-        return found
-
-    monkeypatch.setattr(tuning, "tune", interrupted)
-    code, out, err = tune("--method", "prefix", "--lengths", "2", "--lrs", "0.01", "--most-steps", 3)
+    monkeypatch.setattr(_Run, "_step", interrupted)
+    options = ("--method", "prefix", "--lengths", "2", "--lrs", "0.001,0.01,0.02,0.03", "--most-steps", 14)
+    code, out, err = tune(*options)
     assert code == 130, err
-    assert json.loads((tmp_path / "tuned" / "training.json").read_text())["interrupted"]
+    record = json.loads((tmp_path / "tuned" / "training.json").read_text())
+    assert record["interrupted"]
+    assert len(record["train_loss"]) == step
     assert "prefixcore train" in out
+
+
+def test_ctrl_c_before_the_first_step_saves_nothing(tune, tmp_path, monkeypatch):
+    real = _Run._evaluate
+
+    def interrupted(self, alive) -> None:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        real(self, alive)
+
+    monkeypatch.setattr(_Run, "_evaluate", interrupted)
+    code, out, err = tune("--method", "prefix", "--lengths", "2", "--lrs", "0.01", "--most-steps", 3)
+    assert (code, out) == (130, "")
+    assert "stopped before the first step; nothing was saved" in err
+    assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ("1e38", "no step of the best candidate brought its held-out loss below 4.615"),
+        ("1e30", "its learning rate 1e+30 is too large: try lower ones"),
+        ("0.01,0.01", None),
+    ],
+)
+def test_a_best_candidate_that_is_worth_nothing_is_said_to_be(tune, rates, said):
+    code, _, err = tune("--method", "prefix", "--lengths", "2", "--lrs", rates, "--most-steps", 3)
+    assert code == 0, err
+    assert "1 candidate, 2 minutes" in err
+    assert ("warning" in err) == (said is not None)
+    assert said is None or said in err
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class _Run:
         from tqdm.auto import tqdm
 
         deadline = self.began + seconds
-        alive, rungs = list(self.trials), []
+        alive, rungs, interrupted = list(self.trials), [], False
         sizes = list(_sizes(len(alive)))
         was_training = self.bank.model.training
         self.bank.model.train()
@@ -159,15 +159,17 @@ class _Run:
                         None if most_steps is None else max(1, most_steps * 2 ** (number - 1) // (2 ** len(sizes) - 1))
                     )
                     before = self.steps
-                    self._train(alive, until, most, LAST_EVALUATIONS if number == len(sizes) else 1, stopping)
+                    interrupted = self._train(
+                        alive, until, most, LAST_EVALUATIONS if number == len(sizes) else 1, stopping
+                    )
                     best = min(alive, key=lambda trial: trial.last_loss)
                     rung = Rung(size, self.steps - before, self.at_once(size), time.perf_counter() - began)
                     rungs.append(rung)
                     if on_rung is not None:
                         on_rung(rung, best)
-                    if stopping():
+                    interrupted |= stopping() and number < len(sizes)
+                    if interrupted:
                         break
-                interrupted = stopping() and len(rungs) < len(sizes)
         finally:
             self.bank.model.train(was_training)
         trials = sorted(self.trials, key=lambda trial: (-trial.rung, trial.best[1]))
@@ -177,11 +179,15 @@ class _Run:
 
     def _train(
         self, alive: list[Trial], until: float, most: int | None, evaluations: int, stopping: Callable[[], bool]
-    ) -> None:
-        """Trains until the time is up, or for `most` steps; a held-out loss at the end, and others evenly before it."""
+    ) -> bool:
+        """Trains until the time is up, or for `most` steps; a held-out loss at the end, and others evenly before it.
+
+        Returns:
+            Whether it was stopped before.
+        """
         first, began = self.steps, time.perf_counter()
         done = 0
-        while not stopping():
+        while not (stopped := stopping()):
             here = self.steps - first
             now = time.perf_counter()
             step_seconds = len(alive) * self.at_once.per_candidate(self.at_once(len(alive)))
@@ -194,6 +200,7 @@ class _Run:
                 done += 1
             self._step(alive)
         self._evaluate(alive)
+        return stopped
 
     def _step(self, alive: list[Trial]) -> None:
         """One optimizer step of each candidate, on the same examples."""
