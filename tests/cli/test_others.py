@@ -210,6 +210,12 @@ def test_doctor_says_why_the_compiled_library_cannot_be_used(tmp_path, written, 
     assert re.search("soft_embedding +cpu +float64 +reference", result.stdout)
 
 
+def test_doctor_says_that_a_package_is_half_removed(tmp_path, monkeypatch):
+    (tmp_path / "vllm-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "its metadata says no version; install it again" in dict(doctor.library_facts())["vllm"]
+
+
 def test_doctor_says_whether_the_embedding_streams(monkeypatch):
     """The kernels that no GPU has run are off, and what is neither on nor off is said."""
     for word, said in (

@@ -99,6 +99,14 @@ def test_a_python_without_vllm_says_what_to_install() -> None:
         find_vllm("/no/python")
 
 
+def test_a_vllm_of_no_known_version(tmp_path: Path) -> None:
+    """Half removed, or from a folder of sources."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '[true, [null]]'\n")
+    python.chmod(0o755)
+    assert find_vllm(str(python)) == "unknown"
+
+
 def test_the_server_finds_this_prefixcore() -> None:
     import prefixcore as package
 
