@@ -62,5 +62,7 @@ def test_every_class(tmp_path: Path) -> None:
     for name in sorted(CLASSES):
         is_decoder = "works with `is_decoder=True`" in page_rows().get(name, "")
         found.append(bake(name, tmp_path / name, **({"is_decoder": True} if is_decoder else {})))
+    baked, refused = said_by(*BAKED)[2:]
+    assert found.count("equal") >= 0.9 * baked  # another transformers has some other classes
     if transformers.__version__.startswith(WRITTEN_WITH):
-        assert [found.count("equal"), found.count("refused")] == said_by(*BAKED)[2:]
+        assert [found.count("equal"), found.count("refused")] == [baked, refused]
