@@ -15,7 +15,7 @@ from .test_attention_correct import packed, problems
 
 pytestmark = pytest.mark.slow
 many = settings(
-    max_examples=examples(600),
+    max_examples=examples(400),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
