@@ -33,7 +33,7 @@ PAIR = ("capitals", "harbour")
 HEADER = ("before the prompt", "prompts of", "right", "answers equal", "tokens equal", "KL")
 
 
-class Asked(NamedTuple):
+class HeldOut(NamedTuple):
     """The held-out prompts of a text, with what the model answers behind all of it.
 
     Attributes:
@@ -47,7 +47,7 @@ class Asked(NamedTuple):
     targets: list[Target]
 
 
-def asked_of(name: str, out: Path, model: Any, tokenizer: Any) -> Asked:
+def held_out_of(name: str, out: Path, model: Any, tokenizer: Any) -> HeldOut:
     """What is asked about a text."""
     text = make(name, out)
     parser = argparse.ArgumentParser()
@@ -60,7 +60,7 @@ def asked_of(name: str, out: Path, model: Any, tokenizer: Any) -> Asked:
         model, tokenizer, Front.of(model, written.front), "", pad_id(tokenizer, model), options, Store(None)
     )
     prompts = [written.ask(prompt) for prompt in read_prompts(arguments.eval_prompts)]
-    return Asked(len(written.front), options, teacher.targets(prompts, greedy=True))
+    return HeldOut(len(written.front), options, teacher.targets(prompts, greedy=True))
 
 
 @contextmanager
@@ -90,15 +90,15 @@ def main() -> int:
         return 1
     model, tokenizer = base_model.load()
     model.eval()
-    asked = {name: asked_of(name, out, model, tokenizer) for name in PAIR}
+    held_out = {name: held_out_of(name, out, model, tokenizer) for name in PAIR}
+    padding = pad_id(tokenizer, model)
     rows = [
         row("the full text", name, of_teacher(tokenizer, each.targets, each.tokens, each.options))
-        for name, each in asked.items()
+        for name, each in held_out.items()
     ]
     for names in ([PAIR[0]], [PAIR[1]], list(PAIR), list(reversed(PAIR))):
         with behind([out / name for name in names], model) as (reader, tokens):
-            for text, each in asked.items():
-                padding = pad_id(tokenizer, model)
+            for text, each in held_out.items():
                 found = score(reader, tokenizer, each.targets, tokens, each.options, padding, alone)
                 rows.append(row(", then ".join(names), text, found))
     print(markdown(HEADER, rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -130,6 +131,10 @@ def served_names(model: str, arguments: Sequence[str]) -> list[str]:
     return values_of("--served-model-name", arguments) or [served_name(model)]
 
 
+_OPTION = re.compile("--?[A-Za-z]")
+"""What begins an option, long or short (-tp); a number below 0 is a value."""
+
+
 def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
     """What vLLM's `arguments` give an option, the last time that it stands there; None: it is not there.
 
@@ -140,7 +145,7 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
     """
     found, is_it = None, False
     for argument in arguments:
-        if argument.startswith("--"):
+        if _OPTION.match(argument):
             name, _, value = argument.partition("=")
             is_it = name.replace("_", "-") == option
             found = [*filter(None, [value])] if is_it else found

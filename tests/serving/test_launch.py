@@ -140,6 +140,8 @@ def test_the_model_is_described_by_its_files(place: Path, tmp_path: Path) -> Non
         (("--max-model-len", "64", "--max-model-len", "2K"), 2048),  # the last one counts
         (("--max-model-len", "auto"), 128),
         (("--max-model-len=-1",), 128),
+        (("--max-model-len", "-1"), 128),
+        (("--max-model-len", "64", "-tp", "2"), 64),  # a short option ends it, too
     ],
 )
 def test_the_context_that_a_request_has(place: Path, arguments: tuple[str, ...], length: int) -> None:
