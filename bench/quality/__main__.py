@@ -75,6 +75,7 @@ def missing(options: argparse.Namespace, *, all_seeds: bool = False) -> Iterator
         all_seeds=all_seeds,
         num_seeds=options.seeds,
         first_rate=options.first_rate,
+        chosen_in=None if options.seconds is None else records.FOLDER,
     )
 
 

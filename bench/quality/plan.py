@@ -17,7 +17,7 @@ LEVERS = [name for name in METHODS if "@" in name]
 LEVER_TASKS = ("capitals", "continents", "news", "currencies", "movies")
 """The tasks on which levers are tried, beside the methods themselves."""
 
-TIMED = ("prefix", "prompt", "peft-prompt-text", "peft-prefix-text", "lora")
+TIMED = ("prefix", "prompt", "prefix-text", "peft-prompt-text", "peft-prefix-text", "lora")
 """The methods that are compared at equal seconds, too: ours, PEFT's best, and LoRA."""
 
 NO_OPTION = ("prefix", "prompt")
@@ -60,13 +60,15 @@ def missing(
     all_seeds: bool = False,
     num_seeds: int = SEEDS,
     first_rate: bool = False,
+    chosen_in: Path | None = None,
 ) -> Iterator[Cell]:
     """The cells that have not been run, one after the other as each is needed.
 
     The first seed tries every learning rate; further seeds take the one that the validation side chose of them, so
     each is only known once the cells before it have been run. With `all_seeds`, those of which it is not known yet
     come too, at the first of the learning rates, to be counted. `folder` has the records, those of a budget of seconds
-    have one of their own. With `first_rate` no other learning rate of a method is tried.
+    have one of their own. With `first_rate` no other learning rate of a method is tried; with `chosen_in`, another
+    folder of records, none but the one that was chosen there.
     """
     seen: set[Cell] = set()
     for task, name, seeds, place in stages(parts, num_seeds):
@@ -74,7 +76,11 @@ def missing(
             continue
         rates = METHODS[name].rates or (0.0,)
         rates = rates if place is None else rates[place : place + 1]
-        rates = rates[:1] if first_rate else rates
+        tried = records.read(chosen_in, f"{Cell(task, name, 0).stem}*.json") if chosen_in is not None else []
+        if first_rate:
+            rates = rates[:1]
+        elif tried:
+            rates = (records.best_rate(tried),)
         for seed in seeds:
             if seed > 0:
                 first = records.read(folder, f"{Cell(task, name, 0).stem}*.json")

@@ -115,6 +115,13 @@ def test_a_budget_of_seconds_has_records_and_methods_of_its_own(tmp_path, monkey
     options = resolved(parser().parse_args(["list", "--parts", "dates", "--methods", "lora", "--first-rate"]))
     options.out = tmp_path / "x4"
     assert list(missing(options)) == [Cell("dates", "lora", 0, METHODS["lora"].rates[0])]
+    for tried, validation in zip(METHODS["lora"].rates, (0.5, 0.75), strict=True):
+        records.write(record("lora", 0, tried, validation, "0111"), tmp_path / "steps")
+    options.first_rate = False
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "steps")
+    assert list(missing(options)) == [Cell("dates", "lora", 0, rate) for rate in METHODS["lora"].rates]
+    options.seconds = 4  # takes the rate that was chosen at equal steps
+    assert list(missing(options)) == [Cell("dates", "lora", 0, METHODS["lora"].rates[1])]
     monkeypatch.setattr(records, "TIMED", tmp_path)
     assert "| prefix | 75 (25..100), loss 1.00, 80 steps |" in tables.equal_seconds()
     assert "4 times as many seconds" in tables.equal_seconds()
