@@ -35,7 +35,7 @@ def conclude(
         say("stopped before the first step; nothing was saved")
         return INTERRUPTED
     say_what_is_kept(record)
-    stopped = save(arguments, handle, record, evaluator, provenance)
+    stopped = save(arguments, handle, record, evaluator, provenance) or record.asked_to_stop
     if record.interrupted:
         steps = f"{record.steps_done} of {record.options.steps} steps"
         say(f"stopped after {steps}; saved what there is to {arguments.out}")

@@ -89,7 +89,7 @@ class Student:
             return Found(list(handle.bake()), start, record)  # type: ignore[arg-type]
 
     def search(self, report: Report, on_kept: Callable[[Found], None]) -> tuple[Found, bool]:
-        """The prefix of P virtual tokens, and whether a signal ended its training.
+        """The prefix of P virtual tokens, and whether a signal ended its training, or came within it.
 
         With `least_share` that of the least P that keeps it: P is halved until one does not. `on_kept` is given each
         that would be returned if nothing came after it.
@@ -97,9 +97,9 @@ class Student:
         count, share = self.options.num_virtual_tokens, self.options.least_share
         found = kept = self.train(count)
         self._describe(report, kept, count)
-        if not found.record.interrupted:
+        if not found.record.asked_to_stop:
             on_kept(kept)
-        while share is not None and not found.record.interrupted:
+        while share is not None and not found.record.asked_to_stop:
             own = self.score(found.values, self.judged)
             full = of_teacher(self.tokenizer, self.judged, report.context_tokens, self.options)
             reached, goal = comparable(own, full, self.judged)
@@ -116,7 +116,7 @@ class Student:
                 break
             count //= 2
             found = self.train(count)
-        return kept, found.record.interrupted
+        return kept, found.record.asked_to_stop
 
     def _describe(self, report: Report, kept: Found, count: int) -> None:
         """Puts down which prefix a report is of."""

@@ -110,6 +110,7 @@ def optimize(
             average.put()
         if options.keep == "best" and best.values and not record.interrupted:
             record.kept_step = best.restore()
+        record.asked_to_stop = stopping()
     return record
 
 

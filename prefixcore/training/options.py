@@ -110,6 +110,7 @@ class TrainingRecord:
         held_out_loss: `(step, loss)` where it was evaluated; step 0 is before training.
         step_seconds: seconds of each step, evaluation aside.
         interrupted: whether a signal stopped it before the last step.
+        asked_to_stop: whether a signal came at all, also while the last held-out loss was measured.
         stopped_early: whether it ended because the held-out loss no longer fell.
         kept_step: the step whose values were left; 0: the start's.
 
@@ -125,6 +126,7 @@ class TrainingRecord:
     held_out_loss: list[tuple[int, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     interrupted: bool = False
+    asked_to_stop: bool = False
     stopped_early: bool = False
     kept_step: int = 0
 

@@ -141,6 +141,32 @@ def test_ctrl_c_while_it_learns_saves_what_there_is(distill, prefixcore, tmp_pat
     assert json.loads(out)["metrics"] is None
 
 
+def test_ctrl_c_in_the_last_validation_is_heeded_once_it_is_saved(distill, prefixcore, tmp_path, monkeypatch):
+    from prefixcore.distill import learning
+
+    real, calls = learning.divergences, []
+
+    def divergences(*arguments):
+        calls.append(1)
+        found = real(*arguments)
+        if len(calls) == whole:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(learning, "divergences", divergences)
+    whole = 0
+    assert distill("--questions", 20, "--steps", 3, out=tmp_path / "whole")[0] == 0
+    whole = len(calls)
+    calls.clear()
+    code, out, err = distill("--questions", 20, "--steps", 3)
+    assert (code, out) == (130, "")
+    assert "measuring" not in err
+    for pair, same in zip(
+        read_adapter(tmp_path / "adapter").tensors, read_adapter(tmp_path / "whole").tensors, strict=True
+    ):
+        assert all(map(torch.equal, pair, same))
+
+
 def test_ctrl_c_while_it_measures_leaves_what_was_trained(distill, prefixcore, tmp_path, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt

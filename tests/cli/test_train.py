@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -46,6 +47,26 @@ def test_trains_saves_and_evaluates(train, tmp_path, method, options, numbers):
     assert not record["interrupted"]
     rows = [line.split("  ")[0] for line in out.splitlines()]
     assert rows == ["2 held-out examples", "bare model", "at the start", "after training"]
+
+
+def test_ctrl_c_in_the_last_validation_is_heeded_once_the_adapter_is_saved(train, tmp_path, monkeypatch):
+    from prefixcore.training import loop
+
+    real, measured = loop.held_out_loss, []
+
+    def held_out_loss(*arguments, **options):
+        measured.append(1)
+        if len(measured) == 3:  # before the first step, at the fifth, and behind the last
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loop, "held_out_loss", held_out_loss)
+    code, out, err = train("--method", "prompt", "--num-virtual-tokens", 4, "--eval-every", 5)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == f"prefixcore train: stopped; the adapter is in {tmp_path / 'adapter'}"
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert [step for step, _ in record["held_out_loss"]] == [0, 5, 8]
+    assert list(record["held_out"]) == ["bare model", "at the start"]
 
 
 def test_learns(train, tmp_path):

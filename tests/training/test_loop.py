@@ -19,6 +19,7 @@ from prefixcore.training import (
     TrainingOptions,
     fit,
     held_out_loss,
+    optimize,
     tokenize,
     weights_digest,
 )
@@ -226,6 +227,24 @@ def test_a_signal_ends_the_training_after_a_whole_step(number):
     assert record.interrupted
     assert record.steps_done == 4
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_while_the_last_held_out_loss_is_measured_is_told_and_the_training_is_whole():
+    value = nn.Parameter(torch.zeros(()))
+    measured = []
+
+    def measure():
+        measured.append(value.item())
+        if len(measured) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return -value.item()
+
+    options = TrainingOptions(steps=3, keep="best")
+    record = optimize([value], lambda: (value - 3) ** 2, held_out_loss=measure, options=options)
+    assert record.asked_to_stop
+    assert not record.interrupted
+    assert record.kept_step == record.steps_done == 3
+    assert not optimize([value], lambda: (value - 3) ** 2, options=TrainingOptions(steps=3)).asked_to_stop
 
 
 @pytest.fixture
