@@ -26,7 +26,13 @@ _ASKED = {"chat": False, "end": None}
 
 
 def compose(
-    model: PreTrainedModel, adapters: Sequence[str | Path], directory: str | Path, *, task: str | None = None
+    model: PreTrainedModel,
+    adapters: Sequence[str | Path],
+    directory: str | Path,
+    *,
+    task: str | None = None,
+    license: str | None = None,
+    intended_use: str | None = None,
 ) -> Path:
     """Writes the prefixes of several adapters one behind the other, as a prefix of all their virtual tokens.
 
@@ -40,6 +46,8 @@ def compose(
         adapters: folders of prefixes, in the order in which they are to stand.
         directory: the folder to write.
         task: what it does, in words.
+        license: what others may do with it, best as an SPDX identifier; no adapter's is taken over.
+        intended_use: what it was made for, and what not.
 
     Returns:
         The folder.
@@ -107,6 +115,8 @@ def compose(
         module.config,
         list(module.shapes),
         task=task,
+        license=license,
+        intended_use=intended_use,
         forced=tuple(dict.fromkeys(what for part in parts for what in part.found.forced)),
         training={"method": "compose", **names},
     )

@@ -28,7 +28,7 @@ def folders(model, tmp_path):
 
 
 def test_the_second_stands_behind_the_first(model, folders, tmp_path):
-    out = compose(model, folders, tmp_path / "both", task="both")
+    out = compose(model, folders, tmp_path / "both", task="both", license="CC-BY-4.0", intended_use="tests")
     with prefixcore.load(model, out) as handle:
         pairs = handle.bake()
     (first, _), *_ = ids_to_prefix(model, ONE)
@@ -40,6 +40,7 @@ def test_the_second_stands_behind_the_first(model, folders, tmp_path):
     (_, value), *_ = ids_to_prefix(model, OTHER)
     assert torch.equal(pairs[0][1][:, 3:], value)
     manifest = read_adapter(out).manifest
+    assert (manifest.task, manifest.license, manifest.intended_use) == ("both", "CC-BY-4.0", "tests")
     assert manifest.training["composed_1"] == read_adapter(folders[0]).digest
 
 
