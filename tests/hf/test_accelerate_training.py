@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import prefixcore
 import prefixcore.hf.attention.interface
@@ -136,10 +138,18 @@ def test_frozen_tokens_stay_when_training_is_resumed(tmp_path: Path) -> None:
     assert names == ["prompt_encoder.default.trainable_embedding"]
 
 
+@pytest.fixture
+def engine() -> Iterator[Accelerator]:
+    """Of mixed precision, whatever a Trainer has made of the process before; accelerate keeps one state for all."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_mixed_precision_that_is_there_already_is_not_lost(method: str) -> None:
+def test_mixed_precision_that_is_there_already_is_not_lost(engine: Accelerator, method: str) -> None:
     """Its wrapper is `model.forward`, in whose place ours would be put: the model would go on in float32."""
-    engine, model = Accelerator(mixed_precision="bf16", cpu=True), with_peft(method)
+    model = with_peft(method)
     prepared = engine.prepare(model)
     with pytest.raises(ValueError, match=r"call prefixcore.accelerate first and Accelerator.prepare after it"):
         prefixcore.accelerate(prepared)
@@ -152,9 +162,9 @@ def test_mixed_precision_that_is_there_already_is_not_lost(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_mixed_precision_of_the_accelerate_library(method: str) -> None:
+def test_mixed_precision_of_the_accelerate_library(engine: Accelerator, method: str) -> None:
     """It takes the function of a bound `forward` and binds it to the model: as Trainer does with `bf16=True`."""
-    engine, results = Accelerator(mixed_precision="bf16", cpu=True), []
+    results = []
     for accelerated in (False, True):
         model = with_peft(method)
         if accelerated:
