@@ -18,8 +18,8 @@ from .parts import ROOT
 
 GIVEN = {"torch": "torch>=2.10", "triton": "triton>=3.6", "transformers": "transformers>=5.13"}
 NEEDED = {"setuptools": "setuptools>=77", "ninja": "ninja", "pybind11": "pybind11>=2.13", "pytest": "pytest>=8",
-          "hypothesis": "hypothesis>=6.100", "peft": "peft>=0.18", "accelerate": "accelerate>=1.0",
-          "safetensors": "safetensors>=0.5"}  # fmt: skip
+          "hypothesis": "hypothesis>=6.100", "peft": "peft>=0.21", "accelerate": "accelerate>=1.1",
+          "safetensors": "safetensors>=0.8"}  # fmt: skip
 
 
 def missing(packages: dict[str, str]) -> list[str]:

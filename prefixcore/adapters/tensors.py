@@ -229,7 +229,7 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if tensor.dtype not in _DTYPES.values() or not tensor.numel():
         return bool(torch.isfinite(tensor).all())
-    return all(math.isfinite(number) for number in tensor.aminmax())
+    return all(math.isfinite(number) for number in tensor.detach().aminmax())
 
 
 def _are_counts(values: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,17 @@ def test_one_number_among_many_that_is_not_finite_is_found(number, dtype):
         broken = tensor.clone()
         broken[place] = number
         assert not is_finite(broken)
+
+
+def test_what_is_trained_is_looked_at_without_a_warning():
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else torch warns once a process of a number that has a gradient
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert is_finite(torch.ones(3, requires_grad=True))
+    finally:
+        torch.set_warn_always(always)
 
 
 @pytest.mark.parametrize("name", ["prefix", "prefix-basis", "p-tuning-lstm"])

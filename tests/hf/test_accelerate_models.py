@@ -136,6 +136,14 @@ def _gpt_neo() -> Any:
     return transformers.GPTNeoForCausalLM(config)
 
 
+def test_a_peft_before_0_20_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_peft("prompt")
+    monkeypatch.delattr(peft.PeftModel, "_adjust_prompt_learning_kwargs")
+    monkeypatch.setattr(peft, "__version__", "0.19.1")
+    with pytest.raises(NotImplementedError, match="PEFT has from 0.20 on, and not in 0.19.1"):
+        prefixcore.accelerate(model)
+
+
 def test_what_is_not_for_it() -> None:
     with pytest.raises(TypeError, match=r"PeftModel.*got LlamaForCausalLM"):
         prefixcore.accelerate(make("llama"))

@@ -88,7 +88,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     call = prefixes_of_call(bank, given, tasks, num_rows, label, _input_device(bank, kwargs))
     if kwargs.get("cu_seq_lens_q") is not None and not is_empty_mask(kwargs.get("attention_mask")):
         set_empty_mask(kwargs)
-    shifts = label.order if label is not None else {task.key: given.shift(task) for task in tasks}
+    shifts = label.order if label is not None else {task.key(): given.shift(task) for task in tasks}
     if (tasks or from_model) and bank.moves_positions and bank.takes_positions:
         counts = [shifts.get(key, 0) if key else 0 for key in keys]
         shift_positions(kwargs, _shift(bank, counts, kwargs), bank.limit, bank.first_position)
@@ -101,8 +101,9 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     finally:
         close_cache(cache)
     cache = cache_output(output) if cache is None else cache
-    # A decoder alone has its soft prompts in the cache itself, which says so already.
-    is_behind = bool(tasks) or (bank.encoder is not None and bool(given.rows.prompts))
+    # A decoder alone has its soft prompts in the cache itself, which says so already. No bool() of a list: torch 2.10
+    # compiles none.
+    is_behind = tasks or (bank.encoder is not None and given.rows.prompts)
     if label is None and is_behind and isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
         set_label(cache, CacheLabel(keys, given.rows, shifts, call.detached(), [0] * num_rows))
         close_cache(cache)

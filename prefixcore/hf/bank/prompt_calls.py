@@ -65,7 +65,7 @@ def place_prompts(
     if kwargs.get("cu_seq_lens_q") is None:
         label = label_to_continue(cache_argument(kwargs), rows.keys(batch_rows(kwargs)))
     if label is not None:
-        return {task: None for task in rows.prompts if task.key in label.order}, {}
+        return {task: None for task in rows.prompts if task.key() in label.order}, {}
     prompts = {task: prompt_of(bank, task) for task in rows.prompts}
     trains = torch.is_grad_enabled() and any(task.adapter.trains for task in rows.prompts)
     if in_rows or not _may_compute_once(bank, kwargs, max(map(len, prompts.values())), trains):

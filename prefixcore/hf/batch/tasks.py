@@ -27,14 +27,9 @@ class Task(NamedTuple):
     adapter: Attached
     number: int = 0
 
-    @property
     def key(self) -> Key:
-        """What tells it from all others."""
+        """What tells it from all others. No property, of which torch 2.10 compiles none in a named tuple."""
         return self.adapter.uid, self.number
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        return self.adapter.num_virtual_tokens
 
 
 class Rows:
@@ -80,13 +75,13 @@ class Rows:
 
     def counts(self, tasks: list[Task], num_rows: int) -> list[int]:
         """For each row how many virtual tokens it has of `tasks`."""
-        return [0 if i < 0 else tasks[i].num_virtual_tokens for i in self.of(tasks, num_rows)]
+        return [0 if i < 0 else tasks[i].adapter.num_virtual_tokens for i in self.of(tasks, num_rows)]
 
     def keys(self, num_rows: int) -> list[Key | None]:
         """For each row the key of its task; None: no virtual tokens."""
         if self.index is None:
-            return [self.tasks[0].key if self.tasks else None] * num_rows
-        return [None if i < 0 else self.tasks[i].key for i in self.index]
+            return [self.tasks[0].key() if self.tasks else None] * num_rows
+        return [None if i < 0 else self.tasks[i].key() for i in self.index]
 
 
 class _Generating(threading.local):

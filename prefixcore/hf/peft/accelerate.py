@@ -74,7 +74,8 @@ def accelerate(
         ValueError: the model is accelerated, or something is attached to its base model, already; or the accelerate
             library has prepared it for mixed precision.
         NotImplementedError: no method of virtual tokens, no decoder, or a base model whose attention has no place for
-            ours (Bloom, Falcon, MPT, GPT-Neo): PEFT's prefix works there as it is, and `load` reads its files.
+            ours (Bloom, Falcon, MPT, GPT-Neo): PEFT's prefix works there as it is, and `load` reads its files. Or PEFT
+            is older than 0.20.
 
     After an error the model is as it was.
 

@@ -59,7 +59,7 @@ class CacheLabel:
     """What a cache was filled behind. It does not change.
 
     Attributes:
-        keys: of each row what it was filled behind (`Task.key`), or None.
+        keys: of each row what it was filled behind (`Task.key()`), or None.
         rows: the `Rows` of that time.
         order: the keys of the prefixes that are stacked in `prefixes`, and by how much each moves the text's positions.
         prefixes: the `PrefixCall` of that time, so that every token of a sequence sees the same prefix; None: none.

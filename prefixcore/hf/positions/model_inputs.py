@@ -115,9 +115,11 @@ def plain_ids(model: PreTrainedModel, count: int) -> Tensor:
     """[1, count] ids spread evenly over the vocabulary, none of which is a special token."""
     config = text_config(model)
     special = set(_special_ids(model.config)) | set(_special_ids(getattr(model, "generation_config", None)))
+    # Gemma 3n's embeddings of each layer end before the ids of images and sound.
+    size = min(config.vocab_size, getattr(config, "vocab_size_per_layer_input", config.vocab_size))
     ids = []
     for i in range(1, count + 1):
-        near = range(i * config.vocab_size // (count + 1), config.vocab_size)
+        near = range(i * size // (count + 1), size)
         ids.append(next((each for each in near if each not in special and each not in ids), near[0]))
     return torch.tensor([ids], device=device_of(model))
 
