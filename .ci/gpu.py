@@ -83,7 +83,7 @@ def main() -> int:
         return 0
     if asked.wheels is not None and not asked.wheels.is_dir():
         stop(f"WHEELS={asked.wheels} is not a folder")
-    with_everything(asked.wheels)
+    with_everything(asked.wheels, interpreted=asked.rehearsal)
     found = gpus()
     if not found and not asked.rehearsal:
         import torch

@@ -40,6 +40,14 @@ def missing(packages: dict[str, str]) -> list[str]:
     return absent
 
 
+def lacking_to_interpret() -> list[str]:
+    """What is missing to run Triton's kernels in its interpreter.
+
+    Triton before 3.7 makes an int of an array of one number for the end of a loop, which NumPy refuses from 2.4 on.
+    """
+    return missing({"numpy": "numpy<2.4"}) if missing({"triton": "triton>=3.7"}) else []
+
+
 def stop(message: str) -> NoReturn:
     raise SystemExit(f"make gpu: {message}")
 
@@ -58,11 +66,16 @@ def not_installed(wheels: Path | None) -> list[Path]:
     return found
 
 
-def with_everything(wheels: Path | None) -> None:
-    """Goes on in an environment that has all that is NEEDED, and the wheels, if this one has not."""
+def with_everything(wheels: Path | None, *, interpreted: bool = False) -> None:
+    """Goes on in an environment that has all that is NEEDED, and the wheels, if this one has not.
+
+    `interpreted`: Triton's kernels are to run in its interpreter.
+    """
     if absent := missing(GIVEN):
         stop(f"{sys.executable} lacks {', '.join(absent)}; name another Python with PYTHON=..., or install them")
     packages, files = missing(NEEDED), not_installed(wheels)
+    if interpreted:
+        packages += lacking_to_interpret()
     if not packages and not files:
         return
     if os.environ.get("PREFIXCORE_GPU_ENVIRONMENT"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -186,6 +187,18 @@ def test_versions_that_are_too_old_count_as_missing(tmp_path: Path) -> None:
     for wheel in (f"pytest-{there}", "pytest-1000", "no_such-1"):
         (tmp_path / f"{wheel}-py3-none-any.whl").touch()
     assert [path.name[:11] for path in environment.not_installed(tmp_path)] == ["no_such-1-p", "pytest-1000"]
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "lacking"),
+    [("3.6.0", "2.4.0", ["numpy<2.4"]), ("3.6.0", "2.3.5", []), ("3.7.0", "2.5.0", [])],
+)
+def test_an_old_interpreter_needs_an_old_numpy(
+    triton: str, numpy: str, lacking: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert environment.lacking_to_interpret() == lacking
 
 
 def test_every_test_is_in_one_share(request: pytest.FixtureRequest) -> None:
