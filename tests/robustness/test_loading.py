@@ -145,6 +145,7 @@ def test_what_may_not_be_read(file: str, model: Any, copy_of: Any, monkeypatch: 
             return real(path, *args, **kwargs)
 
         monkeypatch.setattr(os, "stat", stat)
+        monkeypatch.setattr(Path, "stat", stat)  # Python 3.10's keeps the function that it imported
         refused(model, folder, "cannot be read: Permission denied")
     else:
         (folder / file).chmod(0)
