@@ -8,6 +8,7 @@ derivatives; eager code calls the same functions directly and spares itself the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,12 +29,26 @@ shortcut: Callable[[str, tuple[Any, ...]], Any] | None = None
 """Asked with an op's name and arguments before the dispatcher: its results, or None. Set while plans are replayed."""
 
 
+_BAD_ARGUMENT = re.compile(r"(?!prefixcore)[a-z_]+(\[\d+\])?: expected ")
+"""How the library begins to say which argument is wrong; its other errors begin otherwise."""
+
+
+def _call(op: Any, arguments: tuple[Any, ...]) -> Any:
+    """`op(*arguments)`; ValueError: a bad argument, of which torch 2.15 makes a RuntimeError."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and _BAD_ARGUMENT.match(str(error)):
+            raise ValueError(str(error)) from None
+        raise
+
+
 def _run(name: str, op: Any, arguments: tuple[Any, ...]) -> Any:
     """`op(*arguments)` below autograd."""
     with _below_autograd():
         if shortcut is not None and (out := shortcut(name, arguments)) is not None:
             return out
-        return op(*arguments)
+        return _call(op, arguments)
 
 
 def _apply(function: type[Function], *arguments: Any) -> Any:
@@ -49,7 +64,7 @@ class _NoSecondDerivative(Function):
     @staticmethod
     def forward(ctx: Any, op: Any, *arguments: Any) -> Any:
         with _below_autograd():
-            return op(*arguments)
+            return _call(op, arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

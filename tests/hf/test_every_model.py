@@ -11,7 +11,7 @@ from . import every_encoder, every_encoder_decoder
 from .columns import COLUMNS
 from .conftest import T5_IS_REACHED
 from .every_model import cells
-from .models_page import BAKED, WRITTEN_WITH, page_rows, row, said_by, tested
+from .models_page import BAKED, LATER, WRITTEN_WITH, page_rows, row, said_by, tested
 from .tiny_models import every_class
 
 CLASSES = every_class()
@@ -111,13 +111,16 @@ def test_what_is_attached_without_a_warning_is_what_the_page_says() -> None:
 
 
 def test_the_page_has_every_class() -> None:
+    here = {*CLASSES, *ENCODERS, *ENCODER_DECODERS}
     if transformers.__version__.startswith(WRITTEN_WITH):
-        assert set(page_rows()) == {*CLASSES, *ENCODERS, *ENCODER_DECODERS}
+        assert set(page_rows()) - LATER == here
+    elif here & LATER:
+        assert here <= set(page_rows())
 
 
 def causal_rows() -> list[list[str]]:
-    """The cells of the classes with a causal head, or that read images and text."""
-    cells = [line.split(" | ") for line in page_rows().values()]
+    """The cells of the classes with a causal head, or that read images and text, as far as counted."""
+    cells = [line.split(" | ") for name, line in page_rows().items() if name not in LATER]
     return [each for each in cells if len(each) == len(COLUMNS) + 4]
 
 

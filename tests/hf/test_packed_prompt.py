@@ -346,6 +346,22 @@ def test_compiled(prepared: bool) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_compiled_beside_a_model_of_the_same_configuration() -> None:
+    """The first packed call switches attention, inside compiled code: who has switched it stays known."""
+    model, handle = attach()
+    other = type(model)(model.config).eval()
+    others = prefixcore.attach(other, prefixcore.PrefixTuningConfig(num_virtual_tokens=2))
+    batch = PackedCollator()(rows())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")(**batch, use_cache=False)
+    torch._dynamo.reset()
+    others.detach()
+    torch.testing.assert_close(model(**batch, use_cache=False).loss, compiled.loss, **close)
+    prefixcore.attach(other, PROMPT).detach()
+    handle.detach()
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_batches_of_a_collator_that_tells_sequences_by_index() -> None:
     """As TRL's packing does, which takes transformers' collator."""
     from transformers import DataCollatorWithFlattening

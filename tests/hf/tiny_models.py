@@ -175,6 +175,7 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_i
 
 
 _ALSO: dict[str, dict[str, Any]] = {
+    "apertus1p5_vision_tokenizer": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": VOCABULARY},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": 40},
     "blt_patcher": {"vocab_size": 128},
@@ -198,6 +199,13 @@ _ALSO: dict[str, dict[str, Any]] = {
     "mobilebert": {"initializer_range": 0.02},  # has no layer norms, so that larger weights make numbers of 1e7
     "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 95, "<|visual token 000001|>": 91}},
     "mistral4": {"qk_rope_head_dim": 8, "qk_head_dim": 24},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "dots3_note_text": {"qk_rope_head_dim": 4},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import prefixcore
+from prefixcore.backends import gradients
 
 
 def good() -> dict[str, Any]:
@@ -84,6 +85,27 @@ def test_bad_arguments(case: str, backend: str) -> None:
         prefixcore.prefix_attention(**arguments)
     for name, x in before.items():
         assert torch.equal(arguments[name], x), name
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (RuntimeError("cu_seqlens: expected a sequence rising from 0 to 5"), ValueError),
+        (RuntimeError("prefix_lengths[0]: expected 0 to 3, got 4"), ValueError),
+        (RuntimeError("prefixcore: expected a PyTorch with CUDA"), RuntimeError),
+        (RuntimeError("prefixcore: out of memory"), RuntimeError),
+        (NotImplementedError("query: expected another device"), NotImplementedError),
+    ],
+)
+def test_a_bad_argument_that_the_library_finds(raised: Exception, kind: type[Exception]) -> None:
+    """torch 2.15 makes a RuntimeError of every error of C++ but that of an index."""
+
+    def op() -> None:
+        raise raised
+
+    with pytest.raises(kind) as caught:
+        gradients._call(op, ())
+    assert (type(caught.value), str(caught.value)) == (kind, str(raised))
 
 
 def test_jit_trace_says_how_to_trace() -> None:

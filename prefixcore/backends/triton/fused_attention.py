@@ -100,7 +100,7 @@ def is_aligned(x: Tensor) -> bool:
     """Whether wide loads can read its rows. PyTorch's choice of a kernel does not ask."""
     wide = 16 // x.element_size()
     strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
-    return x.storage_offset() % wide == 0 and all(stride % wide == 0 for stride in strides)
+    return not x.storage_offset() % wide and all(stride % wide == 0 for stride in strides)
 
 
 def without_prefix(p: AttentionProblem) -> AttentionProblem:

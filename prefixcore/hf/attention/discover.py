@@ -111,7 +111,8 @@ def moves_positions(model: PreTrainedModel, backbone: PreTrainedModel, calls: Se
     """
     if model.config.is_encoder_decoder or text_config(model).model_type in RESETS_AT_FIRST_POSITION:
         return False
-    return not is_encoder(model, calls) or {"position_ids", "past_key_values"} <= set(argument_names(backbone))
+    names = set(argument_names(backbone))
+    return not is_encoder(model, calls) or ("position_ids" in names and not names.isdisjoint(CACHES))
 
 
 _ENCODER_LENGTH, _DECODER_LENGTH = 3, 2

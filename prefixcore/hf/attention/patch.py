@@ -27,7 +27,7 @@ ATTACHMENT = "_prefixcore_attachment"
 _REPLICATE = "_replicate_for_data_parallel"
 
 _patches: WeakSet[Patch] = WeakSet()
-"""The patches in force, of all models."""
+"""The patches of all models; compiled code neither reads it, as torch 2.15 cannot guard it, nor changes it."""
 
 
 class Patch:
@@ -37,6 +37,7 @@ class Patch:
 
     Attributes:
         model: the model.
+        before: every configuration, and the attention implementation that it named without any patch.
         frozen: every parameter whose gradient was turned off, and whether it required one before.
         attention: every configuration that was switched, and the attention implementation it named before.
         layers: the attention layers that were numbered.
@@ -47,12 +48,16 @@ class Patch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        # Two models may share a configuration: what another patch has switched goes back to what it was before that.
+        original = {id(config): before for patch in _patches for config, before in patch.attention}
+        self.before = [(c, original.get(id(c), named)) for c, named in attention_implementations(model)]
         self.frozen: list[tuple[nn.Parameter, bool]] = []
         self.attention: list[tuple[PretrainedConfig, str | None]] = []
         self.layers: list[nn.Module] = []
         self.methods: list[WrappedMethod] = []
         self.forwards: dict[nn.Module, WrappedMethod] = {}
         self.attributes: list[tuple[nn.Module, str]] = []
+        _patches.add(self)
 
     def freeze(self) -> None:
         """Turns off the gradient of every parameter."""
@@ -63,10 +68,9 @@ class Patch:
 
     def set_attention(self, backbone: PreTrainedModel, name: str) -> None:
         """Lets the attention of `backbone` run through the function registered as `name`."""
-        # Two models may share a configuration: what another patch has switched goes back to what it was before that.
-        original = {id(config): before for patch in _patches for config, before in patch.attention}
-        self.attention = [(c, original.get(id(c), before)) for c, before in attention_implementations(backbone)]
-        _patches.add(self)
+        before = {id(config): named for config, named in self.before}
+        found = attention_implementations(backbone)
+        self.attention = [(c, before.get(id(c), named) if named == name else named) for c, named in found]
         backbone.set_attn_implementation(name)
 
     def add_module(self, module: nn.Module, name: str | None = None) -> None:
@@ -134,10 +138,9 @@ class Patch:
         if MODULE in self.model._modules:
             delattr(self.model, MODULE)
         self.model.__dict__.pop(ATTACHMENT, None)
-        _patches.discard(self)
+        attention, self.attention = self.attention, []
         in_use = {id(config) for patch in _patches for config, _ in patch.attention}
-        restore_attention([(config, before) for config, before in self.attention if id(config) not in in_use])
-        self.attention = []
+        restore_attention([(config, before) for config, before in attention if id(config) not in in_use])
         for parameter, flag in flags_to_restore(self.model, self.frozen):
             parameter.requires_grad_(flag)
         self.frozen = []

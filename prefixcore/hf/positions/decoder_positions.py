@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..model.signature import argument_names, as_keywords
 
-_LENGTH = "past_key_values_length"
+_LENGTHS = ("cache_length", "past_key_values_length")
+"""What such a module calls the number of tokens before its own: the second up to transformers 5.23, the first since."""
 
 
 class _Moved(threading.local):
@@ -43,7 +44,7 @@ def position_module(decoder: PreTrainedModel) -> nn.Module | None:
     """The module that makes embeddings of the positions that `decoder` counts; None: there is none (T5)."""
     module = getattr(decoder, "embed_positions", None)
     names = argument_names(module) if isinstance(module, nn.Module) else []
-    return module if {"position_ids", _LENGTH} & set(names) else None
+    return module if {"position_ids", *_LENGTHS} & set(names) else None
 
 
 def embed_positions(names: list[str], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -53,15 +54,16 @@ def embed_positions(names: list[str], forward: Callable[..., Any], args: tuple[A
         return forward(*args, **kwargs)
     kwargs = as_keywords(names, args, kwargs)
     if len(set(counts)) == 1:
-        return forward(**_from(kwargs, counts[0]))
+        return forward(**_from(names, kwargs, counts[0]))
     outs: list[Tensor] = []
     for row, count in enumerate(counts):
-        out = forward(**_from(kwargs, count))
+        out = forward(**_from(names, kwargs, count))
         outs.append(out if out.dim() == 2 else out[min(row, out.shape[0] - 1)])
     return torch.stack(outs)
 
 
-def _from(kwargs: dict[str, Any], count: int) -> dict[str, Any]:
+def _from(names: list[str], kwargs: dict[str, Any], count: int) -> dict[str, Any]:
     if kwargs.get("position_ids") is not None:
         return {**kwargs, "position_ids": kwargs["position_ids"] + count}
-    return {**kwargs, _LENGTH: kwargs.get(_LENGTH, 0) + count}
+    length = next(name for name in _LENGTHS if name in names)
+    return {**kwargs, length: kwargs.get(length, 0) + count}
