@@ -39,7 +39,7 @@ def machine() -> Machine:
 
 def too_old(capability: Capability, oldest: Capability) -> str | None:
     """Why kernels for `oldest` and later do not run on a GPU of `capability`; None if they do."""
-    if capability >= oldest:
+    if oldest <= capability:  # torch 2.11 does not compile the same comparison turned round
         return None
     return "it needs compute capability {}.{}, and the GPU has {}.{}".format(*oldest, *capability)
 
