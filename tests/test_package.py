@@ -23,15 +23,11 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_needs_torch_alone() -> None:
-    """With everything else that is optional made unimportable."""
+    """With everything else that is optional as if it was not installed, which torch asks of triton, too."""
     code = """
 import sys
 optional = ("transformers", "peft", "safetensors", "accelerate", "triton", "vllm", "matplotlib", "tqdm", "gguf")
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in optional:
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
+sys.modules.update(dict.fromkeys(optional))
 import torch, prefixcore
 q = torch.randn(1, 2, 3, 4)
 prefixcore.prefix_attention(q, q, q, q[0], q[0])
