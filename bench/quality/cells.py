@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,10 +43,6 @@ class Budget:
     steps: int = 60
     batch_size: int = 8
     seconds: float | None = None
-
-
-class _TimeIsUp(Exception):
-    """The budget of seconds is spent."""
 
 
 def run(cell: Cell, method: Method, task: Task, model: Any, tokenizer: Any, budget: Budget | None = None) -> Record:
@@ -118,31 +115,28 @@ def train(
     """
     steps = budget.steps if budget.seconds is None else ENDLESS
     options = TrainingOptions(steps, cell.rate, budget.batch_size, seed=cell.seed, **method.options)
-    done = 0
+    is_up = False
 
-    def count(step: int, _: Any) -> None:
-        nonlocal done
-        done = step
+    def look_at_the_clock(step: int, _: Any) -> None:
+        nonlocal is_up
         if budget.seconds is not None and time.process_time() - began >= budget.seconds:
-            raise _TimeIsUp
+            is_up = True
+            signal.raise_signal(signal.SIGINT)  # which ends a training and leaves the average of its steps
 
     first_step = time.process_time()
-    try:
-        record = fit(
-            attached.model,
-            attached.parameters,
-            tokenize(tokenizer, task.training, end=END),
-            pad_token_id=pad_id(tokenizer),
-            options=options,
-            packed=attached.packed,
-            show_progress=False,
-            on_step=count,
-        )
-        if record.interrupted:
-            raise KeyboardInterrupt
-    except _TimeIsUp:
-        pass
-    return done, (time.process_time() - first_step) / done
+    record = fit(
+        attached.model,
+        attached.parameters,
+        tokenize(tokenizer, task.training, end=END),
+        pad_token_id=pad_id(tokenizer),
+        options=options,
+        packed=attached.packed,
+        show_progress=False,
+        on_step=look_at_the_clock,
+    )
+    if record.interrupted and not is_up:
+        raise KeyboardInterrupt
+    return record.steps_done, (time.process_time() - first_step) / record.steps_done
 
 
 def seconds_of(method: Method, task: Task, model: Any, tokenizer: Any, budget: Budget | None = None) -> float:

@@ -96,6 +96,21 @@ def test_a_budget_of_seconds_ends_a_training_by_its_clock(name, model, monkeypat
     assert done == [3, 8]  # one look before it is attached, one at the first step's beginning, one after each step
 
 
+def test_a_training_that_its_seconds_end_leaves_the_average_of_its_steps(model, monkeypatch):
+    found = {}
+    for budget in (cells.Budget(steps=5, batch_size=4), cells.Budget(batch_size=4, seconds=5)):
+        if budget.seconds is not None:
+            clock = itertools.count()
+            monkeypatch.setattr(cells.time, "process_time", lambda clock=clock: float(next(clock)))
+        with METHODS["prefix"].attach(model, tiny.tokenizer(), TASK, 0) as attached:
+            cell = Cell("dates", "prefix", 0, 1e-3)
+            steps, _ = cells.train(attached, METHODS["prefix"], cell, TASK, tiny.tokenizer(), budget)
+            found[budget.seconds] = steps, [each.detach().clone() for each in attached.parameters]
+    (steps, expected), (same, values) = found.values()
+    assert steps == same == 5
+    assert all(map(torch.equal, values, expected))
+
+
 def test_the_yardstick_is_the_time_of_a_methods_own_steps_and_start(model):
     began = time.process_time()
     seconds = cells.seconds_of(METHODS["prefix"], TASK, model, tiny.tokenizer(), BUDGET)
