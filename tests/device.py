@@ -15,8 +15,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench.gpu.environment import lacking_to_interpret
-
 NAMES = ("cpu", "cuda", "interpreter")
 NAME = os.environ.get("PREFIXCORE_TEST_DEVICE", "cpu")
 if NAME not in NAMES:
@@ -34,6 +32,8 @@ cpu_backend = pytest.mark.skipif(NAME != "cpu", reason="what it tests belongs to
 @contextmanager
 def triton_backend() -> Iterator[None]:
     """The triton backend computes the tensors of ``DEVICE``, interpreted where they are on the CPU."""
+    # Here and not above: the sanitizers run a copy of the tests that has no benchmarks.
+    from bench.gpu.environment import lacking_to_interpret
     from prefixcore.backends import triton
 
     if DEVICE.type == "cpu" and (wanted := lacking_to_interpret()):
