@@ -120,20 +120,21 @@ def test_a_head_that_counts_on_places_takes_a_prefix_but_no_soft_prompt() -> Non
     prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="random"))
 
 
-@pytest.mark.parametrize("family", ["Bert", "Camembert"])
+WITHOUT_POOLING = pytest.mark.skipif(
+    transformers.__version__.startswith("5.13."),
+    reason="transformers 5.13: CamembertForMultipleChoice reads a pooled output that its body has not got",
+)
+
+
+@pytest.mark.parametrize("family", ["Bert", pytest.param("Camembert", marks=WITHOUT_POOLING)])
 def test_a_prefix_for_multiple_choice_starts_from_tokens(family: str) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
     config = getattr(transformers, f"{family}Config")(vocab_size=VOCABULARY, pad_token_id=0, **sizes)
     model = getattr(transformers, f"{family}ForMultipleChoice")(config).eval()
-    choices = tokens(6, 7).view(2, 3, 7)
-    if family == "Camembert":
-        try:
-            model(choices)
-        except IndexError:
-            pytest.skip("transformers 5.13: CamembertForMultipleChoice reads a pooled output that its body has not got")
     handle = prefixcore.attach(model, PrefixTuningConfig(init_text="abcdef"), tokenizer=Tokenizer())
     start = handle.bake()
+    choices = tokens(6, 7).view(2, 3, 7)
     apart = [model(choices[:, i : i + 1]).logits for i in range(3)]
     torch.testing.assert_close(model(choices).logits, torch.cat(apart, 1))
     model(choices, labels=torch.tensor([0, 2])).loss.backward()

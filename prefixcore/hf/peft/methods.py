@@ -10,9 +10,6 @@ PREFIX_METHODS = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 PROMPT_METHODS = frozenset({"PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"})
 """Methods whose virtual tokens are embeddings before the text."""
 
-ADJUST = "_adjust_prompt_learning_kwargs"
-"""The method of PeftModels by which positions and token types become what PEFT's `forward` makes of them."""
-
 
 def method(peft_model: Any) -> str:
     """The name of PEFT's method; all adapters of a PeftModel have the same."""
@@ -41,10 +38,11 @@ def check_peft_model(peft_model: Any) -> None:
             f"expected a peft.PeftModel, or a transformers model and a PEFT configuration or an adapter's folder, got "
             f"{type(peft_model).__name__}"
         )
-    if not hasattr(PeftModel, ADJUST):
+    # What `accelerate` has positions and token types made by, as PEFT's own `forward` does.
+    if not hasattr(PeftModel, "_adjust_prompt_learning_kwargs"):
         raise NotImplementedError(
-            f"accelerate calls PeftModel.{ADJUST}, which PEFT has from 0.20 on, and not in {__version__}: pip install "
-            "'peft>=0.20', or save the PeftModel and give its folder to prefixcore.load"
+            "accelerate calls PeftModel._adjust_prompt_learning_kwargs, which PEFT has from 0.20 on, and not in "
+            f"{__version__}: pip install 'peft>=0.20', or save the PeftModel and give its folder to prefixcore.load"
         )
     if method(peft_model) not in PREFIX_METHODS | PROMPT_METHODS:
         raise NotImplementedError(
