@@ -131,6 +131,9 @@ def test_the_quality_with_no_option_set() -> None:
     assert (
         "eight points ahead on capitals, within two and a half on five tasks, and six behind on movie reviews" in readme
     )
+    assert "within two and a half points of each other, but for movie reviews, where ours is six" in page(
+        "docs/quality.md"
+    )
     assert round(ahead.pop("capitals")) == 8
     assert round(ahead.pop("movies")) == -6
     assert len(ahead) == 5
