@@ -24,7 +24,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 def test_there_is_one_for_each_way_of_training() -> None:
     names = ["accelerate_loop", "bare_loop", "lightning_module", "pipeline_loop", "torchrun_loop"]
-    names += ["transformers_trainer", "trl_dpo", "trl_sft"]
+    names += ["transformers_trainer", "trl_dpo", "trl_grpo", "trl_sft"]
     assert [path.stem for path in FILES] == names
 
 

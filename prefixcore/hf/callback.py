@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback
@@ -23,7 +24,8 @@ class PromptCallback(TrainerCallback):
     - `prefix_norm/layer_<n>`: of the layer's keys and values;
     - `prefix_grad_norm/layer_<n>`: of their gradient, as the optimizer gets it; one `prefix_grad_norm` for a
       reparameterization;
-    - `prefix_attention/layer_<n>`: the share of attention on the prefix, in a few examples of the training data;
+    - `prefix_attention/layer_<n>`: the share of attention on the prefix, in a few examples of the training data (in
+      their prompts, where the model itself writes the rest: TRL's GRPOTrainer and RLOOTrainer);
     - `prompt_norm`, `prompt_grad_norm`: of a soft prompt.
 
     Checkpoints need no callback: they hold what is trained alone.
@@ -34,7 +36,8 @@ class PromptCallback(TrainerCallback):
         probes: how many examples of the training data the attention is measured on, one by one; 0: not at all.
 
     Raises:
-        ValueError: nothing is attached to the Trainer's model, or a number is out of range.
+        ValueError: nothing is attached to the Trainer's model, a number is out of range, or TRL has vLLM write the
+            answers, to which it hands the base model alone.
 
     Examples:
         >>> from transformers import Trainer, TrainingArguments
@@ -54,6 +57,11 @@ class PromptCallback(TrainerCallback):
             raise ValueError(f"every must be at least 1 or None, got {every}")
         if probes < 0:
             raise ValueError(f"probes must be at least 0, got {probes}")
+        if getattr(trainer, "use_vllm", False):
+            raise ValueError(
+                f"{type(trainer).__name__} has its answers written by vLLM (use_vllm=True), to which it hands the base "
+                "model without the virtual tokens, so that they learn from answers of another model; set use_vllm=False"
+            )
         self._trainer, self._every, self._num_probes = trainer, every, probes
         self._handle = _find_handle(trainer.model)
         self._probes: list[dict[str, Any]] | None = None
@@ -83,18 +91,32 @@ class PromptCallback(TrainerCallback):
         return step % every == 0
 
     def _probe_batches(self) -> list[dict[str, Any]]:
-        """The first examples, each as a batch of its own, as the Trainer's collator makes it."""
+        """The first examples, each as a batch of its own, as the Trainer's collator makes it.
+
+        TRL's trainers whose model writes the answers hand the rows on as they are: of those, the prompt.
+        """
         if self._probes is None:
             data, collate = self._trainer.train_dataset, self._trainer.data_collator
             try:
                 rows = [data[index] for index in range(min(self._num_probes, len(data)))]
-                self._probes = [collate([row]) for row in rows]
+                batches = [collate([row]) for row in rows]
+                tokenizer = self._trainer.processing_class
+                self._probes = [dict(x) if isinstance(x, Mapping) else _of_prompt(x[0], tokenizer) for x in batches]
             except (TypeError, NotImplementedError):  # a stream has neither a length nor places
                 warnings.warn(
                     "the training data is a stream, so the attention on the prefix is not measured", stacklevel=2
                 )
                 self._probes = []
         return self._probes
+
+
+def _of_prompt(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A batch of a row's prompt, which is a text or a conversation."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return dict(tokenizer(prompt, return_tensors="pt"))
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return dict(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options))
 
 
 def _find_handle(model: Any) -> Handle:

@@ -1,4 +1,4 @@
-"""TRL: its packed and padding-free batches, its masks, and a reference model that is no second copy."""
+"""TRL: packed and padding-free batches, masks, a reference that is no second copy, answers that the model writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import tiny
 if sys.version_info < (3, 11):
     pytest.skip("TRL needs Python 3.11", allow_module_level=True)
 
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 CONFIGS = {
     "prefix": prefixcore.PrefixTuningConfig(num_virtual_tokens=4, seed=0),
@@ -166,3 +166,52 @@ def test_the_reference_of_dpo_is_the_bare_model(name: str, tmp_path: Path) -> No
     margins = [arguments.beta * (margin(start, row) - margin(bare, row)) for row in PREFERENCES]
     assert first["rewards/margins"] == pytest.approx(sum(margins) / len(margins), rel=1e-3, abs=1e-5)
     assert weights_digest(handle.model) == digest
+
+
+PROMPTS = {
+    "texts": ["2 + 3 =", "a b"],
+    "conversations": [[{"role": "user", "content": text}] for text in ("2 + 3 =", "a b")],
+}
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize(("name", "which"), [("prefix", "grpo"), ("prompt", "grpo"), ("prefix", "rloo")])
+def test_answers_that_the_model_writes_and_a_function_judges(
+    name: str, which: str, prompts: str, tmp_path: Path
+) -> None:
+    handle, tokenizer, digest = attach(name), tiny.tokenizer(), weights_digest(tiny.model())
+    tokenizer.chat_template = TEMPLATE
+    start = [parameter.detach().clone() for parameter in handle.parameters()]
+    seen = []
+
+    def many_letters(completions: list[Any], **_: Any) -> list[float]:
+        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+        seen.extend(texts)
+        return [float(len(set(text))) for text in texts]
+
+    config, kind = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}[which]
+    arguments = config(str(tmp_path), **COMMON, num_generations=4, max_completion_length=6, beta=0.0)
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS[prompts]])
+    trainer = kind(handle.model, many_letters, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.add_callback(prefixcore.PromptCallback(trainer))
+    trainer.train()
+    assert len(seen) == 8
+    trainer.use_vllm = True
+    with pytest.raises(ValueError, match="answers of another model"):
+        prefixcore.PromptCallback(trainer)
+    assert all(not torch.equal(a, b) for a, b in zip(start, handle.parameters(), strict=True))
+    assert weights_digest(handle.model) == digest, "nothing else was trained"
+    norm = "prefix_attention/layer_0" if name == "prefix" else "prompt_norm"
+    measured = [log for log in trainer.state.log_history if norm in log]
+    assert [log["step"] for log in measured] == [1, 2]
+    if name == "prefix":
+        fresh = attach(name)
+        inputs = [_ids(tokenizer, prompt) for prompt in PROMPTS[prompts]]
+        expected = prefixcore.measure(fresh, [{"input_ids": ids} for ids in inputs])
+        assert measured[0][norm] == pytest.approx(expected[norm], abs=0.02), "of the prompts, one step from the start"
+
+
+def _ids(tokenizer: Any, prompt: Any) -> torch.Tensor:
+    if isinstance(prompt, list):
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return torch.tensor([tokenizer(prompt)["input_ids"]])
