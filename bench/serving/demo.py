@@ -12,7 +12,7 @@ from bench.demo import base_model
 from bench.demo.__main__ import Progress, shown
 from bench.demo.task import END
 from prefixcore.serving.client import Client, ServingError
-from prefixcore.serving.launch import LaunchError
+from prefixcore.serving.errors import LaunchError
 
 from . import adapters, server, tasks
 

