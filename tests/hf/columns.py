@@ -33,7 +33,6 @@ _FIXED = {
     "has positions in its embeddings": "learned positions",
     "turn with their position by none of its": "not by a table of its own",
     "does not heed the positions": "heeds no positions",
-    "are all zero": "not seen: zeros in the tiny model",
 }
 """What the page says of keys that cannot be moved, by what the refusal says."""
 

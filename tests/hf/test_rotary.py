@@ -54,6 +54,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon-alibi": ("FalconForCausalLM", "none", {"alibi": True}),
     "gpt-j": ("GPTJForCausalLM", "16 in pairs", {}),
     "codegen": ("CodeGenForCausalLM", "16 in pairs", {}),
+    "ernie-vl": ("Ernie4_5_VLMoeForConditionalGeneration", "16 in pairs", {}),
+    "zaya": ("ZayaForCausalLM", "8 in halves", {}),
     "bloom": ("BloomForCausalLM", "none", {}),
     "mpt": ("MptForCausalLM", "none", {}),
 }  # fmt: skip
@@ -81,7 +83,7 @@ def cached_keys(model: Any, ids: Tensor, first: int) -> list[tuple[Tensor, Tenso
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "forward", partial(model.forward, **positions))
             return [(call.key[0], call.value[0]) for call in record(model, ids)]
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True, **positions)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]

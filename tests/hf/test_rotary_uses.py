@@ -37,7 +37,9 @@ def attach(model: Any, **options: Any) -> prefixcore.Handle:
     return prefixcore.attach(model, PrefixTuningConfig(init_text=TEXT, **options), tokenizer=Tokenizer())
 
 
-@pytest.mark.parametrize("family", ["phi", "glm", "cohere2", "smollm3", "gemma3", "qwen3-moe", "deepseek-v3", "gpt-j"])
+@pytest.mark.parametrize(
+    "family", ["phi", "glm", "cohere2", "smollm3", "gemma3", "qwen3-moe", "deepseek-v3", "gpt-j", "ernie-vl"]
+)
 def test_a_start_from_a_text_at_position_0_has_the_effect_of_the_text(family: str) -> None:
     model, rest = build(family), tokens(2, 7)
     expected = logits(model, torch.cat((torch.tensor([text_ids()]).expand(2, -1), rest), 1))[:, P:]
@@ -60,7 +62,9 @@ def test_a_start_in_some_layers_is_turned_by_their_table() -> None:
     torch.testing.assert_close(moved, ids_to_prefix(model, text_ids())[1][0], **close)
 
 
-@pytest.mark.parametrize(("family", "layers"), [("phi", None), ("glm", None), ("gemma3", [1]), ("smollm3", [1, 2])])
+@pytest.mark.parametrize(
+    ("family", "layers"), [("phi", None), ("glm", None), ("ernie-vl", None), ("gemma3", [1]), ("smollm3", [1, 2])]
+)
 def test_bake_and_conversion_turn_to_either_side(family: str, layers: list[int] | None, tmp_path: Path) -> None:
     model, ids = build(family), tokens(2, 6)
     config = PrefixTuningConfig(num_virtual_tokens=P, init="random", layers=layers, position_offset=False)

@@ -305,6 +305,8 @@ def make(name: str, model_type: str, seed: int = 0, **changes: Any) -> Any:
     for module in model.modules():  # a padding token whose embedding is zero would hide what is done with it
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             torch.nn.init.normal_(module.weight.data[module.padding_idx], std=0.2)
+        if type(module).__name__ == "ZayaQKNorm":  # starts at keys of zero, which would hide all that is done with keys
+            torch.nn.init.uniform_(module.temp, 0.5, 1.5)
     return model
 
 

@@ -14,7 +14,8 @@ def tables_of(model: PreTrainedModel) -> list[Tensor]:
     """The tables of frequencies in `model`, on the CPU, each once: what may be one, for a probe to tell.
 
     Frequencies are a buffer, or a tensor that a module keeps beside them; Gemma 3 has one for each kind of layer. GPT-J
-    and CodeGen keep the sines and cosines of every position, whose second row has the frequencies for angles.
+    and CodeGen keep the sines and cosines of every position, whose second row has the frequencies for angles. Ernie 4.5
+    VL has those of a picture's height before those of its width, and mixes the angles again: of text, a sorted table.
     """
     found: list[Tensor] = []
     for module in model.modules():
@@ -32,8 +33,11 @@ def _frequencies(tensor: Tensor) -> Tensor | None:
         return None
     if tensor.dim() == 1 and 0 < len(tensor) <= _MOST:
         table = tensor.cpu().double()
-        falls = bool((table.diff() <= 0).all()) and bool(table[-1] >= 0)
-        return table if falls and 0 < float(table[0]) <= torch.pi else None
+        falling = table.sort(descending=True).values
+        most, least = float(falling[0]), float(falling[-1])
+        if torch.equal(table, falling):
+            return table if least >= 0 and 0 < most <= torch.pi else None
+        return falling if least > 0 and most == 1 else None  # 1: the first frequency of a table that nothing scales
     if tensor.dim() == 2 and len(tensor) > 1 and 0 < tensor.shape[1] <= 2 * _MOST and tensor.shape[1] % 2 == 0:
         rows = tensor[:2].cpu().double()
         sin, cos = rows.chunk(2, -1)
