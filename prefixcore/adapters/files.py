@@ -37,13 +37,9 @@ Trainer takes every folder of the checkpoint that holds an `adapter_model.safete
 def find_adapter(folder: Path) -> Path:
     """The adapter's folder: the one given, or the one in it where that is a checkpoint."""
     check_path(folder)
-    beside = folder / CHECKPOINT / BESIDE_PEFT
-    if os.path.lexists(beside / MANIFEST_FILE) and not os.path.lexists(folder / MANIFEST_FILE):
-        return beside
-    if any(os.path.lexists(folder / name) for name in (MANIFEST_FILE, PEFT_FILE)):
-        return folder
     inside = folder / CHECKPOINT
-    return inside if os.path.lexists(inside / MANIFEST_FILE) else folder
+    places = (folder, inside / BESIDE_PEFT, inside)  # in a checkpoint, PEFT's file right in the folder is a LoRA's
+    return next((place for place in places if os.path.lexists(place / MANIFEST_FILE)), folder)
 
 
 def tensor_names(manifest: Manifest) -> list[tuple[str, str]]:

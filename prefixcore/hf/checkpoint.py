@@ -5,6 +5,8 @@ of the virtual tokens. What is written is
 
 - `prefixcore/`: the adapter, as of `Handle.save`; `prefixcore.load` finds it there;
 - `model.safetensors`: every tensor that is trained, by its name in the model: what Trainer resumes from;
+- `adapter_model.safetensors` and `adapter_config.json`: the LoRA of transformers' `add_adapter`, if there is one, for
+  `load_adapter`;
 - `config.json`: of no model. Without one, a class such as `LlamaForCausalLM` makes a model of its default
   configuration, seven billion random weights, and the Auto classes say nothing that helps. With this one both fail at
   once, in words.
@@ -73,6 +75,7 @@ class SavePretrained:
             return
         folder = Path(save_directory)
         self.write_adapters(folder, state_dict)
+        _save_added_adapter(self.bank.model, folder, state_dict)
         save_file(_trained(self.bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
         (folder / _CONFIG).write_text(json.dumps(_NO_MODEL, indent=2) + "\n", encoding="utf-8")
 
@@ -108,6 +111,12 @@ class SavePretrained:
             write_adapter(
                 target, module=module, config=handle.config, manifest=manifest, heads=heads, source=handle.source
             )
+
+
+def _save_added_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
+    """Writes what `add_adapter` or `load_adapter` of transformers put into the model; of several active ones, none."""
+    if getattr(model, "_hf_peft_config_loaded", False) and len(model.active_adapters()) == 1:
+        type(model).save_pretrained(model, folder, state_dict=state_dict)
 
 
 def _place(name: str | None) -> str:
