@@ -7,6 +7,7 @@ fake tensors (`torch.compile`) and their derivatives (`gradients.py`). The backe
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -98,6 +99,19 @@ def _register() -> torch.library.Library:
     return derivatives
 
 
+def _check_whole(file: Path) -> None:
+    """Raises OSError if an ELF file ends before its last part does: to read what is not there ends the process."""
+    with file.open("rb") as library:
+        header = library.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\2\1":  # of 64 bits, little-endian; else the loader says what it is
+        return
+    # The last part is the table of sections.
+    start, entry_size, count = struct.unpack_from("<40xQ10xHH", header)
+    whole, found = start + entry_size * count, file.stat().st_size
+    if found < whole:
+        raise OSError(f"{file.name} is cut short: {found:,} of {whole:,} bytes are there; install prefixcore again")
+
+
 def _cuda_architectures() -> tuple[tuple[int, int], ...]:
     with suppress(ImportError):  # of the host module: whoever needs it says so
         names = host().build_info()["cuda_architectures"]
@@ -110,6 +124,8 @@ CUDA_ARCHITECTURES: tuple[tuple[int, int], ...] = ()
 
 if LIBRARY.exists():
     try:
+        for file in (LIBRARY, *LIBRARY.parent.glob("_host.*.so")):
+            _check_whole(file)
         _REGISTERED = _register()  # lasts as long as this object does
         BUILT = True
     except OSError as error:  # built for another machine, or damaged: what needs none of it goes on, and doctor says so

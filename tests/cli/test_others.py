@@ -211,6 +211,25 @@ def test_doctor_says_why_the_compiled_library_cannot_be_used(tmp_path, written, 
     assert re.search("soft_embedding +cpu +float64 +reference", result.stdout)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF files")
+@pytest.mark.parametrize("name", ["_kernels.so", "_host.*.so"])
+def test_doctor_says_that_a_compiled_file_is_cut_short(tmp_path, name):
+    """The loader maps half a file, and the process ends where it reads the other half (SIGBUS)."""
+    source = Path(library.__file__).parents[1]
+    shutil.copytree(source, tmp_path / "prefixcore", ignore=shutil.ignore_patterns("__pycache__"))
+    [file] = (tmp_path / "prefixcore").glob(name)
+    library._check_whole(file)
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
+    result = doctor_of(tmp_path)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert re.search(
+        rf"cannot be loaded \({file.name} is cut short: {size // 2:,} of [\d,]+ bytes are there; install", result.stdout
+    )
+    with pytest.raises(OSError, match="cut short"):
+        library._check_whole(file)
+
+
 def test_doctor_says_that_a_package_is_half_removed(tmp_path, monkeypatch):
     (tmp_path / "vllm-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
