@@ -1,4 +1,6 @@
-"""Which path computes a problem: the rules, small enough to read, with the reason in words; sizes: `thresholds.py`.
+"""Which path computes a problem: the rules, small enough to read, with the reason in words.
+
+The sizes are in `thresholds.py`, whose kernels can do what in `vendors.py`.
 
 From the first rule to the last, which can do everything:
 
@@ -21,24 +23,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
-
 from ..forced import Forced
 from ..problem import AttentionProblem
-from . import flash4, fused_attention, recording
-from .fused_attention import FusedAttention, without_prefix
+from . import flash4, recording
+from .fused_attention import FusedAttention
 from .thresholds import (
     DECODE_QUERIES,
     FA4_KEYS,
     FA4_PACKED,
     FEWER_LAUNCHES,
     FOLDED_PREFIX,
-    FOLDED_VENDORS,
     MERGED_KEYS,
-    REPEATABLE,
     SHORT_KEYS,
     SHORT_TOKENS,
 )
+from .vendors import cannot_fold, for_the_prefix, for_the_sequence, is_quick_on_a_prefix, repeats
 
 PATHS = ("merged", "folded", "fa4", "single", "decode", "decode_once", "short")
 
@@ -139,14 +138,14 @@ def _folded(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
         return f"{p.virtual_tokens} virtual tokens, fewer than {least}"
     if p.keys < MERGED_KEYS and not forced:
         return f"{p.keys} keys, fewer than {MERGED_KEYS}"
-    vendor, reason = _for_the_prefix(p, what)
+    vendor, reason = for_the_prefix(p, training=what.training)
     if vendor is None:
         return reason
-    if vendor.name not in FOLDED_VENDORS and not forced:
+    if not is_quick_on_a_prefix(vendor) and not forced:
         return f"{vendor.name} is not quicker than our own kernels on the prefix"
-    if what.training and what.prefix and not forced and not _repeats(vendor):
+    if what.training and what.prefix and not forced and not repeats(vendor):
         return f"{vendor.name}'s gradients are not known to have the same bits on every run"
-    fused = _for_the_sequence(p, what)[0] if what.all_three and p.keys >= MERGED_KEYS else None
+    fused = for_the_sequence(p, training=what.training)[0] if what.all_three and p.keys >= MERGED_KEYS else None
     return Path("folded", f"{vendor.name} does the prefix, {fused.name if fused else 'our kernels'} the sequence",
                 fused, vendor)  # fmt: skip
 
@@ -156,8 +155,14 @@ def _merged(p: AttentionProblem, what: Pass, forced: bool) -> Path | str:
         return reason
     if p.keys < MERGED_KEYS and not forced:
         return f"{p.keys} keys, fewer than {MERGED_KEYS}"
-    fused, reason = _for_the_sequence(p, what)
+    fused, reason = for_the_sequence(p, training=what.training)
     return reason if fused is None else Path("merged", reason, fused)
+
+
+def _no_fused_backward(what: Pass) -> str | None:
+    if what.grad_lse:
+        return "a gradient of the log-sum-exp comes in, which no fused attention takes"
+    return None if what.all_three else "not all of query, key and value want a gradient"
 
 
 _RULES: dict[str, Callable[[AttentionProblem, Pass, bool], Path | str]] = {
@@ -210,79 +215,6 @@ def _choose(p: AttentionProblem, what: Pass) -> Path:
             return answer._replace(why=reason) if answer.name == "single" else answer  # what spoke against merged
         reason = answer
     raise AssertionError("the last rule can do everything")
-
-
-# --- whose kernels ------------------------------------------------------------------------------------
-
-
-def _no_fused_backward(what: Pass) -> str | None:
-    if what.grad_lse:
-        return "a gradient of the log-sum-exp comes in, which no fused attention takes"
-    return None if what.all_three else "not all of query, key and value want a gradient"
-
-
-def _for_the_sequence(p: AttentionProblem, what: Pass) -> tuple[FusedAttention | None, str]:
-    """Whose kernel can do the sequence's part, and that in words; or None and why nobody's.
-
-    PyTorch's own where they can, FlashAttention-4 where not: windows, softcap, packed rows, chunks after a cache.
-    """
-    reason = fused_attention.cannot(p)
-    kernel = None if reason else fused_attention.preferred(p, training=what.training)
-    if kernel is None and flash4.cannot(p) is None:
-        kernel = flash4.FLASH4
-    if kernel is not None:
-        return kernel, f"{kernel.name} does the sequence"
-    return None, reason or _no_kernel_for(p.query.dtype)
-
-
-def _for_the_prefix(p: AttentionProblem, what: Pass) -> tuple[FusedAttention | None, str]:
-    """Whose kernel can do a prefix as one for all rows, and that in words; or None and why nobody's."""
-    part = _one_row_of_the_prefix(p)
-    reason = fused_attention.cannot(part)
-    kernel = None if reason else fused_attention.preferred(part, training=what.training)
-    if (kernel is None or kernel.name not in FOLDED_VENDORS) and flash4.cannot(part) is None:
-        kernel = flash4.FLASH4_REPEATABLE
-    if kernel is None:
-        return None, reason or _no_kernel_for(p.query.dtype)
-    return kernel, f"{kernel.name} does the prefix"
-
-
-def _repeats(vendor: FusedAttention) -> bool:
-    """Whether a vendor's gradients have the same bits on every run, if it is what its name says: a user may have put
-    another FlashAttention behind PyTorch's op."""
-    replaced = vendor is fused_attention.FLASH and fused_attention._active_flash() is not None
-    return vendor.name in REPEATABLE and not replaced
-
-
-def cannot_fold(p: AttentionProblem) -> str | None:
-    """Why no vendor can do the prefix of `p` as one for all rows, in words; None if one may."""
-    if not p.virtual_tokens:
-        return "there is no prefix"
-    if p.prefix_index is not None:
-        return "rows name their own entry of a bank"
-    if p.prefix_lengths is not None:
-        return "how long the prefix is stands on the GPU"
-    return None
-
-
-def _one_row_of_the_prefix(p: AttentionProblem) -> AttentionProblem:
-    """What is asked of a vendor about the prefix's part: the queries of one row stand for those of all."""
-    prefix_key, prefix_value = (x.reshape(-1, *x.shape[-3:]).narrow(0, 0, 1) for x in (p.prefix_key, p.prefix_value))
-    if prefix_key.dtype != p.query.dtype:  # only what it will be is asked for, nothing is computed
-        prefix_key, prefix_value = (torch.empty_like(x, dtype=p.query.dtype) for x in (prefix_key, prefix_value))
-    return prefix_part(p, p.query.narrow(0, 0, 1), prefix_key, prefix_value)
-
-
-def prefix_part(
-    p: AttentionProblem, query: torch.Tensor, prefix_key: torch.Tensor, prefix_value: torch.Tensor
-) -> AttentionProblem:
-    """Attention of `query` [1, H, any, D] over a prefix [1, Hkv, P, D], as if it were a sequence of its own."""
-    part = without_prefix(p)._replace(query=query, key=prefix_key, value=prefix_value, is_causal=False)
-    return part._replace(padding=None, mask=None, sinks=None, cu_seqlens=None, sliding_window=0)
-
-
-def _no_kernel_for(dtype: torch.dtype) -> str:
-    return f"PyTorch has no fused kernel with a log-sum-exp for {str(dtype).removeprefix('torch.')}"
 
 
 # --- forcing ------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..problem import AttentionProblem
 from . import single
-from .choose import prefix_part
 from .fused_attention import FusedAttention, without_prefix
 from .kernels.delta import compute_delta
 from .kernels.merge import launch_add, launch_merge
+from .vendors import prefix_part
 
 
 def fold(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from prefixcore.backends import triton
 from prefixcore.backends.problem import AttentionProblem, attention_problem
-from prefixcore.backends.triton import choose, flash4, fused_attention, use_path
+from prefixcore.backends.triton import choose, flash4, fused_attention, use_path, vendors
 from prefixcore.cli import doctor
 
 
@@ -288,18 +288,18 @@ def test_a_prefix_gets_its_gradient_only_from_kernels_that_repeat_it(
     assert "same bits on every run" in dict(choose.considered(problem(P=512), training))["folded"]
     with use_path("folded"):
         assert backward().name == "folded"
-    monkeypatch.setattr(choose, "REPEATABLE", (*choose.REPEATABLE, "cuDNN"))
+    monkeypatch.setattr(vendors, "REPEATABLE", (*vendors.REPEATABLE, "cuDNN"))
     path = backward()
     assert (path.name, path.fused, path.prefix) == ("folded", fused_attention.CUDNN, fused_attention.CUDNN)
     path = backward(all_three=False)
     assert (path.name, path.fused) == ("folded", None)
     assert backward(grad_lse=True).name == "single"
     pytorch_prefers(SDPBackend.FLASH_ATTENTION)
-    monkeypatch.setattr(choose, "FOLDED_VENDORS", ("FlashAttention",))
+    monkeypatch.setattr(vendors, "FOLDED_VENDORS", ("FlashAttention",))
     assert backward().name == "folded"
     monkeypatch.setattr(fused_attention, "_active_flash", lambda: "FA4")  # of which PyTorch does not ask it
     assert backward().name == "merged"
-    monkeypatch.setattr(choose, "FOLDED_VENDORS", ())
+    monkeypatch.setattr(vendors, "FOLDED_VENDORS", ())
     assert "not quicker than our own" in dict(choose.considered(problem(P=512)))["folded"]
 
 

@@ -13,7 +13,7 @@ import torch
 
 import prefixcore
 from prefixcore.backends.problem import attention_problem
-from prefixcore.backends.triton import choose, folded, fused_attention, use_path
+from prefixcore.backends.triton import choose, folded, fused_attention, use_path, vendors
 from prefixcore.backends.triton.fused_attention import FusedAttention
 from prefixcore.backends.triton.kernels import merge
 from tests.device import DEVICE, triton_backend
@@ -111,12 +111,12 @@ def test_only_what_is_wanted(wanted: tuple[str, ...]) -> None:
             assert leaves[name].grad is None
 
 
-@pytest.mark.parametrize("vendors", [(), choose.REPEATABLE], ids=["forward alone", "both ways"])
-def test_unforced(monkeypatch: pytest.MonkeyPatch, taken: list[Any], vendors: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("repeatable", [(), vendors.REPEATABLE], ids=["forward alone", "both ways"])
+def test_unforced(monkeypatch: pytest.MonkeyPatch, taken: list[Any], repeatable: tuple[str, ...]) -> None:
     """Where a vendor's gradients may vary, what it has done forward is differentiated by the merged path."""
     monkeypatch.setattr(choose, "FOLDED_PREFIX", ((256, 3),))
-    monkeypatch.setattr(choose, "REPEATABLE", vendors)
-    monkeypatch.setattr(choose, "FOLDED_VENDORS", (*choose.FOLDED_VENDORS, "FlashAttention"))
+    monkeypatch.setattr(vendors, "REPEATABLE", repeatable)
+    monkeypatch.setattr(vendors, "FOLDED_VENDORS", (*vendors.FOLDED_VENDORS, "FlashAttention"))
     forwards: list[str] = []
     choice = choose.forward
 
@@ -130,7 +130,7 @@ def test_unforced(monkeypatch: pytest.MonkeyPatch, taken: list[Any], vendors: tu
         check(Problem(T=20, P=6, B=3, dtype=DTYPES[0]), attention=output_alone)
     assert "folded" in forwards
     if not ON_A_GPU:
-        assert taken == [("folded" if vendors else "merged", True)]
+        assert taken == [("folded" if repeatable else "merged", True)]
 
 
 def test_a_gradient_of_the_log_sum_exp_takes_the_single_path(taken: list[Any]) -> None:

@@ -89,7 +89,7 @@ def test_the_paths_agree(forced: str, problem: Problem) -> None:
 
 
 def test_outputs_and_prefix_gradients_never_vary_on_any_path(forced: str) -> None:
-    """Of a vendor's kernels, too: `choose.REPEATABLE` has the name of each for which this passes.
+    """Of a vendor's kernels, too: `thresholds.REPEATABLE` has the name of each for which this passes.
 
     Also of a prefix of one tile under many queries, which a vendor might share among its processors.
     """
