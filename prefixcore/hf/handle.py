@@ -20,6 +20,7 @@ from .bank.attached import AnyPrompt, Attached
 from .bank.bank import Bank
 from .bank.beside_peft import train_together
 from .bank.heads import Heads
+from .bank.reach import has_kernel
 from .checkpoint import uninstall
 from .families import is_known
 from .model.devices import device_of
@@ -99,7 +100,7 @@ class Handle(UndoneAfterBlock):
     def can_pack(self) -> bool:
         """Whether the model takes what `PackedCollator` makes: a class tested so, whose head knows `logits_to_keep`."""
         is_prefix = self._adapter.is_prefix
-        if isinstance(self.module, CPTPrompt) or not (is_prefix or self._bank.can_pack):
+        if isinstance(self.module, CPTPrompt) or not (is_prefix or has_kernel(self._bank)):
             return False
         if is_prefix and self._bank.cache_layers:  # reached through its cache (experts whose routers have a loss)
             return False

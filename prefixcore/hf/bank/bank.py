@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...nn import CPTPrompt
-from ...ops import which_backend
 from ..attention.disabled import OTHER_ATTENTION, disable, is_disabled, other_attention
 from ..attention.discover import has_other_layers, is_encoder, moves_positions
 from ..attention.interface import ATTENTION
@@ -23,7 +22,6 @@ from ..attention.recording import AttentionCall
 from ..batch.tasks import TASK_IDS, Task, generated_tasks, generating
 from ..families import has_only_full_attention, is_known
 from ..model.active import activate
-from ..model.devices import device_of
 from ..model.sharded import agree_on_values, data_meshes
 from ..model.signature import argument_names, as_keywords
 from ..model.tensor_parallel import HeadGroup, head_group
@@ -187,20 +185,6 @@ class Bank:
     def checkpoints(self) -> bool:
         """Whether gradient checkpointing is on somewhere in the model."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.checkpointable)
-
-    @property
-    def can_pack(self) -> bool:
-        """Whether packed batches can be given with a soft prompt, and attention has a kernel for them.
-
-        The model keeps its own attention until the first packed batch, so its dtype and device may still change.
-        """
-        if isinstance(self.decoder, str):
-            return False
-        try:
-            choice = which_backend("prefix_attention", device_of(self.decoder), self.decoder.dtype)
-        except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
-            return False
-        return choice.name != "reference" or choice.why == "forced"
 
     @property
     def is_disabled(self) -> bool:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from ...ops import which_backend
 from ..attention.discover import check_reached
 from ..attention.discover_cached import cache_name
 from ..attention.interface import ATTENTION, PREFIXES, NoArgumentsError
 from ..attention.patch import frozen_run
 from ..attention.prefix import KeyValue, PrefixCall
 from ..families import is_known, text_config
+from ..model.devices import device_of
 from ..model.sample_inputs import reads_tokens, sample_inputs
 from ..model.signature import argument_names, takes_keywords
 from ..positions.decoder_positions import position_module
@@ -70,6 +72,20 @@ def _find_handed_on(bank: Bank, decoder: PreTrainedModel) -> bool:
     with frozen_run(bank.model), suppress(NoArgumentsError):
         decoder(**inputs, **{PREFIXES: PrefixCall([], recorded=recorded)})
     return len(recorded) == len(bank.layers)
+
+
+def has_kernel(bank: Bank) -> bool:
+    """Whether there is a kernel for the decoder's attention where it stands now, so that batches may be packed.
+
+    The model keeps its own attention until a first call needs ours, so its dtype and device may still change.
+    """
+    if isinstance(bank.decoder, str):
+        return False
+    try:
+        choice = which_backend("prefix_attention", device_of(bank.decoder), bank.decoder.dtype)
+    except (ValueError, RuntimeError):  # a backend is forced that has no attention, or nothing is compiled
+        return False
+    return choice.name != "reference" or choice.why == "forced"
 
 
 def check_concatenated(bank: Bank, adapter: Attached) -> None:
