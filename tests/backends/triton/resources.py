@@ -30,6 +30,7 @@ from prefixcore.backends.triton.kernels import (
     beside,
     decode,
     decode_once,
+    decode_schedule,
     delta,
     forward,
     grad_keys,
@@ -135,7 +136,7 @@ def call(name: str, p: AttentionProblem) -> None:
     elif name == "decode_once":
         longer = {name: torch.cat([getattr(p, name)] * 8, -2) for name in ("prefix_key", "prefix_value")}
         one = p._replace(query=p.query[:, :, :1], mask=None if p.mask is None else p.mask[:, :, :1], **longer)
-        for decode_once.SHARED_KEYS, decode_once.KEYS_PER_SPLIT in ((1, 16), (10**9, 16), (10**9, 10**9)):
+        for decode_schedule.SHARED_KEYS, decode_schedule.KEYS_PER_SPLIT in ((1, 16), (10**9, 16), (10**9, 10**9)):
             decode_once.launch_decode_once(one, out[:, :, :1], lse[:, :, :1])
     elif name == "delta":
         delta.compute_delta(out, out, lse)

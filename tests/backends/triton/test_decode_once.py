@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="its tensors are on the 
 if INTERPRETED:
     from triton.runtime.interpreter import interpreter_builder
 
-    from prefixcore.backends.triton.kernels import counters, decode_once, launch
+    from prefixcore.backends.triton.kernels import counters, decode_once, decode_schedule, launch
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "blocks_for", lambda kernel, p: launch.Blocks(32, 16, 4, 1))
     monkeypatch.setattr(launch, "PROGRAMS", 1000)
     monkeypatch.setattr(launch, "empty", poisoned)
-    monkeypatch.setattr(decode_once, "KEYS_PER_SPLIT", 32)
-    monkeypatch.setattr(decode_once, "SHARED_KEYS", 16)
+    monkeypatch.setattr(decode_schedule, "KEYS_PER_SPLIT", 32)
+    monkeypatch.setattr(decode_schedule, "SHARED_KEYS", 16)
     monkeypatch.setattr(counters, "_rooms", {})
 
 
@@ -123,7 +123,7 @@ def test_against_the_reference(monkeypatch: pytest.MonkeyPatch, case: str, turne
     if turned:
         turn_round(monkeypatch)
     p = Problem(**{**vars(BASE), **(SHARED | OWN)[case]}).record()
-    work, _, shared_m = decode_once.shared_out(p, launch.blocks_for("", p))
+    work, _, shared_m = decode_schedule.shared_out(p, launch.blocks_for("", p))
     assert (work.shared > 0) == (shared_m > 0) == (case in SHARED)
     check(p)
 
@@ -227,7 +227,7 @@ def test_a_replay_is_given_counters_of_its_stream_again(monkeypatch: pytest.Monk
     """A plan keeps no counters: it asks for them at each replay, for the stream that it is replayed on."""
     monkeypatch.undo()  # memory as it comes: a plan has to see it allocated
     for name, value in (("KEYS_PER_SPLIT", 32), ("SHARED_KEYS", 16)):
-        monkeypatch.setattr(decode_once, name, value)
+        monkeypatch.setattr(decode_schedule, name, value)
     asked: list[int] = []
     real = decode_once.zeroed_counters
 

@@ -28,6 +28,7 @@ if INTERPRETED:
     from prefixcore.backends.triton.kernels import (
         decode,
         decode_once,
+        decode_schedule,
         forward,
         grad_keys,
         grad_once,
@@ -44,8 +45,8 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(launch, "blocks_for", lambda kernel, p: launch.Blocks(16, 16, 4, 1))
         monkeypatch.setattr(launch, "PROGRAMS", 8)
         monkeypatch.setattr(decode, "KEYS_PER_SPLIT", 16)
-        monkeypatch.setattr(decode_once, "KEYS_PER_SPLIT", 32)
-        monkeypatch.setattr(decode_once, "SHARED_KEYS", 8)
+        monkeypatch.setattr(decode_schedule, "KEYS_PER_SPLIT", 32)
+        monkeypatch.setattr(decode_schedule, "SHARED_KEYS", 8)
         monkeypatch.setattr(grad_prefix, "TILES_PER_SPLIT", 1)
 
 
