@@ -69,7 +69,7 @@ def find_differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> 
         return Comparison(facts)
     one, other = _samples(expected), _samples(actual)
     if not one or not other:
-        return _compare_digests(facts, counts, trained_for, common, same_digests, unread)
+        return _compare_digests(facts, counts, trained_for, common, same_digests, unread, is_read=bool(other))
 
     tables = {*expected.get("tables", ()), *actual.get("tables", ())}
     conflicts = [n for n in sorted(one.keys() & other.keys()) if not _fits(one[n], other[n], n in tables)]
@@ -100,15 +100,20 @@ def _compare_digests(
     common: list[str],
     same: bool,
     unread: list[str],
+    *,
+    is_read: bool,
 ) -> Comparison:
-    """The comparison where one of the two has no samples, as what version 0.1.0 wrote."""
+    """The comparison where one of the two has no samples, as what version 0.1.0 wrote, or as none could be read.
+
+    `is_read`: the weights of the model that is here could be.
+    """
     if same:  # digests of every name, shape and sampled number: packed weights were counted in another way
         return Comparison(facts)
     if facts or counts:
         return Comparison([*facts, *counts])
     if common:
         return Comparison([_other_weights("their digests differ", [])])
-    if trained_for:
+    if trained_for and is_read:
         return Comparison(
             [
                 "base_model.weights: the adapter knows its model by digests of weights rounded to "

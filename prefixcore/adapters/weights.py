@@ -7,6 +7,7 @@ read where they lie. Nothing here talks to another process, so one rank alone ma
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,8 @@ def numbers_at(weight: Weight, indices: Sequence[int]) -> tuple[str, dict[int, f
     try:
         if is_sharded(tensor):
             return _of_shard(tensor, indices)
+        if is_partitioned(weight.tensor):
+            return _of_partition(weight.tensor, indices)
         tensor = materialized(weight)
         form, tensor = _dequantized(tensor, weight)
         taken = tensor.reshape(-1)[torch.tensor(indices, device=tensor.device)].double().cpu().tolist()
@@ -217,6 +220,17 @@ def _of_shard(tensor: Any, indices: Sequence[int]) -> tuple[str, dict[int, float
         if all(0 <= p < s for p, s in zip(inside, size, strict=True)):
             found[index] = float(local[tuple(inside)])
     return str(tensor.dtype).removeprefix("torch."), found
+
+
+def _of_partition(parameter: Any, indices: Sequence[int]) -> tuple[str, dict[int, float]]:
+    """Those numbers that lie in the part which ZeRO-3 has left this process: a piece of the flattened whole."""
+    part, group = parameter.ds_tensor, parameter.ds_process_group
+    size = -(-math.prod(parameter.ds_shape) // torch.distributed.get_world_size(group))  # the last part is filled up
+    if part.dtype != parameter.dtype or part.numel() != size:  # quantised, on a disk, or in the parts of another group
+        raise Unreadable("partitioned by DeepSpeed")
+    first = torch.distributed.get_rank(group) * size
+    found = {index: float(part[index - first]) for index in indices if first <= index < first + size}
+    return str(parameter.dtype).removeprefix("torch."), found
 
 
 def _unravel(index: int, shape: tuple[int, ...]) -> list[int]:

@@ -10,8 +10,10 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+import pytest
 
 import prefixcore
+from prefixcore.adapters import AdapterError, compare_fingerprints, fingerprint
 from tests import tiny
 from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS, why_no_average
@@ -41,6 +43,10 @@ def main(folder: str) -> None:
                 engine.step()
                 losses.append(loss.item())
             found["why no average"].append(why_no_average(engine))
+            here = fingerprint(engine.module)
+            compare_fingerprints(fingerprint(tiny.model()), here)
+            with pytest.raises(AdapterError, match="other weights"):
+                compare_fingerprints(fingerprint(tiny.model(seed=1)), here)
             handle.save(f"{folder}/{name}, {how}")
             found[f"{name}, {how}"] = losses
     report(folder, rank, found)
