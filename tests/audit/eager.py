@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from prefixcore.audit.virtual import VirtualTokens
+from prefixcore.hf.attention.discover_cached import cache_name
 
 
 def run(model: Any, ids: Sequence[int], virtual: VirtualTokens, kept: Sequence[int]) -> Any:
@@ -25,7 +26,7 @@ def run(model: Any, ids: Sequence[int], virtual: VirtualTokens, kept: Sequence[i
             for layer in range(model.config.num_hidden_layers):
                 key, value = virtual.pairs[layer]
                 cache.update(key[None, :, list(kept)], value[None, :, list(kept)], layer)
-            output = model(text, past_key_values=cache, position_ids=places, output_attentions=True)
+            output = model(text, **{cache_name(model): cache}, position_ids=places, output_attentions=True)
             return output.logits[0], [weights[0] for weights in output.attentions]
         embeds = torch.cat([virtual.prompt[None, list(kept)], model.get_input_embeddings()(text)], 1)
         places = torch.cat([torch.tensor([list(kept)]), places], 1)
