@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from ..model.active import activate
 from ..model.undone import UndoneAfterBlock
 from ..positions.positions import past_length, query_length
 from .checkpointing import checkpointing_hidden
+from .generation import without_another_prompt
 from .methods import active_config, is_prefix, method
 from .prefix import PeftBank
 from .resume import resume
@@ -23,7 +26,7 @@ from .soft_prompt import soft_prompt_forward
 ACCELERATED = "_prefixcore_accelerated"
 """The attribute of a PeftModel that holds its `Accelerated`."""
 
-_METHODS = ("forward", "generate", "add_adapter", "load_adapter")
+_METHODS = ("forward", "generate", "prepare_inputs_for_generation", "add_adapter", "load_adapter")
 
 
 class _Method:
@@ -39,6 +42,12 @@ class _Method:
         if args and args[0] is self.accelerated.model:  # accelerate's unwrap_model binds what it finds
             args = args[1:]
         return getattr(self.accelerated, self.name)(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of PEFT's: transformers reads there which arguments of `generate` a model takes."""
+        model = self.accelerated.model
+        return inspect.signature(partial(getattr(type(model), self.name), model))
 
 
 class Accelerated(UndoneAfterBlock):
@@ -65,7 +74,8 @@ class Accelerated(UndoneAfterBlock):
             bank.adapter.handle = self
         model.__dict__[ACCELERATED] = self
         for name in _METHODS:
-            model.__dict__[name] = _Method(self, name)
+            if hasattr(type(model), name):
+                model.__dict__[name] = _Method(self, name)
 
     @property
     def is_accelerated(self) -> bool:
@@ -147,6 +157,11 @@ class Accelerated(UndoneAfterBlock):
         kwargs.pop(TASK_IDS, None)  # PEFT lets prefixes have them, of which it makes no use
         with self._seen():
             return model.base_model.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`PeftModelForCausalLM.prepare_inputs_for_generation`, which `generate` calls for each step."""
+        inputs = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
+        return inputs if is_prefix(self.model) else without_another_prompt(self.model, inputs)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, **kwargs: Any) -> None:
         """`PeftModel.add_adapter`, also while gradient checkpointing is on."""
