@@ -34,7 +34,11 @@ _BAD_ARGUMENT = re.compile(r"(?!prefixcore)[a-z_]+(\[\d+\])?: expected ")
 
 
 def _call(op: Any, arguments: tuple[Any, ...]) -> Any:
-    """`op(*arguments)`; ValueError: a bad argument, of which torch 2.15 makes a RuntimeError."""
+    """`op(*arguments)`; ValueError: a bad argument, of which torch 2.15 makes a RuntimeError.
+
+    Compiled code comes here by `AUTOGRAD`, except inside `torch.inference_mode`, whose tensors have no autograd: there
+    the dispatcher calls the library itself, and torch 2.15's error stays what it is.
+    """
     try:
         return op(*arguments)
     except RuntimeError as error:

@@ -108,6 +108,23 @@ def test_a_bad_argument_that_the_library_finds(raised: Exception, kind: type[Exc
     assert (type(caught.value), str(caught.value)) == (kind, str(raised))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({**packed, "cu_seqlens": torch.tensor([0, 4, 3, 5])}, "cu_seqlens: expected"),
+        ({"prefix_lengths": torch.tensor([4])}, r"prefix_lengths\[0\].*got 4"),
+    ],
+    ids=["cu_seqlens", "prefix_lengths"],
+)
+def test_compiled_code_says_it_too(bad: dict[str, Any], words: str, trained: bool) -> None:
+    arguments = {**good(), **bad}
+    arguments["prefix_key"].requires_grad_(trained)
+    attention = torch.compile(prefixcore.prefix_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=words):
+        attention(**arguments)
+
+
 def test_jit_trace_says_how_to_trace() -> None:
     class Attention(torch.nn.Module):
         def forward(self, query: Tensor, prefix: Tensor) -> Tensor:
