@@ -29,8 +29,8 @@ shortcut: Callable[[str, tuple[Any, ...]], Any] | None = None
 """Asked with an op's name and arguments before the dispatcher: its results, or None. Set while plans are replayed."""
 
 
-_BAD_ARGUMENT = re.compile(r"(?!prefixcore)[a-z_]+(\[\d+\])?: expected ")
-"""How the library begins to say which argument is wrong; its other errors begin otherwise."""
+_BAD_ARGUMENT = re.compile(r"(?!prefixcore)[\w /]+(\[\d+\])?: expected ")
+"""How the library begins to say which argument, or which of several, is wrong; its other errors begin otherwise."""
 
 
 def _call(op: Any, arguments: tuple[Any, ...]) -> Any:

@@ -92,8 +92,12 @@ def test_bad_arguments(case: str, backend: str) -> None:
     [
         (RuntimeError("cu_seqlens: expected a sequence rising from 0 to 5"), ValueError),
         (RuntimeError("prefix_lengths[0]: expected 0 to 3, got 4"), ValueError),
+        (RuntimeError("scale / softcap: expected 0, or a size from 1e-30 to 1e+30, got 1e-40"), ValueError),
+        (RuntimeError("vocabulary and num_virtual: expected sizes of at least 0, got 3 and -1"), ValueError),
+        (RuntimeError("T: expected at most 2^31 - 1, got 2147483648"), ValueError),
         (RuntimeError("prefixcore: expected a PyTorch with CUDA"), RuntimeError),
         (RuntimeError("prefixcore: out of memory"), RuntimeError),
+        (RuntimeError("Found dtype Half (got Float): expected another"), RuntimeError),
         (NotImplementedError("query: expected another device"), NotImplementedError),
     ],
 )
