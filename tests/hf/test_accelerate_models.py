@@ -117,6 +117,27 @@ def test_what_a_refusal_advises_works(build: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(handle.model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_where_peft_itself_fails_load_is_advised_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT 0.21 does with a prefix on an encoder from transformers 5.24 on."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    bare, batch = copy.deepcopy(base), inputs("prefix", labels=False)
+    model = peft.get_peft_model(base, METHODS["prefix"](task_type="SEQ_CLS"))
+
+    def forward(self: Any, **kwargs: Any) -> Any:
+        raise ValueError("Model does not support past key values")
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(NotImplementedError, match=r"does not support past key values.*give its folder to it"):
+        prefixcore.accelerate(model)
+    model.save_pretrained(tmp_path)
+    without = bare(**batch).logits
+    with prefixcore.load(bare, tmp_path) as handle:
+        assert handle.bake()[0][0].shape == (4, P, 8)
+        assert not torch.allclose(bare(**batch).logits, without, atol=1e-4)
+
+
 def _t5() -> Any:
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)

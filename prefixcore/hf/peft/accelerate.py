@@ -170,7 +170,8 @@ def _outputs(peft_model: Any) -> tuple[Tensor, Tensor]:
         except Exception as error:
             raise NotImplementedError(
                 f"PEFT's own {method(peft_model)} fails on {type(peft_model.base_model).__name__}, so there is nothing "
-                f"to compare with: {type(error).__name__}: {error}"
+                f"to compare with: {type(error).__name__}: {error}. prefixcore.load, which compares with the model "
+                "itself, may take it: save the PeftModel, and give its folder to it"
             ) from error
         return expected, peft_model.base_model(input_ids=ids)[0]
 
