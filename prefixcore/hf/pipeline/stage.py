@@ -15,6 +15,9 @@ from .elsewhere import Passing
 from .same_batches import check_same_batches, next_digest
 
 _FROM_SCHEDULE = "labels"
+# torch 2.12 alone raises where a stage has no gradient for what it was handed: 2.13 sends zeros, and before every stage
+# computed one. The layers between would be gone through backwards for nothing, so it is asked for there alone.
+_EVERY_STAGE_NEEDS_A_GRADIENT = str(torch.__version__).startswith("2.12.")
 
 
 class ModelStage(nn.Module):
@@ -68,6 +71,7 @@ class ModelStage(nn.Module):
         self._shape: torch.Size | None = None  # of what is handed on
         self._watched: dict[int, nn.Parameter] = {}
         self._read_so_far: Tensor | None = None  # a digest of the batches since the last sum
+        self._needs_a_gradient = _EVERY_STAGE_NEEDS_A_GRADIENT
         self.training = self.model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,9 +95,11 @@ class ModelStage(nn.Module):
         try:
             if self.index < self.count - 1:
                 self.model.base_model(**kwargs)
-                assert passing.passed_on is not None
-                self._check_shape(passing.passed_on)
-                return passing.passed_on
+                hidden = passing.passed_on
+                assert hidden is not None
+                self._check_shape(hidden)
+                asks = self._needs_a_gradient and torch.is_grad_enabled() and not hidden.requires_grad
+                return hidden.detach().requires_grad_() if asks else hidden
             return _tensors(self.model(**kwargs))
         finally:
             passing.given, passing.passed_on, passing.is_running = None, None, False
