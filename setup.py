@@ -12,9 +12,11 @@ parallel compilation.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -73,18 +75,32 @@ def find_nvcc(torch_has_cuda: bool) -> str | None:
     return nvcc or None
 
 
-BUILD_TOOLS = ("torch", "ninja", "pybind11")
+BUILD_TOOLS = {"torch": "2.10", "setuptools": "77", "ninja": "", "pybind11": "2.13"}
 
 
 def require_build_tools() -> None:
-    """Before pip resolves anything: a build without torch at hand would otherwise fail after downloading it."""
-    missing = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]
-    if missing:
+    """Before pip resolves anything: a build without torch at hand would otherwise fail after downloading it.
+
+    And before an old setuptools, as Python 3.10 and 3.11 put into new environments, calls pyproject.toml invalid.
+    """
+    lacking = []
+    for name, least in BUILD_TOOLS.items():
+        wanted = f"{name} {least} or newer" if least else name
+        if importlib.util.find_spec(name) is None:
+            lacking.append(wanted)
+        elif least and _numbers(found := importlib.metadata.version(name)) < _numbers(least):
+            lacking.append(f"{wanted} ({found} is installed)")
+    if lacking:
+        asked = " ".join(f'"{name}>={least}"' if least else name for name, least in BUILD_TOOLS.items())
         fail(
-            f"building needs {', '.join(missing)}, which this environment lacks. Install what the library will run "
-            "with and build in the same environment:\n    pip install torch setuptools ninja pybind11\n"
+            f"building needs {', '.join(lacking)}, which this environment lacks. Install what the library will run "
+            f"with and build in the same environment:\n    pip install {asked}\n"
             "    pip install --no-build-isolation ."
         )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 class NinjaBuild(build_ext):

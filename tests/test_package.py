@@ -14,6 +14,7 @@ import prefixcore
 from prefixcore.backends import library
 
 ROOT = Path(prefixcore.__file__).resolve().parent.parent
+INSTALL = 'pip install "torch>=2.10" "setuptools>=77" ninja "pybind11>=2.13"'
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -124,5 +125,30 @@ runpy.run_path("setup.py")
 """
     result = python(code)
     assert result.returncode != 0
-    assert "building needs torch" in result.stderr
-    assert "pip install torch setuptools ninja pybind11" in result.stderr
+    assert "building needs torch 2.10 or newer, which" in result.stderr
+    assert INSTALL in result.stderr
+
+
+@pytest.mark.parametrize(("name", "old", "least"), [("setuptools", "65.5.0", "77"), ("torch", "2.9.1+cpu", "2.10")])
+def test_a_build_with_what_is_too_old_says_so(name: str, old: str, least: str) -> None:
+    """setuptools 65 is what Python 3.10's venv brings: it fails over pyproject.toml with a page on its licence."""
+    code = f"""
+import importlib.metadata, runpy, sys
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: {old!r} if name == {name!r} else version(name)
+sys.argv = ["setup.py", "dist_info"]
+runpy.run_path("setup.py")
+"""
+    result = python(code)
+    assert result.returncode != 0
+    assert f"building needs {name} {least} or newer ({old} is installed), which" in result.stderr
+    assert INSTALL in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_is_to_be_installed_is_what_the_build_needs() -> None:
+    for page in ("README.md", "docs/index.md"):
+        assert INSTALL.replace('"torch>=2.10"', "torch") in (ROOT / page).read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    for requirement in INSTALL.split()[2:]:
+        assert f'"{requirement.strip(chr(34))}"' in project
