@@ -70,7 +70,8 @@ weights: $(VENV)/.installed
 
 # A file's tests stay together, for the fixtures that they share, and those that start processes come early. At most eight
 # processes: each has torch and transformers of its own in memory.
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+SHARED_OUT := --numprocesses=$(JOBS) --maxprocesses=8 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest $(SHARED_OUT) --no-loadscope-reorder
 
 test: $(VENV)/.installed
 	$(PYTEST) $(ARGS)
@@ -85,9 +86,9 @@ test-all: $(VENV)/.installed
 test-peft: $(VENV)/.installed
 	$(BIN)/python -m tests.peft $(ARGS)
 
-# One file after the other: each starts engines of vLLM's, which fill the cores.
+# A file starts engines of its own, one after the other, and each has one thread.
 serve-test: $(SERVE_VENV)/.installed
-	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest tests/serving/engine $(ARGS)
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest $(SHARED_OUT) tests/serving/engine $(ARGS)
 
 bench: SCALE := full
 bench-quick bench-avx2: SCALE := quick
