@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import peft
@@ -168,6 +169,19 @@ def test_compiled(method: str) -> None:
     if method == "prompt":
         with pytest.raises(IndexError, match="expected 0 <= id"):
             compiled(**{**batch, "input_ids": torch.full((3, 9), VOCABULARY)})
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_an_exported_program_has_the_virtual_tokens(method: str) -> None:
+    model, ids = with_peft(method), tokens(2, 5)
+    bare, signature = model.get_base_model()(ids).logits, inspect.signature(model.forward)
+    prefixcore.accelerate(model)
+    assert inspect.signature(model.forward) == signature
+    given = {"input_ids": ids, "use_cache": False}
+    program = torch.export.export(model, (), given, strict=False).module()
+    expected = model(**given).logits
+    assert_close(program(**given).logits, expected)
+    assert (expected[:, -5:] - bare).abs().max() > 1e-3
 
 
 def test_the_base_model_compiles_bare() -> None:

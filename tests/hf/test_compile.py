@@ -84,6 +84,22 @@ def test_an_exported_program_has_the_virtual_tokens(config: type) -> None:
     assert (expected - bare).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+def test_the_reference_is_exported_in_operators_of_torch(config: type) -> None:
+    """Which ONNX has too."""
+    model, ids = make("llama"), tokens(1, 5)
+    prefixcore.attach(model, config(num_virtual_tokens=4, init="random"))
+    given = {"input_ids": ids, "use_cache": False}
+    lengths = {"input_ids": {1: torch.export.Dim.AUTO}, "use_cache": None}
+    with prefixcore.use_backend("reference"):
+        program = torch.export.export(model, (), given, dynamic_shapes=lengths, strict=False)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "aten.mm.default" in called or "aten.linear.default" in called
+    assert not [name for name in called if "prefixcore" in name]
+    longer = {"input_ids": tokens(1, 9), "use_cache": False}
+    torch.testing.assert_close(program.module()(**longer).logits, model(**longer).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_generate_with_a_static_cache_and_a_compiled_step() -> None:
     """What generate does by itself on a GPU."""
     model, ids = make("gpt2"), tokens(2, 5)

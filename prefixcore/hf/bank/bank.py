@@ -48,7 +48,7 @@ class Bank:
         model: the model as the user knows it.
 
     Attributes:
-        model: the model.
+        model, body: the model, and the same without its head.
         adapters: what is attached, by name; under None the only one.
         limit: positions that the model has learned; None: it computes them.
         first_position: where the model places the first token of a text, which is 0 but for RoBERTa and its kind.
@@ -79,7 +79,7 @@ class Bank:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model, self.body = model, model.base_model
         self.adapters: dict[str | None, Attached] = {}
         self.limit = position_limit(model)
         self.first_position = first_position(model)
@@ -103,14 +103,14 @@ class Bank:
         self.state_hook: Any = None
         self.moves_with_padding: bool | None = None
         self._next_task = 0
-        self.names = {module: argument_names(module) for module in {model, model.base_model}}
+        self.names = {module: argument_names(module) for module in {model, self.body}}
         self.checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.only_full_attention = has_only_full_attention(model)
         try:
             self.freeze()
             self.patch.wrap_forward(model, self.call_model)
-            if model.base_model is not model:
-                self.patch.wrap_forward(model.base_model, self.call_base_model)
+            if self.body is not model:
+                self.patch.wrap_forward(self.body, self.call_base_model)
             self.patch.wrap_method("generate", self.call_generate)
             self.patch.wrap_method("init_continuous_batching", self.refuse_continuous_batching)
             setattr(model, ATTACHMENT, self)
@@ -252,7 +252,7 @@ class Bank:
 
     def call_base_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model without its head, from the model or by itself."""
-        base: Any = self.model.base_model
+        base: Any = self.body
         if self.is_disabled:
             return self._call_bare(base, forward, args, kwargs)
         kwargs = as_keywords(self.names[base], args, kwargs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,11 +42,13 @@ class _Method:
             args = args[1:]
         return getattr(self.accelerated, self.name)(*args, **kwargs)
 
+    __code__ = __call__.__code__  # torch.export names its inputs by where this is
+
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of PEFT's: transformers reads there which arguments of `generate` a model takes."""
+        """That of PEFT's method: transformers' `generate`, among others, reads there which arguments a model takes."""
         model = self.accelerated.model
-        return inspect.signature(partial(getattr(type(model), self.name), model))
+        return inspect.signature(getattr(type(model), self.name).__get__(model))
 
 
 class Accelerated(UndoneAfterBlock):
