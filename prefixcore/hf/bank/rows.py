@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.refusals import refuse_context_parallelism
+from ..batch.packing import refuse_cut_batch
 from ..batch.tasks import TASK_IDS, Rows, Task, generated_tasks, parse_task_ids
 from ..positions.cache import cache_argument, get_label
 from ..positions.model_inputs import restarts
@@ -47,6 +48,7 @@ def _described(bank: Bank) -> str:
 def pop_rows(bank: Bank, kwargs: dict[str, Any]) -> Rows:
     """The tasks of the rows of a call."""
     refuse_context_parallelism()
+    refuse_cut_batch(kwargs)
     _refuse_choices(bank, kwargs)
     task_ids = kwargs.pop(TASK_IDS, None)
     if task_ids is not None:

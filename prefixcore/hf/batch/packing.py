@@ -158,6 +158,17 @@ def set_empty_mask(kwargs: dict[str, Any], num_shared: int = 0) -> None:
         kwargs["position_ids"] = packed_positions(cu_seqlens)[None]
 
 
+def refuse_cut_batch(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a packed batch of which only what stands in its first row is left, its first boundary."""
+    boundaries, ids = kwargs.get("cu_seq_lens_q"), kwargs.get("input_ids")
+    if isinstance(boundaries, Tensor) and boundaries.shape == (1,) and isinstance(ids, Tensor) and ids.numel():
+        raise ValueError(
+            "cu_seq_lens_q: expected where the packed sequences meet, [sequences + 1], got [1]: accelerate hands out a "
+            "batch row by row where the dataset is an IterableDataset (streamed), and has cut this one; let each "
+            "process read for itself, TrainingArguments(accelerator_config={'dispatch_batches': False})"
+        )
+
+
 def is_empty_mask(mask: Any) -> bool:
     """Whether it is what `set_empty_mask` puts in."""
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[3] == 0
