@@ -12,7 +12,7 @@ project=$(cd "$(dirname "$0")/.." && pwd)
 "$python" -m venv --clear "$target"
 pip=("$target/bin/python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" install "$torch"
-"${pip[@]}" install "$torch" "$vllm" pytest # torch once more: pip shall not trade it for another
+"${pip[@]}" install "$torch" "$vllm" pytest pytest-xdist # torch once more: pip shall not trade it for another
 # What vLLM brings along for images and sound is built for a torch with CUDA, and fails beside one without.
 "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
 site=$("$target/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
