@@ -36,6 +36,7 @@ from .checkpoint import install
 from .handle import Handle
 from .initialize import initial_prefix, initial_prompt
 from .model.devices import device_of, without_values
+from .model.tensor_parallel import parts_unseen
 from .positions.position_table import position_limit
 from .reaching import find_attention_layers, find_decoder, find_hidden_size
 
@@ -167,6 +168,12 @@ def check_model(model: Any) -> None:
             f"the layers of {type(model).__name__} were shared out to {stage.pp_size} processes when it was loaded "
             "(pp_size), by which transformers runs forwards without a loss or a gradient: load the whole model, attach "
             "and give the handle to prefixcore.pipeline_stage; to generate, load it with device_map or tp_size"
+        )
+    if mesh := parts_unseen(model):
+        raise NotImplementedError(
+            f"the weights of {type(model).__name__} are in parts over {mesh.size()} processes and do not say so, as "
+            "before transformers 5.16, so that no adapter could tell its model: install transformers 5.16 or newer, or "
+            "load the model without tp_size"
         )
     if missing := without_values(model):
         raise ValueError(

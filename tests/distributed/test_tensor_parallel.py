@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prefixcore
 from prefixcore.hf.attention.recording import AttentionCall, _with_all_heads
-from prefixcore.hf.model.tensor_parallel import HeadGroup
+from prefixcore.hf.model.tensor_parallel import HeadGroup, head_group
 from tests import tiny
 from tests.distributed import launch
 from tests.distributed.tensor_parallel import SCRATCH
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[Mapping[str, Any]]:
     if Version(transformers.__version__) < Version("5.16"):
-        pytest.skip("the shards of a weight are no DTensors before transformers 5.16")
+        pytest.skip("attach refuses the model before transformers 5.16: its parts of a weight are no DTensors")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 98}
     odd = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1, head_dim=16)
     LlamaForCausalLM(odd).save_pretrained(folder / "odd")
@@ -74,12 +74,20 @@ def test_heads_that_cannot_be_shared_out_are_refused(ranks: Any) -> None:
         assert rank["odd"].startswith("NotImplementedError: LlamaForCausalLM cannot be given a prefix")
 
 
+class Mesh:
+    """Of two processes, as a model of transformers keeps it."""
+
+    ndim = 1
+
+    def __init__(self, *names: str) -> None:
+        self.mesh_dim_names = names or None
+
+    def size(self) -> int:
+        return 2
+
+
 def test_a_share_of_query_heads_alone_is_refused() -> None:
     """Where every process has all key/value heads and some of the query heads, which belong together is not known."""
-
-    class Mesh:
-        def size(self) -> int:
-            return 2
 
     key = torch.zeros(1, 2, 3, 16)
     call = AttentionCall(torch.nn.Identity(), "layers.0", 2, key, key, {})
@@ -87,3 +95,24 @@ def test_a_share_of_query_heads_alone_is_refused() -> None:
         NotImplementedError, match="2 query and 2 key/value heads in this process, one of 2 that share 4"
     ):
         _with_all_heads(tiny.model(), call, HeadGroup(Mesh()))
+
+
+def test_the_mesh_of_older_transformers_has_no_names() -> None:
+    """Before 5.18 it is that of tensor parallelism alone; a newer one says which of its dimensions is."""
+    model: Any = tiny.model()
+    for mesh, size in ((Mesh(), 2), (Mesh("tp"), 2), (Mesh("fsdp"), None)):
+        model._device_mesh = mesh
+        group = head_group(model)
+        assert (group.size if group else None) == size
+
+
+@pytest.mark.parametrize("config", [prefixcore.PrefixTuningConfig(2), prefixcore.PromptTuningConfig(2)])
+def test_parts_that_do_not_say_so_are_refused(config: Any, tmp_path: Path) -> None:
+    """As with transformers 5.13 to 5.15."""
+    with prefixcore.attach(tiny.model(), config) as handle:
+        handle.save(tmp_path / "a")
+    model: Any = tiny.model()
+    model._device_mesh = Mesh()
+    for start in (lambda: prefixcore.attach(model, config), lambda: prefixcore.load(model, tmp_path / "a")):
+        with pytest.raises(NotImplementedError, match=r"over 2 processes and do not say so.*transformers 5\.16"):
+            start()

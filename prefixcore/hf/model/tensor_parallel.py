@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...adapters.weights import is_sharded
+
 
 @dataclass(frozen=True)
 class HeadGroup:
@@ -58,10 +60,18 @@ def head_group(model: PreTrainedModel) -> HeadGroup | None:
     mesh: Any = getattr(model, "_device_mesh", None)
     if mesh is None:  # parallelize_module of torch leaves no trace but in the weights
         mesh = next((getattr(p, "device_mesh", None) for p in model.parameters() if _is_split(p)), None)
-    if mesh is None or "tp" not in (mesh.mesh_dim_names or ()):
+    if mesh is None or "tp" not in (mesh.mesh_dim_names or ("tp",)):  # transformers before 5.18 names no dimension
         return None
     mesh = mesh["tp"] if mesh.ndim > 1 else mesh
     return HeadGroup(mesh) if mesh.size() > 1 else None
+
+
+def parts_unseen(model: PreTrainedModel) -> Any:
+    """The mesh that transformers has shared out the weights of `model` over where they are no DTensors; None: none."""
+    mesh: Any = getattr(model, "_device_mesh", None)
+    if mesh is None or mesh.size() == 1 or mesh.mesh_dim_names is not None:
+        return None
+    return None if any(is_sharded(parameter) for parameter in model.parameters()) else mesh
 
 
 def _is_split(parameter: Any) -> bool:
