@@ -100,8 +100,7 @@ class PromptCallback(TrainerCallback):
             try:
                 rows = [data[index] for index in range(min(self._num_probes, len(data)))]
                 batches = [collate([row]) for row in rows]
-                tokenizer = self._trainer.processing_class
-                self._probes = [dict(x) if isinstance(x, Mapping) else _of_prompt(x[0], tokenizer) for x in batches]
+                self._probes = [dict(x) if isinstance(x, Mapping) else self._of_prompt(x[0]) for x in batches]
             except (TypeError, NotImplementedError):  # a stream has neither a length nor places
                 warnings.warn(
                     "the training data is a stream, so the attention on the prefix is not measured", stacklevel=2
@@ -109,14 +108,13 @@ class PromptCallback(TrainerCallback):
                 self._probes = []
         return self._probes
 
-
-def _of_prompt(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """A batch of a row's prompt, which is a text or a conversation."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return dict(tokenizer(prompt, return_tensors="pt"))
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return dict(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options))
+    def _of_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A batch of a row's prompt, which is a text or a conversation."""
+        prompt, tokenizer = row["prompt"], self._trainer.processing_class
+        if isinstance(prompt, str):
+            return dict(tokenizer(prompt, return_tensors="pt"))
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return dict(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options))
 
 
 def _find_handle(model: Any) -> Handle:

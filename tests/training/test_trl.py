@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
 
 import prefixcore
 from prefixcore.training import weights_digest
@@ -19,7 +21,20 @@ from tests import tiny
 if sys.version_info < (3, 11):
     pytest.skip("TRL needs Python 3.11", allow_module_level=True)
 
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 CONFIGS = {
     "prefix": prefixcore.PrefixTuningConfig(num_virtual_tokens=4, seed=0),
@@ -128,6 +143,9 @@ PREFERENCES = [
 ]
 
 
+WHICH = ("chosen", "rejected")
+
+
 def log_probability(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
     prompt_ids = tokenizer(prompt)["input_ids"]
     answer_ids = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
@@ -149,7 +167,7 @@ def test_the_reference_of_dpo_is_the_bare_model(name: str, tmp_path: Path) -> No
     assert trainer.ref_model is None, "no second copy"
     bare = tiny.model()
     for row, told in zip(trainer.train_dataset, PREFERENCES, strict=True):
-        for which in ("chosen", "rejected"):
+        for which in WHICH:
             expected = log_probability(bare, tokenizer, told["prompt"], told[which])
             assert row[f"ref_{which}_logps"] == pytest.approx(expected, rel=1e-5)
             attached_one = log_probability(handle.model, tokenizer, told["prompt"], told[which])
@@ -160,12 +178,53 @@ def test_the_reference_of_dpo_is_the_bare_model(name: str, tmp_path: Path) -> No
     start = attach(name).model
 
     def margin(model: Any, row: dict[str, str]) -> float:
-        chosen, rejected = (log_probability(model, tokenizer, row["prompt"], row[w]) for w in ("chosen", "rejected"))
+        chosen, rejected = (log_probability(model, tokenizer, row["prompt"], row[w]) for w in WHICH)
         return chosen - rejected
 
     margins = [arguments.beta * (margin(start, row) - margin(bare, row)) for row in PREFERENCES]
     assert first["rewards/margins"] == pytest.approx(sum(margins) / len(margins), rel=1e-3, abs=1e-5)
     assert weights_digest(handle.model) == digest
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_reference_of_kto_is_the_bare_model(name: str, tmp_path: Path) -> None:
+    handle, tokenizer = attach(name), tiny.tokenizer()
+    rows = [{"prompt": r["prompt"], "completion": r[w], "label": w == "chosen"} for r in PREFERENCES for w in WHICH]
+    with handle.disabled():
+        trainer = KTOTrainer(
+            handle.model,
+            args=KTOConfig(str(tmp_path), **COMMON, precompute_ref_log_probs=True),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+    assert trainer.ref_model is None, "no second copy"
+    for row, told in zip(trainer.train_dataset, rows, strict=True):
+        expected = log_probability(tiny.model(), tokenizer, told["prompt"], told["completion"])
+        assert row["ref_logps"] == pytest.approx(expected, rel=1e-5)
+    check_training(trainer, handle)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_reward_model_trains_its_head_and_the_virtual_tokens(name: str, tmp_path: Path) -> None:
+    base = tiny.folder(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    handle = prefixcore.attach(model, replace(CONFIGS[name], modules_to_save=("score",)))
+    rows = [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in PREFERENCES]
+    trainer = RewardTrainer(
+        model, RewardConfig(str(tmp_path), **COMMON), train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    assert any("score" in key for key, parameter in model.named_parameters() if parameter.requires_grad)
+    check_training(trainer, handle)
+
+
+def check_training(trainer: Any, handle: Any) -> None:
+    """All that is trained moves, and nothing else does."""
+    before = {key: value.detach().clone() for key, value in handle.model.named_parameters()}
+    trainer.add_callback(prefixcore.PromptCallback(trainer))
+    trainer.train()
+    for key, value in handle.model.named_parameters():
+        assert torch.equal(value, before[key]) != value.requires_grad, key
 
 
 PROMPTS = {
@@ -179,9 +238,8 @@ PROMPTS = {
 def test_answers_that_the_model_writes_and_a_function_judges(
     name: str, which: str, prompts: str, tmp_path: Path
 ) -> None:
-    handle, tokenizer, digest = attach(name), tiny.tokenizer(), weights_digest(tiny.model())
+    handle, tokenizer = attach(name), tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE
-    start = [parameter.detach().clone() for parameter in handle.parameters()]
     seen = []
 
     def many_letters(completions: list[Any], **_: Any) -> list[float]:
@@ -193,14 +251,11 @@ def test_answers_that_the_model_writes_and_a_function_judges(
     arguments = config(str(tmp_path), **COMMON, num_generations=4, max_completion_length=6, beta=0.0)
     rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS[prompts]])
     trainer = kind(handle.model, many_letters, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    trainer.add_callback(prefixcore.PromptCallback(trainer))
-    trainer.train()
+    check_training(trainer, handle)
     assert len(seen) == 8
     trainer.use_vllm = True
     with pytest.raises(ValueError, match="answers of another model"):
         prefixcore.PromptCallback(trainer)
-    assert all(not torch.equal(a, b) for a, b in zip(start, handle.parameters(), strict=True))
-    assert weights_digest(handle.model) == digest, "nothing else was trained"
     norm = "prefix_attention/layer_0" if name == "prefix" else "prompt_norm"
     measured = [log for log in trainer.state.log_history if norm in log]
     assert [log["step"] for log in measured] == [1, 2]
