@@ -16,8 +16,8 @@ ROOMS = ("backends", "ops", "nn", "adapters", "hf", "training", ("serving", "aud
 """Each room may import itself and those before it."""
 
 HF = (
-    "families", "batch", "model", "attention", "positions", "prompts", "bank", "attaching", "baking", "pipeline",
-    "peft",
+    "families", "batch", "model", "attention", "positions", "prompts", "paged", "bank", "attaching", "baking",
+    "pipeline", "peft",
 )  # fmt: skip
 """The rooms of `hf`; its other modules, the front doors, stand where `attaching` does."""
 

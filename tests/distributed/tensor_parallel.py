@@ -63,13 +63,13 @@ def main(folder: str, base: str, odd: str) -> None:
 
 def heads_of_a_call(model: Any) -> list[int]:
     """How many heads' virtual tokens the layers of this process see."""
-    from prefixcore.hf.bank.prefix_calls import _prefix_of
+    from prefixcore.hf.bank.prefix_calls import prefix_of
 
     with prefixcore.attach(model, CONFIGS["prefix"]) as handle:
         bank: Bank = handle._bank
         task = find_task(bank, 0)
         assert task is not None
-        return [pair[0].shape[0] for pair in _prefix_of(bank, task) if pair is not None]
+        return [pair[0].shape[0] for pair in prefix_of(bank, task) if pair is not None]
 
 
 if __name__ == "__main__":

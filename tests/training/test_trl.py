@@ -266,6 +266,38 @@ def test_answers_that_the_model_writes_and_a_function_judges(
         assert measured[0][norm] == pytest.approx(expected[norm], abs=0.02), "of the prompts, one step from the start"
 
 
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_answers_written_by_continuous_batching(name: str, tmp_path: Path) -> None:
+    handle, tokenizer = attach(name), tiny.tokenizer()
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
+    seen = {}
+
+    def no_judge(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.update(zip(prompts, completion_ids, strict=True))
+        return [float(i) for i in range(len(prompts))]
+
+    expected, bare = {}, {}
+    for prompt in PROMPTS["texts"]:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+        expected[prompt] = handle.model.generate(ids, **given)[0, ids.shape[1] :].tolist()
+        with handle.disabled():
+            bare[prompt] = handle.model.generate(ids, **given)[0, ids.shape[1] :].tolist()
+    arguments = GRPOConfig(
+        str(tmp_path), **{**COMMON, "max_steps": 1}, num_generations=4, max_completion_length=6, beta=0.0, top_k=1,
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config={"num_blocks": 64, "max_batch_tokens": 64},
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS["texts"]])
+    trainer = GRPOTrainer(handle.model, no_judge, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    check_training(trainer, handle)
+    assert len(seen) >= 1
+    for prompt, ids in seen.items():
+        assert ids == expected[prompt][: len(ids)] != bare[prompt][: len(ids)]
+
+
 def _ids(tokenizer: Any, prompt: Any) -> torch.Tensor:
     if isinstance(prompt, list):
         prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)

@@ -34,6 +34,9 @@ from .cpt_calls import TYPES, take_answers_loss
 from .encoder_calls import encode, find_encoder
 from .handed import ROWS, RowPrefixes, hand_over
 from .inserted import check_inserted, continues_after_prompts, lacks_prompt
+from .paged_calls import PagedBatching, generate_batch
+from .paged_calls import end as end_batching
+from .paged_calls import start as start_batching
 from .prefix_calls import decode
 from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
 from .reach import check_concatenated, reach
@@ -75,6 +78,7 @@ class Bank:
         stays: whether the bank stays on the model when nothing is attached any longer.
         stage: of a model that is cut into stages of a pipeline, the one that this process has.
         moves_with_padding: whether padding on the left changes what the model computes; None: not tried yet.
+        paged: what continuous batching runs on, once it was asked for.
         is_reached: whether the decoder's attention is ours. A soft prompt switches it when a call first needs that.
     """
 
@@ -102,6 +106,7 @@ class Bank:
         self.stage: Any = None
         self.state_hook: Any = None
         self.moves_with_padding: bool | None = None
+        self.paged: PagedBatching | None = None
         self._next_task = 0
         self.names = {module: argument_names(module) for module in {model, self.body}}
         self.checkpointable = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -112,11 +117,16 @@ class Bank:
             if self.body is not model:
                 self.patch.wrap_forward(self.body, self.call_base_model)
             self.patch.wrap_method("generate", self.call_generate)
-            self.patch.wrap_method("init_continuous_batching", self.refuse_continuous_batching)
+            self.patch.wrap_method("generate_batch", self.call_generate_batch)
+            self.patch.wrap_method("init_continuous_batching", self.start_continuous_batching)
+            self.patch.wrap_method("destroy_cached_continuous_batching_manager", self.end_continuous_batching)
             setattr(model, ATTACHMENT, self)
         except BaseException:
             self.patch.undo()
             raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "paged": None}  # whose threads cannot be copied
 
     # -- what is attached
 
@@ -168,6 +178,7 @@ class Bank:
             self.patch.remove_module(adapter.name)
             self.residency.drop(adapter.uid)
         if not self.adapters and not self.stays:
+            end_batching(self)
             self.patch.undo()
 
     @property
@@ -240,15 +251,19 @@ class Bank:
         with generating(self.patch, task_ids):
             return generate(*args, **kwargs)
 
-    def refuse_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """The start of continuous batching, by whichever method: NotImplementedError."""
-        if self.is_disabled:
-            return start(*args, **kwargs)
-        raise NotImplementedError(
-            "continuous batching (generate_batch) keeps pages of keys and values that only transformers' own attention "
-            "reads, so virtual tokens would not be seen: call generate on padded batches (with task_ids for different "
-            "adapters), or detach first"
-        )
+    def call_generate_batch(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the model's generate_batch."""
+        return generate_batch(self, generate, args, kwargs)
+
+    def start_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The start of continuous batching, by whichever method."""
+        kwargs.pop(TASK_IDS, None)
+        return start_batching(self, args, kwargs)
+
+    def end_continuous_batching(self, end: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The end of continuous batching that was kept for a next session."""
+        end_batching(self)
+        return end()
 
     def call_base_model(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model without its head, from the model or by itself."""

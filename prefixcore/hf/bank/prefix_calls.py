@@ -181,14 +181,14 @@ def prefixes_of_call(
     trains = torch.is_grad_enabled() and any(task.adapter.trains for task in tasks)
     if label is not None and label.prefixes is not None and not trains:
         return label.prefixes_for(given.rows.keys(num_rows))
-    prefixes = [given.computed.get(task) or _prefix_of(bank, task) for task in tasks]
+    prefixes = [given.computed.get(task) or prefix_of(bank, task) for task in tasks]
     index = given.rows.of(tasks, num_rows)
     if len(tasks) == 1 and min(index, default=0) >= 0:
         return PrefixCall(prefixes[0])
     return stack(prefixes, index, device)
 
 
-def _prefix_of(bank: Bank, task: Task) -> LayerPrefixes:
+def prefix_of(bank: Bank, task: Task) -> LayerPrefixes:
     """The keys and values of a task: differentiable where it trains and gradients are recorded."""
     adapter = task.adapter
     if adapter.layers is None:  # a soft prompt whose sequence goes on from a cache, now with gradients

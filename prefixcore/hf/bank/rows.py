@@ -62,6 +62,15 @@ def pop_rows(bank: Bank, kwargs: dict[str, Any]) -> Rows:
     rows = None if label is None else _rows_here(bank, label.rows)
     if rows is not None:
         return rows
+    return Rows([] if (task := task_of_all(bank)) is None else [task])
+
+
+def task_of_all(bank: Bank) -> Task | None:
+    """The task of rows that name none; None: nothing is attached.
+
+    Raises:
+        ValueError: there are several.
+    """
     # A bank of many may have one just now; a wrapper that loses task_ids must not be taken for a call without.
     if len(bank.adapters) > 1 or bank.stays or any(a.num_tasks > 1 for a in list(bank.adapters.values())):
         raise ValueError(
@@ -69,7 +78,7 @@ def pop_rows(bank: Bank, kwargs: dict[str, Any]) -> Rows:
             f"None for none), or one for all; there are {_described(bank)}. A column task_ids of a dataset holds "
             "numbers: Trainer's collator leaves texts out (PackedCollator does not)"
         )
-    return Rows([Task(adapter) for adapter in bank.adapters.values()])
+    return next((Task(adapter) for adapter in bank.adapters.values()), None)
 
 
 def _refuse_choices(bank: Bank, kwargs: dict[str, Any]) -> None:

@@ -120,11 +120,15 @@ class PeftBank(Bank):
             checkpoint_without_reentrance(self.checkpointable)
         return super().call_model(forward, args, kwargs)
 
-    def refuse_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """The start of continuous batching, also of the base model by itself, whose attention is ours."""
+    def call_generate_batch(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """generate_batch: NotImplementedError, as of all continuous batching."""
+        return self.start_continuous_batching(generate, args, kwargs)
+
+    def start_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """NotImplementedError: PEFT leaves the prefix out there, and the base model by itself has our attention."""
         raise NotImplementedError(
-            "continuous batching (generate_batch) keeps pages of keys and values that only transformers' own attention "
-            "reads: call generate on padded batches, or undo() on what accelerate returned first"
+            "continuous batching (generate_batch) does not know of PEFT's adapters: call generate on padded batches, "
+            "or prefixcore.load(base_model, folder) what save_pretrained has written, whose generate_batch shows it"
         )
 
     def _call_bare(

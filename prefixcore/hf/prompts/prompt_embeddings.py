@@ -75,7 +75,7 @@ def _embed(
     if ids is not None and ids.numel():
         size = embed.weight.shape[0]
         check_range(ids, size)
-        if _is_plain_table(embed):
+        if is_plain_table(embed):
             # Ids from V upwards are virtual tokens to the op.
             virtual = prompts.table_rows(size, ids.device, ids.dtype)
             return soft_embedding(layout.insert(ids, virtual), embed.weight, table.to(embed.weight.device))
@@ -102,7 +102,7 @@ def embed_rows(model: PreTrainedModel, ids: Tensor, new_ids: Tensor, virtual: Te
     size = embed.weight.shape[0]
     text = ids.masked_fill(virtual, 0)
     check_range(text, size)
-    if _is_plain_table(embed):
+    if is_plain_table(embed):
         return soft_embedding(new_ids, embed.weight, table.to(embed.weight.device))
     embeds = embed(text)
     rows = (new_ids - size).clamp(min=0)
@@ -119,7 +119,7 @@ def check_range(ids: Tensor, size: int) -> None:
         raise IndexError(f"input_ids must be from 0 to {size - 1}, got {low} to {high}")
 
 
-def _is_plain_table(embed: nn.Module) -> bool:
+def is_plain_table(embed: nn.Module) -> bool:
     """Whether the embedding is a look-up and nothing else: no scaling, no hooks, no other forward, plain numbers."""
     return (
         type(embed).forward is nn.Embedding.forward
