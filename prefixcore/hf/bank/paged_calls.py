@@ -92,6 +92,8 @@ class PagedBatching:
 
     def _check_window(self, length: int, max_new_tokens: int | None) -> None:
         window = getattr(text_config(self.bank.model), "sliding_window", None)
+        if window == 0:  # there is none
+            return
         if not isinstance(window, int) or max_new_tokens is None or length > window:
             raise ValueError(
                 f"some layers see no further than {window} tokens, and in continuous batching a prefix leaves that "

@@ -11,7 +11,7 @@ from transformers.integrations.eager_paged import eager_paged_attention_forward
 
 from ..batch.tasks import Task
 from ..families import text_config
-from ..positions.model_inputs import has_axes, reads_ids
+from ..positions.model_inputs import reads_ids
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -25,8 +25,6 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
         reason = "the model has an encoder, whose output no request can hold"
     elif bank.stage is not None or bank.data_meshes or any(group is not None for group in bank.head_groups):
         reason = "the model is shared out among processes"
-    elif has_axes(bank.model):
-        reason = "the model tells time, height and width of its positions apart, and a request has one number a token"
     elif "position_ids" not in bank.names[bank.model]:
         reason = "the model counts positions by itself, from the first token of all requests"
     elif bank.cache_layers:
