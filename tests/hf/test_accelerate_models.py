@@ -19,9 +19,52 @@ from .accelerated import METHODS, PREFIXES, P, assert_close, gradients, inputs, 
 from .models import VOCABULARY, make, tokens
 
 
-def test_continuous_batching_is_refused() -> None:
-    model = with_peft("prefix")
-    with prefixcore.accelerate(model), pytest.raises(NotImplementedError, match="continuous batching"):
+@pytest.mark.parametrize("method", PREFIXES)
+def test_continuous_batching(method: str) -> None:
+    """PEFT hands `generate_batch` on to the base model, without the prefix; accelerated it has it."""
+    model, requests = with_peft(method), [[5, 6, 7], [8, 9, 10, 11]]
+    pages = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    options = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1)
+
+    def batched() -> list[list[int]]:
+        made = model.generate_batch(requests, generation_config=options, continuous_batching_config=pages)
+        return [each.generated_tokens for each in made.values()]
+
+    def managed(manager: Any) -> list[list[int]]:
+        names = manager.add_requests(requests, max_new_tokens=5)
+        found = {}
+        while len(found) < len(names):
+            result = manager.get_result(timeout=10)
+            found[result.request_id] = result.generated_tokens
+        return [found[name] for name in names]
+
+    def one_by_one() -> list[list[int]]:
+        rows = [torch.tensor([ids]) for ids in requests]
+        given = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        made = [model.generate(input_ids=row, attention_mask=torch.ones_like(row), **given) for row in rows]
+        return [out[0, row.shape[1] :].tolist() for out, row in zip(made, rows, strict=True)]
+
+    expected = one_by_one()
+    with model.disable_adapter():
+        bare = one_by_one()
+    assert batched() == bare != expected
+    with prefixcore.accelerate(model):
+        assert batched() == one_by_one() == expected
+        with model.continuous_batching_context_manager(options, continuous_batching_config=pages) as manager:
+            assert managed(manager) == expected
+        with model.disable_adapter():
+            assert batched() == bare
+        assert model.base_model.generate_batch(requests, options, pages)["req_0"].generated_tokens == bare[0]
+        with torch.no_grad():
+            for parameter in model.prompt_encoder.parameters():
+                parameter.mul_(-3.0)
+        assert batched() == one_by_one() != expected
+    assert batched() == bare
+
+
+def test_continuous_batching_of_a_soft_prompt_is_refused() -> None:
+    model = with_peft("prompt")
+    with prefixcore.accelerate(model), pytest.raises(NotImplementedError, match="without its PROMPT_TUNING"):
         model.generate_batch([[1, 2, 3]], max_new_tokens=2)
 
 

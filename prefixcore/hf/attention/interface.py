@@ -261,7 +261,7 @@ def _refuse(**arguments: Any) -> NoReturn:
     reasons = {
         "position_bias": "sequences cannot be packed in a model that biases scores by position",
         "head_mask": "heads cannot be masked one by one",
-        "cache": "continuous batching (paged caches) is not supported; use generate without it",
+        "cache": "pages of keys and values are read in generate_batch and init_continuous_batching alone",
         "output_attentions": "attention weights are never formed; leave output_attentions out, or detach first",
     }
     raise NotImplementedError(

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from ...nn import CPTPrompt, MultitaskPrompt, SoftPrompt
 
 AnyPrompt: TypeAlias = SoftPrompt | MultitaskPrompt | CPTPrompt
@@ -67,3 +69,8 @@ class Attached:
     def trains(self) -> bool:
         """Whether something of it gets a gradient in a forward that records them."""
         return any(parameter.requires_grad for parameter in self.module.parameters())
+
+    def values(self) -> dict[str, Tensor]:
+        """All that its virtual tokens are made from."""
+        found: dict[str, Tensor] = self.module.state_dict()
+        return found

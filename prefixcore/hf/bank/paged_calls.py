@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..attention.disabled import is_disabled
 from ..attention.prefix import LayerPrefixes
 from ..batch.tasks import TASK_IDS, Task, parse_task_ids
 from ..families import text_config
@@ -38,10 +39,11 @@ class PagedBatching:
     Attributes:
         model: a copy of the model, with the same weights and nothing attached.
         ids: the ids of the virtual tokens.
+        sees: whether what is attached was seen by the thread that made it.
     """
 
     def __init__(self, bank: Bank) -> None:
-        self.bank, tasks = bank, _attached(bank)
+        self.bank, self.sees, tasks = bank, not bank.is_disabled, _attached(bank)
         check_paged(bank, tasks)
         with torch.no_grad():
             prompts: dict[Task, Tensor] = {t: prompt_of(bank, t) for t in tasks if not t.adapter.is_prefix}
@@ -59,7 +61,7 @@ class PagedBatching:
         return same and all(self._is_unchanged(task) for task in attached.values())
 
     def _is_unchanged(self, task: Task) -> bool:
-        before, now = self._values[task.adapter.uid], task.adapter.module.state_dict()
+        before, now = self._values.get(task.adapter.uid, {}), task.adapter.values()
         return before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
 
     def request(self, task: Task | None, ids: Any, max_new_tokens: int | None) -> WithVirtual:
@@ -123,7 +125,7 @@ def generate_batch(
     inputs, paged = bound.arguments["inputs"], prepare(bank)
     config = bound.arguments.get("generation_config") or bank.model.generation_config
     most = bound.arguments.get("kwargs", {}).get("max_new_tokens", config.max_new_tokens)
-    tasks = _tasks(bank, task_ids, len(inputs))
+    tasks = _tasks(paged, task_ids, len(inputs))
     bound.arguments["inputs"] = [paged.request(t, ids, most) for t, ids in zip(tasks, inputs, strict=True)]
     return generate(*bound.args, **bound.kwargs)
 
@@ -153,9 +155,10 @@ def _attached(bank: Bank) -> list[Task]:
     return [Task(adapter, i) for adapter in list(bank.adapters.values()) for i in range(adapter.num_tasks)]
 
 
-def _tasks(bank: Bank, task_ids: Any, count: int) -> list[Task | None]:
+def _tasks(paged: PagedBatching, task_ids: Any, count: int) -> list[Task | None]:
     """Of each request its task."""
-    if bank.is_disabled:
+    bank = paged.bank
+    if not paged.sees or is_disabled(bank.patch):
         return [None] * count
     if task_ids is None:
         return [task_of_all(bank)] * count
@@ -178,7 +181,7 @@ def _take_tasks(manager: Any, paged: PagedBatching) -> None:
         bound = one.bind(*args, **kwargs)
         ids = bound.arguments["input_ids"]
         if not isinstance(ids, WithVirtual):
-            (task,) = _tasks(paged.bank, task_id if task_id is None else [task_id], 1)
+            (task,) = _tasks(paged, task_id if task_id is None else [task_id], 1)
             bound.arguments["input_ids"] = paged.request(task, ids, most(bound))
         return add_one(*bound.args, **bound.kwargs)
 
@@ -186,7 +189,7 @@ def _take_tasks(manager: Any, paged: PagedBatching) -> None:
         bound = several.bind(*args, **kwargs)
         inputs = bound.arguments["inputs"]
         if not all(isinstance(ids, WithVirtual) for ids in inputs):
-            tasks = _tasks(paged.bank, task_ids, len(inputs))
+            tasks = _tasks(paged, task_ids, len(inputs))
             requests = [paged.request(task, ids, most(bound)) for task, ids in zip(tasks, inputs, strict=True)]
             bound.arguments["inputs"] = requests
         return add_several(*bound.args, **bound.kwargs)
@@ -213,7 +216,7 @@ def _parts(model: PreTrainedModel) -> list[tuple[str, int]]:
 
 
 def _copies(task: Task) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in task.adapter.module.state_dict().items()}
+    return {name: value.detach().clone() for name, value in task.adapter.values().items()}
 
 
 def _named(task: Task) -> str:

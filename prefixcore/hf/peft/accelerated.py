@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ ACCELERATED = "_prefixcore_accelerated"
 
 _METHODS = ("forward", "generate", "prepare_inputs_for_generation", "add_adapter", "load_adapter")
 
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods of the base model that a PeftModel hands out as they are, without its virtual tokens."""
+
 
 class _Method:
     """What stands on a PeftModel in place of a method of its own.
@@ -48,7 +52,8 @@ class _Method:
     def __signature__(self) -> inspect.Signature:
         """That of PEFT's method: transformers' `generate`, among others, reads there which arguments a model takes."""
         model = self.accelerated.model
-        return inspect.signature(getattr(type(model), self.name).__get__(model))
+        method = getattr(type(model), self.name, None)
+        return inspect.signature(getattr(model.base_model, self.name) if method is None else method.__get__(model))
 
 
 class Accelerated(UndoneAfterBlock):
@@ -77,6 +82,9 @@ class Accelerated(UndoneAfterBlock):
         for name in _METHODS:
             if hasattr(type(model), name):
                 model.__dict__[name] = _Method(self, name)
+        for name in _BATCHING:
+            if hasattr(model.base_model, name):
+                model.__dict__[name] = _Method(self, name)
 
     @property
     def is_accelerated(self) -> bool:
@@ -92,7 +100,7 @@ class Accelerated(UndoneAfterBlock):
         """Puts PEFT's own methods back, on what has been trained meanwhile. A second call does nothing."""
         if not self.is_accelerated:
             return
-        for name in _METHODS:
+        for name in (*_METHODS, *_BATCHING):
             if getattr(self.model.__dict__.get(name), "accelerated", None) is self:
                 del self.model.__dict__[name]
         del self.model.__dict__[ACCELERATED]
@@ -158,6 +166,41 @@ class Accelerated(UndoneAfterBlock):
         kwargs.pop(TASK_IDS, None)  # PEFT lets prefixes have them, of which it makes no use
         with self._seen():
             return model.base_model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate_batch` of the base model, with the prefix."""
+        with self._batching():
+            return self.model.base_model.generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """`init_continuous_batching` of the base model, with the prefix."""
+        with self._batching():
+            return self.model.base_model.init_continuous_batching(*args, **kwargs)
+
+    @contextmanager
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """`continuous_batching_context_manager` of the base model, with the prefix."""
+        manager = self.model.base_model.continuous_batching_context_manager(*args, **kwargs)
+        with ExitStack() as stack:
+            with self._batching():
+                entered = stack.enter_context(manager)
+            yield entered
+
+    def _batching(self) -> AbstractContextManager[None]:
+        """Where continuous batching starts.
+
+        Raises:
+            NotImplementedError: the active adapter is a soft prompt, which is not on the base model.
+        """
+        if not self.is_accelerated or self.model._adapters_disabled:
+            return nullcontext()
+        if self._bank is None:
+            raise NotImplementedError(
+                f"continuous batching (generate_batch) of a PeftModel is that of its base model, without its "
+                f"{method(self.model)}: call generate on padded batches, or prefixcore.load(base_model, folder) what "
+                "save_pretrained has written, whose generate_batch shows it"
+            )
+        return self._seen()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`PeftModelForCausalLM.prepare_inputs_for_generation`, which `generate` calls for each step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...nn import LayerShape, split_layers
@@ -76,6 +76,11 @@ class PeftAttached(Attached):
         encoder = self._peft_model.prompt_encoder[self._peft_model.active_adapter]
         return any(parameter.requires_grad for parameter in encoder.parameters())
 
+    def values(self) -> dict[str, Tensor]:
+        """The parameters of the active adapter's prompt encoder."""
+        found: dict[str, Tensor] = self._peft_model.prompt_encoder[self._peft_model.active_adapter].state_dict()
+        return found
+
     @property
     def _peft_model(self) -> Any:
         return self.module.peft_model
@@ -119,17 +124,6 @@ class PeftBank(Bank):
         if not self.is_disabled:
             checkpoint_without_reentrance(self.checkpointable)
         return super().call_model(forward, args, kwargs)
-
-    def call_generate_batch(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """generate_batch: NotImplementedError, as of all continuous batching."""
-        return self.start_continuous_batching(generate, args, kwargs)
-
-    def start_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """NotImplementedError: PEFT leaves the prefix out there, and the base model by itself has our attention."""
-        raise NotImplementedError(
-            "continuous batching (generate_batch) does not know of PEFT's adapters: call generate on padded batches, "
-            "or prefixcore.load(base_model, folder) what save_pretrained has written, whose generate_batch shows it"
-        )
 
     def _call_bare(
         self, module: PreTrainedModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
