@@ -30,11 +30,11 @@ def attach(model: Any, config: Any, seed: int = 3) -> Any:
     return handle
 
 
-def move(handle: Any, seed: int) -> None:
+def move(handle: Any, seed: int, by: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in handle.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * by)
 
 
 def options(**changes: Any) -> GenerationConfig:
@@ -77,6 +77,16 @@ def test_as_generate(family: str, config: Any) -> None:
     model = make(family, **window_of(family, 64))
     bare = one_by_one(model)
     attach(model, config)
+    expected = one_by_one(model)
+    assert batch(model) == expected != bare
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig(num_virtual_tokens=5), PromptTuningConfig(num_virtual_tokens=5)])
+@pytest.mark.parametrize("name", ["Qwen2VLForConditionalGeneration", "Gemma3nForCausalLM", "Gemma3ForCausalLM"])
+def test_models_that_look_at_ids_or_scale_embeddings(name: str, config: Any) -> None:
+    model = tiny_models.make(name, tiny_models.every_class()[name])
+    bare = one_by_one(model)
+    move(prefixcore.attach(model, config), 3, by=10.0)
     expected = one_by_one(model)
     assert batch(model) == expected != bare
 

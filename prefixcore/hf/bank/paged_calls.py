@@ -18,6 +18,7 @@ from ..families import text_config
 from ..model.wrapped import WrappedMethod
 from ..paged.bare_copy import bare_copy
 from ..paged.ids import VirtualIds, WithVirtual
+from ..positions.model_inputs import reads_ids, stand_in
 from ..positions.positions import check_limit
 from .paged_refusals import check_attention, check_paged
 from .prefix_calls import prefix_of, prompt_of
@@ -49,7 +50,8 @@ class PagedBatching:
             prompts: dict[Task, Tensor] = {t: prompt_of(bank, t) for t in tasks if not t.adapter.is_prefix}
             prefixes: dict[Task, LayerPrefixes] = {t: prefix_of(bank, t) for t in tasks if t.adapter.is_prefix}
         self.model: PreTrainedModel = bare_copy(bank.model)
-        self.ids = VirtualIds(self.model.get_input_embeddings(), bank.layers, prompts, prefixes)
+        like = stand_in(bank.model) if reads_ids(bank.model) else None
+        self.ids = VirtualIds(self.model.get_input_embeddings(), bank.layers, prompts, prefixes, like)
         WrappedMethod(self.model, "forward", self.ids.call)
         self._parts = _parts(bank.model)
         self._values = {task.adapter.uid: _copies(task) for task in tasks}

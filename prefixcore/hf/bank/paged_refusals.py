@@ -11,7 +11,6 @@ from transformers.integrations.eager_paged import eager_paged_attention_forward
 
 from ..batch.tasks import Task
 from ..families import text_config
-from ..positions.model_inputs import reads_ids
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -37,8 +36,6 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
         reason = "a prefix takes no positions (position_offset=False), and each token in a page has one"
     elif any(set(adapter.layers or ()) != set(range(len(bank.layers))) for adapter in prefixes):
         reason = "a prefix is seen by some layers alone, and all of them share a page's places"
-    elif len(prefixes) < len(tasks) and reads_ids(bank.model):
-        reason = "the model looks at the ids of its tokens besides their embeddings"
     if reason is not None:
         raise NotImplementedError(
             f"continuous batching (generate_batch) keeps virtual tokens in its pages as tokens before the text, but "

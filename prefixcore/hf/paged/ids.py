@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ...ops import soft_embedding
 from ..attention.prefix import KeyValue, LayerPrefixes
 from ..batch.tasks import Key, Task
 from ..model.devices import device_of
+from ..positions.model_inputs import stand_ins
 from ..prompts.prompt_embeddings import is_plain_table
 
 
@@ -25,6 +27,7 @@ class VirtualIds:
         layers: the attention layers, by their place in the model.
         prompts: of each task that is a soft prompt its embeddings [P, E].
         prefixes: of each task that is a prefix its keys [Hkv, P, D] and values [Hkv, P, Dv] by layer.
+        stand_in: the id that the model is given for a soft prompt's virtual token; None: it is given embeddings.
 
     Attributes:
         vocabulary: V.
@@ -37,7 +40,9 @@ class VirtualIds:
         layers: Sequence[nn.Module],
         prompts: dict[Task, Tensor],
         prefixes: dict[Task, LayerPrefixes],
+        stand_in: int | None = None,
     ) -> None:
+        self.stand_in = stand_in
         self.embed, self.vocabulary = embed, embed.weight.shape[0]
         self.spans: dict[Key, tuple[int, int]] = {}
         device = device_of(embed)
@@ -74,13 +79,22 @@ class VirtualIds:
             update.rows, update.is_prefix = rows, is_virtual[0] & self.is_prefix[rows]
         if self.table is None:
             kwargs["input_ids"] = ids.masked_fill(is_virtual, 0)
+        elif self.stand_in is not None:
+            kwargs["input_ids"] = ids.masked_fill(is_virtual, self.stand_in)
+            with stand_ins(self.embed, partial(self._put, which, is_virtual)):
+                return self._checked(update, forward(*args, **kwargs))
         elif is_plain_table(self.embed):
             kwargs["input_ids"], kwargs["inputs_embeds"] = None, soft_embedding(ids, self.embed.weight, self.table)
         else:
             text = self.embed(ids.masked_fill(is_virtual, 0))
-            virtual = self.table[which].to(text.dtype)
-            kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.where(is_virtual[..., None], virtual, text)
+            kwargs["input_ids"], kwargs["inputs_embeds"] = None, self._put(which, is_virtual, text)
         return self._checked(update, forward(*args, **kwargs))
+
+    def _put(self, which: Tensor, is_virtual: Tensor, text: Tensor) -> Tensor:
+        """Embeddings [1, T, E] with soft prompts' rows in place of stand-ins'; others, of images say, stay."""
+        if self.table is None or text.shape[:2] != is_virtual.shape:
+            return text
+        return torch.where(is_virtual[..., None], self.table[which].to(text.dtype), text)
 
     def _checked(self, update: _Update, output: Any) -> Any:
         if not update.was_called:

@@ -9,7 +9,7 @@ virtual token has the id of a stand-in, and its embedding is put in place of the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,17 +34,17 @@ _found_to_read_ids: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary
 
 class _Calls(threading.local):
     def __init__(self) -> None:  # runs in each thread: compiled code is guarded by what an instance holds
-        self.running: tuple[tuple[nn.Module, Layout, Tensor], ...] = ()
+        self.running: tuple[tuple[nn.Module, Callable[[Tensor], Tensor]], ...] = ()
 
 
 _calls = _Calls()
 
 
 @contextmanager
-def stand_ins(embed: nn.Module, layout: Layout, virtual: Tensor) -> Iterator[None]:
-    """A block in which `embed`, as this thread calls it, has `virtual` [B, P, E] in place of stand-ins."""
-    before, inside = _calls.running, (embed, layout, virtual)
-    _calls.running = (*before, inside)
+def stand_ins(embed: nn.Module, put: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A block in which `embed`, as this thread calls it, gives `put` of what it makes of ids with stand-ins."""
+    before = _calls.running
+    _calls.running = (*before, (embed, put))
     hook = embed.register_forward_hook(replace_stand_ins, prepend=True)
     try:
         yield
@@ -55,18 +55,18 @@ def stand_ins(embed: nn.Module, layout: Layout, virtual: Tensor) -> Iterator[Non
 
 def has_stand_ins(embed: nn.Module) -> bool:
     """Whether a call with stand-ins is running in this thread."""
-    return any(each is embed for each, _, _ in _calls.running)
+    return any(each is embed for each, _ in _calls.running)
 
 
 def replace_stand_ins(embed: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """The hook after each forward of the input embeddings: stand-ins get the embeddings of virtual tokens."""
-    for each, layout, virtual in reversed(_calls.running):
+    for each, put in reversed(_calls.running):
         if each is embed:
-            return put_virtual(output, layout, virtual)
+            return put(output)
     return output
 
 
-def put_virtual(embeddings: Tensor, layout: Layout, virtual: Tensor) -> Tensor:
+def put_virtual(layout: Layout, virtual: Tensor, embeddings: Tensor) -> Tensor:
     """`embeddings` of ids with stand-ins, [B, P + T, E], `virtual` [B, P, E] in their place; others stay."""
     length = layout.num_virtual_tokens + layout.length
     if embeddings.dim() != 3 or embeddings.shape[:2] != (layout.batch_size, length):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..batch.layout import Layout
 from ..model.devices import is_plain
 from ..positions.model_inputs import (
     insert_token_types,
+    put_virtual,
     reads_ids,
     stand_in,
     stand_ins,
@@ -63,7 +65,7 @@ def in_place_of_stand_ins(model: PreTrainedModel, layout: Any, prompts: Prompts)
         return nullcontext()
     table = prompts.table
     rows = table[prompts.table_rows(0, table.device, torch.long)]
-    return stand_ins(model.get_input_embeddings(), layout, rows)
+    return stand_ins(model.get_input_embeddings(), partial(put_virtual, layout, rows))
 
 
 def _embed(
