@@ -84,7 +84,9 @@ def test_as_generate(family: str, config: Any) -> None:
 @pytest.mark.parametrize("config", [PrefixTuningConfig(num_virtual_tokens=5), PromptTuningConfig(num_virtual_tokens=5)])
 @pytest.mark.parametrize("name", ["Qwen2VLForConditionalGeneration", "Gemma3nForCausalLM", "Gemma3ForCausalLM"])
 def test_models_that_look_at_ids_or_scale_embeddings(name: str, config: Any) -> None:
-    model = tiny_models.make(name, tiny_models.every_class()[name])
+    # With a table of its own Gemma 3 does not say its last token again, whatever it has read.
+    changes = {"tie_word_embeddings": False} if name == "Gemma3ForCausalLM" else {}
+    model = tiny_models.make(name, tiny_models.every_class()[name], **changes)
     bare = one_by_one(model)
     move(prefixcore.attach(model, config), 3, by=10.0)
     expected = one_by_one(model)
