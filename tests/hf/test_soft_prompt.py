@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -213,6 +214,24 @@ def test_a_call_without_the_head_has_the_prompt_too() -> None:
     expected = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
     hidden = model.model(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(hidden[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_a_forward_that_is_put_on_the_model_later(side: str) -> None:
+    """As Liger's, which computes the loss from `view(-1, E)` of the hidden states: of all but each text's first token."""
+    model, batch = make("llama").train(), padded(side)
+    labels = batch["labels"]
+    labels[range(3), (labels != -100).long().argmax(1)] = -100
+    attach(model)
+    expected = model(**batch).loss
+
+    def forward(self: Any, labels: torch.Tensor, **given: Any) -> torch.Tensor:
+        hidden = self.model(**given)[0]
+        shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+        return torch.nn.functional.cross_entropy(self.lm_head(hidden.view(-1, hidden.shape[-1])), shifted)
+
+    model.forward = MethodType(forward, model)
+    torch.testing.assert_close(model(**batch), expected)
 
 
 def test_a_mask_that_forgets_the_past() -> None:
