@@ -21,12 +21,12 @@ BOTH = dict.fromkeys(SWITCHES, "1")
 
 
 def tests_of_the_device() -> tuple[str, ...]:
-    """What runs under `PREFIXCORE_TEST_DEVICE=cuda`: the ops' tests, and all of the backend that ask for it."""
+    """What runs under `PREFIXCORE_TEST_DEVICE=cuda`: the ops' tests, all of the backend that ask for it, models."""
     folder = ROOT / "tests" / "backends" / "triton"
     asking = [file for file in sorted(folder.glob("test_*.py")) if "from tests.device import" in file.read_text()]
     ours = (str(file.relative_to(ROOT)) for file in asking)
     ops = (f"tests/ops/test_attention_{name}.py" for name in ("correct", "numerics"))
-    return (*ops, *ours, "tests/backends/triton/test_choose.py")
+    return (*ops, *ours, "tests/backends/triton/test_choose.py", "tests/hf/test_on_device.py")
 
 
 DEVICE_TESTS = tests_of_the_device()

@@ -218,7 +218,7 @@ def test_a_call_without_the_head_has_the_prompt_too() -> None:
 
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 def test_a_forward_that_is_put_on_the_model_later(side: str) -> None:
-    """As Liger's, which computes the loss from `view(-1, E)` of the hidden states: of all but each text's first token."""
+    """As Liger's, whose loss is of `view(-1, E)` of the hidden states: of all but each text's first token."""
     model, batch = make("llama").train(), padded(side)
     labels = batch["labels"]
     labels[range(3), (labels != -100).long().argmax(1)] = -100

@@ -171,8 +171,8 @@ def without_prompt(output: Any, layout: Layout, keep: tuple[str, ...] = ()) -> A
     """`output` with the virtual tokens taken out of every tensor [B, P + T] or [B, P + T, ...] in it.
 
     Attention weights [B, H, P + T, P + T] keep what they say about the prompt, and a cache what it holds.
-    Fields of the names in `keep` stay. What is left is contiguous, as the model's own is and Liger's losses need it; but
-    logits, which may be most of the memory, are a view.
+    Fields of the names in `keep` stay. What is left is contiguous, as the model's own is and Liger's losses need it;
+    but logits, which may be most of the memory, are a view.
     """
     if isinstance(output, Tensor):
         length = layout.num_virtual_tokens + layout.length
