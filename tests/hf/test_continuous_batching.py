@@ -241,7 +241,7 @@ def test_a_window_that_a_prefix_would_leave() -> None:
 
 
 @pytest.mark.parametrize("config", [PrefixTuningConfig(num_virtual_tokens=4), PromptTuningConfig(num_virtual_tokens=4)])
-@pytest.mark.parametrize("name", ["BloomForCausalLM", "CodeGenForCausalLM", "BartForCausalLM"])
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "CodeGenForCausalLM", "DiffLlamaForCausalLM", "BartForCausalLM"])
 def test_no_model_answers_otherwise_than_generate(name: str, config: Any) -> None:
     """Pages do not reach the attention of these in each transformers, which by itself then gives other answers."""
     model = tiny_models.make(name, tiny_models.every_class()[name])
@@ -253,6 +253,14 @@ def test_no_model_answers_otherwise_than_generate(name: str, config: Any) -> Non
     if not made or any("does not read pages" in str(each.error) for each in made):  # 5.13 then has no answers
         return
     assert [each.generated_tokens for each in made] == one_by_one(model)
+
+
+def test_a_text_whose_tokens_see_later_ones() -> None:
+    name = "PaliGemmaForConditionalGeneration"
+    model = tiny_models.make(name, tiny_models.every_class()[name])
+    attach(model, PromptTuningConfig(num_virtual_tokens=4))
+    with refused("tokens of a text see later ones"):
+        model.generate_batch(REQUESTS)
 
 
 def test_scores_that_transformers_would_not_cap() -> None:
@@ -268,6 +276,8 @@ def test_ids_that_are_none(ids: list[Any]) -> None:
     attach(model, BOTH[0])
     with refused("a request: expected ids from 0 to", ValueError):
         model.generate_batch([[5], ids])
+    with refused("a request: expected at least one id", ValueError):
+        model.generate_batch([[5], []])
 
 
 def test_too_many_tokens_for_learned_positions() -> None:

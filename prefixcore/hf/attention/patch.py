@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -23,6 +24,9 @@ MODULE = "prefixcore"
 
 ATTACHMENT = "_prefixcore_attachment"
 """The attribute of an attached model that says what is attached."""
+
+changing_modules = threading.RLock()
+"""Held while adapters are registered on a model or taken away, and while all of a model's modules are gone through."""
 
 _REPLICATE = "_replicate_for_data_parallel"
 
@@ -82,13 +86,15 @@ class Patch:
             self.model.add_module(MODULE, nn.ModuleDict())
         bank = self.model.get_submodule(MODULE)
         assert isinstance(bank, nn.ModuleDict)
-        bank._modules[name] = module  # not by add_module, which refuses names of methods ("type", "keys")
+        with changing_modules:
+            bank._modules[name] = module  # not by add_module, which refuses names of methods ("type", "keys")
 
     def remove_module(self, name: str | None) -> None:
         """Takes a module away that was registered under `name`."""
         modules = self.model._modules.get(MODULE)
         if isinstance(modules, nn.ModuleDict) and name is not None:
-            modules._modules.pop(name, None)
+            with changing_modules:
+                modules._modules.pop(name, None)
 
     def number_layers(self, layers: Sequence[nn.Module], are_handed_arguments: bool) -> None:
         """Tells each attention layer which one it is, and whether it gets the arguments of its decoder's call.

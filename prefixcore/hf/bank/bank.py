@@ -78,7 +78,7 @@ class Bank:
         stays: whether the bank stays on the model when nothing is attached any longer.
         stage: of a model that is cut into stages of a pipeline, the one that this process has.
         moves_with_padding: whether padding on the left changes what the model computes; None: not tried yet.
-        paged: what continuous batching runs on, once it was asked for.
+        paged: what a manager of continuous batching runs on that was kept for a next session.
         is_reached: whether the decoder's attention is ours. A soft prompt switches it when a call first needs that.
     """
 
@@ -257,7 +257,6 @@ class Bank:
 
     def start_continuous_batching(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """The start of continuous batching, by whichever method."""
-        kwargs.pop(TASK_IDS, None)
         return start_batching(self, args, kwargs)
 
     def end_continuous_batching(self, end: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:

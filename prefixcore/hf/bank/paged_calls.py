@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from ..attention.prefix import LayerPrefixes
 from ..batch.tasks import TASK_IDS, Task, parse_task_ids
 from ..families import text_config
 from ..model.wrapped import WrappedMethod
-from ..paged.bare_copy import bare_copy
+from ..paged.bare_copy import KEPT, bare_copy, state_of
 from ..paged.ids import VirtualIds, WithVirtual
 from ..positions.model_inputs import reads_ids, stand_in
 from ..positions.positions import check_limit
@@ -30,63 +31,72 @@ if TYPE_CHECKING:
 TASK_ID = "task_id"
 """The argument of `add_request` that says whose virtual tokens stand before its text."""
 
+_STARTED = (
+    "continuous batching was started, which goes on with what was there, as it keeps pages of it: stop it, and start "
+    "it anew"
+)
+
 
 class PagedBatching:
-    """What is attached to a model, ready for continuous batching: as it is when this is made.
+    """What is attached to a model, ready for the requests of one manager: as it is when this is made.
 
     Args:
         bank: what is attached.
+        tasks: those that requests may name.
 
     Attributes:
-        model: a copy of the model, with the same weights and nothing attached.
+        model: a copy of the model, with the same weights and nothing attached, of which no other manager sets the
+            attention.
         ids: the ids of the virtual tokens.
         sees: whether what is attached was seen by the thread that made it.
     """
 
-    def __init__(self, bank: Bank) -> None:
-        self.bank, self.sees, tasks = bank, not bank.is_disabled, _attached(bank)
+    def __init__(self, bank: Bank, tasks: Sequence[Task]) -> None:
+        self.bank, self.sees = bank, not bank.is_disabled
         check_paged(bank, tasks)
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(tasks):
             prompts: dict[Task, Tensor] = {t: prompt_of(bank, t) for t in tasks if not t.adapter.is_prefix}
             prefixes: dict[Task, LayerPrefixes] = {t: prefix_of(bank, t) for t in tasks if t.adapter.is_prefix}
         self.model: PreTrainedModel = bare_copy(bank.model)
         like = stand_in(bank.model) if reads_ids(bank.model) else None
         self.ids = VirtualIds(self.model.get_input_embeddings(), bank.layers, prompts, prefixes, like)
         WrappedMethod(self.model, "forward", self.ids.call)
-        self._parts = _parts(bank.model)
+        WrappedMethod(self.model, "init_continuous_batching", self._start)
+        self._state = state_of(bank.model)
         self._values = {task.adapter.uid: _copies(task) for task in tasks}
 
-    def is_current(self) -> bool:
-        """Whether what is attached, and the model's own modules, are what they were."""
-        attached = {task.adapter.uid: task for task in _attached(self.bank)}
-        same = attached.keys() == self._values.keys() and self._parts == _parts(self.bank.model)
-        return same and all(self._is_unchanged(task) for task in attached.values())
+    def _start(self, start: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        manager = start(*args, **kwargs)
+        check_attention(manager.model)
+        if TASK_ID not in inspect.signature(manager.add_request).parameters:  # else it is one kept from before
+            _take_tasks(manager, self)
+        return manager
+
+    def is_current(self, tasks: Sequence[Task]) -> bool:
+        """Whether `tasks`, and the model, are what they were."""
+        return all(self._is_unchanged(task) for task in tasks) and self._state == state_of(self.bank.model)
 
     def _is_unchanged(self, task: Task) -> bool:
-        before, now = self._values.get(task.adapter.uid, {}), task.adapter.values()
-        return before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in before)
+        before, now = self._values.get(task.adapter.uid), task.adapter.values()
+        return before is not None and _are_equal(before, now)
+
+    def check(self, tasks: Sequence[Task | None]) -> None:
+        """Raises RuntimeError where what `tasks` name is no longer what it was."""
+        if not self.bank.is_attached:
+            raise RuntimeError(f"what was attached to the model has been detached since {_STARTED}")
+        for task in dict.fromkeys(tasks):
+            if task is not None and not self._is_unchanged(task):
+                raise RuntimeError(f"{_named(task)} was attached or changed after {_STARTED}")
 
     def request(self, task: Task | None, ids: Any, max_new_tokens: int | None) -> WithVirtual:
         """The ids of a request, with its virtual tokens before its text.
 
         Raises:
-            TypeError, ValueError: the ids are no ids of the vocabulary, or are too many behind virtual tokens.
-            RuntimeError: the adapter is no longer what it was.
+            ValueError: the ids are no ids of the vocabulary, or are too many behind virtual tokens.
         """
-        ids = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else list(ids)
-        wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.ids.vocabulary]
-        if wrong:
-            raise ValueError(
-                f"a request: expected ids from 0 to {self.ids.vocabulary - 1}, got {wrong[0]!r}: give a list of ids, "
-                "those of the text alone"
-            )
+        ids = self.ids.text(ids)
         if task is None:
             return self.ids.before(None, ids)
-        if task.key() not in self.ids.spans or not self._is_unchanged(task):
-            raise RuntimeError(
-                f"{_named(task)} was attached or changed after continuous batching was started, which goes on with "
-                "what was there, as it keeps pages of it: stop it, and start it anew"
-            )
         text, virtual = len(ids) + (max_new_tokens or 1) - 1, task.adapter.num_virtual_tokens
         if self.bank.limit is not None:
             check_limit(virtual + text, virtual, self.bank.limit)
@@ -109,13 +119,8 @@ class PagedBatching:
 
 def start(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`model.init_continuous_batching` of an attached model."""
-    paged = prepare(bank)
-    model: Any = paged.model
-    manager = model.init_continuous_batching(*args, **kwargs)
-    check_attention(manager.model)
-    if TASK_ID not in inspect.signature(manager.add_request).parameters:  # else it is one kept from before
-        _take_tasks(manager, paged)
-    return manager
+    model: Any = prepare(bank, _attached(bank)).model
+    return model.init_continuous_batching(*args, **kwargs)
 
 
 def generate_batch(
@@ -124,26 +129,31 @@ def generate_batch(
     """`model.generate_batch` of an attached model: its requests are checked before anything is started."""
     task_ids = kwargs.pop(TASK_IDS, None)
     bound = inspect.signature(generate).bind(*args, **kwargs)
-    inputs, paged = bound.arguments["inputs"], prepare(bank)
-    config = bound.arguments.get("generation_config") or bank.model.generation_config
-    most = bound.arguments.get("kwargs", {}).get("max_new_tokens", config.max_new_tokens)
-    tasks = _tasks(paged, task_ids, len(inputs))
-    bound.arguments["inputs"] = [paged.request(t, ids, most) for t, ids in zip(tasks, inputs, strict=True)]
-    return generate(*bound.args, **bound.kwargs)
+    given, inputs = bound.arguments, bound.arguments["inputs"]
+    tasks = _tasks(bank, not bank.is_disabled, task_ids, len(inputs))
+    named = list(dict.fromkeys(task for task in tasks if task is not None))
+    paged = prepare(bank, _attached(bank) if given.get("persistent_manager") else named)
+    paged.check(tasks)
+    most = given.get("kwargs", {}).get("max_new_tokens")
+    if most is None:
+        most = (given.get("generation_config") or bank.model.generation_config).max_new_tokens
+    given["inputs"] = [paged.request(task, ids, most) for task, ids in zip(tasks, inputs, strict=True)]
+    model: Any = paged.model
+    return model.generate_batch(*bound.args, **bound.kwargs)
 
 
-def prepare(bank: Bank) -> PagedBatching:
-    """What is attached, as it is now; a manager that transformers keeps for a next session stays while that is so."""
-    if bank.paged is not None and not bank.paged.is_current():
+def prepare(bank: Bank, tasks: Sequence[Task]) -> PagedBatching:
+    """What is attached, as it is now: anew, but for that of a manager that was kept for a next session."""
+    kept = bank.paged
+    if kept is None or not kept.is_current(tasks):
         end(bank)
-    if bank.paged is None:
-        bank.paged = PagedBatching(bank)
-    bank.paged.model.generation_config = bank.model.generation_config
-    return bank.paged
+        return PagedBatching(bank, tasks)
+    kept.model.generation_config = bank.model.generation_config
+    return kept
 
 
 def end(bank: Bank) -> None:
-    """Lets go of the copy of the model, and of a manager that is kept for a next session."""
+    """Lets go of a manager that was kept for a next session."""
     paged, bank.paged = bank.paged, None
     if paged is not None:
         model: Any = paged.model
@@ -157,10 +167,9 @@ def _attached(bank: Bank) -> list[Task]:
     return [Task(adapter, i) for adapter in list(bank.adapters.values()) for i in range(adapter.num_tasks)]
 
 
-def _tasks(paged: PagedBatching, task_ids: Any, count: int) -> list[Task | None]:
-    """Of each request its task."""
-    bank = paged.bank
-    if not paged.sees or is_disabled(bank.patch):
+def _tasks(bank: Bank, sees: bool, task_ids: Any, count: int) -> list[Task | None]:
+    """Of each request its task; none where nothing is seen, by the call or by the running thread."""
+    if not sees or is_disabled(bank.patch):
         return [None] * count
     if task_ids is None:
         return [task_of_all(bank)] * count
@@ -172,29 +181,32 @@ def _tasks(paged: PagedBatching, task_ids: Any, count: int) -> list[Task | None]
 
 def _take_tasks(manager: Any, paged: PagedBatching) -> None:
     """Lets a manager take `task_id` for a request and `task_ids` for several, and give back texts alone."""
-    add_one, add_several, router = manager.add_request, manager.add_requests, manager.output_router
+    add_one, add_several, stop, router = manager.add_request, manager.add_requests, manager.stop, manager.output_router
     one, several = inspect.signature(add_one), inspect.signature(add_several)
 
-    def most(bound: inspect.BoundArguments) -> int | None:
-        given = bound.arguments.get("max_new_tokens")
-        return manager.generation_config.max_new_tokens if given is None else given
+    def with_virtual(inputs: Any, task_ids: Any, given: dict[str, Any]) -> list[WithVirtual]:
+        if all(isinstance(ids, WithVirtual) for ids in inputs):
+            return list(inputs)
+        tasks, most = _tasks(paged.bank, paged.sees, task_ids, len(inputs)), given.get("max_new_tokens")
+        paged.check(tasks)
+        most = manager.generation_config.max_new_tokens if most is None else most
+        return [paged.request(task, ids, most) for task, ids in zip(tasks, inputs, strict=True)]
 
     def add_request(*args: Any, task_id: Any = None, **kwargs: Any) -> Any:
         bound = one.bind(*args, **kwargs)
-        ids = bound.arguments["input_ids"]
-        if not isinstance(ids, WithVirtual):
-            (task,) = _tasks(paged, task_id if task_id is None else [task_id], 1)
-            bound.arguments["input_ids"] = paged.request(task, ids, most(bound))
+        task_ids = None if task_id is None else [task_id]
+        (bound.arguments["input_ids"],) = with_virtual([bound.arguments["input_ids"]], task_ids, bound.arguments)
         return add_one(*bound.args, **bound.kwargs)
 
     def add_requests(*args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         bound = several.bind(*args, **kwargs)
-        inputs = bound.arguments["inputs"]
-        if not all(isinstance(ids, WithVirtual) for ids in inputs):
-            tasks = _tasks(paged, task_ids, len(inputs))
-            requests = [paged.request(task, ids, most(bound)) for task, ids in zip(tasks, inputs, strict=True)]
-            bound.arguments["inputs"] = requests
+        bound.arguments["inputs"] = with_virtual(bound.arguments["inputs"], task_ids, bound.arguments)
         return add_several(*bound.args, **bound.kwargs)
+
+    def stop_or_keep(*args: Any, **kwargs: Any) -> None:
+        stop(*args, **kwargs)
+        if KEPT in paged.model.__dict__ and paged.bank.is_attached:
+            paged.bank.paged = paged
 
     def deliver(output: Any, deliver: Callable[[Any], None] = router.deliver) -> None:
         deliver(_text_alone(output, paged.ids.vocabulary))
@@ -202,7 +214,7 @@ def _take_tasks(manager: Any, paged: PagedBatching) -> None:
     def deliver_batch(outputs: list[Any], deliver: Callable[[Any], None] = router.deliver_batch) -> None:
         deliver([_text_alone(output, paged.ids.vocabulary) for output in outputs])
 
-    manager.add_request, manager.add_requests = add_request, add_requests
+    manager.add_request, manager.add_requests, manager.stop = add_request, add_requests, stop_or_keep
     router.deliver, router.deliver_batch = deliver, deliver_batch
 
 
@@ -212,13 +224,27 @@ def _text_alone(output: Any, vocabulary: int) -> Any:
     return output
 
 
-def _parts(model: PreTrainedModel) -> list[tuple[str, int]]:
-    """The parameters of a model by their names: other ones are there where a part of it was replaced."""
-    return [(name, id(parameter)) for name, parameter in model.named_parameters()]
+@contextmanager
+def _without_dropout(tasks: Sequence[Task]) -> Iterator[None]:
+    """A block in which the modules of `tasks` make what they make for `generate`, also where the model is training."""
+    modules = {task.adapter.module for task in tasks if task.adapter.module.training}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
 
 
 def _copies(task: Task) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in task.adapter.values().items()}
+
+
+def _are_equal(before: dict[str, Tensor], now: dict[str, Tensor]) -> bool:
+    return before.keys() == now.keys() and all(
+        before[name].device == now[name].device and torch.equal(before[name], now[name]) for name in before
+    )
 
 
 def _named(task: Task) -> str:

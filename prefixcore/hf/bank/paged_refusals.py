@@ -24,8 +24,12 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
         reason = "the model has an encoder, whose output no request can hold"
     elif bank.stage is not None or bank.data_meshes or any(group is not None for group in bank.head_groups):
         reason = "the model is shared out among processes"
+    elif bank.model.device.type == "meta":
+        reason = "the weights of the model are offloaded"
     elif "position_ids" not in bank.names[bank.model]:
         reason = "the model counts positions by itself, from the first token of all requests"
+    elif any(getattr(module, "is_causal", True) is False for module in bank.model.get_decoder().modules()):
+        reason = "tokens of a text see later ones (as PaliGemma's), and in pages they do not"
     elif bank.cache_layers:
         reason = "the attention of the model is not one that reads them"
     elif any(task.adapter.virtual_token_ids is not None for task in tasks):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,25 @@ class VirtualIds:
         for i, layer in enumerate(layers if prefixes else ()):
             self.pairs[getattr(layer, "layer_idx", None)] = _of_all(lengths, prefixes, i)
 
+    def text(self, ids: Any) -> list[int]:
+        """The ids of a text, of a list or an array of them, or of one row.
+
+        Raises:
+            ValueError: they are no ids of the vocabulary, none at all, or several rows.
+        """
+        shape: Any = getattr(ids, "shape", ())
+        found = ids.reshape(-1).tolist() if len(shape) and shape[-1] == math.prod(shape) else list(ids)
+        found = [i.item() if isinstance(i, np.integer) else i for i in found]
+        for i in found:
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.vocabulary:
+                raise ValueError(
+                    f"a request: expected ids from 0 to {self.vocabulary - 1}, got {i!r}: give a list of ids, those of "
+                    "the text alone"
+                )
+        if not found:  # behind a prefix there is no token that a next one could follow
+            raise ValueError("a request: expected at least one id, got none")
+        return found
+
     def before(self, task: Task | None, ids: Sequence[int]) -> WithVirtual:
         """The ids of a request: those of its virtual tokens, and those of its text."""
         first, length = (0, 0) if task is None else self.spans[task.key()]
@@ -69,6 +90,7 @@ class VirtualIds:
         """A call of the copy of the model, `forward`, with pages of keys and values."""
         ids: Tensor = kwargs["input_ids"]
         update = _update_of(kwargs["cache"], self)
+        update.layers = set()
         is_virtual = ids >= self.vocabulary
         if ids.device.type == "cpu" and not bool(is_virtual.any()):  # reading it makes a GPU wait
             update.rows = None
@@ -97,7 +119,7 @@ class VirtualIds:
         return torch.where(is_virtual[..., None], self.table[which].to(text.dtype), text)
 
     def _checked(self, update: _Update, output: Any) -> Any:
-        if not update.was_called:
+        if not update.layers:
             raise NotImplementedError(
                 "continuous batching (generate_batch): the attention of this model does not read pages of keys and "
                 "values, so requests would see one another: call generate on padded batches"
@@ -126,19 +148,24 @@ class _Update:
     Attributes:
         rows: of each token of the call that runs which virtual token it is; None: none is.
         is_prefix: which of the tokens are virtual ones of a prefix.
-        was_called: whether a layer has put its keys and values into the pages.
+        layers: those that have put their keys and values into the pages in that call.
     """
 
     def __init__(self, cache: Any, ids: VirtualIds) -> None:
         self.update, self.ids = cache.update, ids
         self.rows: Tensor | None = None
         self.is_prefix: Tensor | None = None
-        self.was_called = False
+        self.layers: set[int] = set()
 
     @torch.compiler.disable  # as all that reads and writes pages is
     def __call__(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """As the cache's: keys and values [1, Hkv, T, D] of the tokens of all requests in the call."""
-        self.was_called = True
+        if layer_idx in self.layers:
+            raise NotImplementedError(
+                "continuous batching (generate_batch): the attention of this model does not read pages of keys and "
+                "values as transformers' own does, but several times a layer: call generate on padded batches"
+            )
+        self.layers.add(layer_idx)
         pair = None if self.rows is None else self.ids.at(layer_idx, key_states.device, key_states.dtype)
         if pair is not None:
             key_states, value_states = self._put(pair[0], key_states), self._put(pair[1], value_states)
