@@ -101,6 +101,13 @@ def test_other_changes_of_the_model(keep: bool) -> None:
     model.destroy_cached_continuous_batching_manager()
 
 
+def test_weights_that_were_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = make("llama")
+    attach(model, BOTH[0])
+    assert batch(model) == one_by_one(model)
+
+
 def test_what_was_detached_is_not_left_out_in_silence() -> None:
     model = make("llama")
     handle = attach(model, BOTH[0])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..attention.patch import ATTACHMENT, MODULE, changing_modules
@@ -58,9 +58,13 @@ def state_of(model: PreTrainedModel) -> list[Any]:
                 plain = {
                     key: repr(value) for key, value in vars(module).items() if key != "training" and _is_plain(value)
                 }
-                tensors = [(id(t), t._version) for t in chain(module.parameters(False), module.buffers(False))]
+                tensors = [(id(t), _version(t)) for t in chain(module.parameters(False), module.buffers(False))]
                 found.append((name, type(module), hooks, plain, tensors))
     return found
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # tensors of inference mode count no changes
 
 
 def _offloaded(model: nn.Module) -> Iterator[Any]:
