@@ -23,9 +23,9 @@ class PackedCollator:
     """A data collator that packs: `Trainer(model, args, data_collator=PackedCollator(), ...)`.
 
     For a model with a prefix or a soft prompt attached (`handle.can_pack`). The loss and its gradient are those of the
-    same sequences padded on the right (with a soft prompt: if their first tokens have no labels), also with gradient
-    accumulation: Trainer counts the same labels. `Trainer.evaluate` weighs by batch rows, and a packed batch is one, so
-    each batch weighs the same in `eval_loss`.
+    same sequences padded on the right, also with gradient accumulation: Trainer counts the same labels (with a soft
+    prompt in another loop: if their first tokens have no labels). `Trainer.evaluate` weighs by batch rows, and a packed
+    batch is one, so each batch weighs the same in `eval_loss`.
 
     Each feature is a mapping with `input_ids` (a list or a tensor [T]), perhaps `labels` (as long; -100 where there is
     nothing to learn) and `attention_mask` (as long; 0 where there is padding, which is taken out). What else it holds
@@ -38,7 +38,7 @@ class PackedCollator:
       index; and `labels`, int64 [1, L + 1], for these logits: `labels[:, i + 1]` belongs to the logits at i, so that
       transformers' losses, label smoothing and metrics shift and count them as they do in any batch. The first token
       of a sequence is never learnt, as nothing in the sequence comes before it (a padded batch learns it after a soft
-      prompt, if it has a label);
+      prompt, if it has a label, in a loop that gives no `num_items_in_batch`, as Trainer does);
     * where some feature has `task_ids` (a name or a number, for a `PromptBank`), `task_ids`, a list of each one's.
 
     Raises:

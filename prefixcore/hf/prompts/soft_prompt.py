@@ -2,7 +2,8 @@
 
 The first call of a sequence gets the prompt, as embeddings before the text. A cache keeps it, so that later calls only
 have their mask and positions moved. The loss is that of the longer sequence, whose labels at virtual tokens are -100,
-as in PEFT: the first text token is predicted from the last virtual one.
+as in PEFT: the first text token is predicted from the last virtual one. Where it is divided by `num_items_in_batch`,
+first tokens have no label, as Trainer does not count them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,11 @@ def insert(
     elif (padding is not None or missing is not None or _has_gaps(mask)) and takes_positions:
         kwargs["position_ids"] = positions_from_mask(kwargs["attention_mask"]) + first_position
     if kwargs.get("labels") is not None and head_of(model) != SEQUENCE:
-        labels = _predictable(kwargs["labels"], layout, prompts) if model.can_generate() else kwargs["labels"]
+        labels = kwargs["labels"]
+        if model.can_generate():
+            labels = _predictable(labels, layout, prompts)
+            if kwargs.get("num_items_in_batch") is not None:
+                labels = torch.nn.functional.pad(labels[:, 1:], (1, 0), value=-100)
         kwargs["labels"] = layout.insert_value(labels, -100)
     for name in SPANS:
         if isinstance(kwargs.get(name), Tensor):
