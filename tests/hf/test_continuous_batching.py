@@ -87,10 +87,18 @@ def test_models_that_look_at_ids_or_scale_embeddings(name: str, config: Any) -> 
     # With a table of its own Gemma 3 does not say its last token again, whatever it has read.
     changes = {"tie_word_embeddings": False} if name == "Gemma3ForCausalLM" else {}
     model = tiny_models.make(name, tiny_models.every_class()[name], **changes)
-    bare = one_by_one(model)
+    try:
+        bare = one_by_one(model)
+        assert batch(model) == bare
+    except (IndexError, ValueError) as error:  # before 5.23
+        pytest.skip(f"transformers by itself: {error}")
     move(prefixcore.attach(model, config), 3, by=10.0)
     expected = one_by_one(model)
-    assert batch(model) == expected != bare
+    made = model.generate_batch(REQUESTS, generation_config=options(), continuous_batching_config=small()).values()
+    if name.startswith("Gemma3n") and any(each.error for each in made):  # from 5.24 on layers read another's pages
+        assert "does not read pages of keys and values in each layer" in next(iter(made)).error
+    else:
+        assert [each.generated_tokens for each in made] == expected != bare
 
 
 @pytest.mark.parametrize("config", BOTH)

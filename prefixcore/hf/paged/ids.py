@@ -119,10 +119,11 @@ class VirtualIds:
         return torch.where(is_virtual[..., None], self.table[which].to(text.dtype), text)
 
     def _checked(self, update: _Update, output: Any) -> Any:
-        if not update.layers:
+        if not update.layers or not update.layers.issuperset(self.pairs):  # some read another layer's (Gemma 3n)
             raise NotImplementedError(
                 "continuous batching (generate_batch): the attention of this model does not read pages of keys and "
-                "values, so requests would see one another: call generate on padded batches"
+                "values in each layer, so requests would see one another, or not their prefix: call generate on padded "
+                "batches"
             )
         return output
 
