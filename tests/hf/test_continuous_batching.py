@@ -12,6 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig
+from prefixcore.hf.paged.ids import VirtualIds
 
 from . import tiny_models
 from .models import FAMILIES, Tokenizer, assert_same, make, state, window_of
@@ -269,6 +270,16 @@ def test_a_text_whose_tokens_see_later_ones() -> None:
     attach(model, PromptTuningConfig(num_virtual_tokens=4))
     with refused("tokens of a text see later ones"):
         model.generate_batch(REQUESTS)
+
+
+def test_pages_of_other_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JetMoe's, from transformers 5.24 on."""
+    model = make("llama")
+    attach(model, BOTH[0])
+    at = VirtualIds.at
+    monkeypatch.setattr(VirtualIds, "at", lambda *given: tuple(x.repeat(2, 1, 1) for x in at(*given)))
+    made = model.generate_batch(REQUESTS, generation_config=options(), continuous_batching_config=small())
+    assert all("layer 0 has pages of 2 heads and a prefix of 4" in str(each.error) for each in made.values())
 
 
 def test_scores_that_transformers_would_not_cap() -> None:

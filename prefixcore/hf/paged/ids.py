@@ -169,6 +169,11 @@ class _Update:
         self.layers.add(layer_idx)
         pair = None if self.rows is None else self.ids.at(layer_idx, key_states.device, key_states.dtype)
         if pair is not None:
+            if pair[0].shape[0] != key_states.shape[1]:  # JetMoe repeats its keys after they are in the cache
+                raise NotImplementedError(
+                    f"continuous batching (generate_batch): layer {layer_idx} has pages of {key_states.shape[1]} heads "
+                    f"and a prefix of {pair[0].shape[0]}: call generate on padded batches"
+                )
             key_states, value_states = self._put(pair[0], key_states), self._put(pair[1], value_states)
         return self.update(key_states, value_states, layer_idx, *args, **kwargs)
 
