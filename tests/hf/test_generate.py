@@ -220,18 +220,3 @@ def test_under_inference_mode_and_then_trained(config: Any) -> None:
     torch.optim.SGD(handle.parameters(), lr=5.0).step()
     after = model.generate(ids, **options())
     assert not torch.equal(before, after)
-
-
-@pytest.mark.parametrize("config", BOTH)
-def test_continuous_batching_is_refused_before_it_starts(config: Any) -> None:
-    model = make("llama")
-    with prefixcore.attach(model, config, tokenizer=Tokenizer()) as handle:
-        for start in (
-            lambda: model.generate_batch([[5, 6, 7], [8, 9]]),
-            lambda: model.init_continuous_batching(),
-            lambda: model.continuous_batching_context_manager().__enter__(),
-        ):
-            with pytest.raises(NotImplementedError, match="call generate on padded batches"):
-                start()
-        assert handle.is_attached
-    assert "init_continuous_batching" not in model.__dict__
