@@ -55,6 +55,9 @@ def test_continuous_batching(method: str) -> None:
         with model.disable_adapter():
             assert batched() == bare
         assert model.base_model.generate_batch(requests, options, pages)["req_0"].generated_tokens == bare[0]
+        model.generate_batch(requests, options, pages, persistent_manager=True)
+        with model.base_model.continuous_batching_context_manager(options, continuous_batching_config=pages) as manager:
+            assert managed(manager) == bare  # of the base model by itself, though one with the prefix was kept
         with torch.no_grad():
             for parameter in model.prompt_encoder.parameters():
                 parameter.mul_(-3.0)

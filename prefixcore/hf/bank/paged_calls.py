@@ -145,7 +145,7 @@ def generate_batch(
 def prepare(bank: Bank, tasks: Sequence[Task]) -> PagedBatching:
     """What is attached, as it is now: anew, but for that of a manager that was kept for a next session."""
     kept = bank.paged
-    if kept is None or not kept.is_current(tasks):
+    if kept is None or kept.sees == bank.is_disabled or not kept.is_current(tasks):
         end(bank)
         return PagedBatching(bank, tasks)
     kept.model.generation_config = bank.model.generation_config
