@@ -1,6 +1,6 @@
-"""What loading an adapter takes: `python -m tests.robustness.memory KIND MEGABYTES [read|load|train]`.
+"""What loading an adapter takes: `python -m tests.robustness.memory MEGABYTES KIND:[read|load|train]...`.
 
-Writes an adapter of that size, reads or loads it in a process of its own, and prints as JSON the bytes of its tensor
+Writes each adapter in that size, reads or loads it in a process of its own, and prints as JSON the bytes of its tensor
 files and by how many bytes the process's resident memory rose above what it was before, at its peak.
 
 - ours: a prefix in one of two layers, in tensors of our own names;
@@ -17,10 +17,12 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,6 @@ from prefixcore.nn import LayerShape, Prefix, SoftPrompt
 from ..adapters.models import make_model
 
 HKV, D, E = 2, 16, 32
-KINDS = ("ours", "peft", "prompt", "state", "basis", "mlp", "prompt state")
 
 
 def write(folder: Path, kind: str, size: int) -> None:
@@ -73,13 +74,17 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def set_up_once() -> None:
+    """What the first load imports and sets up, and a fork's first load brings into its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "adapter", "ours", 1 << 14)
+        load(make_model("llama"), Path(folder) / "adapter").detach()
+
+
 def measure(folder: Path, how: str) -> dict[str, int]:
     """In this process."""
+    set_up_once()
     model = make_model("llama")
-    with tempfile.TemporaryDirectory() as small:  # what is imported and set up once
-        write(Path(small) / "adapter", "ours", 1 << 14)
-        load(model, Path(small) / "adapter").detach()
-    torch.zeros(1)
     reset_peak()
     before = peak()
     if how == "read":
@@ -92,20 +97,27 @@ def measure(folder: Path, how: str) -> dict[str, int]:
     return {"files": files, "rise": rise}
 
 
+def in_a_process_of_its_own(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Forked, so that nothing is imported again."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("megabytes", type=int)
-    parser.add_argument("how", nargs="?", default="load", choices=("read", "load", "train"))
-    parser.add_argument("--folder", type=Path, help="measure the adapter in it, in this process")
+    parser.add_argument("cases", nargs="+", metavar="KIND:HOW")
     options = parser.parse_args()
-    if options.folder is not None:
-        print(json.dumps(measure(options.folder, options.how)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "adapter", options.kind, options.megabytes * 2**20)
-        command = [sys.executable, "-m", "tests.robustness.memory", options.kind, "0", options.how]
-        subprocess.run([*command, "--folder", str(Path(folder) / "adapter")], check=True)
+    torch.set_num_threads(1)  # threads do not outlive a fork
+    set_up_once()
+    found = {}
+    for case in options.cases:
+        kind, how = case.split(":")
+        with tempfile.TemporaryDirectory() as folder:
+            adapter = Path(folder) / "adapter"
+            in_a_process_of_its_own(write, adapter, kind, options.megabytes * 2**20)
+            found[case] = in_a_process_of_its_own(measure, adapter, how)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
