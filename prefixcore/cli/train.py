@@ -25,7 +25,7 @@ from .limits import (
     stated_positions,
 )
 from .output import check_open, say
-from .train_examples import HeldOutEvaluator, check_chat, read_examples, tokenize_all
+from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_all
 from .train_layers import check_train_layers
 from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
@@ -49,8 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Whatever is wrong with the request is found before the model is opened, and long before a write.
     check_out(arguments.out)
-    if arguments.chat and arguments.end is not None:
-        raise UserError("--end cannot be given with --chat: the model's chat template ends each turn; leave it out")
     with user_errors(TrackerError, what="--report-to"):
         check_trackers(arguments.report_to)
     config = build_config(arguments)
@@ -59,12 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
         training, held_out = read_examples(arguments)
     if held_out:
         check_open()
-    options = training_options(arguments, len(training), has_held_out=bool(held_out))
+    training_options(arguments, len(training), has_held_out=bool(held_out))
     check_cache(arguments, config)
 
     model, tokenizer = open_model(arguments)
     check_train_layers(arguments, config, model)
-    check_chat(arguments, tokenizer)
+    training = as_texts(arguments, model, tokenizer, training)
+    held_out = as_texts(arguments, model, tokenizer, held_out)
+    options = training_options(arguments, len(training), has_held_out=bool(held_out))
     with user_errors(DataError):
         most = most_start_tokens(arguments, model, tokenizer, [*training, *held_out])
         start = Start(arguments, config, training, tokenizer, most=most)

@@ -23,6 +23,8 @@ def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Ex
     from ..training import read_examples as read
     from ..training import split
 
+    if arguments.chat and arguments.end is not None:
+        raise UserError("--end cannot be given with --chat: the model's chat template ends each turn; leave it out")
     examples = read(arguments.data, chat=arguments.chat)
     if arguments.eval_data is None:
         training, held_out = split(examples, arguments.eval_fraction, arguments.split_seed)
@@ -39,14 +41,33 @@ def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Ex
     return training, held_out[: arguments.eval_limit]
 
 
-def check_chat(arguments: argparse.Namespace, tokenizer: Any) -> None:
-    """Raises UserError where conversations are given and the model's chat template cannot be learnt from."""
-    from ..training import DataError
-    from ..training.chat import check_template
+def as_texts(arguments: argparse.Namespace, model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
+    """Examples of which each is one text: some chat templates make several of a conversation.
 
-    if arguments.chat:
-        with user_errors(DataError, what=f"--model {arguments.model}"):
-            check_template(tokenizer)
+    Raises:
+        UserError: conversations are given, and the model's chat template cannot be learnt from, or refuses one.
+    """
+    from ..training import DataError, unroll
+    from ..training.template import check_template
+
+    if not arguments.chat:
+        return list(examples)
+    with user_errors(DataError, what=f"--model {arguments.model}"):
+        check_template(tokenizer)
+    most = LengthLimit.of(model, 0, arguments.max_length).tokens
+    found: list[Example] = []
+    for example in examples:
+        if is_too_long(example.prompt + example.completion, most):  # refused, or left out, where its tokens are counted
+            found.append(example)
+            continue
+        with user_errors(DataError):
+            found += unroll(tokenizer, [example])
+    if len(found) > len(examples):
+        say(
+            f"the model's chat template writes a turn otherwise once others follow: {len(examples)} conversations "
+            f"became {len(found)} examples, each of one turn to learn"
+        )
+    return found
 
 
 def tokenize_all(

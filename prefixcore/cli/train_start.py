@@ -20,7 +20,10 @@ FEWEST_PROBES = 8
 """With fewer examples outside the texts, all of them are what the texts are tried on."""
 
 TEMPLATE = 256
-"""Bytes that a tokenizer or a chat template may put around an example. No token is less than one of them."""
+"""Bytes that a tokenizer may put around an example. No token is less than one of them."""
+
+CHAT_TEMPLATE = 4096
+"""Bytes that a chat template may put around a conversation, such as what it says of tools."""
 
 
 def most_start_tokens(
@@ -42,11 +45,11 @@ def most_start_tokens(
     positions = stated_positions(model) if learned is None and arguments.max_length is None else learned
     if positions is None:
         return None
-    lengths = []
+    lengths, around = [], CHAT_TEMPLATE if arguments.chat else TEMPLATE
     for each in () if arguments.skip_too_long else examples:
         text = each.prompt + each.completion
         size = len(text.encode("utf-8", "surrogatepass"))
-        if size + TEMPLATE > positions - NUM_VIRTUAL_TOKENS and not is_too_long(text, positions):
+        if size + around > positions - NUM_VIRTUAL_TOKENS and not is_too_long(text, positions):
             lengths.append(each.to_ids(tokenizer, arguments.end).length)
     return most_tokens(positions, lengths)
 
@@ -111,13 +114,14 @@ class Start:
             ids: the same, tokenized.
         """
         from ..training import best_start
-        from ..training.starting import in_turns
+        from ..training.starting import beginning, in_turns
 
         if not self.is_made:
             return self.configs[0]
         known = dict(zip(map(id, training), ids, strict=True))
         order = list(in_turns(training, 0))
-        outside = [each for each in order if not any(each.prompt in config.init_text for config in self.configs)]
+        begins = {id(each): beginning(each, known[id(each)], self.tokenizer) for each in order}
+        outside = [each for each in order if not any(begins[id(each)] in config.init_text for config in self.configs)]
         probes = outside if len(outside) >= FEWEST_PROBES else order
         return best_start(model, self.tokenizer, self.configs, [known[id(each)] for each in probes])
 

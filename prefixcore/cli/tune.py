@@ -14,7 +14,7 @@ from .failures import UserError, user_errors
 from .limits import LengthLimit, check_virtual_tokens, learned_positions
 from .output import check_open, results, say, table
 from .train import check_out, count_virtual_tokens, signals_held_back
-from .train_examples import HeldOutEvaluator, check_chat, read_examples, tokenize_all
+from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_all
 from .train_options import (
     LEARNING_RATES,
     METHODS,
@@ -101,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("tuning goes by held-out examples, and there are none; give --eval-data or --eval-fraction")
 
     model, tokenizer = open_model(arguments)
-    check_chat(arguments, tokenizer)
+    training = as_texts(arguments, model, tokenizer, training)
+    held_out = as_texts(arguments, model, tokenizer, held_out)
     own = count_virtual_tokens(arguments, model, tokenizer, config)
     lengths = lengths_of(arguments, own)
     longest = max(lengths)

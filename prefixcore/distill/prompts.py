@@ -9,6 +9,7 @@ from typing import Any
 
 from ..training.data import DataError, set_aside
 from ..training.reading import TABLES, failures
+from ..training.tables import PLAIN
 from .errors import DistillError
 from .options import DistillOptions
 from .writing import Prompt
@@ -48,7 +49,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         with failures(path):
             if rows is not None:
-                return _of_table(path, list(rows(path)))
+                return _of_table(path, list(rows(path, PLAIN)))
             text = path.read_text(encoding="utf-8-sig")
     except DataError as error:
         raise DistillError(str(error)) from None

@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..training.chat import question_ids, write_turns
+from ..training.chat import question_ids
 from ..training.data import encode
 from ..training.evaluate import prompt_ids
+from ..training.template import write_turns
 from .errors import DistillError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..hf.trained_layers import train_layers
 from .activations import CachedActivations, CacheError, cache_activations
 from .average_callback import AverageCallback
+from .chat import unroll
 from .curve import Curve, draw_curve, write_curve
 from .data import DataError, Example, TokenizedExample, collate, split, tokenize
 from .describe import describe_data
@@ -48,6 +49,7 @@ __all__ = [
     "tokenize",
     "train",
     "train_layers",
+    "unroll",
     "weights_digest",
     "write_curve",
 ]

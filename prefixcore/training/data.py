@@ -47,6 +47,10 @@ class Example:
         """The text that the model is to give by itself."""
         return self.completion
 
+    def expected(self, tokenizer: Any, ids: TokenizedExample) -> str:
+        """`answer` as it is decoded from what the model says, where the example has these ids."""
+        return self.answer
+
     def to_ids(self, tokenizer: Any, end: str | None) -> TokenizedExample:
         """Token ids, as `tokenize` makes them."""
         completion = self.completion

@@ -216,7 +216,8 @@ def evaluate(
 ) -> Evaluation:
     """Held-out loss and greedy exact match.
 
-    Of a conversation, the answer is the assistant's last turn. An answer may be one token longer than the longest right
+    Of a conversation, the answer is the assistant's last turn as the model's chat template writes it, calls of tools
+    among it. An answer may be one token longer than the longest right
     one: a longer answer cannot be right.
 
     Args:
@@ -242,9 +243,13 @@ def evaluate(
     longest = max(len(example.answer_ids) for example in tokenized)
     prompts = [example.question_ids for example in tokenized]
     answers = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, {"do_sample": False})
+    right = [
+        Example(example.prompt, example.expected(tokenizer, ids))
+        for example, ids in zip(examples, tokenized, strict=True)
+    ]
     return Evaluation(
         loss=held_out_loss(model, tokenized, pad_id(tokenizer, model)),
-        exact_match=exact_match(answers, examples, end),
+        exact_match=exact_match(answers, right, end),
         answers=answers,
     )
 

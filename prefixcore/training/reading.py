@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .chat import Conversation, check_messages
+from .chat_rows import CHAT, conversation, is_conversation
 from .data import DataError, Example, is_whole
-from .tables import DATASET_FILES, read_csv, read_dataset, read_parquet
+from .json_values import json_name, parse_json
+from .tables import DATASET_FILES, PLAIN, read_csv, read_dataset, read_parquet
 
-_Reader = Callable[[Path], Iterator[tuple[str, Any]]]
+_Reader = Callable[[Path, Sequence[str]], Iterator[tuple[str, Any]]]
 
 TABLES: dict[str, _Reader] = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
 """How a file's name ends -> its rows, where it is no JSON lines."""
@@ -27,7 +27,9 @@ def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
 
     Args:
         path: the file or folder.
-        chat: each row has `messages`, a list of `{"role": ..., "content": ...}`, in place of `prompt` and `completion`.
+        chat: each row has `messages`, a list of `{"role": ..., "content": ...}`, in place of `prompt` and `completion`;
+            or these two as lists of messages (TRL), or `conversations` (ShareGPT). Beside them `tools` and
+            `chat_template_kwargs`, which the model's chat template is told.
 
     Raises:
         DataError: no such file, one that cannot be read, a library that it needs and that is not installed, a column
@@ -94,8 +96,8 @@ def failures(path: Path) -> Iterator[None]:
 
 
 def _examples(path: Path, rows: _Reader, kind: str, chat: bool) -> list[Example]:
-    make = _conversation if chat else _example
-    examples = [make(row, source, kind) for source, row in rows(path)]
+    make: Callable[..., Example] = conversation if chat else _example
+    examples = [make(row, source, kind) for source, row in rows(path, CHAT if chat else PLAIN)]
     if not examples:
         like = '{"messages": [{"role": "user", "content": "..."}, ...]}'
         like = like if chat else '{"prompt": "...", "completion": "..."}'
@@ -106,7 +108,7 @@ def _examples(path: Path, rows: _Reader, kind: str, chat: bool) -> list[Example]
     return examples
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -115,40 +117,21 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(line: str, source: str) -> Any:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not valid JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise DataError(f"{source}: nested too deep for JSON") from None
-    except ValueError as error:  # Python reads integers of 4,300 digits at most
-        raise DataError(f"{source}: not valid JSON ({error})") from None
+    record = parse_json(line, source)
     if not isinstance(record, dict):
         raise DataError(f"{source}: expected a JSON object, got {json_name(record)}")
     return record
 
 
 def _example(record: Mapping[str, Any], source: str, kind: str) -> Example:
+    hint = "; conversations are read with --chat" if is_conversation(record) else ""
     for field in ("prompt", "completion"):
         if field not in record:
-            hint = "; conversations are read with --chat" if isinstance(record.get("messages"), list) else ""
             raise DataError(f"{source}: the {kind} {field!r} is missing (found: {', '.join(record) or 'none'}){hint}")
         if not isinstance(record[field], str):
-            raise DataError(f"{source}: the {kind} {field!r} must be a string, got {json_name(record[field])}")
+            raise DataError(f"{source}: the {kind} {field!r} must be a string, got {json_name(record[field])}{hint}")
         if not is_whole(record[field]):
             raise DataError(f"{source}: the {kind} {field!r} holds half of a character (a lone surrogate)")
     if not record["completion"]:
         raise DataError(f"{source}: the {kind} 'completion' is empty; there is nothing to learn from it")
     return Example(record["prompt"], record["completion"], source)
-
-
-def _conversation(record: Mapping[str, Any], source: str, kind: str) -> Example:
-    if "messages" not in record:
-        raise DataError(f"{source}: the {kind} 'messages' is missing (found: {', '.join(record) or 'none'})")
-    return Conversation.of(check_messages(record["messages"], f"{source}: the {kind} 'messages'"), source)
-
-
-def json_name(value: Any) -> str:
-    """What JSON calls a value, with its article."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .chat import unroll
 from .data import DataError, Example, TokenizedExample, split, tokenize
 from .describe import describe_data
 from .evaluate import evaluate
@@ -102,14 +103,15 @@ def _held_out(
         training, held_out = split(examples, named["fraction"], named["seed"])
         parts.insert(0, (held_out, training))
     for part, rest in parts:
-        few = _short_enough(tokenizer, part[:limit] if isinstance(limit, int) else part, settings)
+        few = _used(tokenizer, part[:limit] if isinstance(limit, int) else part, settings)
         if few and describe_data(few)["sha256"] == named.get("sha256"):
-            return few, None if rest is None else _short_enough(tokenizer, rest, settings)
+            return few, None if rest is None else _used(tokenizer, rest, settings)
     return None, None
 
 
-def _short_enough(tokenizer: Any, examples: list[Example], settings: Mapping[str, Any]) -> list[Example]:
-    """What `--skip-too-long` leaves of them."""
+def _used(tokenizer: Any, examples: list[Example], settings: Mapping[str, Any]) -> list[Example]:
+    """What a training makes of them: each as one text, and what `--skip-too-long` leaves."""
+    examples = unroll(tokenizer, examples)
     longest = settings.get("max_length")
     if not settings.get("skip_too_long") or not isinstance(longest, int):
         return examples

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from .chat import Conversation
 from .data import DataError, Example, TokenizedExample, pad_id
 from .evaluate import held_out_loss
 
@@ -159,6 +160,14 @@ def in_turns(examples: Sequence[Example], seed: int) -> Iterator[Example]:
             yield answers[answer].pop()
             if not answers[answer]:
                 del answers[answer]
+
+
+def beginning(example: Example, ids: TokenizedExample, tokenizer: Any) -> str:
+    """How the example begins in a text that it is part of: as it does in the data, or as its template writes it."""
+    if not isinstance(example, Conversation):
+        return example.prompt
+    asked = ids_of(TokenizedExample(ids.prompt_ids, []), list(tokenizer("")["input_ids"]))
+    return str(tokenizer.decode(asked, clean_up_tokenization_spaces=False))
 
 
 def ids_of(example: TokenizedExample, around: list[int]) -> list[int]:

@@ -14,19 +14,18 @@ _INSTALL = "pip install 'prefixcore[data]'"
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 """One of them is in each folder that `save_to_disk` writes: of a data set, or of several splits."""
 
+PLAIN = ("prompt", "completion", "messages", "conversations")
+"""The columns that are read where there are prompts and completions; the others are ignored."""
 
-_COLUMNS = ("prompt", "completion", "messages")
-"""The columns that are read; others are ignored."""
 
-
-def _check_names(names: Sequence[str], source: str | Path) -> None:
+def _check_names(names: Sequence[str], columns: Sequence[str], source: str | Path) -> None:
     """Raises DataError if a column that is read is there twice."""
-    for name in _COLUMNS:
+    for name in columns:
         if names.count(name) > 1:
             raise DataError(f"{source}: {names.count(name)} columns are called {name!r}; leave one of them")
 
 
-def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file of comma-separated values with a header; of `.tsv` tab-separated ones."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
@@ -43,7 +42,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             if header is None:
                 header = row
-                _check_names(header, source)
+                _check_names(header, columns, source)
             elif len(row) != len(header):
                 raise DataError(
                     f"{source}: {len(row)} values, but the header has {len(header)} columns ({', '.join(header)}); "
@@ -53,7 +52,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield source, dict(zip(header, row, strict=True))
 
 
-def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a Parquet file.
 
     Raises:
@@ -67,18 +66,18 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         number = 0
         with ParquetFile(path) as file:
-            _check_names(file.schema_arrow.names, path)
-            columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+            _check_names(file.schema_arrow.names, columns, path)
+            there = [name for name in file.schema_arrow.names if name in columns]
             others = dict.fromkeys(file.schema_arrow.names)  # for messages that name the columns there are
-            for batch in file.iter_batches(columns=columns):
+            for batch in file.iter_batches(columns=there):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row if columns else others
+                    yield f"{path}, row {number}", row if there else others
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file that pyarrow can read ({str(error).splitlines()[0]})") from None
 
 
-def read_dataset(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_dataset(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a data set that `save_to_disk` wrote.
 
     Raises:
@@ -96,9 +95,9 @@ def read_dataset(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = datasets.load_from_disk(str(path)).with_format(None)
     except Exception as error:  # what datasets raises for a damaged folder is of any kind
         raise DataError(f"{path}: datasets cannot read it ({type(error).__name__}: {error})") from error
-    columns = [name for name in rows.column_names if name in _COLUMNS]
+    there = [name for name in rows.column_names if name in columns]
     others = dict.fromkeys(rows.column_names)
-    if columns:
-        rows = rows.select_columns(columns)
+    if there:
+        rows = rows.select_columns(there)
     for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row if columns else others
+        yield f"{path}, row {number}", row if there else others

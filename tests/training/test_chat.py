@@ -7,8 +7,9 @@ import json
 import pytest
 
 from prefixcore.training import DataError, Example, evaluate, read_examples, split, tokenize
-from prefixcore.training.chat import Conversation, check_messages
+from prefixcore.training.chat import Conversation
 from prefixcore.training.data import IGNORED
+from prefixcore.training.messages import check_messages
 from tests import tiny
 
 CHATML = (
@@ -105,8 +106,11 @@ def test_a_model_without_a_template():
     [
         ("{{ raise_exception('roles must alternate') }}", "chat template refuses the messages: roles must alternate"),
         ("{% for m in messages %}{{ m.content }}", "chat template refuses the messages"),
-        ("{{ messages[-1].content }}", "does not write message 2 after what it writes of those before it"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "have no token"),
+        (
+            "{{ messages[-1].content }}",
+            "message 2: the model's chat template asks for it with 'ab' and then writes 'cd'",
+        ),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "does not write the content of mes"),
     ],
 )
 def test_templates_that_do_not_fit(template, message):
@@ -119,10 +123,10 @@ def test_templates_that_do_not_fit(template, message):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hello", "must be a list"),
+        ("hello", "not valid JSON"),
+        ({"role": "user"}, "must be a list"),
+        (["a"], "message 1 must be an object"),
         ([{"role": "user"}], "message 1 has no text 'content'"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}], "message 1 has tool_calls, which are not"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "message 1 has no text 'content'"),
         ([{"role": "user", "content": "a"}], "no turn of the role 'assistant', which is what is learnt (found: user)"),
         ([{"role": "assistant", "content": "a"}], "the first turn is the assistant's"),
         ([], "(found: none)"),

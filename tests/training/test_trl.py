@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 import prefixcore
 from prefixcore.training import weights_digest
-from prefixcore.training.chat import Conversation, check_messages
+from prefixcore.training.chat import Conversation
 from prefixcore.training.data import IGNORED
+from prefixcore.training.messages import check_messages
 from tests import tiny
 
 if sys.version_info < (3, 11):

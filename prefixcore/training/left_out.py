@@ -1,0 +1,81 @@
+"""What a chat template leaves out: it is a program that reads some fields, and says nothing of the others.
+
+A field whose text is not among what was written has been left out if another one in its place changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .data import DataError
+from .messages import ASSISTANT, text_of
+
+Write = Callable[..., str]
+"""Messages, and what else the template is told, as text; DataError: it refuses them."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The names that templates have for what a model thinks before it answers."""
+
+
+def check_tools(write: Write, messages: Sequence[dict[str, Any]], asked: str, where: str) -> None:
+    """Raises DataError if the tools of a conversation are not in what the assistant is asked with."""
+    if _is_same(write, messages, asked, tools=None):
+        raise DataError(
+            f"{where}: the model's chat template does not write the tools; leave them out, or write them into the "
+            "system message as the model reads them"
+        )
+
+
+def check_asked(write: Write, messages: Sequence[dict[str, Any]], start: int, asked: str, where: str) -> None:
+    """Raises DataError if a message of others, from `start` on, is not in what the assistant is asked with."""
+    for place, message in enumerate(messages):
+        text = text_of(message).strip()
+        if place < start or message["role"] == ASSISTANT or text in asked:
+            continue
+        changed = [*messages[:place], {**message, "content": f"not {text}"}, *messages[place + 1 :]]
+        if _is_same(write, changed, asked):
+            raise DataError(
+                f"{where}: the model's chat template does not write message {place + 1}, of the role "
+                f"{message['role']!r}; give it a role that the template knows, or leave it out"
+            )
+
+
+def check_said(write: Write, messages: Sequence[dict[str, Any]], said: str, whole: str, where: str) -> None:
+    """Raises DataError if the last message, which is learnt, has something to say that is not in `said`."""
+    *before, message = messages
+    for name, others in _others(message, said):
+        if _is_same(write, [*before, {**message, **others}], whole):
+            beside = " beside its tool_calls" if name == "content" and "tool_calls" in message else ""
+            raise DataError(
+                f"{where}: the model's chat template does not write the {name} of message {len(messages)}{beside}, so "
+                "it would not be learnt; leave the field out, or write it into another one as the model says it"
+            )
+
+
+def _others(message: dict[str, Any], said: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is not sure to be in `said`, and other values in its place."""
+    if text_of(message).strip() not in said:
+        yield "content", {"content": f"not {text_of(message)}"}
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    if calls:
+        yield "tool_calls", _called(message, [{**call, "name": f"not_{call['name']}"} for call in calls])
+    if any(call["arguments"] for call in calls):
+        yield "arguments of the tool_calls", _called(message, [{**call, "arguments": {}} for call in calls])
+    thoughts = [name for name in REASONING if isinstance(message.get(name), str)]
+    if any(message[name].strip() not in said for name in thoughts):
+        yield thoughts[0], {name: f"not {message[name]}" for name in thoughts}
+
+
+def _called(message: dict[str, Any], functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The calls of a message, of these functions."""
+    calls = zip(message["tool_calls"], functions, strict=True)
+    return {"tool_calls": [{**call, "function": function} for call, function in calls]}
+
+
+def _is_same(write: Write, messages: Sequence[dict[str, Any]], text: str, **given: Any) -> bool:
+    """Whether these messages are written as `text`."""
+    try:
+        return write(messages, **given) == text
+    except DataError:
+        return False
