@@ -61,7 +61,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="the data hold messages: they are written by the model's chat template, and the assistant's turns learnt",
+        help="the data are conversations (messages, tools): they are written by the model's chat template, and the "
+        "assistant's turns learnt",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.chat_rows import is_conversation
 from ..training.data import DataError, set_aside
 from ..training.reading import TABLES, failures
 from ..training.tables import PLAIN
@@ -93,6 +94,11 @@ def _of_table(path: Path, rows: Sequence[tuple[str, Any]]) -> list[Prompt]:
 
 
 def _of_record(record: dict[str, Any], source: str) -> Prompt:
+    if is_conversation(record):
+        raise DistillError(
+            f"{source}: holds a list of messages, and prompts are single turns; give what the user says as the text "
+            "'prompt', and the right answer, if there is one, as the text 'completion'"
+        )
     prompt, completion = record.get("prompt"), record.get("completion")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DistillError(f"{source}: the field 'prompt' must be a text that is not empty")

@@ -136,8 +136,8 @@ class Conversation(Example):
         found: list[_Turn] = []
         for place in learnt_turns(messages):
             where = f"{self.source}: message {place + 1}"
-            ask = partial(self._write, tokenizer, add_generation_prompt=True)
-            tell = partial(self._write, tokenizer, add_generation_prompt=False)
+            ask = partial(write_turns, tokenizer, source=self.source, add_generation_prompt=True, given=given)
+            tell = partial(write_turns, tokenizer, source=self.source, add_generation_prompt=False, given=given)
             asked = ask(messages[:place])
             whole = tell(messages[: place + 1])
             if not whole.startswith(asked):
@@ -147,20 +147,14 @@ class Conversation(Example):
                     f"{_piece(whole[same:])} there, so what the assistant is to say cannot be told from the rest; "
                     "chat_template_kwargs may change what it asks with"
                 )
-            said = whole[len(asked) :]
-            # What the template writes after the end-of-sequence token comes when the model has stopped.
-            stop = said.find(tokenizer.eos_token) if tokenizer.eos_token else -1
-            said = said if stop < 0 else said[: stop + len(tokenizer.eos_token)]
+            said = _up_to_the_end(whole[len(asked) :], messages[place], tokenizer.eos_token, where)
             if "tools" in given and not found:
-                check_tools(ask, messages[:place], asked, self.source)
+                check_tools(partial(ask, given={**given, "tools": None}), messages[:place], asked, self.source)
             check_asked(ask, messages[:place], start, asked, self.source)
             check_said(tell, messages[: place + 1], said, whole, self.source)
             found.append(_Turn(place + 1, asked, said))
             start = place + 1
         return found
-
-    def _write(self, tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        return write_turns(tokenizer, messages, self.source, **{**self.given, **options})
 
 
 def unroll(tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
@@ -201,6 +195,17 @@ def question_ids(tokenizer: Any, question: str, source: str) -> list[int]:
     messages = [{"role": "user", "content": question}]
     text = write_turns(tokenizer, messages, source, add_generation_prompt=True)
     return encode(tokenizer, text, source, add_special_tokens=False)
+
+
+def _up_to_the_end(said: str, message: dict[str, Any], eos: str | None, where: str) -> str:
+    """A turn without what the template writes after the end-of-sequence token, when the model has stopped."""
+    if not eos or eos not in said:
+        return said
+    if eos in text_of(message).rstrip().removesuffix(eos):
+        raise DataError(
+            f"{where}: its content goes on behind {eos!r}, where the model stops; leave that token out of it"
+        )
+    return said[: said.index(eos) + len(eos)]
 
 
 def _piece(text: str) -> str:

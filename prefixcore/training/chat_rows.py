@@ -7,7 +7,7 @@ from typing import Any
 
 from .chat import Conversation
 from .data import DataError
-from .json_values import check_json, json_name, parsed, without_nulls
+from .json_values import check_json, json_name, parsed
 from .messages import check_each, check_turns, only_read
 from .sharegpt import to_messages
 from .template import OURS
@@ -24,18 +24,17 @@ def conversation(row: Mapping[str, Any], source: str, kind: str) -> Conversation
     Args:
         row: what it holds, by name; lists and objects may be JSON texts, as in a CSV.
         source: where it is from.
-        kind: what its names are: "field", or "column", where null is what other rows' fields leave behind.
+        kind: what its names are: "field" or "column".
 
     Raises:
         DataError: there is none, or one that cannot be learnt.
     """
-    found = row if kind == "field" else {name: without_nulls(value) for name, value in row.items()}
     for name in IMAGES:
-        if found.get(name):
+        if row.get(name):
             raise DataError(f"{source}: the {kind} {name!r} holds images; only texts are learnt")
-    messages = _messages(found, source, kind)
+    messages = _messages(row, source, kind)
     return Conversation.of(
-        messages, source, tools=_tools(found, source, kind), template_kwargs=_template_kwargs(found, source, kind)
+        messages, source, tools=_tools(row, source, kind), template_kwargs=_template_kwargs(row, source, kind)
     )
 
 

@@ -53,13 +53,6 @@ def check_json(value: Any, where: str, depth: int = 0) -> None:
         raise DataError(f"{where}: holds a {type(value).__name__}, which JSON does not have; write it as text")
 
 
-def without_nulls(value: Any) -> Any:
-    """A value without the fields that are null, which a column of objects has wherever another row has the field."""
-    if isinstance(value, dict):
-        return {name: without_nulls(each) for name, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
-
-
 def to_json(value: Any) -> str:
     """A value as JSON, without white space."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -11,16 +11,16 @@ from typing import Any
 from .data import DataError
 from .messages import ASSISTANT, text_of
 
-Write = Callable[..., str]
-"""Messages, and what else the template is told, as text; DataError: it refuses them."""
+Write = Callable[[Sequence[dict[str, Any]]], str]
+"""Messages as text; DataError: the template refuses them."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The names that templates have for what a model thinks before it answers."""
 
 
-def check_tools(write: Write, messages: Sequence[dict[str, Any]], asked: str, where: str) -> None:
-    """Raises DataError if the tools of a conversation are not in what the assistant is asked with."""
-    if _is_same(write, messages, asked, tools=None):
+def check_tools(write_without: Write, messages: Sequence[dict[str, Any]], asked: str, where: str) -> None:
+    """Raises DataError if what the assistant is asked with is the same without tools."""
+    if _is_same(write_without, messages, asked):
         raise DataError(
             f"{where}: the model's chat template does not write the tools; leave them out, or write them into the "
             "system message as the model reads them"
@@ -73,9 +73,9 @@ def _called(message: dict[str, Any], functions: Sequence[dict[str, Any]]) -> dic
     return {"tool_calls": [{**call, "function": function} for call, function in calls]}
 
 
-def _is_same(write: Write, messages: Sequence[dict[str, Any]], text: str, **given: Any) -> bool:
+def _is_same(write: Write, messages: Sequence[dict[str, Any]], text: str) -> bool:
     """Whether these messages are written as `text`."""
     try:
-        return write(messages, **given) == text
+        return write(messages) == text
     except DataError:
         return False

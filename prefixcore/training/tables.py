@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .arrow import rows_of
 from .data import DataError
 
 _INSTALL = "pip install 'prefixcore[data]'"
@@ -70,9 +71,9 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict
             there = [name for name in file.schema_arrow.names if name in columns]
             others = dict.fromkeys(file.schema_arrow.names)  # for messages that name the columns there are
             for batch in file.iter_batches(columns=there):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row if there else others
+                for source, row in rows_of(batch, path, number):
+                    yield source, row if there else others
+                number += batch.num_rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file that pyarrow can read ({str(error).splitlines()[0]})") from None
 
@@ -92,12 +93,15 @@ def read_dataset(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict
     except ModuleNotFoundError:
         raise DataError(f"{path}: reading a data set's folder needs datasets; {_INSTALL}") from None
     try:
-        rows = datasets.load_from_disk(str(path)).with_format(None)
+        rows = datasets.load_from_disk(str(path)).with_format("arrow")
     except Exception as error:  # what datasets raises for a damaged folder is of any kind
         raise DataError(f"{path}: datasets cannot read it ({type(error).__name__}: {error})") from error
     there = [name for name in rows.column_names if name in columns]
     others = dict.fromkeys(rows.column_names)
     if there:
         rows = rows.select_columns(there)
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row if there else others
+    number = 0
+    for batch in rows.iter(batch_size=1000):
+        for source, row in rows_of(batch, path, number):
+            yield source, row if there else others
+        number += batch.num_rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .data import DataError
@@ -31,7 +31,12 @@ def check_template(tokenizer: Any) -> None:
 
 
 def write_turns(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], source: str, *, add_generation_prompt: bool, **given: Any
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    source: str,
+    *,
+    add_generation_prompt: bool,
+    given: Mapping[str, Any] | None = None,
 ) -> str:
     """Messages as the model's chat template writes them.
 
@@ -46,11 +51,11 @@ def write_turns(
         DataError: the tokenizer has no template, or it refuses the messages.
     """
     check_template(tokenizer)
-    given["add_generation_prompt"] = add_generation_prompt
+    told = {**(given or {}), "add_generation_prompt": add_generation_prompt}
     errors: list[Exception] = []
     for form in _forms(_as_read(tokenizer, messages)):
         try:
-            return _write(tokenizer, form, given)
+            return _write(tokenizer, form, told)
         except _Refused as refused:
             errors.append(refused.error)
     lines = str(errors[0]).splitlines() or [type(errors[0]).__name__]
@@ -78,9 +83,9 @@ class _Refused(Exception):
         self.error = error
 
 
-def _write(tokenizer: Any, messages: Sequence[dict[str, Any]], given: dict[str, Any]) -> str:
+def _write(tokenizer: Any, messages: Sequence[dict[str, Any]], told: Mapping[str, Any]) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **given))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **told))
     except MemoryError:
         raise
     except Exception as error:  # a template is a program of the model's author: it raises what it likes

@@ -41,6 +41,11 @@ def test_a_line_ends_at_a_line_break_alone(tmp_path, end):
         (b"\xff\n", "not UTF-8 text"),
         (b'{"prompt": "a"}\nplain\n', "line 2: not valid JSON"),
         (b'{"text": "a"}\n', "line 1: the field 'prompt' must be a text"),
+        (
+            b'{"prompt": [{"role": "user", "content": "a"}]}\n',
+            "line 1: holds a list of messages, and prompts are single",
+        ),
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: holds a list of messages"),
         (b'{"prompt": "a", "completion": 3}\n', "'completion' must be a text"),
         (b'{"prompt": "a"}\n[1]\n', "line 2: expected a JSON object"),
         (b'[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', "is one JSON array; expected JSON lines"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
+import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from prefixcore.training import DataError, describe_data, read_examples, split
+from tests.examples import ROOT
 
 from .templates import HERMES, WEATHER, call, said, tokenizer
 from .test_reading import write
@@ -49,26 +54,55 @@ def test_every_kind_of_file_has_the_same_conversations(tmp_path, kind):
         assert read(tmp_path / "objects", {"messages": ASKED, "tools": [WEATHER]}, kind).given == {"tools": [WEATHER]}
 
 
-@pytest.mark.parametrize("kind", [".parquet", ""])
-def test_nulls_of_a_table_are_fields_of_other_rows(tmp_path, kind):
-    """A column of objects has all fields of all rows: what the others ask a tool with is not learnt."""
-    other = call("Oslo")
-    calls = [{"id": "call_1", "type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}]
-    own = {
-        **other,
-        "tool_calls": [{**other["tool_calls"][0], "function": {"name": "weather", "arguments": {"city": "A"}}}],
+def asked(name, **arguments):
+    return {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
     }
-    rows = [
-        {"messages": [USER, own]},
-        {"messages": [USER, {**other, "tool_calls": calls}]},
-        {"messages": [USER, ANSWER]},
-    ]
-    examples = read_examples(write(tmp_path, kind, rows), chat=True)
-    found = [each.messages[1] for each in examples]
-    assert [each.get("tool_calls", [{}])[0].get("function") for each in found] == [
-        {"name": "weather", "arguments": {"city": "A"}}, {"name": "time", "arguments": {"zone": "CET"}}, None,
-    ]  # fmt: skip
-    assert found[2] == ANSWER
+
+
+def tables(folder, table):
+    """As Parquet, and as a folder of a data set."""
+    parquet.write_table(table, folder / "x.parquet")
+    data = datasets.Dataset.from_parquet(str(folder / "x.parquet"), cache_dir=str(folder / "cache"))
+    data.save_to_disk(folder / "x")
+    return folder / "x.parquet", folder / "x"
+
+
+def test_nulls_of_a_column_of_objects_are_fields_of_other_rows(tmp_path):
+    """What the others ask a tool with is not learnt."""
+    rows = [{"messages": [USER, each]} for each in (asked("weather", city="A"), asked("time", zone="CET"), ANSWER)]
+    table = pyarrow.Table.from_pylist(rows)
+    assert "null" in json.dumps(table.to_pylist()[0])
+    for path in tables(tmp_path, table):
+        examples = read_examples(path, chat=True)
+        assert [each.messages[1] for each in examples] == [row["messages"][1] for row in rows]
+
+
+@pytest.mark.parametrize("places", ["messages", "all"])
+def test_columns_of_the_type_json(tmp_path, places):
+    """`datasets` makes them of objects with different fields; there a null is one."""
+    row = {"messages": [USER, asked("weather", city=None)], "tools": [WEATHER]}
+    features = {"messages": datasets.List(datasets.Json()), "tools": datasets.Json()}
+    if places == "all":
+        features["messages"] = datasets.Json()
+    data = datasets.Dataset.from_list([row], features=datasets.Features(features))
+    data.save_to_disk(tmp_path / "x")
+    data.to_parquet(tmp_path / "x.parquet")
+    for path in (tmp_path / "x", tmp_path / "x.parquet"):
+        [example] = read_examples(path, chat=True)
+        assert example.messages == row["messages"]
+        assert example.given == {"tools": [WEATHER]}
+
+
+def test_the_conversations_of_the_guide(tmp_path):
+    page = (ROOT / "docs" / "guides" / "cli.md").read_text(encoding="utf-8")
+    found = [each for each in re.findall(r"```json\n(.*?)```", page, re.DOTALL) if "messages" in each]
+    (tmp_path / "x.jsonl").write_text("\n".join(" ".join(each.split("\n")) for each in found))
+    plain, tools = read_examples(tmp_path / "x.jsonl", chat=True)
+    made = tokenizer(HERMES)
+    assert said(made, plain.to_ids(made, None)) == ["4<|im_end|>"]
+    assert len(said(made, tools.to_ids(made, None))) == 2
 
 
 def test_prompt_and_completion_of_messages(tmp_path):

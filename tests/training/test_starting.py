@@ -9,7 +9,7 @@ from prefixcore import PrefixTuningConfig, attach
 from prefixcore.training import DataError, Example, best_start, starting_text, tokenize
 from prefixcore.training.chat import Conversation
 from prefixcore.training.evaluate import held_out_loss
-from prefixcore.training.starting import MOST_CHARACTERS, most_tokens
+from prefixcore.training.starting import MOST_CHARACTERS, beginning, most_tokens
 from tests import tiny
 
 PAIRS = [Example(f"{a}{b} ->", f" {b}{a}") for a in "abcde" for b in "vwxyz"]
@@ -71,7 +71,9 @@ def test_a_conversation_is_written_by_the_template():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = CHAT
     turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
-    assert starting_text([Conversation.of(turns, "one")], tokenizer, end=None).startswith("<user>ab<assistant>ba")
+    example = Conversation.of(turns, "one")
+    assert starting_text([example], tokenizer, end=None).startswith("<user>ab<assistant>ba")
+    assert beginning(example, example.to_ids(tokenizer, None), tokenizer) == "<user>ab<assistant>"
 
 
 def test_a_text_leaves_room_for_the_longest_example():

@@ -106,6 +106,7 @@ def test_a_template_that_reads_every_content():
 @pytest.mark.parametrize(
     ("template", "messages", "tools", "message"),
     [
+        (HERMES, [USER, {**ANSWER, "content": "a<|im_end|>b"}], None, "its content goes on behind '<|im_end|>'"),
         (REFUSES, [USER, ANSWER], [WEATHER], "chat template refuses the messages: no tools, please"),
         (IGNORES, [USER, ANSWER], [WEATHER], "chat template does not write the tools"),
         (IGNORES, ASKED, None, "does not write the tool_calls of message 2, so it would not be learnt"),
@@ -185,6 +186,19 @@ def test_arguments_of_the_template():
     ]
     with pytest.raises(DataError, match=r"message 2: .* asks for it with .* and then writes '-3 is cold"):
         conversation([USER, thought], enable_thinking=False).to_ids(made, None)
+
+
+def test_an_end_that_the_content_has_already():
+    made = tokenizer(HERMES)
+    assert said(made, conversation([USER, {**ANSWER, "content": "Yes.<|im_end|>"}]).to_ids(made, None)) == [
+        "Yes.<|im_end|>"
+    ]
+
+
+def test_variables_of_a_template_may_have_any_name():
+    made = tokenizer(IGNORES.replace("{{ m.content }}", "{{ m.content }}{{ source }}{{ tokenizer }}"))
+    ids = conversation([USER, ANSWER], source="one", tokenizer="two").to_ids(made, None)
+    assert whole(made, ids).startswith("[user]Is it cold in Oslo?onetwo")
 
 
 def test_a_template_that_writes_earlier_turns_otherwise():
