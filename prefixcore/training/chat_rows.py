@@ -8,7 +8,7 @@ from typing import Any
 from .chat import Conversation
 from .data import DataError
 from .json_values import check_json, json_name, parsed
-from .messages import check_each, check_turns, only_read
+from .messages import ASSISTANT, check_each, check_turns, learnt_turns, only_read
 from .sharegpt import to_messages
 from .template import OURS
 
@@ -53,7 +53,8 @@ def _messages(row: Mapping[str, Any], source: str, kind: str) -> list[dict[str, 
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         where = f"{source}: the {kind} 'completion'"
         completion = check_each(row["completion"], where)
-        check_turns([{"role": "prompt"}, *completion], where)
+        if not learnt_turns(completion):
+            raise DataError(f"{where}: no turn of the role {ASSISTANT!r} to be learnt")
         messages = [*only_read(check_each(row["prompt"], f"{source}: the {kind} 'prompt'")), *completion]
     else:
         hint = ""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .data import DataError
+from .json_values import shown
 from .messages import ASSISTANT, text_of
 
 Write = Callable[[Sequence[dict[str, Any]]], str]
@@ -37,7 +38,7 @@ def check_asked(write: Write, messages: Sequence[dict[str, Any]], start: int, as
         if _is_same(write, changed, asked):
             raise DataError(
                 f"{where}: the model's chat template does not write message {place + 1}, of the role "
-                f"{message['role']!r}; give it a role that the template knows, or leave it out"
+                f"{shown(message['role'])}; give it a role that the template knows, or leave it out"
             )
 
 

@@ -44,7 +44,7 @@ def check_each(messages: Any, where: str) -> list[dict[str, Any]]:
 def check_turns(messages: Sequence[dict[str, Any]], where: str) -> None:
     """Raises DataError if there is no turn to learn, or nothing before the first one."""
     if not any(message["role"] == ASSISTANT for message in messages):
-        found = ", ".join(dict.fromkeys(message["role"] for message in messages)) or "none"
+        found = ", ".join(dict.fromkeys(shown(message["role"]) for message in messages)) or "none"
         raise DataError(f"{where}: no turn of the role {ASSISTANT!r}, which is what is learnt (found: {found})")
     learnt = learnt_turns(messages)
     if not learnt:
@@ -136,7 +136,7 @@ def _tool_calls(calls: Any, role: str, where: str) -> dict[str, list[dict[str, A
     if not calls:
         return {}
     if role != ASSISTANT:
-        raise DataError(f"{where} has tool_calls, but the role {role!r}: only the assistant calls tools")
+        raise DataError(f"{where} has tool_calls, but the role {shown(role)}: only the assistant calls tools")
     if not isinstance(calls, list):
         raise DataError(f"{where}: tool_calls must be a list, got {json_name(calls)}")
     return {"tool_calls": [_tool_call(call, f"{where}: tool call {n}") for n, call in enumerate(calls, start=1)]}

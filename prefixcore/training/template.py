@@ -18,6 +18,9 @@ OURS = frozenset(
 )  # fmt: skip
 """Arguments of `apply_chat_template` that no row says."""
 
+LONGEST = 300
+"""Characters of what a template says that are shown."""
+
 _PROBE = "a text that is looked for"
 
 
@@ -59,7 +62,7 @@ def write_turns(
         except _Refused as refused:
             errors.append(refused.error)
     lines = str(errors[0]).splitlines() or [type(errors[0]).__name__]
-    raise DataError(f"{source}: the model's chat template refuses the messages: {lines[0]}") from errors[0]
+    raise DataError(f"{source}: the model's chat template refuses the messages: {lines[0][:LONGEST]}") from errors[0]
 
 
 def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -127,7 +127,10 @@ def test_templates_that_do_not_fit(template, message):
         ({"role": "user"}, "must be a list"),
         (["a"], "message 1 must be an object"),
         ([{"role": "user"}], "message 1 has no text 'content'"),
-        ([{"role": "user", "content": "a"}], "no turn of the role 'assistant', which is what is learnt (found: user)"),
+        (
+            [{"role": "user", "content": "a"}],
+            "no turn of the role 'assistant', which is what is learnt (found: 'user')",
+        ),
         ([{"role": "assistant", "content": "a"}], "the first turn is the assistant's"),
         ([], "(found: none)"),
     ],
