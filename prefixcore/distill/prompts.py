@@ -94,7 +94,7 @@ def _of_table(path: Path, rows: Sequence[tuple[str, Any]]) -> list[Prompt]:
 
 
 def _of_record(record: dict[str, Any], source: str) -> Prompt:
-    if is_conversation(record):
+    if not isinstance(record.get("prompt"), str) and is_conversation(record):
         raise DistillError(
             f"{source}: holds a list of messages, and prompts are single turns; give what the user says as the text "
             "'prompt', and the right answer, if there is one, as the text 'completion'"

@@ -39,8 +39,9 @@ def conversation(row: Mapping[str, Any], source: str, kind: str) -> Conversation
 
 
 def is_conversation(row: Mapping[str, Any]) -> bool:
-    """Whether a row has messages where texts are expected."""
-    return any(isinstance(row.get(name), list) for name in ("messages", "conversations", "prompt", "completion"))
+    """Whether a row has messages, where prompt and completion are expected."""
+    columns = any(row.get(name) is not None for name in ("messages", "conversations"))
+    return columns or any(isinstance(row.get(name), list) for name in ("prompt", "completion"))
 
 
 def _messages(row: Mapping[str, Any], source: str, kind: str) -> list[dict[str, Any]]:

@@ -182,7 +182,7 @@ def tokenize(
     """Turn text into ids. Prompt and completion are tokenised apart, as they are when generating.
 
     A conversation (`read_examples(..., chat=True)`) is written by the model's chat template, and only the assistant's
-    turns are learnt.
+    turns are learnt. Where the template does not write it as one text, `unroll` makes several of it before.
 
     Args:
         tokenizer: a transformers tokenizer; its own rule decides on special tokens before the prompt.

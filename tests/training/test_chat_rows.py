@@ -186,7 +186,7 @@ def test_rows_that_are_none(tmp_path, row, message):
 
 
 @pytest.mark.parametrize(
-    "row", [{"messages": [USER]}, {"conversations": []}, {"prompt": [USER], "completion": [ANSWER]}]
+    "row", [{"messages": "[]"}, {"messages": [USER]}, {"conversations": []}, {"prompt": [USER], "completion": [ANSWER]}]
 )
 def test_conversations_without_the_option(tmp_path, row):
     with pytest.raises(DataError, match="; conversations are read with --chat"):
