@@ -147,6 +147,8 @@ def test_weights():
     example = conversation(turns)
     ids = example.to_ids(made, None)
     assert said(made, ids) == ["No.<|im_end|>"]
+    reads = tokenizer(IGNORES.replace("{{ m.content }}", "{{ m.content }}{{ m.weight }}"))
+    assert whole(reads, example.to_ids(reads, None)).startswith("[user]Is it cold in Oslo?[assistant]Yes.<end>")
     plain = conversation([{k: v for k, v in each.items() if k != "weight"} for each in turns])
     assert whole(made, ids) == whole(made, plain.to_ids(made, None))
     assert describe_data([example]) != describe_data([plain])
