@@ -69,7 +69,7 @@ class Bank:
         cache_name: what the decoder's forward calls its cache.
         is_hybrid: whether it has other layers than attention, which remember what they have read.
         takes_positions: whether the decoder is told positions; else it counts them.
-        decoder_layers: of an encoder-decoder which of them are self-attention of the decoder.
+        encoder_layers, decoder_layers: of an encoder-decoder which of them are self-attention of each.
         names: the arguments of the forwards that are wrapped, by their modules.
         checkpointable: the modules that say whether gradient checkpointing is on.
         only_full_attention: whether every layer lets each token see all that come before it.
@@ -95,6 +95,7 @@ class Bank:
         self.data_meshes = data_meshes(model)
         self.encoder = find_encoder(model)
         self.positions: nn.Module | None = None
+        self.encoder_layers: frozenset[int] = frozenset()
         self.decoder_layers: frozenset[int] = frozenset()
         self.cache_layers: dict[int, int] = {}
         self.is_hybrid = False
@@ -146,6 +147,7 @@ class Bank:
         self.cache_layers = {call.cache_layer: i for i, call in enumerate(calls) if call.cache_layer is not None}
         is_decoder = bool(calls) and self.encoder is None and not is_encoder(self.model, calls)
         self.is_hybrid = is_decoder and has_other_layers(self.model, calls)
+        self.encoder_layers = frozenset(i for i, call in enumerate(calls) if call.place == "encoder")
         self.decoder_layers = frozenset(i for i, call in enumerate(calls) if call.place == "decoder")
         if self.encoder is not None and not isinstance(decoder, str):
             self.positions = position_module(decoder)

@@ -57,7 +57,8 @@ def encode(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any]) -> A
         refuse_attention_weights(encoder, kwargs)
         if encoder.training and torch.is_grad_enabled():
             refuse_reentrant_checkpointing(bank.checkpointable)
-    call = prefixes_of_call(bank, given, given.tasks, num_rows, None, model_input(kwargs).device)
+    tasks = [task for task in given.tasks if bank.encoder_layers.intersection(task.adapter.layers or ())]
+    call = prefixes_of_call(bank, given, tasks, num_rows, None, model_input(kwargs).device)
     return forward(**kwargs, **{PREFIXES: call})
 
 
