@@ -92,12 +92,17 @@ def seen_by_seq2seq(values: Values, num_virtual_tokens: int) -> Values:
 
     Of a soft prompt's 2P rows PEFT puts the first P before the encoder's input. Of a prefix, it cuts the layers into
     groups of two pairs of keys and values, for self- and cross-attention, and empties the cache of the second: layer i
-    of the decoder has the pair 2i, counted around (`PeftModel.get_prompt`).
+    of the decoder has the pair 2i, counted around (`pair_in_seq2seq`; `PeftModel.get_prompt`).
     """
     if isinstance(values, Tensor):
         return values[:num_virtual_tokens]
-    pairs = [values[2 * i % len(values)] for i in range(len(values))]
+    pairs = [values[pair_in_seq2seq(layer, len(values))] for layer in range(len(values))]
     return [(key.clone(), value.clone()) for key, value in pairs]
+
+
+def pair_in_seq2seq(layer: int, num_pairs: int) -> int:
+    """Which pair of keys and values of PEFT's prefix a layer of the decoder sees in its self-attention."""
+    return 2 * layer % num_pairs
 
 
 def task_shapes(peft_config: Mapping[str, Any]) -> dict[str, list[int]]:

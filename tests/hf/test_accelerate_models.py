@@ -123,13 +123,11 @@ def test_a_soft_prompt_on_an_encoder(method: str) -> None:
 @pytest.mark.parametrize(
     ("build", "task_type", "method", "message"),
     [
-        (lambda: _t5(), "SEQ_2_SEQ_LM", "prefix", "encoder-decoder"),
-        (lambda: _t5(), "SEQ_2_SEQ_LM", "prompt", "encoder-decoder"),
         (lambda: _bloom(), "CAUSAL_LM", "prefix", "Bloom.*the PeftModel works as it is"),
         (lambda: _gpt_neo(), "CAUSAL_LM", "prefix", "GPTNeo.*the PeftModel works as it is"),
         (lambda: make("llama"), None, "prompt", "task_type"),
     ],
-    ids=["t5 prefix", "t5 prompt", "bloom", "gpt_neo", "no task"],
+    ids=["bloom", "gpt_neo", "no task"],
 )
 def test_refused_by_name(build: Any, task_type: Any, method: str, message: str) -> None:
     model_class = peft.get_peft_model if task_type else peft.PeftModel
@@ -182,12 +180,6 @@ def test_where_peft_itself_fails_load_is_advised_and_works(tmp_path: Path, monke
     with prefixcore.load(bare, tmp_path) as handle:
         assert handle.bake()[0][0].shape == (4, P, 8)
         assert not torch.allclose(bare(**batch).logits, without, atol=1e-4)
-
-
-def _t5() -> Any:
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    )
 
 
 def _bloom() -> Any:

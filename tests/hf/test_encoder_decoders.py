@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
@@ -212,15 +211,12 @@ def test_a_decoder_that_is_given_nothing(made: Any) -> None:
 
 
 def test_what_has_no_meaning_is_refused(tmp_path: Any) -> None:
-    """No text is a prefix of both stacks; and PEFT's own model is not taken, but its adapter."""
+    """No text is a prefix of both stacks."""
     model = make("bart")
     with prefixcore.attach(model, PromptTuningConfig(P, seed=0)) as handle:
         handle.save(tmp_path / "prompt")
     with pytest.raises(NotImplementedError, match="is an encoder-decoder: only a decoder alone"):
         prefixcore.bake(model, tmp_path / "prompt", tmp_path / "baked")
-    theirs = peft.get_peft_model(make("bart"), peft.PromptTuningConfig(num_virtual_tokens=P, task_type="SEQ_2_SEQ_LM"))
-    with pytest.raises(NotImplementedError, match="give its folder to prefixcore.load"):
-        prefixcore.accelerate(theirs)
 
 
 @pytest.mark.parametrize("made", [config(), PromptTuningConfig(P, seed=0)])

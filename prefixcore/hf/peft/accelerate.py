@@ -16,12 +16,13 @@ from ..attention.discover_cached import discover_cached
 from ..attention.patch import frozen_run
 from ..attention.recording import AttentionCall
 from ..attention.refusals import warn_of_dropout
-from ..families import text_config
+from ..families import is_known_encoder_decoder, text_config
 from ..model.active import activate
+from ..model.own_words import own_words
 from ..reaching import is_tested
 from .accelerated import ACCELERATED, Accelerated
 from .checkpointing import checkpointing_hidden
-from .methods import check_peft_model, is_prefix, method
+from .methods import check_peft_model, is_prefix, is_seq2seq, method
 from .prefix import PeftBank, PeftPrefix, prefix_shapes
 from .resume import resume
 
@@ -44,10 +45,11 @@ def accelerate(
 ) -> Accelerated:
     """Lets a PEFT model with virtual tokens run on prefixcore's ops, in place.
 
-    For PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING and CPT on decoders. The model goes
-    on with the same parameters (an optimizer that was made before keeps them), `state_dict`, `save_pretrained`,
-    `generate`, `set_adapter`, `disable_adapter`, `add_adapter` and `delete_adapter`, and computes the same loss, logits
-    (P + T of them for soft prompts) and gradients.
+    For PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING and CPT on decoders and encoders, and
+    all but CPT on encoder-decoders (`task_type="SEQ_2_SEQ_LM"`). The model goes on with the same parameters (an
+    optimizer that was made before keeps them), `state_dict`, `save_pretrained`, `generate`, `set_adapter`,
+    `disable_adapter`, `add_adapter` and `delete_adapter`, and computes the same loss, logits (P + T of them for soft
+    prompts on decoders) and gradients.
 
     A prefix is no longer expanded to the batch nor put into the cache: a cache that is returned holds the text alone,
     and may be given to the next call. Layers with a sliding window see it at any distance, where PEFT's lose it once
@@ -73,9 +75,10 @@ def accelerate(
         TypeError: neither a PeftModel, nor a transformers model with an adapter.
         ValueError: the model is accelerated, or something is attached to its base model, already; or the accelerate
             library has prepared it for mixed precision.
-        NotImplementedError: no method of virtual tokens, no decoder, or a base model whose attention has no place for
-            ours (Bloom, Falcon, MPT, GPT-Neo): PEFT's prefix works there as it is, and `load` reads its files. Or PEFT
-            is older than 0.20.
+        NotImplementedError: no method of virtual tokens, or a prefix on a base model whose attention has no place for
+            ours (Bloom, Falcon, MPT, GPT-Neo; T5, whose bias of positions is for PEFT's virtual tokens, too): PEFT's
+            prefix works there as it is, and of the former `load` reads its files. A task that is not the model's. Or
+            PEFT is older than 0.20.
 
     After an error the model is as it was.
 
@@ -129,7 +132,7 @@ def _attach(peft_model: Any) -> PeftBank:
     calls = _find_calls(base)
     backbone = find_backbone(base, calls)
     module = PeftPrefix(peft_model, prefix_shapes(peft_model, calls))
-    expected = None if is_tested(base) else _outputs(peft_model)
+    expected = None if is_tested(base) or is_known_encoder_decoder(base) else _outputs(peft_model)
     if any(parameter.requires_grad for parameter in peft_model.prompt_encoder.parameters()):
         warn_of_dropout(base)
     bank = PeftBank(base, backbone, module, calls)
@@ -144,7 +147,7 @@ def _attach(peft_model: Any) -> PeftBank:
 
 def _find_calls(base: PreTrainedModel) -> list[AttentionCall]:
     """The attention calls of the base model; NotImplementedError: not all of them can be made ours."""
-    with suppress(NotOnInterfaceError):
+    with suppress(NotOnInterfaceError), own_words(base, "a prefix"):
         return discover(base)
     name = type(base).__name__
     refusal = (
@@ -163,23 +166,23 @@ def _find_calls(base: PreTrainedModel) -> list[AttentionCall]:
 
 def _outputs(peft_model: Any) -> tuple[Tensor, Tensor]:
     """What PEFT computes for a few tokens, with its prefix and without."""
-    ids = _probe_ids(peft_model)
+    given = _probe(peft_model)
     with frozen_run(peft_model.base_model):
         try:
-            expected = type(peft_model).forward(peft_model, input_ids=ids)[0]
+            expected = type(peft_model).forward(peft_model, **given)[0]
         except Exception as error:
             raise NotImplementedError(
                 f"PEFT's own {method(peft_model)} fails on {type(peft_model.base_model).__name__}, so there is nothing "
                 f"to compare with: {type(error).__name__}: {error}. prefixcore.load, which compares with the model "
                 "itself, may take it: save the PeftModel, and give its folder to it"
             ) from error
-        return expected, peft_model.base_model(input_ids=ids)[0]
+        return expected, peft_model.base_model(**given)[0]
 
 
 def _compare(peft_model: Any, bank: PeftBank, expected: Tensor, without: Tensor) -> None:
     """Raises NotImplementedError unless the model computes what PEFT does, measured by the effect of the prefix."""
     with frozen_run(peft_model.base_model), activate(bank):
-        got = peft_model.base_model(input_ids=_probe_ids(peft_model))[0]
+        got = peft_model.base_model(**_probe(peft_model))[0]
     effect, missing = (expected - without).float().norm(), (expected - got).float().norm()
     if not missing <= _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * effect + 1e-6 * expected.float().norm():
         raise NotImplementedError(
@@ -189,7 +192,8 @@ def _compare(peft_model: Any, bank: PeftBank, expected: Tensor, without: Tensor)
         )
 
 
-def _probe_ids(peft_model: Any) -> Tensor:
-    """[1, 5] ids spread evenly over the vocabulary."""
+def _probe(peft_model: Any) -> dict[str, Tensor]:
+    """A call with [1, 5] ids spread evenly over the vocabulary, which a decoder behind an encoder reads too."""
     vocabulary = text_config(peft_model.base_model).vocab_size
-    return (torch.arange(1, 6, device=peft_model.base_model.device) * vocabulary // 7).unsqueeze(0)
+    ids = (torch.arange(1, 6, device=peft_model.base_model.device) * vocabulary // 7).unsqueeze(0)
+    return {"input_ids": ids, "decoder_input_ids": ids} if is_seq2seq(peft_model) else {"input_ids": ids}

@@ -18,15 +18,16 @@ from ..model.undone import UndoneAfterBlock
 from ..positions.positions import past_length, query_length
 from .checkpointing import checkpointing_hidden
 from .generation import without_another_prompt
-from .methods import active_config, is_prefix, method
+from .methods import active_config, is_prefix, is_seq2seq, method
 from .prefix import PeftBank
 from .resume import resume
+from .seq2seq import seq2seq_forward
 from .soft_prompt import soft_prompt_forward
 
 ACCELERATED = "_prefixcore_accelerated"
 """The attribute of a PeftModel that holds its `Accelerated`."""
 
-_METHODS = ("forward", "generate", "prepare_inputs_for_generation", "add_adapter", "load_adapter")
+_METHODS = ("forward", "generate", "add_adapter", "load_adapter", "prepare_inputs_for_generation")
 
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods of the base model that a PeftModel hands out as they are, without its virtual tokens."""
@@ -80,7 +81,8 @@ class Accelerated(UndoneAfterBlock):
             bank.adapter.handle = self
         model.__dict__[ACCELERATED] = self
         for name in _METHODS:
-            if hasattr(type(model), name):
+            # PEFT's generate leaves the last on the base model of an encoder-decoder, whose steps go without a prompt.
+            if hasattr(type(model), name) and not (name == "prepare_inputs_for_generation" and is_seq2seq(model)):
                 model.__dict__[name] = _Method(self, name)
         for name in _BATCHING:
             if hasattr(model.base_model, name):
@@ -111,6 +113,9 @@ class Accelerated(UndoneAfterBlock):
         """`PeftModel.forward`."""
         if not self.is_accelerated or self.model._adapters_disabled:  # as PEFT's disable_adapter leaves it behind
             return type(self.model).forward(self.model, *args, **kwargs)
+        if is_seq2seq(self.model):
+            with self._seen():
+                return seq2seq_forward(self.model, *args, **kwargs)
         if self._bank is None:
             return soft_prompt_forward(self.model, *args, **kwargs)
         return self._prefix_forward(*args, **kwargs)
@@ -157,10 +162,17 @@ class Accelerated(UndoneAfterBlock):
         """`PeftModel.generate`."""
         from peft import PeftModelForCausalLM
 
-        model, bank = self.model, self._bank
-        if bank is None or not self.is_accelerated or model._adapters_disabled:
+        model = self.model
+        if is_seq2seq(model) and args:
+            raise TypeError(f"{type(model).__name__}.generate takes its arguments by name: generate(input_ids=...)")
+        if self.is_accelerated and model._adapters_disabled and is_seq2seq(model):  # PEFT puts a soft prompt in
+            kwargs.pop(TASK_IDS, None)
+            return model.base_model.generate(*args, **kwargs)
+        if self._bank is None or not self.is_accelerated or model._adapters_disabled:
             return type(model).generate(model, *args, **kwargs)
-        active_config(model)
+        config = active_config(model)
+        if is_seq2seq(model):
+            model._adjust_prompt_learning_kwargs(config, kwargs=kwargs)
         if isinstance(model, PeftModelForCausalLM):  # one that was set on the PeftModel counts
             model.base_model.generation_config = model.generation_config
         kwargs.pop(TASK_IDS, None)  # PEFT lets prefixes have them, of which it makes no use
@@ -195,10 +207,12 @@ class Accelerated(UndoneAfterBlock):
         if not self.is_accelerated or self.model._adapters_disabled:
             return nullcontext()
         if self._bank is None:
+            or_load = (
+                ", or prefixcore.load(base_model, folder) what save_pretrained wrote, whose generate_batch shows it"
+            )
             raise NotImplementedError(
                 f"continuous batching (generate_batch) of a PeftModel is that of its base model, without its "
-                f"{method(self.model)}: call generate on padded batches, or prefixcore.load(base_model, folder) what "
-                "save_pretrained has written, whose generate_batch shows it"
+                f"{method(self.model)}: call generate on padded batches{'' if is_seq2seq(self.model) else or_load}"
             )
         return self._seen()
 

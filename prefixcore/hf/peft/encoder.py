@@ -24,6 +24,8 @@ def flat_prefix(peft_model: Any, adapter: str) -> Tensor:
 def prompt(peft_model: Any, adapter: str, task_ids: Tensor | None) -> Tensor:
     """The soft prompt of an adapter, with its graph: [P, E] for all rows, or [B, P, E] where rows name their task.
 
+    On an encoder-decoder 2P rows, the encoder's and the decoder's (`num_transformer_submodules`).
+
     Raises:
         ValueError: MULTITASK_PROMPT_TUNING without `task_ids`, as in PEFT.
     """
@@ -32,12 +34,16 @@ def prompt(peft_model: Any, adapter: str, task_ids: Tensor | None) -> Tensor:
     if method(peft_model) == "MULTITASK_PROMPT_TUNING":
         if task_ids is None:
             raise ValueError("task_ids cannot be None: the adapter has a soft prompt for each of its tasks")
-        indices = _indices(encoder, config.num_virtual_tokens)
+        indices = _indices(encoder, _num_rows(config))
         return encoder(indices.expand(len(task_ids), -1), task_ids)
     if config.inference_mode or method(peft_model) == "PROMPT_TUNING":
         return encoder.embedding.weight
-    indices = _indices(encoder, config.num_virtual_tokens)
+    indices = _indices(encoder, _num_rows(config))
     return encoder(indices[None])[0] if method(peft_model) == "P_TUNING" else encoder(indices)
+
+
+def _num_rows(config: Any) -> int:
+    return config.num_virtual_tokens * (config.num_transformer_submodules or 1)
 
 
 def _indices(encoder: Any, num_virtual_tokens: int) -> Tensor:

@@ -21,6 +21,13 @@ def is_prefix(peft_model: Any) -> bool:
     return method(peft_model) in PREFIX_METHODS
 
 
+def is_seq2seq(peft_model: Any) -> bool:
+    """Whether it reads one sequence and writes another: a `PeftModelForSeq2SeqLM`."""
+    from peft import PeftModelForSeq2SeqLM
+
+    return isinstance(peft_model, PeftModelForSeq2SeqLM)
+
+
 def active_config(peft_model: Any) -> Any:
     """The configuration of the active adapter; RuntimeError: none is active."""
     if not isinstance(peft_model.active_adapter, str):
@@ -29,7 +36,7 @@ def active_config(peft_model: Any) -> Any:
 
 
 def check_peft_model(peft_model: Any) -> None:
-    """Raises unless `peft_model` is one that PEFT puts virtual tokens into a decoder with."""
+    """Raises unless `peft_model` is one that PEFT puts virtual tokens into a decoder, or an encoder-decoder, with."""
     from peft import PeftModel, __version__
     from transformers import PreTrainedModel
 
@@ -58,14 +65,27 @@ def check_peft_model(peft_model: Any) -> None:
             "the adapter has no task_type, and PEFT puts no virtual tokens into such a model: give its configuration "
             "one, as task_type='CAUSAL_LM'"
         )
-    if base.config.is_encoder_decoder or any(
-        (getattr(config, "num_transformer_submodules", None) or 1) != 1 for config in peft_model.peft_config.values()
-    ):
-        raise NotImplementedError(
-            f"{name} is an encoder-decoder, which accelerate does not take: save the PeftModel, and give its folder to "
-            "prefixcore.load"
-        )
+    _check_stacks(peft_model)
     if base.main_input_name != "input_ids":
         raise NotImplementedError(f"{name} reads {base.main_input_name}; virtual tokens are for models of input_ids")
     if any(parameter.is_meta for parameter in peft_model.parameters()):
         raise ValueError("the model has parameters without values (on the meta device): load its weights first")
+
+
+def _check_stacks(peft_model: Any) -> None:
+    """Raises NotImplementedError for a task that is not the base model's, or virtual tokens for other stacks."""
+    name, config = type(peft_model.base_model).__name__, peft_model.base_model.config
+    if config.is_encoder_decoder != is_seq2seq(peft_model):
+        kind = "an encoder-decoder, and" if config.is_encoder_decoder else "no encoder-decoder, but"
+        raise NotImplementedError(
+            f"{name} is {kind} its PeftModel is a {type(peft_model).__name__}: accelerate takes encoder-decoders, and "
+            "no others, with task_type='SEQ_2_SEQ_LM'"
+        )
+    allowed = ((2,) if is_prefix(peft_model) else (1, 2)) if config.is_encoder_decoder else (1,)
+    for adapter, each in peft_model.peft_config.items():
+        if each.num_transformer_submodules not in (None, *allowed):
+            raise NotImplementedError(
+                f"adapter {adapter!r} has num_transformer_submodules={each.num_transformer_submodules}; with "
+                f"{method(peft_model)} on {name} accelerate takes {' or '.join(map(str, allowed))}: leave it out, and "
+                f"PEFT chooses {allowed[-1]}"
+            )

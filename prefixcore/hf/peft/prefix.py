@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...adapters.peft import pair_in_seq2seq
 from ...nn import LayerShape, split_layers
 from ..attention.disabled import is_disabled
 from ..attention.prefix import KeyValue
@@ -17,7 +18,7 @@ from ..bank.bank import Bank
 from ..model.active import is_active
 from .checkpointing import checkpoint_without_reentrance
 from .encoder import flat_prefix
-from .methods import active_config
+from .methods import active_config, is_seq2seq, method
 
 
 class PeftPrefix(nn.Module):
@@ -48,7 +49,13 @@ class PeftPrefix(nn.Module):
 
     def forward(self) -> list[KeyValue]:
         """One (key [Hkv, P, D], value [Hkv, P, D]) a layer: views of what the prompt encoder yields."""
-        return split_layers(flat_prefix(self.peft_model, self.peft_model.active_adapter), self.shapes)
+        flat = flat_prefix(self.peft_model, self.peft_model.active_adapter)
+        if not is_seq2seq(self.peft_model):
+            return split_layers(flat, self.shapes)
+        num_pairs = active_config(self.peft_model).num_layers  # as many as the encoder has layers, if nothing was said
+        _check_number(self.peft_model, str(self.peft_model.active_adapter), len(self.shapes))
+        pairs = split_layers(flat, [self.shapes[0]] * num_pairs)
+        return [pairs[pair_in_seq2seq(layer, num_pairs)] for layer in range(len(self.shapes))]
 
 
 class PeftAttached(Attached):
@@ -101,7 +108,7 @@ class PeftBank(Bank):
     ) -> None:
         super().__init__(model)
         self.set_decoder(decoder, calls)
-        self.adapter = self.add(PeftAttached(module, range(len(calls))))
+        self.adapter = self.add(PeftAttached(module, prefix_layers(calls)))
 
     def freeze(self) -> None:
         """Nothing: PEFT says what is trained. Heads in modules_to_save are, and switching adapters changes it."""
@@ -132,19 +139,44 @@ class PeftBank(Bank):
             return super()._call_bare(module, forward, args, kwargs)
 
 
+def prefix_layers(calls: Sequence[AttentionCall]) -> list[int]:
+    """Which attention layers PEFT's cache reaches: all, of an encoder-decoder the decoder's self-attention."""
+    return [i for i, call in enumerate(calls) if call.place in (None, "decoder")]
+
+
 def prefix_shapes(peft_model: Any, calls: Sequence[AttentionCall]) -> list[LayerShape]:
-    """The shape of each layer.
+    """The shape of each layer that PEFT's cache reaches.
 
     Raises:
         NotImplementedError: the layers are not those that PEFT's prefix has been made for.
     """
-    shapes = [call.shape for call in calls]
-    for name, config in peft_model.peft_config.items():
+    name = type(peft_model.base_model).__name__
+    reached = [calls[i] for i in prefix_layers(calls)]
+    if any(call.kwargs.get("position_bias") is not None for call in reached):
+        raise NotImplementedError(
+            f"{name} adds a learned bias of positions to its scores. PEFT's {method(peft_model)} stands at positions, "
+            "and prefix attention has no bias for a prefix: the PeftModel works as it is; or take a soft prompt"
+        )
+    shapes = [call.shape for call in reached]
+    for adapter, config in peft_model.peft_config.items():
         made = (config.num_layers, config.num_attention_heads, config.token_dim // config.num_attention_heads)
-        if any(shape != LayerShape(made[1], made[2], made[2]) for shape in shapes) or len(shapes) != made[0]:
+        if any(shape != LayerShape(made[1], made[2], made[2]) for shape in shapes):
             raise NotImplementedError(
-                f"adapter {name!r} is a prefix for {made[0]} layers of {made[1]} heads of dimension {made[2]}, but "
-                f"{type(peft_model.base_model).__name__} has the attention layers {sorted(set(map(str, shapes)))}, "
-                f"{len(shapes)} in all"
+                f"adapter {adapter!r} is a prefix for {made[0]} layers of {made[1]} heads of dimension {made[2]}, but "
+                f"{name} has the attention layers {sorted(set(map(str, shapes)))}, {len(shapes)} in all"
             )
+        _check_number(peft_model, adapter, len(shapes))
     return shapes
+
+
+def _check_number(peft_model: Any, adapter: str, num_layers: int) -> None:
+    """Raises NotImplementedError if an adapter is a prefix for fewer layers than there are.
+
+    Or for more: but on an encoder-decoder, where those behind the last layer are not read.
+    """
+    made = peft_model.peft_config[adapter].num_layers
+    if made < num_layers or (made > num_layers and not is_seq2seq(peft_model)):
+        raise NotImplementedError(
+            f"adapter {adapter!r} is a prefix for {made} layers, but {type(peft_model.base_model).__name__} has "
+            f"{num_layers} that PEFT's prefix reaches: make one with num_layers={num_layers}"
+        )
