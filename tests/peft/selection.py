@@ -11,15 +11,17 @@ FILES = (
     "test_config.py",
     "test_cpt.py",
     "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
     "test_feature_extraction_models.py",
     "test_initialization.py",
     "test_lora_conversion.py",
     "test_mixed.py",
     "test_multitask_prompt_tuning.py",
     "test_seq_classifier.py",
+    "test_tuners_utils.py",
 )
-"""Where they are. Left out: test_encoder_decoder_models.py, test_tuners_utils.py (its one test has an encoder-decoder),
-test_vision_models.py (its one test needs an image processor), test_gpu_examples.py, test_common_gpu.py (GPUs)."""
+"""Where they are. Left out: test_vision_models.py (its one test needs an image processor), test_gpu_examples.py,
+test_common_gpu.py (GPUs)."""
 
 _WHOLE = {"test_cartridge.py", "test_cpt.py", "test_multitask_prompt_tuning.py"}
 _NAMED = re.compile(r"PrefixTuning|PromptTuning|PromptEncoder|CPTConfig|Cartridge|[pP]rompt_?[lL]earning")
@@ -51,6 +53,10 @@ REFUSED = {
     ("DebertaV2Model", "PREFIX_TUNING"): "its attention does not go through transformers' attention interface",
     ("GPTJForCausalLM", "PREFIX_TUNING"): "its attention does not go through transformers' attention interface",
     ("GPTJForCausalLM", "CARTRIDGE"): "its attention does not go through transformers' attention interface",
+    (
+        "T5ForConditionalGeneration",
+        "PREFIX_TUNING",
+    ): "PEFT's virtual tokens have a place in its learned bias of positions",
 }
 """Base models and methods that `accelerate` may refuse in these tests, which then go on with PEFT alone."""
 

@@ -48,6 +48,31 @@ def _deberta(model: Any, config: Any) -> Any:
     return model(config(**_ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]))
 
 
+def _t5() -> Any:
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**ids, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
+    )
+
+
+def _bart() -> Any:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            **ids,
+            **sizes,
+            d_model=32,
+            encoder_ffn_dim=40,
+            decoder_ffn_dim=40,
+            max_position_embeddings=512,
+            init_std=0.2,
+            decoder_start_token_id=3,
+            forced_eos_token_id=3,
+        )
+    )
+
+
 _MODELS: dict[str, Callable[[], Any]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": _opt,
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": lambda: transformers.GPT2LMHeadModel(
@@ -56,6 +81,9 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "peft-internal-testing/tiny-random-GPTJForCausalLM": lambda: transformers.GPTJForCausalLM(
         transformers.GPTJConfig(**_GPT, rotary_dim=4)
     ),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": _t5,
+    "peft-internal-testing/tiny-random-t5": _t5,
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": _bart,
     "trl-internal-testing/tiny-random-LlamaForCausalLM": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{**_GROUPED, "num_key_value_heads": 4})
     ),
