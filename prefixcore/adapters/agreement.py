@@ -30,16 +30,16 @@ def check_listing(manifest: Manifest, config: Config, peft_config: dict[str, Any
     peft_type = None if peft_config is None else peft_config.get("peft_type")
     if peft_type != manifest.peft_type:
         raise AdapterError(f"peft_type: {shown(manifest.peft_type)}, but that of {PEFT_FILE} is {shown(peft_type)}")
-    in_text = manifest.layers is None and not is_expressible(config, [], {})
-    if in_text and peft_type is not None:
-        raise AdapterError(
-            f"peft_type: expected none, got {shown(peft_type)}: PEFT would put the soft prompt before the text, but it "
-            "stands in the text (config.virtual_token_ids)"
-        )
-    if manifest.layers is None and not in_text and peft_type is None:
+    ours_alone = manifest.layers is None and not is_expressible(config, [], manifest.base_model)
+    if ours_alone and peft_type is not None:
+        in_text = "PEFT would put the soft prompt before the text, but it stands in the text (config.virtual_token_ids)"
+        scaled = "PEFT would not multiply the embeddings of the text, but the model does (base_model.scales_ids)"
+        why = scaled if is_expressible(config, [], {}) else in_text
+        raise AdapterError(f"peft_type: expected none, got {shown(peft_type)}: {why}")
+    if manifest.layers is None and not ours_alone and peft_type is None:
         raise AdapterError("peft_type: expected one, a soft prompt before the text is always in PEFT's files")
-    if in_text != (manifest.hidden_size is not None):
-        expected_size = "E, an integer of at least 1" if in_text else "none: only a soft prompt in the text has one"
+    if ours_alone != (manifest.hidden_size is not None):
+        expected_size = "E, an integer of at least 1" if ours_alone else "none: PEFT's files say it"
         raise AdapterError(f"hidden_size: expected {expected_size}, got {shown(manifest.hidden_size)}")
 
 

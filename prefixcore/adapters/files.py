@@ -2,7 +2,7 @@
 
 - `adapter_model.safetensors`: the baked virtual tokens, as PEFT stores them where PEFT can express them, else
   `layers.N.key` [Hkv, P, D] and `layers.N.value` [Hkv, P, Dv] for each layer N that has a prefix, or
-  `prompt_embeddings` [P, E] of a soft prompt that stands in the text;
+  `prompt_embeddings` [P, E] of a soft prompt;
 - `adapter_config.json`: PEFT's configuration; absent where PEFT can't express the adapter;
 - `prefixcore_manifest.json`: our manifest; absent in an adapter that PEFT wrote;
 - `training_state.safetensors`: what a reparameterised prefix or soft prompt is trained by; absent otherwise;

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, shown
 from .samples import Sample, take_samples
+from .scaled_ids import reads_scaled_ids
 from .weights import Unreadable, Weight, base_weights, is_quantized, is_sharded, materialized
 
 SAMPLES = 32
@@ -83,11 +84,13 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, 
         left_out.append(f"{listed(names)}: {reason}")
     sizes = [(math.prod(weight.shape), id(weight.tensor) in tables) for weight in weights]
     decoder = {} if (count := _decoder_layers(model)) is None else {"decoder_layers": count}
+    scaled = {"scales_ids": True} if reads_scaled_ids(model) else {}
     return {
         "name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "class": _class_name(model),
         **facts,
         **decoder,
+        **scaled,
         "num_parameters": sum(size for size, _ in sizes),
         "body_parameters": sum(size for size, is_table in sizes if not is_table),
         "tables": [weight.name for weight, (_, is_table) in zip(weights, sizes, strict=True) if is_table],

@@ -69,8 +69,8 @@ class Manifest:
         layer_shapes: of a prefix, `[Hkv, D, Dv]` of each of these layers.
         peft_type: PEFT's name of the method, if PEFT's files can express the adapter.
         files: size and SHA-256 of each other file that was written with it; in version 1 of the tensor files alone.
-        hidden_size: E of a soft prompt that PEFT's files cannot express, because it stands in the text; None of any
-            other adapter, whose file does not hold the field.
+        hidden_size: E of a soft prompt that PEFT's files cannot express, because it stands in the text or before an
+            encoder that multiplies embeddings of ids; None of any other adapter, whose file does not hold the field.
         date: when it was written, in UTC: "2026-01-31T12:00:00Z".
         license: what its author allows, best as an SPDX identifier.
         intended_use: what its author made it for, and what not.

@@ -25,10 +25,11 @@ def is_expressible(config: Config, shapes: Sequence[LayerShape], base_model: Map
     """Whether PEFT's files can hold it: a prefix must be in every layer, with one shape and D = Dv.
 
     PEFT puts every soft prompt before the text, so one that stands in the text (`virtual_token_ids`) would be loaded
-    without a word and be wrong; so would a prefix that leaves the text where it is (`position_offset=False`).
+    without a word and be wrong; so would one before an encoder that multiplies the embeddings of ids alone
+    (`scales_ids`), and a prefix that leaves the text where it is (`position_offset=False`).
     """
     if not isinstance(config, PrefixTuningConfig):
-        return getattr(config, "virtual_token_ids", None) is None
+        return getattr(config, "virtual_token_ids", None) is None and not base_model.get("scales_ids")
     if config.where is not None:
         return _is_of_decoder(config, shapes, base_model)
     every = config.layers is None and base_model.get("num_hidden_layers") in (None, len(shapes))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapters.scaled_ids import reads_scaled_ids
 from ..adapters.tensors import TensorFile
 from ..nn import (
     Config,
@@ -130,6 +131,12 @@ def make_prefix(
 def make_prompt(model: PreTrainedModel, config: Any, hidden_size: int, tokenizer: Any = None) -> AnyPrompt:
     """A soft prompt, or those of several tasks, with initial values."""
     if isinstance(config, MultitaskPromptTuningConfig):
+        if reads_scaled_ids(model):
+            raise NotImplementedError(
+                f"{type(model).__name__} multiplies the embeddings of ids (scale_embedding), and so those of virtual "
+                "tokens, which multitask prompt tuning has no file for: train a soft prompt for each task, in a "
+                "PromptBank"
+            )
         if config.source_init is None:
             return MultitaskPrompt(hidden_size, config, initial_prompt(model, config, hidden_size, tokenizer))
         file = Path(str(config.prompt_tuning_init_state_dict_path))

@@ -20,6 +20,7 @@ from ..adapters.header import AdapterHeader
 from ..adapters.module import build_module
 from ..adapters.reading import read
 from ..adapters.same_model import find_differences
+from ..adapters.scaled_ids import reads_scaled_ids
 from ..adapters.storage import naming
 from ..nn import CPTPrompt, Prefix, PrefixTuningConfig
 from .attaching import (
@@ -174,6 +175,12 @@ class Target:
                         "they share them with; here each has its own, so it would not be the same: train one with "
                         "prefixcore.attach"
                     )
+        elif header.peft_config is not None and reads_scaled_ids(self.model):
+            raise AdapterError(
+                f"{self.folder}: PEFT gives the encoder of {type(self.model).__name__} embeddings of the text without "
+                "the factor that the model has for ids (scale_embedding), and this soft prompt was trained so: train "
+                "one with prefixcore.attach, or run it as PEFT does, by prefixcore.accelerate"
+            )
         elif header.hidden_size != self.hidden_size:
             raise AdapterError(
                 f"{self.folder}: its virtual tokens have {header.hidden_size} numbers, but the model's embeddings have "

@@ -28,7 +28,7 @@ class PeftFolder:
     layout = "folder: adapter_config.json, adapter_model.safetensors with prompt_embeddings"
     lost = (
         "manifest (the base model's fingerprint goes along), record, reparameterization; refused: a prefix in some "
-        "layers alone, one with position_offset=False, a soft prompt in the text"
+        "layers alone, one with position_offset=False, a soft prompt in the text or for scaled ids"
     )
 
     def read(self, source: Path, facts: Facts) -> Contents:
@@ -46,7 +46,7 @@ class PeftFolder:
             raise AdapterError(
                 f"{folder}: PEFT cannot hold it: a prefix in some layers alone, of several shapes or with "
                 "position_offset=False (prefixcore bake makes an equal one of that), or a soft prompt that stands in "
-                "the text"
+                "the text, or before an encoder that multiplies embeddings of ids (scale_embedding)"
             )
         files = {name: read_bytes(folder / name) for name in (PEFT_FILE, MODEL_FILE)}
         header, _ = read_header(folder)

@@ -7,6 +7,7 @@ decoder's mask of it is made longer, too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from ..positions.cache import (
 )
 from ..positions.positions import batch_rows
 from ..positions.row_padding import check_rows_may_differ
+from ..prompts.prompt_embeddings import in_place_of_stand_ins
 from ..prompts.prompts import Prompts, missing_tokens
 from ..prompts.soft_prompt import insert, insert_mask
 from .handed import ROWS, RowPrefixes
@@ -49,7 +51,8 @@ def encode(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any]) -> A
         prompts = prompts_of(bank, given.rows, num_rows)
         if len(set(prompts.counts)) > 1 and not torch.compiler.is_compiling():
             check_rows_may_differ(bank)
-        insert(encoder, bank.names[encoder], kwargs, prompts)
+        layout = insert(encoder, bank.names[encoder], kwargs, prompts)
+        forward = partial(_with_stand_ins, encoder, layout, prompts, forward)
     if not bank.is_reached:
         return forward(**kwargs)
     refuse_other_attention(encoder)
@@ -60,6 +63,13 @@ def encode(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any]) -> A
     tasks = [task for task in given.tasks if bank.encoder_layers.intersection(task.adapter.layers or ())]
     call = prefixes_of_call(bank, given, tasks, num_rows, None, model_input(kwargs).device)
     return forward(**kwargs, **{PREFIXES: call})
+
+
+def _with_stand_ins(
+    encoder: PreTrainedModel, layout: Layout, prompts: Prompts, forward: Callable[..., Any], **kwargs: Any
+) -> Any:
+    with in_place_of_stand_ins(encoder, layout, prompts):
+        return forward(**kwargs)
 
 
 def prompts_of(bank: Bank, rows: Rows, num_rows: int) -> Prompts:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...adapters.scaled_ids import scales_ids
 from ..batch.layout import Layout
 from ..families import text_config
 from ..model.devices import device_of
@@ -76,7 +77,7 @@ def put_virtual(layout: Layout, virtual: Tensor, embeddings: Tensor) -> Tensor:
 
 def reads_ids(model: PreTrainedModel) -> bool:
     """Whether the model looks at ids besides their embeddings, so that it is given ids with stand-ins."""
-    known = has_axes(model) or has_layer_embeddings(model) or head_of(model) == SEQUENCE
+    known = has_axes(model) or has_layer_embeddings(model) or head_of(model) == SEQUENCE or scales_ids(model)
     return known or model in _found_to_read_ids
 
 

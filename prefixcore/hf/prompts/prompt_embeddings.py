@@ -53,7 +53,7 @@ def _insert_stand_ins(model: PreTrainedModel, kwargs: dict[str, Any], layout: La
     """Gives the call ids in which stand-ins are virtual tokens, whose embeddings `stand_ins` puts in."""
     if kwargs.get("input_ids") is None:
         raise NotImplementedError(
-            f"{type(model).__name__} looks at the ids of its tokens besides their embeddings, so a soft prompt on it "
+            f"{type(model).__name__} makes more of ids than their embeddings, so a soft prompt on it "
             "needs input_ids, but was given inputs_embeds alone"
         )
     kwargs["input_ids"] = layout.insert_value(kwargs["input_ids"], stand_in(model))
