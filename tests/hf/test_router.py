@@ -72,6 +72,18 @@ def test_a_soft_prompt_is_tokens(name: str, side: str) -> None:
     check_gradient(got.aux_loss, handle)
 
 
+@pytest.mark.parametrize("config", [PrefixTuningConfig(P, seed=0), PromptTuningConfig(P, seed=0)])
+def test_a_configuration_that_asks_for_them(name: str, side: str, config: Any) -> None:
+    model = tiny_models.make(name, CLASSES[name])
+    with prefixcore.attach(model, config):
+        expected = model(**batch(side), output_router_logits=True)
+    model.config.output_router_logits = True
+    with prefixcore.attach(model, config):
+        got = model(**batch(side))
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(got.aux_loss, expected.aux_loss)
+
+
 def check_gradient(loss: torch.Tensor, handle: prefixcore.Handle) -> None:
     (gradient,) = torch.autograd.grad(loss, [next(iter(handle.parameters()))])
     assert gradient.abs().max() > 0

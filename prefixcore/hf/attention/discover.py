@@ -27,7 +27,8 @@ _OTHER_LAYERS = {"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"}
 _KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cu_seq_lens_q",
     "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "past_key_values", "cache_position",
-    "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch",
+    "output_hidden_states", "return_dict", "logits_to_keep", "num_items_in_batch", "output_router_logits",
+    "deterministic",
 }  # fmt: skip
 """Arguments of an attention call that the op honours, or that do not concern it."""
 
