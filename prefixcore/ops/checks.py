@@ -47,6 +47,13 @@ def device_type_of(x: Tensor) -> str:
     return "cpu" if x.is_cpu else x.device.type
 
 
+def of_all_calls(x: Tensor) -> Tensor:
+    """What stands behind an argument under `torch.func.vmap`, the values of all its calls: what can be read."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
 def check_derivatives(op: str) -> bool:
     """Whether the call is plain eager code: not being compiled, and under no transform of `torch.func`.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...nn import CPTPrompt, MultitaskPrompt, SoftPrompt
 
@@ -67,8 +68,12 @@ class Attached:
 
     @property
     def trains(self) -> bool:
-        """Whether something of it gets a gradient in a forward that records them."""
-        return any(parameter.requires_grad for parameter in self.module.parameters())
+        """Whether something of it gets a gradient in a forward that records them, or has a derivative going forward."""
+        if any(parameter.requires_grad for parameter in self.module.parameters()):
+            return True
+        if forward_ad._current_level < 0:  # also inside torch.func.jvp
+            return False
+        return any(forward_ad.unpack_dual(parameter).tangent is not None for parameter in self.module.parameters())
 
     def values(self) -> dict[str, Tensor]:
         """All that its virtual tokens are made from."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...ops import soft_embedding
+from ...ops.checks import of_all_calls
 from ..batch.layout import Layout
 from ..model.devices import is_plain
 from ..positions.model_inputs import (
@@ -116,7 +117,7 @@ def check_range(ids: Tensor, size: int) -> None:
     if torch.compiler.is_compiling():  # compiled code cannot read values, and asserts when it runs
         torch._assert_async(((ids >= 0) & (ids < size)).all(), f"input_ids must be from 0 to {size - 1}")
         return
-    low, high = torch.stack(torch.aminmax(ids)).tolist()  # together: each read makes a GPU wait
+    low, high = torch.stack(torch.aminmax(of_all_calls(ids))).tolist()  # together: each read makes a GPU wait
     if low < 0 or high >= size:
         raise IndexError(f"input_ids must be from 0 to {size - 1}, got {low} to {high}")
 
