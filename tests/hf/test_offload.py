@@ -62,6 +62,16 @@ def test_it_computes_trains_generates_and_is_saved_as_the_whole_model_is(how: st
     torch.testing.assert_close(model(**batch).logits[seen], whole(**batch).logits[seen])
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_virtual_tokens_that_were_offloaded_too_are_refused(config: Any) -> None:
+    """accelerate puts copies in their place for a forward, so their gradients would be lost."""
+    model = make("llama")
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    cpu_offload(model)
+    with pytest.raises(RuntimeError, match="would get no gradients: offload LlamaForCausalLM first .* then attach"):
+        model(**padded("none"))
+
+
 @torch.no_grad()
 def test_a_bank(tmp_path: Path) -> None:
     logits = []

@@ -20,7 +20,10 @@ def evaluate(bank: Bank, adapter: Attached) -> Any:
     """What the module makes, without a graph where none is wanted."""
     if torch.is_grad_enabled() and bank.model.training:
         check_not_frozen(bank, adapter)
-    if torch.is_grad_enabled() and adapter.trains:
+    trains = adapter.trains
+    if trains:
+        _check_not_offloaded(bank, adapter)
+    if torch.is_grad_enabled() and trains:
         values = adapter.module()
         meshes = _unknown_to(bank, adapter)
         return averaged(values, meshes) if meshes else values
@@ -29,6 +32,16 @@ def evaluate(bank: Bank, adapter: Attached) -> Any:
     with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
         values = _detach(adapter.module())
         return values if adapter.is_kept else bank.residency.get(adapter.uid, values, device_of(bank.model))
+
+
+def _check_not_offloaded(bank: Bank, adapter: Attached) -> None:
+    """Raises RuntimeError where accelerate has offloaded what is trained: a gradient would be a copy's, and dropped."""
+    hooks = (getattr(module, "_hf_hook", None) for module in adapter.module.modules())
+    if any(getattr(each, "offload", False) for hook in hooks for each in getattr(hook, "hooks", (hook,))):
+        raise RuntimeError(
+            "the virtual tokens were offloaded with the model they are attached to, so they would get no gradients: "
+            f"offload {type(bank.model).__name__} first (device_map, cpu_offload, disk_offload), then attach"
+        )
 
 
 def _unknown_to(bank: Bank, adapter: Attached) -> list[Any]:
