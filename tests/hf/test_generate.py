@@ -140,6 +140,23 @@ def test_a_soft_prompt_and_a_static_cache(family: str, side: str) -> None:
         assert torch.equal(model.generate(**batch, **options(cache_implementation="static")), expected)
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gemma2", "gpt_oss")])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_cache_in_the_first_call_of_all(family: str, attention: str) -> None:
+    """`generate` makes its masks before the model, which until then has the attention of its own, is called."""
+    model, ids = make(family, attn_implementation=attention), tokens(2, 7)
+    expected = model.generate(after(TEXT, ids), **options())[:, len(TEXT) :]
+    prefixcore.attach(model, BOTH[1], tokenizer=Tokenizer())
+    assert torch.equal(model.generate(ids, **options(cache_implementation="static")), expected)
+
+
+def test_a_soft_prompt_before_no_text_is_refused() -> None:
+    model = make("llama")
+    prefixcore.attach(model, BOTH[1], tokenizer=Tokenizer())
+    with pytest.raises(ValueError, match="the rows have no tokens"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), **options())
+
+
 def test_a_soft_prompt_in_a_window_does_not_go_on_from_a_cache_in_silence() -> None:
     """generate would cut the new text by P tokens too many."""
     model, ids, more = make("mistral", sliding_window=64), tokens(1, 7), tokens(1, 12, seed=2)

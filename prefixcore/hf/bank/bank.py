@@ -38,7 +38,7 @@ from .paged_calls import PagedBatching, generate_batch
 from .paged_calls import end as end_batching
 from .paged_calls import start as start_batching
 from .prefix_calls import decode
-from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text
+from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text, reach_before_masks
 from .reach import check_concatenated, reach
 from .residency import Residency
 from .rows import pop_rows
@@ -118,6 +118,7 @@ class Bank:
             if self.body is not model:
                 self.patch.wrap_forward(self.body, self.call_base_model)
             self.patch.wrap_method("generate", self.call_generate)
+            self.patch.wrap_method("prepare_inputs_for_generation", self.prepare_inputs)
             self.patch.wrap_method("generate_batch", self.call_generate_batch)
             self.patch.wrap_method("init_continuous_batching", self.start_continuous_batching)
             self.patch.wrap_method("destroy_cached_continuous_batching_manager", self.end_continuous_batching)
@@ -252,6 +253,12 @@ class Bank:
         task_ids = kwargs.pop(TASK_IDS, None)
         with generating(self.patch, task_ids):
             return generate(*args, **kwargs)
+
+    def prepare_inputs(self, prepare: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a step of generate calls the model with: it makes the masks of a static cache, for whoever attends."""
+        if not self.is_disabled:
+            reach_before_masks(self, kwargs)
+        return prepare(*args, **kwargs)
 
     def call_generate_batch(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model's generate_batch."""

@@ -62,6 +62,8 @@ def place_prompts(
     if batch_rows(kwargs) == 0:
         got = list(tokens(kwargs).shape)
         raise ValueError(f"the batch has no rows ({got}): give at least one, as a soft prompt is put into each")
+    if query_length(kwargs) == 0:
+        raise ValueError("the rows have no tokens: give at least one, as a soft prompt stands before a text")
     if kwargs.get("cu_seq_lens_q") is None:
         label = label_to_continue(cache_argument(kwargs), rows.keys(batch_rows(kwargs)))
     if label is not None:
@@ -79,6 +81,19 @@ def place_prompts(
     shared = {task: prompt[: len(prompt) - last] for task, prompt in prompts.items() if len(prompt) > last}
     inserted = {task: prompt[len(prompt) - last :] for task, prompt in prompts.items()} if last else {}
     return {task: compute_once(bank, prompt) for task, prompt in shared.items()}, inserted
+
+
+def reach_before_masks(bank: Bank, kwargs: dict[str, Any]) -> None:
+    """Lets attention be ours before the masks of a static cache are made, where soft prompts become prefixes.
+
+    Made for the attention that the model had, they may be none where ours needs one: to SDPA none means that the unused
+    keys at the end of the cache are not looked at, to ours that the last query stands at the last key.
+    """
+    if not getattr(cache_argument(kwargs), "is_compileable", False):
+        return
+    before_text = (a for a in list(bank.adapters.values()) if not a.is_prefix and a.virtual_token_ids is None)
+    if _can_compute_once(bank) and any(before_text):
+        reach(bank)
 
 
 def place_prompts_in_text(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows) -> Any:
@@ -104,15 +119,15 @@ def place_prompts_in_text(bank: Bank, forward: Callable[..., Any], kwargs: dict[
     return lambda **kwargs: call_labelled(forward, kwargs, rows, [0] * num_rows, starts=starts)
 
 
+def _can_compute_once(bank: Bank) -> bool:
+    """Whether soft prompts can be prefixes in this model."""
+    return not isinstance(bank.decoder, str) and is_known(bank.model) and bank.only_full_attention
+
+
 def _may_compute_once(bank: Bank, kwargs: dict[str, Any], longest: int, trains: bool) -> bool:
     """Whether soft prompts of a call that starts sequences can be computed once, and it is worth it."""
-    decoder = bank.decoder
-    if (
-        isinstance(decoder, str)
-        or not is_known(bank.model)
-        or not bank.only_full_attention
-        or torch.compiler.is_compiling()
-    ):
+    decoder: Any = bank.decoder
+    if not _can_compute_once(bank) or torch.compiler.is_compiling():
         return False
     if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("token_type_ids") is not None:
         return False  # a packed batch does it in one pass; types of tokens come from each row's text
