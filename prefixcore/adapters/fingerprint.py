@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import AdapterError, shown
 from .samples import Sample, take_samples
 from .scaled_ids import reads_scaled_ids
-from .weights import Unreadable, Weight, base_weights, is_quantized, is_sharded, materialized
+from .weights import Unreadable, Weight, base_weights, is_quantized, is_repacked, is_sharded, materialized
 
 SAMPLES = 32
 """How many numbers of each weight go into a digest, evenly from the first to the last."""
@@ -44,7 +44,7 @@ _DIGESTS = {
     "float16": (torch.float64, torch.float32, torch.float16),
 }
 ROUNDED = ("float64", "float32", "bfloat16", "float16")
-_PACKED = ("qweight", "weight_packed", "weight")
+_PACKED = ("qweight", "weight_packed", "W_q", "weight")
 _MOST_NAMED = 3
 
 
@@ -160,11 +160,12 @@ def _fact(config: Any, name: str, left_out: list[str]) -> Any:
 
 
 def _packed(model: nn.Module) -> list[str]:
-    """Modules whose weight a quantiser (GPTQ, AWQ, compressed-tensors) keeps in buffers, not in a parameter."""
+    """Modules whose weight a quantiser (GPTQ, AWQ, compressed-tensors, HQQ) keeps in a buffer or under another name."""
     return [
         name
         for name, module in model.named_modules()
-        if module._parameters.get("weight") is None and any(buffer in module._buffers for buffer in _PACKED)
+        if module._parameters.get("weight") is None
+        and any(packed in module._buffers or module._parameters.get(packed) is not None for packed in _PACKED)
     ]
 
 
@@ -194,6 +195,8 @@ def _digests(weights: list[Weight], left_out: list[str]) -> dict[str, str]:
         for weight in weights:
             if is_quantized(weight) and weight.tensor.is_floating_point():
                 raise Unreadable(f"{weight.name} is quantised")
+            if is_repacked(weight):
+                raise Unreadable(f"{weight.name} is laid out for a CPU's kernel")
             sample = _sample(materialized(weight))
             for dtype, digest in hashes.items():
                 digest.update(f"{weight.name} {list(weight.tensor.shape)}".encode())

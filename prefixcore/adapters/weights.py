@@ -137,6 +137,11 @@ def is_quantized(weight: Weight) -> bool:
     )
 
 
+def is_repacked(weight: Weight) -> bool:
+    """Whether a forward on a CPU has laid bitsandbytes' 4 bits out anew, with scales that it rounds to 16 bits."""
+    return bool(getattr(getattr(weight.tensor, "quant_state", None), "packing_format_for_cpu", False))
+
+
 def materialized(weight: Weight) -> Tensor:
     """The weight itself, or what accelerate's hook would put in its place for a forward.
 
@@ -184,7 +189,14 @@ def _dequantized(tensor: Tensor, weight: Weight) -> tuple[str, Tensor]:
 
 
 def _from_4bit(tensor: Any) -> Tensor:
-    """The numbers of bitsandbytes' 4 bits, also after a forward on a CPU has laid them out anew for its kernel."""
+    """The numbers of bitsandbytes' 4 bits."""
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(*laid_out_as_loaded(tensor))
+
+
+def laid_out_as_loaded(tensor: Any) -> tuple[Tensor, Any]:
+    """bitsandbytes' 4 bits and their state, as before a forward on a CPU laid them out anew (`is_repacked`)."""
     from bitsandbytes import functional
 
     packed, state = tensor.data, copy.copy(tensor.quant_state)  # the inverse writes into the state
@@ -192,7 +204,7 @@ def _from_4bit(tensor: Any) -> Tensor:
         packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
         if not state.nested:  # those scales the inverse leaves in the kernel's order
             state.absmax = state.absmax.T.reshape(-1).float()
-    return functional.dequantize_4bit(packed, state)
+    return packed, state
 
 
 def _plain_dequantized(tensor: Tensor) -> Tensor | None:

@@ -183,11 +183,18 @@ def test_sharded_over_processes(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_weights_in_the_buffers_of_a_quantiser(llama: Any) -> None:
+@pytest.mark.parametrize("where", ["a buffer", "weight_packed", "W_q"])
+def test_weights_packed_by_a_quantiser(where: str, llama: Any) -> None:
+    """GPTQ and AWQ, compressed-tensors, HQQ."""
+
     class Packed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+            numbers = torch.zeros(4, 4, dtype=torch.int32)
+            if where == "a buffer":
+                self.register_buffer("qweight", numbers)
+            else:
+                self.register_parameter(where, nn.Parameter(numbers, requires_grad=False))
 
     model = make_model("llama")
     for layer in model.model.layers:

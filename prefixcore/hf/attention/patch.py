@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..model.devices import device_of
+from ..model.four_bits import SWITCH, lay_out_as_loaded, layers_with_switch
 from ..model.peft_parameters import flags_to_restore
 from ..model.sharded import reshard
 from ..model.wrapped import Around, WrappedMethod
@@ -48,6 +49,7 @@ class Patch:
         forwards: the forwards that were wrapped, by their modules.
         methods: other methods of the model that were wrapped.
         attributes: what stands on modules in place of something of their own.
+        four_bits: the layers that were kept in the form that gradients pass through.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -61,6 +63,7 @@ class Patch:
         self.methods: list[WrappedMethod] = []
         self.forwards: dict[nn.Module, WrappedMethod] = {}
         self.attributes: list[tuple[nn.Module, str]] = []
+        self.four_bits: list[nn.Module] = []
         _patches.add(self)
 
     def freeze(self) -> None:
@@ -69,6 +72,13 @@ class Patch:
         self.frozen = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for parameter, _ in self.frozen:
             parameter.requires_grad_(False)
+
+    def let_gradients_pass(self) -> None:
+        """Keeps layers from losing their backward, and gives those that have lost it theirs back."""
+        for layer in list(layers_with_switch(self.model)):
+            setattr(layer, SWITCH, False)
+            self.four_bits.append(layer)
+            lay_out_as_loaded(layer)
 
     def set_attention(self, backbone: PreTrainedModel, name: str) -> None:
         """Lets the attention of `backbone` run through the function registered as `name`."""
@@ -140,6 +150,8 @@ class Patch:
         while self.attributes:
             module, name = self.attributes.pop()
             module.__dict__.pop(name, None)
+        while self.four_bits:
+            setattr(self.four_bits.pop(), SWITCH, True)
         self.forget_layers()
         if MODULE in self.model._modules:
             delattr(self.model, MODULE)
@@ -195,16 +207,18 @@ def _keep(record: logging.LogRecord) -> bool:
 def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator[None]:
     """A block in which `model` runs without gradients, dropout or autocast; afterwards it is as it was.
 
-    Also what modules remember of a call: where images stood (Qwen2-VL), say.
+    Also what modules remember of a call: where images stood (Qwen2-VL), say. Weights of 4 bits keep their form.
 
     Args:
         model: the model.
         attention: the attention implementation to use inside; None: the model's own.
     """
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    attributes = [(module, list(module._parameters), dict(module.__dict__)) for module in model.modules()]
     implementations = attention_implementations(model)
     try:
         model.eval()
+        for layer in layers_with_switch(model):
+            setattr(layer, SWITCH, False)
         if attention is not None:
             with _without_warning():
                 model.set_attn_implementation(attention)
@@ -212,7 +226,10 @@ def frozen_run(model: PreTrainedModel, attention: str | None = None) -> Iterator
             yield
     finally:
         restore_attention(implementations)
-        for module, before in attributes:
+        for module, names, before in attributes:
+            if list(module._parameters) != names:  # compressed-tensors unpacks a model's weights at its first forward
+                module.training = before["training"]
+                continue
             module.__dict__.update(before)
             for name in [name for name in module.__dict__ if name not in before]:
                 del module.__dict__[name]

@@ -163,6 +163,8 @@ class Bank:
         group = head_group(self.model)
         agree_on_values(adapter.module, [*self.data_meshes, *([group.mesh] if group is not None else [])])
         try:
+            if adapter.trained:
+                self.patch.let_gradients_pass()
             if adapter.is_prefix:
                 check_concatenated(self, adapter)
                 reach(self)
