@@ -14,7 +14,7 @@ import prefixcore
 from prefixcore.hf.model.sample_inputs import CACHES
 
 from .accelerated import METHODS, PREFIXES, with_peft
-from .models import tokens
+from .models import close, tokens
 
 PROMPTS = [method for method in METHODS if method not in PREFIXES]
 
@@ -24,7 +24,7 @@ def options(method: str) -> dict[str, Any]:
     return {**rows, "attention_mask": torch.ones(3, 7, dtype=torch.long)}
 
 
-def written(model: Any, method: str, **more: Any) -> Tensor:
+def written(model: Any, method: str, **more: Any) -> Any:
     more = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, **options(method), **more}
     return model.generate(input_ids=tokens(3, 7), **more)
 
@@ -93,6 +93,19 @@ def test_so_they_are_with_beams_and_without_a_cache(more: dict[str, Any]) -> Non
     handle = prefixcore.attach(model.get_base_model(), prefixcore.PromptTuningConfig(len(prompt)))
     handle.module.embedding.data.copy_(prompt)
     assert torch.equal(got, written(model.get_base_model(), "prompt", **more))
+
+
+@pytest.mark.parametrize("method", PREFIXES)
+def test_guidance_is_pefts(method: str) -> None:
+    """Its side without the prompt has no prefix either."""
+    model = with_peft(method).eval()
+    scores = []
+    for accelerate in (False, True):
+        if accelerate:
+            prefixcore.accelerate(model)
+        how = {"guidance_scale": 1.5, "max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
+        scores += written(model, method, **how).scores
+    close(*scores)
 
 
 def test_arguments_that_the_model_does_not_take_are_refused() -> None:

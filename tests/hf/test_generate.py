@@ -34,6 +34,8 @@ def options(**changes: Any) -> dict[str, Any]:
         {"use_cache": False},
         {"prefill_chunk_size": 2},
         {"prompt_lookup_num_tokens": 3},
+        {"guidance_scale": 1.5},
+        {"guidance_scale": 1.5, "negative_prompt_ids": tokens(2, 4, seed=3)},
     ],
     ids=lambda way: "-".join(way),
 )

@@ -32,6 +32,7 @@ from ..positions.positions import shift_positions
 from .attached import Attached
 from .cpt_calls import TYPES, take_answers_loss
 from .encoder_calls import encode, find_encoder
+from .guidance import guide_without
 from .handed import ROWS, RowPrefixes, hand_over
 from .inserted import check_inserted, continues_after_prompts, lacks_prompt
 from .paged_calls import PagedBatching, generate_batch
@@ -119,6 +120,7 @@ class Bank:
                 self.patch.wrap_forward(self.body, self.call_base_model)
             self.patch.wrap_method("generate", self.call_generate)
             self.patch.wrap_method("prepare_inputs_for_generation", self.prepare_inputs)
+            self.patch.wrap_method("_get_logits_processor", self.get_logits_processor)
             self.patch.wrap_method("generate_batch", self.call_generate_batch)
             self.patch.wrap_method("init_continuous_batching", self.start_continuous_batching)
             self.patch.wrap_method("destroy_cached_continuous_batching_manager", self.end_continuous_batching)
@@ -261,6 +263,10 @@ class Bank:
         if not self.is_disabled:
             reach_before_masks(self, kwargs)
         return prepare(*args, **kwargs)
+
+    def get_logits_processor(self, get: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The logits processors of a generate."""
+        return guide_without(self, get(*args, **kwargs))
 
     def call_generate_batch(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model's generate_batch."""
