@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from .data import DataError, Example, TokenizedExample, encode
-from .json_values import to_json
+from .json_values import texts, to_json
 from .left_out import check_asked, check_said, check_tools
 from .messages import ASSISTANT, learnt_turns, only_read, text_of
 from .template import write_turns
@@ -201,10 +201,12 @@ def _up_to_the_end(said: str, message: dict[str, Any], eos: str | None, where: s
     """A turn without what the template writes after the end-of-sequence token, when the model has stopped."""
     if not eos or eos not in said:
         return said
-    if eos in text_of(message).rstrip().removesuffix(eos):
-        raise DataError(
-            f"{where}: its content goes on behind {eos!r}, where the model stops; leave that token out of it"
-        )
+    fields = {**message, "content": text_of(message).rstrip().removesuffix(eos)}
+    for name, value in fields.items():
+        if any(eos in text for text in texts(value)):
+            raise DataError(
+                f"{where}: its {name} goes on behind {eos!r}, where the model stops; leave that token out of it"
+            )
     return said[: said.index(eos) + len(eos)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 from .data import DataError, is_whole
@@ -51,6 +52,19 @@ def check_json(value: Any, where: str, depth: int = 0) -> None:
             raise DataError(f"{where}: holds {value}, which is no number of JSON's")
     elif value is not None and not isinstance(value, (bool, int)):
         raise DataError(f"{where}: holds a {type(value).__name__}, which JSON does not have; write it as text")
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts in a value, the names in objects among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            yield from texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from texts(each)
 
 
 def to_json(value: Any) -> str:

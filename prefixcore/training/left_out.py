@@ -1,6 +1,7 @@
 """What a chat template leaves out: it is a program that reads some fields, and says nothing of the others.
 
-A field whose text is not among what was written has been left out if another one in its place changes nothing.
+A field has been left out if another one in its place changes nothing. Of what every template writes, finding its text
+among what was written is enough; of the rest it may stand there by chance.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def check_asked(write: Write, messages: Sequence[dict[str, Any]], start: int, as
     """Raises DataError if a message of others, from `start` on, is not in what the assistant is asked with."""
     for place, message in enumerate(messages):
         text = text_of(message).strip()
-        if place < start or message["role"] == ASSISTANT or text in asked:
+        if place < start or message["role"] == ASSISTANT or (message["role"] == "user" and text in asked):
             continue
         changed = [*messages[:place], {**message, "content": f"not {text}"}, *messages[place + 1 :]]
         if _is_same(write, changed, asked):
@@ -56,15 +57,17 @@ def check_said(write: Write, messages: Sequence[dict[str, Any]], said: str, whol
 
 def _others(message: dict[str, Any], said: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is not sure to be in `said`, and other values in its place."""
-    if text_of(message).strip() not in said:
-        yield "content", {"content": f"not {text_of(message)}"}
+    text = text_of(message).strip()
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    if calls:
-        yield "tool_calls", _called(message, [{**call, "name": f"not_{call['name']}"} for call in calls])
+    if text and (calls or text not in said):
+        yield "content", {"content": f"not {text}"}
+    for place, call in enumerate(calls):  # some templates write the first one alone
+        changed = {**call, "name": f"not_{call['name']}"}
+        yield "tool_calls", _called(message, [*calls[:place], changed, *calls[place + 1 :]])
     if any(call["arguments"] for call in calls):
         yield "arguments of the tool_calls", _called(message, [{**call, "arguments": {}} for call in calls])
     thoughts = [name for name in REASONING if isinstance(message.get(name), str)]
-    if any(message[name].strip() not in said for name in thoughts):
+    if any(message[name].strip() for name in thoughts):
         yield thoughts[0], {name: f"not {message[name]}" for name in thoughts}
 
 

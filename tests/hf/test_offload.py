@@ -73,6 +73,17 @@ def test_virtual_tokens_that_were_offloaded_too_are_refused(config: Any) -> None
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS[::2])
+def test_virtual_tokens_that_were_offloaded_too_are_read(config: Any) -> None:
+    """Where no gradient is asked for, none is lost."""
+    model, batch = make("llama"), padded("none")
+    prefixcore.attach(model, config, tokenizer=Tokenizer())
+    expected = model(**batch).logits
+    cpu_offload(model)
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
+@torch.no_grad()
 def test_a_bank(tmp_path: Path) -> None:
     logits = []
     for model in (make("gpt2"), offloaded("disk", tmp_path, "gpt2")):

@@ -18,11 +18,20 @@ USER = {"role": "user", "content": "Is it cold in Oslo?"}
 RESULT = {"role": "tool", "name": "weather", "tool_call_id": "call_1", "content": "-3 C"}
 ANSWER = {"role": "assistant", "content": "Yes."}
 ASKED = [USER, call("Oslo"), RESULT, ANSWER]
+FIRST_CALL = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content + '' }}{{ m.tool_calls[0].function if m.tool_calls }}"
+    "{{ '<|im_end|>' if m.role == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""Reads every content, also where there is none, and one call of a turn."""
 
 
 def conversation(messages, tools=None, **template_kwargs):
     checked = check_messages(messages, "messages")
     return Conversation.of(checked, "here", tools=tools, template_kwargs=template_kwargs)
+
+
+def two_calls(*cities, **others):
+    return {**call("", **others), "tool_calls": [each for city in cities for each in call(city)["tool_calls"]]}
 
 
 def whole(made, ids):
@@ -95,10 +104,7 @@ def test_a_template_that_adds_the_arguments_to_a_text():
 
 
 def test_a_template_that_reads_every_content():
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content + '' }}{{ m.tool_calls[0].function if m.tool_calls }}"
-    template += "{{ '<|im_end|>' if m.role == 'assistant' else '' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
-    made = tokenizer(template)
+    made = tokenizer(FIRST_CALL)
     [first, _] = said(made, conversation(ASKED).to_ids(made, None))
     assert first == "{'name': 'weather', 'arguments': {'city': 'Oslo'}}<|im_end|>"
 
@@ -107,11 +113,23 @@ def test_a_template_that_reads_every_content():
     ("template", "messages", "tools", "message"),
     [
         (HERMES, [USER, {**ANSWER, "content": "a<|im_end|>b"}], None, "its content goes on behind '<|im_end|>'"),
+        (HERMES, [USER, call("<|im_end|>")], None, "its tool_calls goes on behind '<|im_end|>'"),
+        (
+            THINKING, [USER, {**ANSWER, "reasoning_content": "<|im_end|> ends it"}], None,
+            "its reasoning_content goes on behind '<|im_end|>'",
+        ),
         (REFUSES, [USER, ANSWER], [WEATHER], "chat template refuses the messages: no tools, please"),
         (IGNORES, [USER, ANSWER], [WEATHER], "chat template does not write the tools"),
         (IGNORES, ASKED, None, "does not write the tool_calls of message 2, so it would not be learnt"),
         (LLAMA, [USER, call("Oslo", content="I look.")], None, "the content of message 2 beside its tool_calls"),
+        (LLAMA, [USER, call("Oslo", content="Oslo")], None, "the content of message 2 beside its tool_calls"),
+        (
+            IGNORES.replace("messages %}", "messages if m.role != 'tool' %}"),
+            [USER, ANSWER, {**RESULT, "content": "cold"}, ANSWER], None, "does not write message 3, of the role 'tool'",
+        ),
+        (FIRST_CALL, [USER, two_calls("Oslo", "Rome")], None, "does not write the tool_calls of message 2"),
         (HERMES, [USER, {**ANSWER, "reasoning_content": "cold"}], None, "the reasoning_content of message 2"),
+        (HERMES, [USER, {**ANSWER, "reasoning_content": "Yes"}], None, "the reasoning_content of message 2"),
         (HERMES, [USER, {**ANSWER, "thinking": "cold"}], None, "the thinking of message 2"),
         (HERMES, [{"role": "developer", "content": "Briefly!"}, USER, ANSWER], None, "does not write message 1"),
         (

@@ -20,10 +20,8 @@ def evaluate(bank: Bank, adapter: Attached) -> Any:
     """What the module makes, without a graph where none is wanted."""
     if torch.is_grad_enabled() and bank.model.training:
         check_not_frozen(bank, adapter)
-    trains = adapter.trains
-    if trains:
+    if torch.is_grad_enabled() and adapter.trains:
         _check_not_offloaded(bank, adapter)
-    if torch.is_grad_enabled() and trains:
         values = adapter.module()
         meshes = _unknown_to(bank, adapter)
         return averaged(values, meshes) if meshes else values
