@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import nn
 
+_SCALE_ALL = {"fsmt"}
+"""Types of models whose encoder multiplies the embeddings that it is given, too: PEFT's soft prompts are right there."""
+
 
 def scales_ids(stack: nn.Module) -> bool:
     """Whether a stack of layers multiplies the embeddings of ids alone. Of BART and others the table itself does it."""
@@ -18,6 +21,7 @@ def scales_ids(stack: nn.Module) -> bool:
 def reads_scaled_ids(model: nn.Module) -> bool:
     """Whether the encoder of an encoder-decoder that reads text multiplies the embeddings of ids alone."""
     whole: Any = model
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or getattr(config, "model_type", None) in _SCALE_ALL:
         return False
     return getattr(model, "main_input_name", None) == "input_ids" and scales_ids(whole.get_encoder())

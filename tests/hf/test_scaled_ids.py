@@ -144,3 +144,22 @@ def test_other_families(name: str) -> None:
         )
     ).eval()  # fmt: skip
     prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=P)).detach()
+
+
+def test_an_encoder_that_multiplies_all_embeddings_is_none_of_these(tmp_path: Path) -> None:
+    """FSMT's: what PEFT trains there is right, and is refused for the reason that there is."""
+    import peft
+
+    sizes = {f"{stack}_{name}": size for stack in ("encoder", "decoder")
+             for name, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 40))}  # fmt: skip
+    config = transformers.FSMTConfig(
+        langs=["en", "de"], src_vocab_size=97, tgt_vocab_size=97, d_model=32, scale_embedding=True, **sizes
+    )
+    model = transformers.FSMTForConditionalGeneration(config).eval()
+    assert model.get_encoder().embed_scale > 1
+    prompt = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    peft_model = peft.get_peft_model(model, prompt)
+    peft_model.save_pretrained(tmp_path)
+    assert "scales_ids" not in prefixcore.adapters.fingerprint(peft_model.base_model)
+    with pytest.raises(NotImplementedError, match="does not say which two models inside it encode and decode"):
+        prefixcore.load(peft_model.base_model, tmp_path)

@@ -34,7 +34,7 @@ def evaluate(bank: Bank, adapter: Attached) -> Any:
 
 def _check_not_offloaded(bank: Bank, adapter: Attached) -> None:
     """Raises RuntimeError where accelerate has offloaded what is trained: a gradient would be a copy's, and dropped."""
-    hooks = (getattr(module, "_hf_hook", None) for module in adapter.module.modules())
+    hooks = [hook for module in adapter.module.modules() if (hook := module.__dict__.get("_hf_hook")) is not None]
     if any(getattr(each, "offload", False) for hook in hooks for each in getattr(hook, "hooks", (hook,))):
         raise RuntimeError(
             "the virtual tokens were offloaded with the model they are attached to, so they would get no gradients: "
