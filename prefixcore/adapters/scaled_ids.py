@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 _SCALE_ALL = {"fsmt"}
-"""Types of models whose encoder multiplies the embeddings that it is given, too: PEFT's soft prompts are right there."""
+"""Types of models whose encoder multiplies the embeddings that it is given, too, so PEFT's soft prompts are right."""
 
 
 def scales_ids(stack: nn.Module) -> bool:

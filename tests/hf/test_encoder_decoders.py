@@ -43,6 +43,16 @@ def test_every_known_family_is_tested() -> None:
     assert set(FAMILIES) == set(ENCODER_DECODERS)
 
 
+@pytest.mark.parametrize(("where", "times"), [(("decoder",), 1), (("encoder", "decoder"), 2)])
+def test_an_encoder_asks_for_no_prefix_that_the_decoder_alone_sees(where: Any, times: int) -> None:
+    """While it is trained, that is a reparameterisation's whole forward."""
+    model, evaluated = make("bart"), []
+    handle = prefixcore.attach(model, config(where, reparameterization="mlp"))
+    handle.module.register_forward_hook(lambda *_: evaluated.append(None))
+    model(**inputs("bart"), labels=labels())
+    assert len(evaluated) == times
+
+
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients(family: str, where: Any) -> None:

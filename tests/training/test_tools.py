@@ -20,7 +20,8 @@ ANSWER = {"role": "assistant", "content": "Yes."}
 ASKED = [USER, call("Oslo"), RESULT, ANSWER]
 FIRST_CALL = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content + '' }}{{ m.tool_calls[0].function if m.tool_calls }}"
-    "{{ '<|im_end|>' if m.role == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{{ '<|im_end|>' if m.role == 'assistant' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 """Reads every content, also where there is none, and one call of a turn."""
 
@@ -229,11 +230,11 @@ def test_a_template_that_writes_earlier_turns_otherwise():
     with pytest.raises(DataError, match="before message 4 otherwise once that is there.*prefixcore.training.unroll"):
         tokenize(made, [example])
     one, other = unroll(made, [example])
-    assert said(made, one.to_ids(made, None)) == ["<think>\nthink Yes.\n</think>\n\nYes.<|im_end|>"]
-    ids = other.to_ids(made, None)
-    assert said(made, ids) == ["<think>\nthink No.\n</think>\n\nNo.<|im_end|>"]
-    server = made.apply_chat_template(example.messages[:3], tokenize=True, add_generation_prompt=True)["input_ids"]
-    assert ids.prompt_ids == server
+    for made_of_it, text, before in ((one, "Yes.", 1), (other, "No.", 3)):
+        ids = made_of_it.to_ids(made, None)
+        assert said(made, ids) == [f"<think>\nthink {text}\n</think>\n\n{text}<|im_end|>"]
+        asked = example.messages[:before]
+        assert ids.prompt_ids == made.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     assert one.prompt == other.prompt == example.prompt  # they stay on one side of a split
     assert unroll(made, [one, other, Example("a", "b")]) == [one, other, Example("a", "b")]
     assert unroll(tokenizer(HERMES), [conversation(ASKED, [WEATHER])]) == [conversation(ASKED, [WEATHER])]
