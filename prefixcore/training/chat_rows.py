@@ -45,12 +45,10 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
 
 
 def _messages(row: Mapping[str, Any], source: str, kind: str) -> list[dict[str, Any]]:
-    if row.get("messages") is not None:
-        where = f"{source}: the {kind} 'messages'"
-        messages = check_each(row["messages"], where)
-    elif row.get("conversations") is not None:
-        where = f"{source}: the {kind} 'conversations'"
-        messages = check_each(to_messages(row["conversations"], row.get("system"), where), where)
+    turns = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if turns is not None:
+        where = f"{source}: the {kind} {turns!r}"
+        messages = check_each(to_messages(row[turns], row.get("system"), where), where)
     elif isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         where = f"{source}: the {kind} 'completion'"
         completion = check_each(row["completion"], where)

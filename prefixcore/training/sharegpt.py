@@ -39,6 +39,8 @@ def to_messages(turns: Any, system: Any, where: str) -> Any:
     if not isinstance(system, str):
         raise DataError(f"{where}: the system message beside it must be a string, got {json_name(system)}")
     if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        if messages[0].get("content") == system:
+            return messages
         raise DataError(f"{where}: begins with a system message, and has another one beside it; leave one of them")
     return [{"role": "system", "content": system}, *messages]
 

@@ -70,6 +70,9 @@ def test_virtual_tokens_that_were_offloaded_too_are_refused(config: Any) -> None
     cpu_offload(model)
     with pytest.raises(RuntimeError, match="would get no gradients: offload LlamaForCausalLM first .* then attach"):
         model(**padded("none"))
+    if config in CONFIGS[1::2]:  # what they are made by is on no device
+        with torch.no_grad(), pytest.raises(RuntimeError, match="then attach"):
+            model(**padded("none"))
 
 
 @torch.no_grad()

@@ -131,6 +131,8 @@ def test_sharegpt(tmp_path):
     expected = read(tmp_path, {"messages": [{"role": "system", "content": "Be brief."}, *ASKED], "tools": [WEATHER]})
     assert found.to_ids(made, None) == expected.to_ids(made, None)
     beside = read(tmp_path, {"conversations": turns[1:], "system": "Be brief.", "tools": [WEATHER]})
+    for messages in (ASKED, [{"role": "system", "content": "Be brief."}, *ASKED]):
+        assert read(tmp_path, {"messages": messages, "system": "Be brief.", "tools": [WEATHER]}) == expected
     assert (beside.prompt, beside.completion) == (found.prompt, found.completion)
     several = [*turns[:2], {"from": "function_call", "value": json.dumps([asked, asked])}]
     assert len(read(tmp_path, {"conversations": several}).messages[-1]["tool_calls"]) == 2

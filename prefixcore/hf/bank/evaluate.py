@@ -20,8 +20,10 @@ def evaluate(bank: Bank, adapter: Attached) -> Any:
     """What the module makes, without a graph where none is wanted."""
     if torch.is_grad_enabled() and bank.model.training:
         check_not_frozen(bank, adapter)
-    if torch.is_grad_enabled() and adapter.trains:
+    trains = adapter.trains
+    if trains and (torch.is_grad_enabled() or getattr(adapter.module, "is_reparameterized", False)):
         _check_not_offloaded(bank, adapter)
+    if torch.is_grad_enabled() and trains:
         values = adapter.module()
         meshes = _unknown_to(bank, adapter)
         return averaged(values, meshes) if meshes else values
@@ -37,8 +39,8 @@ def _check_not_offloaded(bank: Bank, adapter: Attached) -> None:
     hooks = [hook for module in adapter.module.modules() if (hook := module.__dict__.get("_hf_hook")) is not None]
     if any(getattr(each, "offload", False) for hook in hooks for each in getattr(hook, "hooks", (hook,))):
         raise RuntimeError(
-            "the virtual tokens were offloaded with the model they are attached to, so they would get no gradients: "
-            f"offload {type(bank.model).__name__} first (device_map, cpu_offload, disk_offload), then attach"
+            "the virtual tokens were offloaded with the model they are attached to, so what trains them would get no "
+            f"gradients: offload {type(bank.model).__name__} first (device_map, cpu_offload, disk_offload), then attach"
         )
 
 
