@@ -241,8 +241,6 @@ class PromptBank(UndoneAfterBlock):
         else:
             module.to("cpu")
             adapter.is_kept = False
-        if name in self._bank.adapters:
-            self._bank.remove(self._bank.adapters[name])
         return Handle(self._bank, self._bank.add(adapter), shapes, tokenizer)
 
 

@@ -16,6 +16,7 @@ import prefixcore
 from prefixcore import PackedCollator, PrefixTuningConfig, PromptBank, PromptTuningConfig
 
 from .models import FAMILIES, assert_same, close, make, padded, state, tokens, window_of
+from .test_cached_attention import make as make_cached
 
 CONFIGS = {
     "long": PrefixTuningConfig(5, init="random", seed=1),
@@ -313,6 +314,41 @@ def test_hundreds_in_a_budget_of_memory(tmp_path: Path) -> None:
     assert residency.bytes == 2 * size
     residency.get("x", values * 9, device)  # more than there is room for: used, and not kept
     assert residency.bytes <= 3 * size
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig(4, init="random"), PromptTuningConfig(4, init="random")])
+def test_a_changed_adapter_is_copied_anew(config: Any, tmp_path: Path) -> None:
+    """A device that holds shapes alone shows when: a copy from before the change would be seen by every later call."""
+    model = make("llama")
+    with prefixcore.attach(model, config) as handle:
+        handle.save(tmp_path / "a")
+    bank = PromptBank(model)
+    module = bank.load("a", tmp_path / "a").module
+    adapter, residency, device = bank._bank.adapters["a"], bank._bank.residency, torch.device("meta")
+
+    def copied() -> Any:
+        return residency.get(adapter.uid, module(), device, adapter.version)
+
+    first = copied()
+    assert copied() is first
+    with torch.no_grad():
+        next(module.parameters()).mul_(0.5)
+    second = copied()
+    assert second is not first
+    module.load_state_dict(module.state_dict())
+    assert copied() is not second
+    assert residency.bytes == sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def test_one_that_cannot_take_the_place_of_another_leaves_it_there() -> None:
+    model, ids = make_cached("bloom"), tokens(2, 6)
+    bank = PromptBank(model)
+    handle = bank.attach("a", PrefixTuningConfig(4, init="random"))
+    expected = model(ids, task_ids="a").logits
+    with pytest.raises(NotImplementedError, match="in every layer or in none"):
+        bank.attach("a", PrefixTuningConfig(4, init="random", layers=[1]), replace=True)
+    assert bank["a"] is handle
+    assert torch.equal(model(ids, task_ids="a").logits, expected)
 
 
 def test_threads_with_tasks_of_their_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -74,6 +75,12 @@ class Attached:
         if forward_ad._current_level < 0:  # also inside torch.func.jvp
             return False
         return any(forward_ad.unpack_dual(parameter).tangent is not None for parameter in self.module.parameters())
+
+    @property
+    def version(self) -> tuple[tuple[int, int], ...]:
+        """Another one once something that its virtual tokens are made from was changed in place, or replaced."""
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors)
 
     def values(self) -> dict[str, Tensor]:
         """All that its virtual tokens are made from."""

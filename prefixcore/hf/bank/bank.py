@@ -160,7 +160,7 @@ class Bank:
         self.moves_positions = isinstance(decoder, str) or moves_positions(self.model, decoder, calls)
 
     def add(self, adapter: Attached) -> Attached:
-        """Attaches an adapter."""
+        """Attaches an adapter, in place of what has its name; after an error that one stays."""
         adapter.first_task, self._next_task = self._next_task, self._next_task + adapter.num_tasks
         group = head_group(self.model)
         agree_on_values(adapter.module, [*self.data_meshes, *([group.mesh] if group is not None else [])])
@@ -170,6 +170,8 @@ class Bank:
             if adapter.is_prefix:
                 check_concatenated(self, adapter)
                 reach(self)
+            if adapter.name in self.adapters:
+                self.remove(self.adapters[adapter.name])
             self.register(adapter)
         except BaseException:
             if not self.adapters and not self.stays:

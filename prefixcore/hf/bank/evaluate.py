@@ -31,7 +31,9 @@ def evaluate(bank: Bank, adapter: Attached) -> Any:
         return _detach(adapter.module())
     with torch.inference_mode(False), torch.no_grad():  # a later forward may need them in a graph
         values = _detach(adapter.module())
-        return values if adapter.is_kept else bank.residency.get(adapter.uid, values, device_of(bank.model))
+        if adapter.is_kept:
+            return values
+        return bank.residency.get(adapter.uid, values, device_of(bank.model), adapter.version)
 
 
 def _check_not_offloaded(bank: Bank, adapter: Attached) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...adapters.module import tensors_of
+
+
+class _Copy(NamedTuple):
+    values: Any
+    version: object
 
 
 class Residency:
@@ -22,7 +27,7 @@ class Residency:
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
-        self._copies: OrderedDict[tuple[str, torch.device], Any] = OrderedDict()
+        self._copies: OrderedDict[tuple[str, torch.device], _Copy] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -31,17 +36,18 @@ class Residency:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["budget"])  # type: ignore[misc]
 
-    def get(self, uid: str, values: Any, device: torch.device) -> Any:
-        """`values` of an adapter (a tensor, or pairs of them) on `device`."""
+    def get(self, uid: str, values: Any, device: torch.device, version: object = None) -> Any:
+        """`values` of an adapter (a tensor, or pairs of them) on `device`; `version` tells when they changed."""
         if _first(values).device == device:
             return values
         with self._lock:
             key = uid, device
-            if key in self._copies:
+            if key in self._copies and self._copies[key].version == version:
                 self._copies.move_to_end(key)
-                return self._copies[key]
+                return self._copies[key].values
+            self._copies.pop(key, None)
             copy = _to(values, device)
-            self._copies[key] = copy
+            self._copies[key] = _Copy(copy, version)
             while self.budget is not None and self._copies and self._bytes() > self.budget:
                 self._copies.popitem(last=False)
             return copy
@@ -59,7 +65,7 @@ class Residency:
             return self._bytes()
 
     def _bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for copy in self._copies.values() for x in tensors_of(copy))
+        return sum(x.numel() * x.element_size() for copy in self._copies.values() for x in tensors_of(copy.values))
 
 
 def _first(values: Any) -> Tensor:
