@@ -151,7 +151,7 @@ def gradients(model: Any, family: str, options: dict[str, Any], task_ids: Any) -
     if task_ids is not None:
         batch["task_ids"] = task_ids
     loss = model(**batch).loss
-    if not wanted:
+    if not wanted or all(task is None for task in task_ids or [0]):  # whatever hooks for checkpointing make of it
         return [loss.detach().clone()]
     found = torch.autograd.grad(loss, wanted, allow_unused=True)
     return [loss.detach().clone(), *(torch.zeros(1) if g is None else g for g in found)]
@@ -426,6 +426,8 @@ class History(RuleBasedStateMachine):
     @rule()
     def copied(self) -> None:
         """The history goes on with a copy of the model."""
+        if isinstance(outcome(lambda: copy.deepcopy(self.model)), Refused):  # torch copies no hook that was removed
+            return
         if self.attachment.bank is not None:
             bank = copy.deepcopy(self.attachment.bank)
             self.model = bank.model
@@ -442,7 +444,7 @@ class History(RuleBasedStateMachine):
         if not wanted:
             return
         found = outcome(lambda: gradients(self.model, self.family, options, self.tasks(numbers)))
-        if isinstance(found, Refused):
+        if isinstance(found, Refused) or len(found) == 1:
             return
         optimizer = torch.optim.AdamW(wanted, lr=lr)
         for parameter, gradient in zip(wanted, found[1:], strict=True):
