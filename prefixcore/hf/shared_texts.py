@@ -16,8 +16,8 @@ def sharing_width(handle: Handle) -> int:
 
     A tree is one row with a mask of its own, in which each token sees those on its way from the root. That says
     everything only where each layer lets a token see all that come before it, at positions that are given. A soft
-    prompt, which stands in the row itself, has no place in such a mask. Nor is a text that is read once weighed as often
-    as it occurs by the loss of routers.
+    prompt, which stands in the row itself, has no place in such a mask. The loss of routers would weigh a text that is
+    read once for several as one.
     """
     bank = handle._bank
     if getattr(text_config(handle.model), "output_router_logits", False):
