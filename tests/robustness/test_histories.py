@@ -32,4 +32,6 @@ def test_many_histories(family: str) -> None:
         families = (family,)
         ways = (*History.ways, "batched") if family in ("llama", "qwen3", "gpt2") else History.ways
 
-    run_state_machine_as_test(Of, settings=settings(max_examples=40, stateful_step_count=16, **_SETTINGS))
+    run_state_machine_as_test(
+        Of, settings=settings(max_examples=8, stateful_step_count=16, derandomize=True, **_SETTINGS)
+    )
