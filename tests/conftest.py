@@ -18,7 +18,12 @@ if NAME != "cuda":  # before anything imports Triton: where no GPU is under test
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """``PREFIXCORE_TEST_SHARD=2/8`` runs every eighth test from the third on: Triton compiles on one core a process."""
+    """Names are the same in each process that has a part of the tests: none holds the address of an object.
+
+    ``PREFIXCORE_TEST_SHARD=2/8`` runs every eighth test from the third on: Triton compiles on one core a process.
+    """
+    if unnamed := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"{unnamed[0]}: its name has an address in it; leave ids=str out, or give names")
     if which := os.environ.get("PREFIXCORE_TEST_SHARD"):
         mine = shard(items, which)
         config.hook.pytest_deselected(items=[item for item in items if item not in mine])

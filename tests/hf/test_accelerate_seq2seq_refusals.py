@@ -61,7 +61,6 @@ def _any(name: str) -> Any:
             "num_transformer_submodules=2.*takes 1: leave it out, and PEFT chooses 1",
         ),
     ],
-    ids=str,
 )
 def test_refused_by_name(build: Any, method: str, options: dict[str, Any], message: str) -> None:
     config = METHODS[method](**{"task_type": "SEQ_2_SEQ_LM", **options})
