@@ -2,6 +2,8 @@
 
     python -m tests.backends.triton.resources --write     makes resources.json anew
     python -m tests.backends.triton.resources             prints it as it is now
+    python -m tests.backends.triton.resources --every 12  compiles one in twelve, and whatever is not made from what the
+                                                          record was made from: of the others it prints the record
 
 The launchers run as they are, on small CPU tensors; only their last step is replaced: a kernel is compiled instead of
 launched. So what is compiled is what the block table, the strides and the switches of a real call lead to.
@@ -17,7 +19,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +191,10 @@ def needed(binary: Any) -> dict[str, int]:
     return resources(binary.asm["cubin"]) | {"shared": binary.metadata.shared}
 
 
-def compiled(case: str, name: str, architecture: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """``(label, resources)`` of the kernels that one launcher would launch."""
+def compiled(
+    case: str, name: str, architecture: int, recorded: Mapping[str, Any], every: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(label, resources)`` of the kernels that one launcher would launch; of most the record, if it still holds."""
     triton.runtime.driver.set_active(_NoDevice(architecture))
     chips = 80 if architecture == 89 else architecture  # as `launch.family` has it
     launch.family = lambda device: chips  # type: ignore[assignment]
@@ -198,12 +204,13 @@ def compiled(case: str, name: str, architecture: int) -> Iterator[tuple[str, dic
         kernel: Any, programs: int, blocks: launch.Blocks, on: Any, keys_of: Any = None, **arguments: Any
     ) -> None:
         options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
-        needs = remember(lambda: kernel.run(grid=(1,), warmup=True, **arguments, **options), needed)
         label = f"sm_{architecture}, {case}: {kernel.__name__}"
         label += "".join(f", {flag}" for flag in ("PREFIX_ONLY", "FROM_STATE", "STREAMED") if arguments.get(flag))
         if kernel.__name__ == "decode_once_kernel":
             label += ", shared" if arguments["SHARED_M"] else ", split" if arguments["counters"] is not None else ""
         label += ", of the prefix" if kernel.__name__ == "decode_kernel" and arguments["PREFIX"] else ""
+        known = recorded.get(label) if zlib.crc32(label.encode()) % every else None
+        needs = remember(lambda: kernel.run(grid=(1,), warmup=True, **arguments, **options), needed, known)
         found.append((label, needs))
 
     launch.launch = compile_instead  # type: ignore[assignment]
@@ -211,11 +218,14 @@ def compiled(case: str, name: str, architecture: int) -> Iterator[tuple[str, dic
     yield from found
 
 
-def _compiled(task: tuple[str, str, int]) -> list[tuple[str, dict[str, int]]]:
-    return list(compiled(*task))
+def _compiled(task: tuple[str, str, int], recorded: Mapping[str, Any], every: int) -> list[tuple[str, dict[str, Any]]]:
+    return list(compiled(*task, recorded, every))
 
 
-def measure(jobs: int, architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> dict[str, Any]:
+def measure(
+    jobs: int, architectures: tuple[int, ...] = ARCHITECTURES, only: str = "", every: int = 1
+) -> dict[str, Any]:
+    record = json.loads(RECORDED.read_text())["kernels"] if every > 1 else {}
     launch.PROGRAMS = 10**6  # so small a problem is split too, and the reduction compiled
     grad_prefix.TILES_PER_SPLIT = grad_short_prefix.TILES_PER_SPLIT = 1
     tasks = [(case, name, a) for case, (_, names) in CASES.items() for name in names for a in architectures]
@@ -223,7 +233,7 @@ def measure(jobs: int, architectures: tuple[int, ...] = ARCHITECTURES, only: str
     tasks = [task for task in tasks if only in f"{task[0]}: {task[1]}"]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         results = []
-        for pairs in pool.imap_unordered(_compiled, tasks):
+        for pairs in pool.imap_unordered(partial(_compiled, recorded=record, every=every), tasks):
             for label, needs in pairs:
                 print(label, needs, file=sys.stderr, flush=True)
             results += pairs
@@ -236,8 +246,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--architectures", type=int, nargs="*", default=ARCHITECTURES, metavar="SM", help="such as 90")
     parser.add_argument("--only", default="", help="part of 'case: launcher'")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="compile one kernel in N whatever is recorded"
+    )
     arguments = parser.parse_args()
-    found = measure(arguments.jobs, tuple(arguments.architectures), only=arguments.only)
+    found = measure(arguments.jobs, tuple(arguments.architectures), only=arguments.only, every=arguments.every)
     if arguments.only and arguments.write:  # the others stay as they are on record
         found["kernels"] = dict(sorted((json.loads(RECORDED.read_text())["kernels"] | found["kernels"]).items()))
     text = json.dumps(found, indent=1)
