@@ -38,12 +38,16 @@ def evaluate(bank: Bank, adapter: Attached) -> Any:
 
 def _check_not_offloaded(bank: Bank, adapter: Attached) -> None:
     """Raises RuntimeError where accelerate has offloaded what is trained: a gradient would be a copy's, and dropped."""
-    hooks = [hook for module in adapter.module.modules() if (hook := module.__dict__.get("_hf_hook")) is not None]
-    if any(getattr(each, "offload", False) for hook in hooks for each in getattr(hook, "hooks", (hook,))):
+    if any(_is_offloaded(module) for module in adapter.module.modules()):
         raise RuntimeError(
             "the virtual tokens were offloaded with the model they are attached to, so what trains them would get no "
             f"gradients: offload {type(bank.model).__name__} first (device_map, cpu_offload, disk_offload), then attach"
         )
+
+
+def _is_offloaded(module: torch.nn.Module) -> bool:
+    hook = module.__dict__.get("_hf_hook")
+    return hook is not None and any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
 
 def _unknown_to(bank: Bank, adapter: Attached) -> list[Any]:
