@@ -34,7 +34,7 @@ help:
 	@echo "             cores); ARGS=--keep puts the page into bench/demo/"
 	@echo "make serve-demo   three prefixes behind one unmodified vLLM, asked at once and validated (four minutes, and two more"
 	@echo "             the first time)"
-	@echo "make test    run the tests (fifteen to twenty minutes on two cores); make test-all: also those marked slow, which compile"
+	@echo "make test    run the tests (a dozen minutes on two cores); make test-all: also those marked slow, which compile"
 	@echo "             for GPUs, watch memory with sanitizers and try more random cases; make test-slow: these alone"
 	@echo "make test-peft   run PEFT's own tests of its prompt-learning methods, from PyPI, on accelerated models (two minutes;"
 	@echo "             ARGS=--plain: on PEFT alone, for comparison)"
