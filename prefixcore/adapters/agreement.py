@@ -37,7 +37,7 @@ def check_listing(manifest: Manifest, config: Config, peft_config: dict[str, Any
         why = scaled if is_expressible(config, [], {}) else in_text
         raise AdapterError(f"peft_type: expected none, got {shown(peft_type)}: {why}")
     if manifest.layers is None and not ours_alone and peft_type is None:
-        raise AdapterError("peft_type: expected one, a soft prompt before the text is always in PEFT's files")
+        raise AdapterError("peft_type: expected one: PEFT's files can hold this soft prompt, and so they do")
     if ours_alone != (manifest.hidden_size is not None):
         expected_size = "E, an integer of at least 1" if ours_alone else "none: PEFT's files say it"
         raise AdapterError(f"hidden_size: expected {expected_size}, got {shown(manifest.hidden_size)}")

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         training, held_out = read_examples(arguments)
     if held_out:
         check_open()
-    training_options(arguments, len(training), has_held_out=bool(held_out))
+    training_options(arguments, len(training), has_held_out=bool(held_out))  # to be made again of what templates make
     check_cache(arguments, config)
 
     model, tokenizer = open_model(arguments)

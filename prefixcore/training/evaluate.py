@@ -217,8 +217,7 @@ def evaluate(
     """Held-out loss and greedy exact match.
 
     Of a conversation, the answer is the assistant's last turn as the model's chat template writes it, calls of tools
-    among it. An answer may be one token longer than the longest right
-    one: a longer answer cannot be right.
+    among it. An answer may be one token longer than the longest right one: a longer answer cannot be right.
 
     Args:
         model: a transformers causal language model, with or without virtual tokens.

@@ -21,6 +21,7 @@ from .accelerated import (
     _of_length,
     assert_close,
     count_ops,
+    evaluations,
     gradients,
     inputs,
     step,
@@ -111,9 +112,7 @@ def test_generate(method: str, options: dict[str, Any]) -> None:
 def test_a_projected_prefix_is_computed_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_peft("projected prefix")
     prefixcore.accelerate(model)
-    encoder = model.prompt_encoder["default"]
-    forward, calls = encoder.forward, []
-    monkeypatch.setattr(encoder, "forward", lambda indices: calls.append(1) or forward(indices))
+    calls = evaluations(model, monkeypatch)
     model.generate(**inputs("prefix", labels=False), max_new_tokens=5, eos_token_id=None)
     assert len(calls) == 1
 

@@ -9,7 +9,7 @@ import torch
 
 import prefixcore
 
-from .accelerated import PREFIXES
+from .accelerated import PREFIXES, evaluations
 from .accelerated_seq2seq import CASES, inputs, with_peft
 from .encoder_decoders import GREEDY
 
@@ -81,9 +81,7 @@ def test_a_step_goes_on_from_a_cache_that_holds_the_text_alone(method: str) -> N
 def test_a_projected_prefix_is_computed_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_peft("projected prefix")
     prefixcore.accelerate(model)
-    encoder = model.prompt_encoder["default"]
-    forward, calls = encoder.forward, []
-    monkeypatch.setattr(encoder, "forward", lambda indices: calls.append(1) or forward(indices))
+    calls = evaluations(model, monkeypatch)
     written(model, "projected prefix", "bart")
     assert len(calls) == 1
 

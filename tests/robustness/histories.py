@@ -7,12 +7,12 @@ it directly. Nothing that was done before may show.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -22,25 +22,22 @@ from torch import Tensor
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 
-from ..hf import encoder_decoders, encoders, models
-from ..hf.test_cached_attention import make as make_cached
-
-MAKERS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: models.make("llama"),
-    "qwen2": lambda: models.make("qwen2", sliding_window=6),
-    "qwen3": lambda: models.make("qwen3"),
-    "gpt2": lambda: models.make("gpt2"),
-    "gemma2": lambda: models.make("gemma2", sliding_window=6),
-    "mistral": lambda: models.make("mistral", sliding_window=6),
-    "gpt_oss": lambda: models.make("gpt_oss", sliding_window=6),
-    "bert": lambda: encoders.make("bert", "ForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-    "modernbert": lambda: encoders.make("modernbert", "ForMaskedLM"),
-    "bart": lambda: encoder_decoders.make("bart", attention_dropout=0.0, activation_dropout=0.0),
-    "t5": lambda: encoder_decoders.make("t5"),
-    "bloom": lambda: make_cached("bloom", torch.float32),
-    "falcon": lambda: make_cached("falcon", torch.float32),
-}
-ENCODERS, PAIRS, CACHED = ("bert", "modernbert"), ("bart", "t5"), ("bloom", "falcon")
+from ..hf import models
+from .history_calls import (
+    ENCODERS,
+    MAKERS,
+    PAIRS,
+    WAYS,
+    Refused,
+    batch_of,
+    generated,
+    gradients,
+    options_of_a_call,
+    outcome,
+    same,
+    tasks_of_a_call,
+)
+from .history_picture import difference_of, picture
 
 KINDS: dict[str, Callable[[int], Any]] = {
     "prefix": lambda seed: PrefixTuningConfig(num_virtual_tokens=4, init="random", seed=seed),
@@ -51,7 +48,6 @@ KINDS: dict[str, Callable[[int], Any]] = {
     "long prompt": lambda seed: PromptTuningConfig(num_virtual_tokens=9, init="vocab", seed=seed),
     "p-tuning": lambda seed: PTuningConfig(num_virtual_tokens=3, seed=seed),
 }
-CACHES = [None, "dynamic", "static", "hybrid"]
 
 
 class Attachment(NamedTuple):
@@ -60,170 +56,6 @@ class Attachment(NamedTuple):
     kinds: dict[str | None, tuple[str, int]]
     handles: dict[str | None, prefixcore.Handle]
     bank: prefixcore.PromptBank | None
-
-
-class Refused(NamedTuple):
-    """The error of a call."""
-
-    what: str
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the error that it raises."""
-    try:
-        return call()
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, IndexError, ImportError) as error:
-        return Refused(f"{type(error).__name__}: {error}"[:200])
-
-
-def same(got: Any, expected: Any, exact: bool, tolerance: float = 5e-4) -> str:
-    """In what two outcomes differ; empty: in nothing."""
-    if isinstance(got, Refused) or isinstance(expected, Refused):
-        return "" if got == expected else f"got {got!r:.300}, expected {expected!r:.300}"
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a.shape != b.shape:
-            return f"tensor {i}: shape {list(a.shape)}, expected {list(b.shape)}"
-        if exact and not torch.equal(a, b):
-            return f"tensor {i}: not bit for bit, by {(a.double() - b.double()).abs().max():.2e}"
-        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True):
-            return f"tensor {i}: differs by {(a.double() - b.double()).abs().max():.2e}"
-    return ""
-
-
-def batch_of(family: str, side: str, seed: int, rows: int = 3) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, models.VOCABULARY, (rows, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        length = (9, 6, 2)[row % 3]
-        if side == "right":
-            mask[row, length:] = 0
-        elif side == "left":
-            mask[row, : 9 - length] = 0
-    return {"input_ids": ids * mask, **({} if side == "no mask" else {"attention_mask": mask})}
-
-
-def shown(batch: dict[str, Tensor], logits: Tensor, family: str) -> Tensor:
-    """Logits of the tokens that are no padding."""
-    mask = batch.get("attention_mask")
-    if mask is None or family in PAIRS or mask.shape[1] != logits.shape[1]:
-        return logits
-    return logits[mask.bool()]
-
-
-AROUND: dict[str, Callable[[], Any]] = {
-    "plain": contextlib.nullcontext,
-    "no_grad": torch.no_grad,
-    "inference": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-}
-
-
-def forward(model: Any, family: str, options: dict[str, Any], task_ids: Any) -> list[Tensor]:
-    batch: dict[str, Any] = dict(batch_of(family, options["side"], options["seed"]))
-    given = dict(batch)
-    if options["embeds"]:
-        given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
-    if family in PAIRS:
-        given["labels" if options["labels"] else "decoder_input_ids"] = torch.tensor([[11, 23, 42, 7]] * 3)
-    elif options["labels"]:
-        given["labels"] = batch["input_ids"]
-    if task_ids is not None:
-        given["task_ids"] = task_ids
-    if options["use_cache"] is not None and family not in ENCODERS:
-        given["use_cache"] = options["use_cache"]
-    if options["hidden"]:
-        given["output_hidden_states"] = True
-    with AROUND[options["around"]]():
-        output = model(**given)
-    found = [shown(batch, output.logits, family).float()]
-    if options["hidden"] and family not in PAIRS:
-        found += [shown(batch, each, family).float() for each in output.hidden_states]
-    if options["labels"]:
-        found.append(output.loss.float())
-    return [each.detach().clone() for each in found]
-
-
-def gradients(model: Any, family: str, options: dict[str, Any], task_ids: Any) -> list[Tensor]:
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    batch = batch_of(family, options["side"], options["seed"])
-    batch["labels"] = torch.tensor([[11, 23, 42, 7]] * 3) if family in PAIRS else batch["input_ids"]
-    if task_ids is not None:
-        batch["task_ids"] = task_ids
-    loss = model(**batch).loss
-    if not wanted or all(task is None for task in task_ids or [0]):  # whatever hooks for checkpointing make of it
-        return [loss.detach().clone()]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return [loss.detach().clone(), *(torch.zeros(1) if g is None else g for g in found)]
-
-
-def generated(model: Any, family: str, options: dict[str, Any], task_ids: Any) -> list[Tensor]:
-    if family in ENCODERS:
-        return []
-    batch: dict[str, Any] = dict(batch_of(family, options["side"], options["seed"]))
-    if options["embeds"] and family not in PAIRS:
-        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
-    if task_ids is not None:
-        batch["task_ids"] = task_ids
-    if options["cache"] is not None:
-        batch["cache_implementation"] = options["cache"]
-    if options["guided"]:
-        batch["guidance_scale"] = 1.5
-    if options["lookup"]:  # of one row
-        batch = {name: each if isinstance(each, (str, float)) else each[:1] for name, each in batch.items()}
-        batch["prompt_lookup_num_tokens"] = 2
-    torch.manual_seed(options["seed"])
-    sampling = {"do_sample": True, "top_k": 5} if options["sample"] else {"do_sample": False}
-    with AROUND["no_grad" if options["around"] == "autocast" else options["around"]]():
-        found = model.generate(
-            **batch,
-            **sampling,
-            max_new_tokens=5,
-            num_beams=options["beams"],
-            eos_token_id=None,
-            disable_compile=True,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    return [found.sequences, *(each.float() for each in found.logits)]
-
-
-def batched(model: Any, family: str, options: dict[str, Any], task_ids: Any) -> list[Tensor]:
-    from transformers import ContinuousBatchingConfig
-
-    rows = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
-    made = model.generate_batch(
-        rows,
-        max_new_tokens=3,
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=32),
-        progress_bar=False,
-        **({} if task_ids is None else {"task_ids": task_ids}),
-    )
-    found = [torch.tensor(each.generated_tokens) for each in made.values()]
-    if len(found) != 3:
-        raise RuntimeError("generate_batch failed")
-    return found
-
-
-WAYS = {"forward": forward, "gradients": gradients, "generate": generated, "batched": batched}
-
-options_of_a_call = st.fixed_dictionaries(
-    {
-        "side": st.sampled_from(["none", "no mask", "left", "right"]),
-        "seed": st.integers(1, 3),
-        "embeds": st.booleans(),
-        "labels": st.booleans(),
-        "use_cache": st.sampled_from([None, None, True, False]),
-        "hidden": st.sampled_from([False, False, True]),
-        "around": st.sampled_from(["plain", "no_grad", "no_grad", "inference", "autocast"]),
-        "cache": st.sampled_from(CACHES),
-        "beams": st.sampled_from([1, 1, 2]),
-        "sample": st.booleans(),
-        "lookup": st.sampled_from([False, False, False, False, True]),
-        "guided": st.sampled_from([False, False, False, True]),
-    }
-)
-tasks_of_a_call = st.lists(st.integers(-1, 2), min_size=3, max_size=3)
 
 
 class Conversation(NamedTuple):
@@ -249,6 +81,8 @@ class History(RuleBasedStateMachine):
 
     families = tuple(MAKERS)
     ways = ("forward", "forward", "gradients", "generate", "generate")
+    answered: ClassVar[Counter[bool]] = Counter()
+    """How many calls had an answer, and how many ended in the error that a fresh model raises, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -492,6 +326,7 @@ class History(RuleBasedStateMachine):
         tasks = self.tasks(numbers)
         got = outcome(lambda: WAYS[which](self.model, self.family, options, tasks))
         expected = outcome(lambda: WAYS[which](self.fresh(), self.family, options, tasks))
+        self.answered[not isinstance(got, Refused)] += 1
         autocast = which == "forward" and options["around"] == "autocast"
         difference = same(got, expected, self.attachment is None, 0.2 if autocast else 5e-4)
         assert not difference, f"{self.family} {which} {options} {tasks}: {difference}"
@@ -629,54 +464,3 @@ class History(RuleBasedStateMachine):
         mine, reference = picture(self.model), picture(self.bare())
         for what, expected in reference.items():
             assert mine[what] == expected, f"{self.family}: {what}: {difference_of(mine[what], expected)}"
-
-
-def difference_of(got: Any, expected: Any) -> str:
-    if isinstance(got, dict):
-        keys = [k for k in {**got, **expected} if got.get(k, "-") != expected.get(k, "-")]
-        return "; ".join(f"{k}: {got.get(k, '-')!r:.200}, expected {expected.get(k, '-')!r:.200}" for k in keys[:5])
-    return f"{got!r:.300}, expected {expected!r:.300}"
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-    "_state_dict_pre_hooks",
-)
-
-
-def picture(model: Any) -> dict[str, Any]:
-    """All that a model is besides its weights' values."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    hidden = ("_parameters", "_modules", "_buffers", "config", "generation_config", *_HOOKS)
-    return {
-        "modules": list(modules),
-        "flags": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        "gradients": {name: parameter.grad is not None for name, parameter in model.named_parameters()},
-        "buffers": {name: tuple(buffer.shape) for name, buffer in model.named_buffers()},
-        "training": {name: module.training for name, module in modules.items()},
-        "hooks": {
-            name: [
-                each
-                for hook in _HOOKS
-                for each in module.__dict__[hook].values()
-                if str(getattr(each, "__module__", "")).startswith("prefixcore")
-            ]
-            for name, module in modules.items()
-            if name
-        },
-        "attributes": {
-            f"{name}.{key}": value if isinstance(value, (int, str, float, bool, type(None))) else key
-            for name, module in modules.items()
-            for key, value in module.__dict__.items()
-            if key not in hidden and (key[0] != "_" or "prefixcore" in key) and "gradient_checkpointing" not in key
-        },
-        "config": model.config.to_dict(),
-        "generation config": model.generation_config.to_dict() if model.can_generate() else None,
-        "attention": [m.config._attn_implementation for m in modules.values() if hasattr(m, "set_attn_implementation")],
-    }

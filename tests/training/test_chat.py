@@ -12,6 +12,8 @@ from prefixcore.training.data import IGNORED
 from prefixcore.training.messages import check_messages
 from tests import tiny
 
+from .templates import said
+
 CHATML = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '<end>' if m.role == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -30,23 +32,10 @@ def conversation(*turns):
     return Conversation.of(check_messages(messages, "messages"), "here")
 
 
-def learnt(tokenizer, ids):
-    """The texts that are learnt, one for each run of them."""
-    runs, current = [], []
-    for token, label in zip([*ids.prompt_ids, *ids.completion_ids, None], [*ids.labels, IGNORED], strict=True):
-        if label != IGNORED:
-            assert token == label
-            current.append(token)
-        elif current:
-            runs.append(tokenizer.decode(current))
-            current = []
-    return runs
-
-
 def test_the_assistants_turns_are_learnt_and_nothing_else():
     tokenizer = chat_tokenizer()
     [ids] = tokenize(tokenizer, [conversation("2 + 2?", "four", "and 3?", "seven", "thanks")])
-    assert learnt(tokenizer, ids) == ["four<end>", "seven<end>"]
+    assert said(tokenizer, ids) == ["four<end>", "seven<end>"]
     whole = tokenizer.decode(ids.prompt_ids + ids.completion_ids)
     assert whole == "[user]2 + 2?\n[assistant]four<end>\n[user]and 3?\n[assistant]seven<end>"
     assert tokenizer.decode(ids.question_ids) == whole.removesuffix("seven<end>")
