@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -28,7 +30,8 @@ def remember(
 
     def look_up(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         target, ptxas = triton.runtime.driver.active.get_current_target(), triton.knobs.nvidia.ptxas.version
-        asked[:] = [triton.__version__, ptxas, str(target), fn.jit_function.cache_key, compile["specialization_data"]]
+        special = _anywhere(compile["specialization_data"])
+        asked[:] = [triton.__version__, ptxas, str(target), fn.jit_function.cache_key, special]
         return True
 
     hooks = triton.knobs.runtime
@@ -50,3 +53,9 @@ def remember(
         return needs
 
     return remembered("triton", asked, compile_and_measure) | of
+
+
+def _anywhere(specialization: str) -> str:
+    """The same JSON wherever Triton is installed: its options name the file of its device library."""
+    folder = json.dumps(str(Path(triton.__file__).parent))[1:-1]
+    return specialization.replace(folder, "triton")
