@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .hf.callback import PromptCallback
     from .hf.measures import measure
     from .nn import CPTConfig, MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, PTuningConfig
+    from .serving.rollouts import ServedRollouts
 
 # Public name -> the room it is imported from at first use.
 _LAZY = {
@@ -62,6 +63,7 @@ _LAZY = {
     "PackedCollator": "hf",
     "PromptBank": "hf",
     "PromptCallback": "hf.callback",
+    "ServedRollouts": "serving.rollouts",
     "AdapterError": "adapters",
 }
 
@@ -79,6 +81,7 @@ __all__ = [
     "PromptBank",
     "PromptCallback",
     "PromptTuningConfig",
+    "ServedRollouts",
     "__version__",
     "accelerate",
     "attach",

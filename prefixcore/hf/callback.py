@@ -57,13 +57,15 @@ class PromptCallback(TrainerCallback):
             raise ValueError(f"every must be at least 1 or None, got {every}")
         if probes < 0:
             raise ValueError(f"probes must be at least 0, got {probes}")
-        if getattr(trainer, "use_vllm", False):
+        has_virtual_tokens = hasattr(getattr(trainer, "vllm_generation", None), "handle")  # `ServedRollouts`
+        if getattr(trainer, "use_vllm", False) and not has_virtual_tokens:
             raise ValueError(
-                f"{type(trainer).__name__} has its answers written by vLLM (use_vllm=True), to which it hands the base "
-                "model without the virtual tokens, so that they learn from answers of another model; set use_vllm=False"
+                f"{type(trainer).__name__} has its answers written by a vLLM of its own (use_vllm=True), to which it "
+                "hands the base model without the virtual tokens, so that they learn from answers of another model; "
+                "leave use_vllm off; prefixcore.ServedRollouts(trainer, url, adapters) has prefixcore serve write them"
             )
         self._trainer, self._every, self._num_probes = trainer, every, probes
-        self._handle = _find_handle(trainer.model)
+        self._handle = find_handle(trainer.model)
         self._probes: list[dict[str, Any]] | None = None
         self._norms: dict[str, float] = {}
 
@@ -117,7 +119,8 @@ class PromptCallback(TrainerCallback):
         return dict(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options))
 
 
-def _find_handle(model: Any) -> Handle:
+def find_handle(model: Any) -> Handle:
+    """What is attached to a Trainer's model, or to one inside of it."""
     for module in model.modules():
         handle = attached(module) if isinstance(module, PreTrainedModel) else None
         if handle is not None:

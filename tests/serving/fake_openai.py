@@ -138,8 +138,8 @@ class Rounded(Stack):
 
 
 @contextmanager
-def serving(stack: Stack) -> Iterator[str]:
-    """The address of a server for the block."""
+def serving(stack: Any) -> Iterator[str]:
+    """The address of a server for the block: a `Stack`, or what else has its `models` and `answer`."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -23,6 +23,7 @@ from ..bank.bank import Bank
 from ..bank.prefix_calls import compute_once
 from ..bank.reach import reach
 from ..families import text_config
+from ..handle import Handle
 from ..model.own_words import own_words
 from ..positions.position_table import position_limit
 from ..positions.rotary import has_moving_positions
@@ -82,6 +83,16 @@ def prompt_to_prefix(
             pairs = compute_once(bank, prompt)
         finally:
             bank.patch.undo()
+    return [(pair[0].float(), pair[1].float()) for pair in pairs if pair is not None]
+
+
+def attached_to_prefix(handle: Handle, prompt: Tensor) -> list[KeyValue]:
+    """The same on the model that the soft prompt is attached to, through what attaches it."""
+    model, bank = handle.model, handle._bank
+    check_room(model, len(prompt))
+    reach(bank)
+    with own_words(model, "a prefix made of a soft prompt"), frozen_run(model):
+        pairs = compute_once(bank, prompt)
     return [(pair[0].float(), pair[1].float()) for pair in pairs if pair is not None]
 
 
