@@ -93,7 +93,9 @@ def read_by(*rooms: str) -> set[str]:
 
 def test_every_public_name_has_its_place_in_the_api_pages() -> None:
     pages = "\n".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
-    entries = [resolve_name(name) for name in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)]
+    names = re.findall(r"^::: (\S+)$", pages, re.MULTILINE)
+    names.remove("prefixcore.serving.offline.PrefixLLM")  # a subclass of vLLM's, which tests/serving/engine has
+    entries = [resolve_name(name) for name in names]
     assert len(entries) == len(public())
     assert set(entries) == set(public().values())
 

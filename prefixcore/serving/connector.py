@@ -5,7 +5,7 @@
                            "kv_connector_extra_config": {"adapters": "adapters/"}}'
 
 vLLM makes two of it: one beside the scheduler (`Admission` decides), one in each worker (`Loader` reads and writes).
-This module imports vLLM, and is the only one that does.
+This module imports vLLM; of the others `offline` alone does.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import LaunchError, NotInstalledError
 from .salt import PLACEHOLDER
@@ -99,20 +100,27 @@ def vllm_command(
     for name, why in _OURS.items():
         if name in given:
             raise LaunchError(f"{name} cannot be given to vLLM here, nor in a file of --config: {why}")
-    extra = {"adapters": str(adapters.absolute()), "placeholder": placeholder, "unverified_models": unverified_models}
-    if baked is not None:
-        extra["baked"] = str(baked.absolute())
-    connector = {
-        "kv_connector": "PrefixConnector",
-        "kv_role": "kv_consumer",
-        "kv_connector_module_path": "prefixcore.serving.connector",
-        "kv_connector_extra_config": extra,
-    }
+    connector = transfer_config(adapters, placeholder, unverified_models, baked)
     command = [python, "-m", SERVER, "--model", model, "--host", host, "--port", str(port)]
     if "--served-model-name" not in given and Path(model).is_dir():
         command += ["--served-model-name", served_name(model)]
     command += ["--kv-transfer-config", json.dumps(connector), "--middleware", FRONT]
     return [*command, "--enable-prefix-caching", "--enable-scale-out", "--enable-prompt-tokens-details", *arguments]
+
+
+def transfer_config(
+    adapters: Path, placeholder: int = PLACEHOLDER, unverified_models: bool = False, baked: Path | None = None
+) -> dict[str, Any]:
+    """What puts the adapters' connector into vLLM, its `kv_transfer_config`; arguments as of `vllm_command`."""
+    extra = {"adapters": str(adapters.absolute()), "placeholder": placeholder, "unverified_models": unverified_models}
+    if baked is not None:
+        extra["baked"] = str(baked.absolute())
+    return {
+        "kv_connector": "PrefixConnector",
+        "kv_role": "kv_consumer",
+        "kv_connector_module_path": "prefixcore.serving.connector",
+        "kv_connector_extra_config": extra,
+    }
 
 
 def served_name(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -405,3 +406,8 @@ def test_impatience_leaves_no_server_behind(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyboardInterrupt):
         server.stop()
     assert process.returncode == -signal.SIGKILL
+
+
+def test_without_vllm_the_offline_module_says_what_to_install() -> None:
+    with pytest.raises(ImportError, match="needs vLLM 0.32, and there is no vllm"):
+        importlib.import_module("prefixcore.serving.offline")
