@@ -129,11 +129,11 @@ class PrefixLLM(LLM):
     def _find(
         self, adapter: str | Sequence[str | None] | None, count: int, sampling: Any, options: dict[str, Any]
     ) -> list[Served | None]:
-        names = [adapter] * count if adapter is None or isinstance(adapter, str) else list(adapter)
+        names: list[Any] = [adapter] * count if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != count:
             raise ValueError(f"adapter: expected one name, or one for each of {count} prompts, got {len(names)}")
-        if not any(names):
-            return [None] * count
+        if all(name is None for name in names):
+            return names
         if options.get("lora_request") is not None:
             raise ValueError(
                 "lora_request: an adapter was trained for the bare model, so it cannot be combined with a LoRA"
