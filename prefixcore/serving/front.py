@@ -20,24 +20,25 @@ from . import asgi
 from .asgi import Answer, App, Receive, Scope, Send
 from .catalog import Catalog, Served
 from .front_answers import Answered, to_json
-from .front_listing import listing, model_names, unknown_model
+from .front_listing import base_name, listing, model_names, unknown_model
 from .front_requests import (
-    CHAT,
-    COMPLETIONS,
+    MESSAGES,
+    OFFERED,
     check_request,
     check_salts,
     render_request,
     rendered_ids,
+    to_base,
     with_adapter,
 )
 from .front_sending import AdapterSend
-from .openai_errors import Refusal
+from .openai_errors import Refusal, error_body, error_message
 from .salt import PLACEHOLDER
 
 logger = logging.getLogger("vllm.prefixcore")
 
 MODELS = "/v1/models"
-_OF_THE_BASE_MODEL = ("/tokenize", "/detokenize")
+_OF_THE_BASE_MODEL = ("/tokenize", "/detokenize", f"{MESSAGES}/count_tokens")
 """What an adapter does not change, so that its name may stand there for the base model's."""
 
 
@@ -142,14 +143,13 @@ class Front:
             return
         assert isinstance(name, str)
         if path in _OF_THE_BASE_MODEL:
-            bare = to_json({field: value for field, value in body.items() if field != "model"})
-            scope, again = asgi.with_body(scope, receive, bare)
+            scope, again = asgi.with_body(scope, receive, to_json(to_base(body, base_name(scope))))
             await self.app(scope, again, send)
             return
         adapter = await asyncio.to_thread(self._find, name)
-        if path not in (COMPLETIONS, CHAT):
+        if path not in OFFERED:
             raise Refusal(
-                f"{path} is not offered for adapters, such as {name!r}; use {COMPLETIONS} or {CHAT}",
+                f"{path} is not offered for adapters, such as {name!r}; use one of {', '.join(OFFERED)}",
                 param="model",
                 code="unsupported_with_adapter",
             )
@@ -181,7 +181,7 @@ class Front:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, path: str, name: object) -> None:
         """Lets vLLM answer; where it does not know the model, says which there are."""
-        if path not in (COMPLETIONS, CHAT) or not isinstance(name, str):
+        if path not in OFFERED or not isinstance(name, str):
             await self.app(scope, receive, send)
             return
         held: list[asgi.Message] = []
@@ -203,20 +203,27 @@ class Front:
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, path: str, body: dict[str, Any], adapter: Served
     ) -> None:
-        rendered = await asgi.ask(self.app, scope, "POST", f"{path}/render", to_json(render_request(body)))
+        base = base_name(scope)
+        rendered = await asgi.ask(self.app, scope, "POST", f"{path}/render", to_json(render_request(body, base)))
         if rendered.status != 200:
             _check_rendered(rendered)
-            await rendered.send(send)
+            await _as_of(path, rendered).send(send)
             return
         prompts = rendered_ids(json.loads(rendered.body))
         placeholder = PLACEHOLDER if self._placeholder is None else self._placeholder
         is_last = False
         while True:
-            request = to_json(with_adapter(body, path, adapter, prompts, placeholder))
+            request = to_json(with_adapter(body, path, adapter, prompts, placeholder, base))
             inner, again = asgi.with_body(scope, receive, request)
             answered = Answered(adapter, len(prompts), streamed=bool(body.get("stream")))
-            answers = AdapterSend(send, answered, self._explain, hold_failure=not is_last)
-            await self.app(inner, again, answers)
+            answers = AdapterSend(send, answered, self._explain, path, hold_failure=not is_last)
+            try:
+                await self.app(inner, again, answers)
+            except Exception:  # vLLM 0.32 breaks off a stream of Responses whose request fails
+                if not await answers.break_off():
+                    raise
+                logger.exception("prefixcore: a stream for the adapter %r has failed", adapter.name)
+                return
             if not answers.is_held:
                 return
             # Whoever replaces the adapter between our look and the connector's makes it fail: once more, with the new.
@@ -245,7 +252,7 @@ class Front:
         if door.status in (401, 403):
             await door.send(send)
             return
-        await asgi.json_answer(to_json(refusal.body()), refusal.status).send(send)
+        await asgi.json_answer(to_json(error_body(refusal, _path(scope))), refusal.status).send(send)
 
 
 def _path(scope: Scope) -> str:
@@ -256,6 +263,17 @@ def _path(scope: Scope) -> str:
 
 def _is_internal(path: str) -> bool:
     return path.startswith("/inference/") or path.rstrip("/").endswith(("/render", "/derender"))
+
+
+def _as_of(path: str, answer: Answer) -> Answer:
+    """An error of vLLM's render endpoints, which is OpenAI's, as the interface at `path` words it."""
+    try:
+        message = error_message(json.loads(answer.body))
+    except ValueError:
+        message = None
+    if path != MESSAGES or message is None:
+        return answer
+    return asgi.json_answer(to_json(error_body(Refusal(message, status=answer.status), path)), answer.status)
 
 
 def _check_rendered(answer: Answer) -> None:

@@ -38,6 +38,13 @@ class Answered:
         """
         if not isinstance(answer, dict):
             return answer
+        # Events of a stream of OpenAI's Responses, and of Anthropic's Messages, hold what there is of the answer.
+        for holder in (answer, answer.get("response"), answer.get("message")):
+            if isinstance(holder, dict):
+                self._correct(holder)
+        return answer
+
+    def _correct(self, answer: dict[str, Any]) -> None:
         virtual = self.adapter.num_virtual_tokens
         if "model" in answer:
             answer["model"] = self.adapter.name
@@ -50,7 +57,6 @@ class Answered:
         if isinstance(usage, dict):
             # A chunk with choices counts the tokens of one prompt; the last chunk, and a whole answer, those of all.
             _count_less(usage, virtual if self.streamed and choices else virtual * self.prompts)
-        return answer
 
     def event(self, line: bytes) -> bytes:
         """A line of a stream of server-sent events, with the JSON in it corrected."""
@@ -64,10 +70,25 @@ class Answered:
 
 
 def _count_less(usage: dict[str, Any], placeholders: int) -> None:
-    details = usage.get("prompt_tokens_details")
-    for holder, name in ((usage, "prompt_tokens"), (usage, "total_tokens"), (details, "cached_tokens")):
-        if isinstance(holder, dict) and isinstance(holder.get(name), int):
-            holder[name] = max(0, holder[name] - placeholders)
+    """Takes the placeholders out of what is counted, whichever interface counts."""
+    if "total_tokens" not in usage:  # Messages: cached tokens stand beside the others
+        cached = usage.get("cache_read_input_tokens") or 0
+        _less(usage, "cache_read_input_tokens", placeholders)
+        _less(usage, "input_tokens", max(0, placeholders - cached))
+        return
+    for name in ("prompt_tokens", "input_tokens", "total_tokens"):
+        _less(usage, name, placeholders)
+    for details in (usage.get("prompt_tokens_details"), usage.get("input_tokens_details")):
+        if isinstance(details, dict):
+            _less(details, "cached_tokens", placeholders)
+            for name in ("input_tokens_per_turn", "cached_tokens_per_turn"):
+                if isinstance(turns := details.get(name), list) and turns:
+                    details[name] = [max(0, turns[0] - placeholders), *turns[1:]]
+
+
+def _less(counts: dict[str, Any], name: str, by: int) -> None:
+    if isinstance(counts.get(name), int):
+        counts[name] = max(0, counts[name] - by)
 
 
 class Lines:

@@ -62,6 +62,13 @@ def unknown_model(name: str, cards: Sequence[dict[str, Any]]) -> Refusal:
     )
 
 
+def base_name(scope: Scope) -> str | None:
+    """The base model's name in vLLM's own application; None in another one."""
+    models = getattr(getattr(scope.get("app"), "state", None), "openai_serving_models", None)
+    paths = getattr(models, "base_model_paths", None)
+    return paths[0].name if paths else None
+
+
 def model_names(scope: Scope) -> set[str]:
     """The names of vLLM's own models: the base model's, and those of LoRA adapters; none of another application."""
     models = getattr(getattr(scope.get("app"), "state", None), "openai_serving_models", None)

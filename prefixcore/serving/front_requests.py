@@ -13,6 +13,9 @@ from .openai_errors import Refusal
 from .salt import SCHEME, make_salt
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+"""OpenAI's newer interface, and Anthropic's."""
+OFFERED = (COMPLETIONS, CHAT, RESPONSES, MESSAGES)
 
 _DROP = "makes vLLM compute the prompt's positions anew, without the adapter's prefix, so the answer would be wrong"
 _REFUSED = {
@@ -22,11 +25,16 @@ _REFUSED = {
     "prompt_embeds": "prompt_embeds cannot be combined with an adapter; send text or token ids",
     "kv_transfer_params": "kv_transfer_params cannot be given for an adapter: the front uses them itself; leave it out",
     "ec_transfer_params": "ec_transfer_params cannot be given for an adapter; leave it out",
+    "previous_response_id": "previous_response_id is not offered for an adapter; send the whole conversation as input",
+    "background": "background is not offered for an adapter; leave it out",
 }
 _RENDERED = ("truncate_prompt_tokens", "truncation_side", "suffix")
 """Fields that the tokens already heed; heeded again they would cut the placeholders off."""
 
-_TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
+_TEXT_PARTS = (
+    "text", "input_text", "output_text", "refusal", "thinking", "redacted_thinking", "reasoning_text", "summary_text",
+    "tool_use", "tool_result",
+)  # fmt: skip
 
 
 def check_salts(body: Any) -> None:
@@ -62,22 +70,34 @@ def check_request(body: Mapping[str, Any], path: str) -> None:
     own = body.get("cache_salt")
     if own is not None and not isinstance(own, str):
         raise Refusal(f"cache_salt: expected a text, got {type(own).__name__}", param="cache_salt")
-    if path == CHAT:
-        for message in body.get("messages") or ():
-            content = message.get("content") if isinstance(message, dict) else None
-            for part in content if isinstance(content, list) else ():
-                kind = part.get("type", "text") if isinstance(part, dict) else "text"
-                if kind not in _TEXT_PARTS:
-                    raise Refusal(
-                        f"messages: a part of type {kind!r} cannot be read together with an adapter; send text alone",
-                        param="messages",
-                        code="unsupported_with_adapter",
-                    )
+    field = "input" if path == RESPONSES else "messages"
+    for kind in _kinds(body.get(field)) if path != COMPLETIONS else ():
+        if kind not in _TEXT_PARTS:
+            raise Refusal(
+                f"{field}: a part of type {kind!r} cannot be read together with an adapter; send text alone",
+                param=field,
+                code="unsupported_with_adapter",
+            )
 
 
-def render_request(body: Mapping[str, Any]) -> dict[str, Any]:
+def _kinds(messages: Any) -> Iterator[Any]:
+    """The types of the parts that the contents of messages consist of."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            yield part.get("type", "text") if isinstance(part, dict) else "text"
+
+
+def to_base(body: Mapping[str, Any], base: str | None) -> dict[str, Any]:
+    """The same request to the base model; `base`: its name; None: vLLM takes its own where there is none."""
+    rest = {name: value for name, value in body.items() if name != "model"}
+    return rest if base is None else {**rest, "model": base}
+
+
+def render_request(body: Mapping[str, Any], base: str | None = None) -> dict[str, Any]:
     """The request whose tokens vLLM is asked for: the same, to the base model, all at once."""
-    return {name: value for name, value in body.items() if name not in ("model", "stream", "stream_options")}
+    rest = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    return to_base(rest, base)
 
 
 def rendered_ids(rendered: Any) -> list[list[int]]:
@@ -101,16 +121,22 @@ def rendered_ids(rendered: Any) -> list[list[int]]:
 
 
 def with_adapter(
-    body: Mapping[str, Any], path: str, adapter: Served, prompts: list[list[int]], placeholder: int
+    body: Mapping[str, Any],
+    path: str,
+    adapter: Served,
+    prompts: list[list[int]],
+    placeholder: int,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """The request that goes on to vLLM.
 
     Args:
         body: the caller's.
-        path: `COMPLETIONS` or `CHAT`.
+        path: one of `OFFERED`.
         adapter: the one that its model names.
         prompts: the token ids of each prompt, as vLLM renders them.
         placeholder: the token id that stands P times before each.
+        base: the base model's name, if it is known.
 
     Examples:
         >>> from prefixcore.serving.catalog import Served
@@ -119,12 +145,12 @@ def with_adapter(
         >>> with_adapter({"model": "capitals", "prompt": "Peru ->"}, COMPLETIONS, capitals, [[7, 8]], 0)["prompt"]
         [[0, 0, 7, 8]]
     """
-    result = {name: value for name, value in body.items() if name != "model" and name not in _RENDERED}
+    result = to_base({name: value for name, value in body.items() if name not in _RENDERED}, base)
     ids = [[placeholder] * adapter.num_virtual_tokens + prompt for prompt in prompts]
-    if path == CHAT:  # what vLLM's decode stage is handed by its prefill stage: the tokens of these messages
-        result["kv_transfer_params"] = {"prompt_token_ids": ids[0]}
-    else:
+    if path == COMPLETIONS:
         result["prompt"] = ids
+    else:  # what vLLM's decode stage is handed by its prefill stage: the tokens of these messages
+        result["kv_transfer_params"] = {"prompt_token_ids": ids[0]}
     try:
         result["cache_salt"] = make_salt(adapter.name, adapter.digest, body.get("cache_salt"))
     except ValueError as error:

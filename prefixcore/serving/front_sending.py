@@ -10,7 +10,8 @@ from urllib.parse import quote
 from .asgi import Message, Send, sized
 from .catalog import Served
 from .front_answers import Answered, Lines, to_json
-from .openai_errors import Refusal
+from .front_requests import COMPLETIONS
+from .openai_errors import Refusal, error_body, error_event
 
 
 class AdapterSend:
@@ -23,6 +24,7 @@ class AdapterSend:
         send: the client's.
         answered: the request.
         explain: why vLLM has failed a request for an adapter.
+        path: the endpoint.
         hold_failure: keep a failure, so that the request can be tried again.
 
     Attributes:
@@ -30,14 +32,21 @@ class AdapterSend:
     """
 
     def __init__(
-        self, send: Send, answered: Answered, explain: Callable[[Served], str], *, hold_failure: bool = False
+        self,
+        send: Send,
+        answered: Answered,
+        explain: Callable[[Served], str],
+        path: str = COMPLETIONS,
+        *,
+        hold_failure: bool = False,
     ) -> None:
-        self._send, self._answered, self._explain = send, answered, explain
+        self._send, self._answered, self._explain, self._path = send, answered, explain, path
         self._hold_failure = hold_failure
         self._start: Message = {}
         self._body = b""
         self._lines = Lines()
         self._is_stream = self._is_sent = False
+        self._events = 0
         self.is_held = False
 
     async def __call__(self, message: Message) -> None:
@@ -69,12 +78,25 @@ class AdapterSend:
         else:
             await self._whole()
 
+    async def break_off(self) -> bool:
+        """Ends a stream that the application has left unfinished, with an error; False: there is none."""
+        if not self._is_sent:
+            return False
+        await self._send(
+            {
+                "type": "http.response.body",
+                "body": b"event: error\n" + self._failed_line() + b"\n\n",
+                "more_body": False,
+            }
+        )
+        return True
+
     async def _whole(self) -> None:
         if self._start["status"] >= 500:
             if self._hold_failure:
                 self.is_held = True
                 return
-            await self._whole_body(to_json(self._failure().body()))
+            await self._whole_body(to_json(error_body(self._failure(), self._path)))
             return
         try:
             answer = json.loads(self._body)
@@ -107,10 +129,11 @@ class AdapterSend:
                 if self._hold_failure and not self._is_sent and not any(lines):
                     self.is_held, self._body = True, line + b"\n"
                     continue
-                line = b"data: " + to_json(self._failure().body())
+                line = self._failed_line()
             if self.is_held:
                 self._body += line + b"\n"
             else:
+                self._events += line.startswith(b"data:")
                 lines.append(self._answered.event(line))
         if self.is_held or (more and not lines):
             return
@@ -126,6 +149,9 @@ class AdapterSend:
     def _failure(self) -> Refusal:
         return Refusal(self._explain(self._answered.adapter), status=500, param="model", code="adapter_failed")
 
+    def _failed_line(self) -> bytes:
+        return b"data: " + to_json(error_event(self._failure(), self._path, self._events))
+
 
 def _is_failure(line: bytes) -> bool:
     """Whether a line of a stream says that the server has failed."""
@@ -135,6 +161,8 @@ def _is_failure(line: bytes) -> bool:
         answer = json.loads(line[len(b"data:") :])
     except ValueError:
         return False
-    error = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(answer, dict):
+        return False
+    error = answer.get("error")
     code = error.get("code") if isinstance(error, dict) else None
-    return isinstance(code, int) and code >= 500
+    return answer.get("type") == "error" or (isinstance(code, int) and code >= 500)

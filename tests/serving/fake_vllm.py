@@ -58,11 +58,20 @@ class FakeVllm:
             await self._render(body, path, send)
         elif path in ("/v1/completions", "/v1/chat/completions"):
             await self._complete(body, path, send)
+        elif path in ("/v1/responses", "/v1/messages"):
+            await self._respond(body, path, send)
         else:
             await answer(send, 200, {"model": BASE, "path": path})
 
     async def _render(self, body: Any, path: str, send: Any) -> None:
-        if "chat" in path:
+        if body.get("max_tokens", 0) > 1000:
+            error = {"message": "max_tokens: too many", "type": "BadRequestError", "param": "max_tokens", "code": 400}
+            await answer(send, 400, {"error": error})
+            return
+        if "responses" in path:
+            await answer(send, 200, {"token_ids": ids_of(f"<user>{body['input']}<assistant>"), "features": None})
+            return
+        if "chat" in path or "messages" in path:
             text = "".join(f"<{m['role']}>{m['content']}" for m in body["messages"]) + "<assistant>"
             await answer(send, 200, {"token_ids": ids_of(text), "features": None})
             return
@@ -114,6 +123,39 @@ class FakeVllm:
             so_far = {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1}
             events.append({**shared, "choices": [delta], "usage": so_far})
         await stream(send, [*events, {**shared, "choices": [], "usage": usage}])
+
+    async def _respond(self, body: Any, path: str, send: Any) -> None:
+        """OpenAI's Responses and Anthropic's Messages; all but ten tokens are in cached blocks."""
+        total, cached = len(body["kv_transfer_params"]["prompt_token_ids"]), 0
+        cached = max(0, total - 10)
+        failed = self.failures > 0
+        self.failures -= failed
+        if "responses" in path:
+            usage: Any = {"input_tokens": total, "output_tokens": 1, "total_tokens": total + 1}
+            usage["input_tokens_details"] = {"cached_tokens": cached, "input_tokens_per_turn": [total]}
+            whole = {"object": "response", "model": BASE, "usage": usage, "output": "ok"}
+            first: Any = {"type": "response.created", "response": {**whole, "usage": None}}
+            last: Any = {"type": "response.completed", "response": whole}
+        else:
+            usage = {"input_tokens": total - cached, "output_tokens": 1, "cache_read_input_tokens": cached}
+            whole = {"type": "message", "model": BASE, "usage": usage, "content": "ok"}
+            first = {"type": "message_start", "message": whole}
+            last = {"type": "message_delta", "usage": usage}
+        if not body.get("stream"):
+            await answer(
+                send, 500 if failed else 200, {"error": {"message": "Internal server error"}} if failed else whole
+            )
+        elif not failed:
+            await stream(send, [first, last])
+        elif "responses" in path:  # as vLLM 0.32 does
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+            )
+            data = f"event: response.created\ndata: {json.dumps(first)}\n\n".encode()
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            raise RuntimeError("no such event")
+        else:
+            await stream(send, [first, {"type": "error", "error": {"type": "internal_error", "message": "oh"}}])
 
 
 async def answer(send: Any, status: int, body: Any) -> None:

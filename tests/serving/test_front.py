@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.serving.fake_vllm import BASE, FakeVllm, Reply, call, ids_of
 
 PLACEHOLDER = 7
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES, MESSAGES_PATH = "/v1/responses", "/v1/messages"
 MESSAGES = [{"role": "user", "content": "Peru?"}]
 
 
@@ -134,12 +136,12 @@ def test_the_callers_own_salt_is_kept_beside_the_adapters(server: Server) -> Non
 
 
 @pytest.mark.parametrize("model", [BASE, "capitals", None])
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/responses", "/v1/messages", "/pooling"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES, MESSAGES_PATH, "/pooling"])
 def test_a_salt_of_an_adapter_cannot_be_smuggled_in(server: Server, path: str, model: str | None) -> None:
     salt = f"prefixcore:sums:{server.adapters.find('sums').digest}"
     reply = server.post(path, model=model, prompt="Peru", messages=MESSAGES, cache_salt=salt)
     assert reply.status == 400
-    assert reply.error["code"] == "reserved_cache_salt"
+    assert path == MESSAGES_PATH or reply.error["code"] == "reserved_cache_salt"
     assert "write the adapter's name as the model" in reply.error["message"]
     assert server.vllm.asked == []
 
@@ -178,6 +180,77 @@ def test_what_would_drop_the_prefix_is_refused_by_name(server: Server, path: str
     assert server.vllm.asked == []
     harmless = {"echo": False, "use_beam_search": False}.get(field)
     assert server.post(path, model="capitals", prompt="Peru", messages=MESSAGES, **{field: harmless}).status == 200
+
+
+def ask(path: str) -> dict[str, Any]:
+    return {"input": "Peru?"} if path == RESPONSES else {"messages": MESSAGES, "max_tokens": 4}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES_PATH])
+def test_responses_and_messages(server: Server, path: str, stream: bool) -> None:
+    reply = server.post(path, model="sums", **ask(path), stream=stream, cache_salt="mine")
+    ids = ids_of("<user>Peru?<assistant>")
+    assert server.last["kv_transfer_params"] == {"prompt_token_ids": [PLACEHOLDER] * 5 + ids}
+    salt = parse_salt(server.last["cache_salt"])
+    assert salt is not None
+    assert (salt.name, salt.own) == ("sums", "mine")
+    whole = (
+        [event.get("response") or event.get("message") or event for event in reply.events] if stream else [reply.json]
+    )
+    assert whole[0]["model"] == "sums"
+    usage = whole[-1]["usage"]
+    assert usage["input_tokens"] + usage.get("cache_read_input_tokens", 0) == len(ids)
+    if path == RESPONSES:
+        assert usage["total_tokens"] == len(ids) + 1
+        details = usage["input_tokens_details"]
+        assert (details["cached_tokens"], details["input_tokens_per_turn"]) == (len(ids) - 10, [len(ids)])
+    else:
+        assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (10, len(ids) - 10)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES_PATH])
+def test_a_failed_response_or_message_gets_words(registry: Path, path: str, stream: bool) -> None:
+    server = Server(registry, failures=9)
+    reply = server.post(path, model="sums", **ask(path), stream=stream)
+    words = "could not answer with the adapter 'sums'"
+    if not stream:
+        assert reply.status == 500
+        assert words in reply.error["message"]
+        assert reply.json.get("type") == (None if path == RESPONSES else "error")
+        return
+    events = [json.loads(line[6:]) for line in reply.text.split("\n") if line.startswith("data: {")]
+    assert events[-1]["type"] == "error"
+    assert words in (events[-1]["message"] if path == RESPONSES else events[-1]["error"]["message"])
+    if path == RESPONSES:
+        assert events[-1]["sequence_number"] == 1
+        assert "\nevent: error\n" in reply.text
+
+
+def test_what_responses_and_messages_cannot_have_is_refused_in_their_words(server: Server) -> None:
+    for field in ("previous_response_id", "background"):
+        reply = server.post(RESPONSES, model="sums", input="x", **{field: "yes"})
+        assert (reply.status, reply.error["param"]) == (400, field)
+    picture = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]
+    assert server.post(RESPONSES, model="sums", input=picture).error["param"] == "input"
+    picture[0]["content"] = [{"type": "image", "source": {}}]
+    reply = server.post(MESSAGES_PATH, model="sums", messages=picture, max_tokens=4)
+    assert reply.status == 400
+    assert reply.json == {
+        "type": "error",
+        "error": {
+            "type": "invalid_request_error",
+            "message": "messages: a part of type 'image' cannot be read together with an adapter; send text alone",
+        },
+    }
+    reply = server.post(MESSAGES_PATH, model="sums", messages=MESSAGES, max_tokens=2000)
+    error = {"type": "invalid_request_error", "message": "max_tokens: too many"}
+    assert (reply.status, reply.json) == (400, {"type": "error", "error": error})
+    server.vllm.asked.clear()
+    reply = server.post(MESSAGES_PATH, model="rivers", messages=MESSAGES, max_tokens=4)
+    assert (reply.status, reply.error["type"]) == (404, "not_found_error")
+    assert server.vllm.asked == [(MESSAGES_PATH, {"model": "rivers", "messages": MESSAGES, "max_tokens": 4})]
 
 
 def test_a_picture_is_refused(server: Server) -> None:
@@ -291,9 +364,11 @@ def test_internal_endpoints_are_closed(server: Server) -> None:
 
 
 def test_other_endpoints_with_an_adapters_name(server: Server) -> None:
-    reply = server.post("/v1/responses", model="capitals", input="Peru")
+    reply = server.post("/v1/embeddings", model="capitals", input="Peru")
     assert reply.status == 400
     assert COMPLETIONS in reply.error["message"]
+    assert server.post("/v1/messages/count_tokens", model="capitals", messages=MESSAGES).status == 200
+    assert server.last == {"messages": MESSAGES}
     assert server.post("/tokenize", model="capitals", prompt="Peru").status == 200
     assert server.last == {"prompt": "Peru"}
     assert server.get("/health").status == 200

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -158,6 +159,51 @@ def test_chat(client: openai.OpenAI, place: Any, name: str, tools: Any) -> None:
     *parts, last = list(stream)
     assert "".join(part.choices[0].delta.content or "" for part in parts) == place.reference.text(answer)
     assert last.usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize("name", ["capitals", "long", "asked", "tiny-llama"])
+def test_responses(client: openai.OpenAI, place: Any, name: str) -> None:
+    ids = rendered(place, [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Peru?"}])
+    answer = place.reference.text(expected(place, name, ids))
+    content: Any = [{"role": "user", "content": [{"type": "input_text", "text": "Peru?"}]}]
+    options: Any = {"model": name, "instructions": "be brief", "max_output_tokens": 8, "temperature": 0}
+    for given in ("Peru?", content):
+        made = client.responses.create(input=given, **options)
+        assert (made.output_text, made.model) == (answer, name)
+        assert made.usage is not None
+        assert (made.usage.input_tokens, made.usage.total_tokens - made.usage.output_tokens) == (len(ids), len(ids))
+    with client.responses.stream(input="Peru?", **options) as stream:
+        parts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        last: Any = stream.get_final_response()
+    assert "".join(parts) == last.output_text == answer
+    assert (last.model, last.usage.input_tokens) == (name, len(ids))
+
+
+@pytest.mark.parametrize("name", ["capitals", "long", "asked", "tiny-llama"])
+def test_messages(server: Any, place: Any, name: str) -> None:
+    """Anthropic's interface, asked as its package asks."""
+    ids = rendered(place, MESSAGES)
+    answer = place.reference.text(expected(place, name, ids))
+    body = {"model": name, "system": "be brief", "messages": MESSAGES[1:], "max_tokens": 8, "temperature": 0}
+    made = httpx.post(f"{server.url}/v1/messages", json=body, timeout=120).json()
+    assert (made["content"][0]["text"], made["model"]) == (answer, name)
+    assert made["usage"]["input_tokens"] + made["usage"].get("cache_read_input_tokens", 0) == len(ids)
+    lines = httpx.post(f"{server.url}/v1/messages", json={**body, "stream": True}, timeout=120).text.split("\n")
+    events = [json.loads(line[len("data: ") :]) for line in lines if line.startswith("data: {")]
+    assert (
+        "".join(event["delta"].get("text", "") for event in events if event["type"] == "content_block_delta") == answer
+    )
+    assert events[0]["message"]["model"] == name
+    (usage,) = [event["usage"] for event in events if event["type"] == "message_delta"]
+    assert usage["input_tokens"] + (usage.get("cache_read_input_tokens") or 0) == len(ids)
+    counted = httpx.post(f"{server.url}/v1/messages/count_tokens", json=body, timeout=120).json()
+    assert counted["input_tokens"] == len(ids)
+
+
+def rendered(place: Any, messages: list[dict[str, str]]) -> list[int]:
+    return place.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 def test_all_at_once_and_twice(client: openai.OpenAI, place: Any) -> None:
