@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
+from ..adapters.registry_entry import is_entry_name
 from ..hf.baking.publishing import Publisher
 from ..hf.callback import find_handle
 from .client import Client, ServingError, choices_of
+from .rollout_settings import check_settings, corrects, samples_plainly, sampling
 
 __all__ = ["ServedRollouts"]
 
@@ -20,13 +24,13 @@ _COMPLETIONS = "/v1/completions"
 
 
 class ServedRollouts:
-    """Has `prefixcore serve` write the answers for TRL's `GRPOTrainer` or `RLOOTrainer`.
+    """Has `prefixcore serve` write the answers for TRL's `GRPOTrainer`, `RLOOTrainer` or `DistillationTrainer`.
 
     It takes the place of TRL's own use of vLLM, and has its interface. TRL sends every weight of the model to vLLM
     after each step; here the model is frozen, and what goes to the server is the adapter: a folder in the registry that
     it serves, which the next request sees. A soft prompt goes as the prefix that the frozen model computes of it.
 
-    The server may run on another GPU or machine, as long as both see the folder:
+    The server may run on another GPU or machine, as long as it sees the folder that the first process writes:
 
         prefixcore serve --model MODEL --adapters adapters -- --logprobs-mode processed_logprobs
 
@@ -36,7 +40,8 @@ class ServedRollouts:
         trainer: made with `use_vllm` left off; something is attached to its model.
         url: the server's address.
         adapters: the folder that the server serves, as this process sees it.
-        name: the adapter's in that folder; what has this name there is replaced.
+        name: the adapter's in that folder, replaced at each step; one of its own for each training.
+        api_key: where the server wants one; None: the environment's `OPENAI_API_KEY`, if there is one.
         timeout: seconds without a byte from the server.
 
     Attributes:
@@ -45,40 +50,54 @@ class ServedRollouts:
 
     Raises:
         TypeError: not a trainer whose answers vLLM may write.
-        ValueError: nothing is attached to its model, or it has a vLLM already.
-        NotImplementedError: a soft prompt to which no prefix is equal.
+        ValueError: nothing is attached to its model, it has a vLLM already, the name is another model's or adapter's,
+            or `generation_kwargs` that a server does not know.
+        NotImplementedError: a soft prompt to which no prefix is equal; more is trained than what is attached, or the
+            model has an adapter of PEFT's.
         ServingError: the server does not answer.
 
     Examples:
-        trainer = GRPOTrainer(model, rewards, args=arguments, train_dataset=dataset)
-        prefixcore.ServedRollouts(trainer, "http://127.0.0.1:8000", "adapters")
-        trainer.train()
+        >>> def train(trainer):  # a GRPOTrainer
+        ...     prefixcore.ServedRollouts(trainer, "http://127.0.0.1:8000", "adapters")
+        ...     trainer.train()
     """
 
     def __init__(
-        self, trainer: Any, url: str, adapters: str | Path, *, name: str = "rollouts", timeout: float = 1800.0
+        self,
+        trainer: Any,
+        url: str,
+        adapters: str | Path,
+        *,
+        name: str = "rollouts",
+        api_key: str | None = None,
+        timeout: float = 1800.0,
     ) -> None:
-        if not hasattr(trainer, "use_vllm"):
-            raise TypeError(
-                "expected a trainer of TRL's whose answers vLLM may write, such as GRPOTrainer, got "
-                f"{type(trainer).__name__}"
-            )
-        if trainer.use_vllm:
-            raise ValueError("the trainer has a vLLM of its own: leave use_vllm off, and ServedRollouts sets it")
+        check_settings(trainer)
+        if not is_entry_name(name):
+            raise ValueError(f"name: expected that of a folder, got {name!r}")
         self._trainer, self.name = trainer, name
         self.handle = find_handle(trainer.model)
-        self._publisher, self._folder = Publisher(self.handle), Path(adapters) / name
-        self._client = Client(url, timeout=timeout)
-        self._client.models()
+        self._publisher = Publisher(self.handle, Path(adapters) / name)
+        self._client = Client(url, api_key=api_key, timeout=timeout)
+        if any(card.get("id") == name and "digest" not in card for card in self._client.model_cards()):
+            raise ValueError(f"name: {name!r} is a model of the server's own; give another")
+        self._digest = ""
         self._is_checked = False
-        trainer.use_vllm, trainer.vllm_mode = True, "server"
-        trainer.vllm_generation, trainer._last_loaded_step = self, -1
+        trainer.use_vllm, trainer.vllm_mode, trainer.vllm_generation = True, "server", self
+        self._forget()
+        trainer.add_callback(_Forgetting(self._forget))
+
+    def _forget(self) -> None:
+        """Has TRL ask for `sync_weights` before the next answers, whatever step they are of."""
+        self._trainer._last_loaded_step = -1
 
     def sync_weights(self) -> None:
         """Puts the virtual tokens as they are now into the server's folder, and waits until the server has them."""
-        digest = self._publisher.write(self._folder)
-        self._trainer.accelerator.wait_for_everyone()
-        self._wait_for(digest)
+        accelerator = self._trainer.accelerator
+        digest = self._publisher.write(is_writer=accelerator.is_main_process)
+        if digest is not None:
+            self._wait_for(digest)
+        self._digest = _from_main_process(accelerator, digest)
         if not self._is_checked:
             self._is_checked = True
             self._check_logprobs()
@@ -121,10 +140,15 @@ class ServedRollouts:
 
     def _ask(self, prompts: list[list[int]], times: int) -> list[list[dict[str, Any]]]:
         """So many answers to each prompt."""
-        body = {**self._sampling(), "prompt": prompts, "n": times}
+        body = {**sampling(self._trainer), "model": self.name, "prompt": prompts, "n": times}
         if body.get("seed") is not None:  # else processes that share a prompt would get the same answers
-            body["seed"] += self._trainer.accelerator.process_index * times
+            body["seed"] += self._trainer.accelerator.process_index << 20
         choices = choices_of(self._client.ask("POST", _COMPLETIONS, body))
+        if not self._is_served(self._digest):  # nobody but this training puts it there, so it was all the time
+            raise ServingError(
+                f"{self._client.url}: {self.name!r} was replaced or removed while it answered: does another training "
+                "have the same name? Give each its own"
+            )
         choices.sort(key=lambda choice: choice.get("index", 0))
         if len(choices) != len(prompts) * times:
             raise ServingError(f"{self._client.url}: expected {len(prompts) * times} answers, got {len(choices)}")
@@ -137,28 +161,11 @@ class ServedRollouts:
                 )
         return [choices[start : start + times] for start in range(0, len(choices), times)]
 
-    def _sampling(self) -> dict[str, Any]:
-        """The trainer's settings as fields of a request."""
-        trainer = self._trainer
-        regex = getattr(trainer.args, "vllm_structured_outputs_regex", None)
-        return {
-            "model": self.name,
-            "max_tokens": trainer.max_completion_length,
-            "temperature": trainer.temperature,
-            "top_p": trainer.top_p,
-            "top_k": trainer.top_k or 0,
-            "min_p": trainer.min_p or 0.0,
-            "repetition_penalty": trainer.repetition_penalty,
-            "logprobs": 0,
-            "return_token_ids": True,
-            **({"structured_outputs": {"regex": regex}} if regex is not None else {}),
-            **(trainer.args.generation_kwargs or {}),
-        }
-
     def _wait_for(self, digest: str, patience: float = 60.0) -> None:
         """Returns once the server lists this very adapter: it may see a shared folder a little later."""
         end = time.monotonic() + patience
-        while not any(_is(card, self.name, digest) for card in self._client.model_cards()):
+        folder = self._publisher.folder
+        while not self._is_served(digest):
             try:
                 self._client.ask("POST", _COMPLETIONS, {"model": self.name, "prompt": "a", "max_tokens": 1})
             except ServingError as error:
@@ -166,10 +173,13 @@ class ServedRollouts:
                     raise
             if time.monotonic() > end:
                 raise ServingError(
-                    f"{self._client.url} does not see {self._folder} as it was written: is {self._folder.parent} the "
+                    f"{self._client.url} does not see {folder} as it was written: is {folder.parent} the "
                     "folder that it serves (prefixcore serve --adapters)?"
                 )
             time.sleep(0.2)
+
+    def _is_served(self, digest: str) -> bool:
+        return any(card.get("id") == self.name and card.get("digest") == digest for card in self._client.model_cards())
 
     def _check_logprobs(self) -> None:
         """Warns where TRL's correction would compare with log-probabilities of another distribution.
@@ -177,9 +187,7 @@ class ServedRollouts:
         With one token allowed, and log-probabilities of what was sampled from, that token's is 0.
         """
         trainer = self._trainer
-        if not getattr(trainer, "vllm_importance_sampling_correction", False) or self._samples_plainly():
-            return
-        if not trainer.accelerator.is_main_process:
+        if not corrects(trainer) or samples_plainly(trainer) or not trainer.accelerator.is_main_process:
             return
         one = {"prompt": "a", "max_tokens": 1, "allowed_token_ids": [1], "temperature": 1.0, "logprobs": 0}
         choice = choices_of(self._client.ask("POST", _COMPLETIONS, {"model": self.name, **one}))[0]
@@ -192,15 +200,23 @@ class ServedRollouts:
                 stacklevel=2,
             )
 
-    def _samples_plainly(self) -> bool:
-        """Whether an answer is sampled from the model's own distribution."""
-        plain = {"temperature": (1.0,), "top_p": (1.0, None), "top_k": (0, -1), "min_p": (0.0,)}
-        plain["repetition_penalty"] = (1.0,)
-        sampling = self._sampling()
-        return (
-            all(sampling[name] in values for name, values in plain.items()) and not self._trainer.args.generation_kwargs
-        )
+
+class _Forgetting(TrainerCallback):
+    """Between what it stands for the values may change and the step may not: resuming, the best ones at the end."""
+
+    def __init__(self, forget: Callable[[], None]) -> None:
+        self._forget = forget
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._forget()
+
+    on_train_end = on_evaluate = on_train_begin
 
 
-def _is(card: Mapping[str, Any], name: str, digest: str) -> bool:
-    return card.get("id") == name and card.get("digest") == digest
+def _from_main_process(accelerator: Any, value: Any) -> Any:
+    """The value that the main process has; the others wait for it."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]

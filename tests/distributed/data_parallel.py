@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import context_parallel
 
 import prefixcore
+from prefixcore.hf.baking.publishing import Publisher
 from tests import tiny
 from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS, train, why_no_average
@@ -97,6 +99,7 @@ def main(folder: str) -> None:
             name for name, each in run.named_parameters() if each.requires_grad and id(each) not in trained
         ]
         handle.save(f"{folder}/{name} {how}")
+        Publisher(handle, Path(folder, f"published {name} {how}")).write(is_writer=rank == 0)
     # Nobody gave a seed, and what FSDP does not know of must still be the same everywhere.
     for kind in (prefixcore.PrefixTuningConfig, prefixcore.PromptTuningConfig):
         model = tiny.model()

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import prefixcore
+from prefixcore.adapters import read_adapter
+from prefixcore.hf.baking.publishing import Publisher
 from tests import tiny
 from tests.distributed import launch
 from tests.distributed.data_parallel import CASES
@@ -34,6 +36,16 @@ def test_two_processes_train_as_one(ranks: Any, folder: Path, name: str, how: st
     with prefixcore.load(tiny.model(), folder / f"{name} {how}", trainable=True) as loaded:
         for got, trained in zip(loaded.parameters(), ranks[0][f"{name} {how}"]["values"], strict=True):
             assert torch.equal(got, trained), "what is saved is what was trained"
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_what_is_published_is_what_one_process_publishes(
+    ranks: Any, folder: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    with prefixcore.load(tiny.model(), folder / f"{name} {how}", trainable=True) as loaded:
+        Publisher(loaded, tmp_path / "alone").write()
+    alone, published = (read_adapter(x).tensors for x in (tmp_path / "alone", folder / f"published {name} {how}"))
+    torch.testing.assert_close(published, alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
@@ -67,4 +79,4 @@ def test_context_parallelism_is_refused(ranks: Any) -> None:
 
 def test_nothing_is_left_beside_the_adapters(ranks: Any, folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if not path.name.endswith(".pt")}
-    assert names == {f"{name} {how}" for name, how in CASES}
+    assert names == {f"{kind}{name} {how}" for name, how in CASES for kind in ("", "published ")}

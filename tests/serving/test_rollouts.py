@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
 
 import prefixcore
+from prefixcore.adapters import adapter_digest
 from prefixcore.serving.client import ServingError
 from tests import tiny
 from tests.serving.fake_openai import serving
@@ -20,7 +23,7 @@ from tests.serving.sampling_server import SamplingServer, make_model
 if sys.version_info < (3, 11):
     pytest.skip("TRL needs Python 3.11", allow_module_level=True)
 
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 CONFIGS = {
     "prefix": prefixcore.PrefixTuningConfig(num_virtual_tokens=4, seed=0),
@@ -147,6 +150,112 @@ def test_log_probabilities_of_another_distribution_are_warned_of(server: Samplin
         rollouts = prefixcore.ServedRollouts(trainer, url, server.adapters)
         with pytest.warns(UserWarning, match="--logprobs-mode processed_logprobs"):
             rollouts.sync_weights()
+
+
+@pytest.mark.parametrize("then", ["train", "evaluate"])
+def test_values_that_change_between_two_calls_are_sent_again(then: str, server: SamplingServer, tmp_path: Path) -> None:
+    """The step is that of the answers before, as where the best values are loaded at the end, or a training begins."""
+    trainer = make_trainer(tmp_path, CONFIGS["prefix"], max_steps=1)
+    with serving(server) as url:
+        rollouts = prefixcore.ServedRollouts(trainer, url, server.adapters)
+        getattr(trainer, then)()
+        with torch.no_grad():
+            for parameter in rollouts.handle.parameters():
+                parameter.add_(1.0)
+        want = rollouts.handle.bake()
+        getattr(trainer, then)()
+    with prefixcore.load(make_model(), server.adapters / "rollouts") as sent:
+        torch.testing.assert_close(sent.bake(), want)
+
+
+def test_another_training_with_the_same_name_is_found_out(server: SamplingServer, tmp_path: Path) -> None:
+    trainers = [make_trainer(tmp_path, CONFIGS[name]) for name in ("prefix", "prompt")]
+    with serving(server) as url:
+        one, other = (prefixcore.ServedRollouts(trainer, url, server.adapters) for trainer in trainers)
+        one.sync_weights()
+        one.generate([[5, 6]], None, 1)
+        other.sync_weights()
+        with pytest.raises(ServingError, match="does another training have the same name"):
+            one.generate([[5, 6]], None, 1)
+        other.generate([[5, 6]], None, 1)
+
+
+def test_what_the_server_does_not_have_is_refused(server: SamplingServer, tmp_path: Path) -> None:
+    """Whatever else makes the trainer's model another than the server's."""
+    trainer = make_trainer(tmp_path, CONFIGS["prefix"])
+    head = trainer.model.lm_head.weight
+    with serving(server) as url:
+        rollouts = prefixcore.ServedRollouts(trainer, url, server.adapters)
+        head.requires_grad_(True)
+        with pytest.raises(NotImplementedError, match=r"more is trained .*: lm_head\.weight"):
+            rollouts.sync_weights()
+        head.requires_grad_(False)
+        rollouts.sync_weights()
+        rollouts.handle.detach()
+        with pytest.raises(ValueError, match="taken off the model"):
+            rollouts.sync_weights()
+        for trained in (True, False):
+            trainer = make_trainer(tmp_path, CONFIGS["prefix"])
+            peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), trainer.model)
+            for name, weight in trainer.model.named_parameters():
+                weight.requires_grad_(trained if "lora" in name else weight.requires_grad)
+            with pytest.raises(NotImplementedError, match="lora_A" if trained else "adapter of PEFT's"):
+                prefixcore.ServedRollouts(trainer, url, server.adapters)
+
+
+def test_names(server: SamplingServer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIGS["prefix"])
+    kept = prefixcore.attach(make_model(), CONFIGS["prefix"]).save(server.adapters / "kept")
+    before = adapter_digest(kept)
+    with serving(server) as url:
+        for name in ("", "..", "a/b", ".hidden"):
+            with pytest.raises(ValueError, match="name: expected that of a folder"):
+                prefixcore.ServedRollouts(trainer, url, server.adapters, name=name)
+        with pytest.raises(ValueError, match="'base' is a model of the server's own"):
+            prefixcore.ServedRollouts(trainer, url, server.adapters, name="base")
+        with pytest.raises(ValueError, match="kept is an adapter that would be lost"):
+            prefixcore.ServedRollouts(trainer, url, server.adapters, name="kept")
+        assert not trainer.use_vllm
+        prefixcore.ServedRollouts(trainer, url, server.adapters).sync_weights()
+        again = make_trainer(tmp_path, CONFIGS["prompt"])
+        prefixcore.ServedRollouts(again, url, server.adapters).sync_weights()  # what a training before left
+    assert adapter_digest(kept) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"generation_kwargs": {"do_sample": False, "stop": "x"}}, "generation_kwargs: do_sample would not be heeded"),
+        ({"generation_kwargs": {"n": 2}}, "generation_kwargs: n would not be heeded"),
+        ({"loss_type": "vespo"}, "wants vllm_importance_sampling_mode .* got 'sequence_mask'"),
+    ],
+)
+def test_settings_that_would_be_wrong(options: Any, why: str, server: SamplingServer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CONFIGS["prefix"], **options)
+    with pytest.raises(ValueError, match=why):
+        prefixcore.ServedRollouts(trainer, "http://127.0.0.1:9", server.adapters)
+
+
+def test_a_trainer_that_asks_for_answers_otherwise(server: SamplingServer) -> None:
+    """TRL's OnlineDPOTrainer has no length of completions, and a client of its own."""
+    other = SimpleNamespace(use_vllm=False, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
+    with pytest.raises(TypeError, match="such as GRPOTrainer"):
+        prefixcore.ServedRollouts(other, "http://127.0.0.1:9", server.adapters)
+
+
+def test_distillation(server: SamplingServer, tmp_path: Path) -> None:
+    handle = prefixcore.attach(make_model(), CONFIGS["prefix"])
+    options = {name: value for name, value in COMMON.items() if name != "num_generations"}
+    trainer = DistillationTrainer(
+        handle.model, make_model(), args=DistillationConfig(str(tmp_path / "runs"), **options),
+        processing_class=tiny.tokenizer(), train_dataset=Dataset.from_list(ROWS),
+    )  # fmt: skip
+    before = handle.bake()[0][0]
+    with serving(server) as url:
+        prefixcore.ServedRollouts(trainer, url, server.adapters)
+        trainer.train()
+    assert [len(body["prompt"]) * body["n"] for body in server.requests if "repetition_penalty" in body] == [4] * 3
+    assert (handle.bake()[0][0] != before).any()
 
 
 def test_refusals(server: SamplingServer, tmp_path: Path) -> None:

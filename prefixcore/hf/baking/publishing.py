@@ -7,11 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ...adapters import Manifest, adapter_digest, write_adapter
+from ...adapters import Manifest, adapter_digest, check_target, write_adapter
+from ...adapters.reading import read_header
+from ...adapters.whole import whole_module
 from ...nn import LayerShape, MultitaskPrompt, Prefix, PrefixTuningConfig
 from ..handle import Handle
+from ..model.peft_parameters import peft_parameters
 from ..reaching import find_attention_layers
 from .bake_prefix import attached_to_prefix, check_can_be_exact
+
+_TASK = "in training: what its answers are sampled from"
+"""Stands in the manifest, by which such a folder is told from an adapter that someone keeps."""
 
 
 class Publisher:
@@ -19,13 +25,26 @@ class Publisher:
 
     Args:
         handle: of what is attached.
+        folder: where to.
 
     Raises:
-        NotImplementedError: a soft prompt to which no prefix is equal, on this model or at all.
+        NotImplementedError: a soft prompt to which no prefix is equal, on this model or at all; a model in which other
+            weights are trained as well, or that holds an adapter of PEFT's.
+        AdapterError: something else than an adapter is in the folder's place.
+        ValueError: what is in the folder was not written by this.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, handle: Handle, folder: Path) -> None:
+        self.handle, self.folder = handle, folder
+        self._check_model()
+        check_target(folder)
+        if folder.exists() and any(folder.iterdir()):
+            manifest = read_header(folder)[0].manifest
+            if manifest is None or manifest.task != _TASK:
+                raise ValueError(
+                    f"{folder} is an adapter that would be lost, for what is in training would take its place at each "
+                    "step: give another name"
+                )
         if isinstance(handle.module, Prefix):
             return
         config: Any = handle.config
@@ -39,31 +58,52 @@ class Publisher:
         with handle.disabled():
             check_can_be_exact(handle.model, find_attention_layers(handle.model)[0])
 
-    def write(self, folder: Path) -> str:
-        """Writes it and says its digest; in several processes all of them call it, as of `Handle.save`.
+    def write(self, *, is_writer: bool = True) -> str | None:
+        """Writes it and says its digest.
+
+        Args:
+            is_writer: in several processes, which all call it together, true in one of them; the others get None.
 
         Raises:
             AdapterError, OSError: as of `Handle.save`.
         """
-        if isinstance(self.handle.module, Prefix):
-            self.handle.save(folder)
-        else:
-            self._write_as_prefix(folder)
-        return adapter_digest(folder)
-
-    def _write_as_prefix(self, folder: Path) -> None:
+        self._check_model()
         handle = self.handle
-        prompt = handle.bake()
+        module = handle.module if isinstance(handle.module, Prefix) else self._equal_prefix()
+        config, shapes = module.config, list(module.shapes)
+        manifest = Manifest.create(
+            handle.model, config, shapes, task=_TASK, tokenizer=handle.tokenizer, forced=handle.forced,
+            base_model=handle._adapter.base_model,
+        )  # fmt: skip
+        module = whole_module(module)
+        heads = {name: whole_module(head) for name, head in handle.heads.trained.items()}
+        if not is_writer:
+            return None
+        write_adapter(self.folder, module=module, config=config, manifest=manifest, heads=heads)
+        return adapter_digest(self.folder)
+
+    def _check_model(self) -> None:
+        """A server has the model as it was, so that nothing but what is attached may differ."""
+        handle, own = self.handle, {id(parameter) for parameter in self.handle.parameters()}
+        if not handle.is_attached:
+            raise ValueError("what is served was taken off the model (detach) and no longer has part in its training")
+        others = [name for name, p in handle.model.named_parameters() if p.requires_grad and id(p) not in own]
+        if others:
+            raise NotImplementedError(
+                f"a server has the model as it was before training, and here more is trained than what is attached: "
+                f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}; freeze it (requires_grad_(False))"
+            )
+        if peft_parameters(handle.model):
+            raise NotImplementedError(
+                "a server has the model without the adapter of PEFT's (a LoRA, say) that is in it here, so its "
+                "answers would be another model's: merge it into the model and serve that (merge_and_unload)"
+            )
+
+    def _equal_prefix(self) -> Prefix:
+        prompt = self.handle.bake()
         assert isinstance(prompt, Tensor)
-        pairs = attached_to_prefix(handle, prompt[0] if prompt.dim() == 3 else prompt)
+        pairs = attached_to_prefix(self.handle, prompt[0] if prompt.dim() == 3 else prompt)
         shapes = [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in pairs]
-        config = PrefixTuningConfig(
-            init=pairs, task_type=handle.config.task_type, modules_to_save=handle.config.modules_to_save
-        )
-        write_adapter(
-            folder,
-            module=Prefix(shapes, config, pairs),
-            config=config,
-            manifest=Manifest.create(handle.model, config, shapes, tokenizer=handle.tokenizer, forced=handle.forced),
-            heads=handle.heads.trained,
-        )
+        old = self.handle.config
+        config = PrefixTuningConfig(init=pairs, task_type=old.task_type, modules_to_save=old.modules_to_save)
+        return Prefix(shapes, config, pairs)

@@ -36,11 +36,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def stand_in(model: Any, **settings: Any) -> Any:
     """As much of TRL's GRPOTrainer, which this environment does not have, as is asked for answers."""
-    accelerator = SimpleNamespace(process_index=0, is_main_process=True, wait_for_everyone=lambda: None)
+    accelerator = SimpleNamespace(process_index=0, is_main_process=True, num_processes=1)
     arguments = SimpleNamespace(generation_kwargs=settings.pop("generation_kwargs", None))
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
     return SimpleNamespace(
         model=model, use_vllm=False, args=arguments, accelerator=accelerator, max_completion_length=12,
+        add_callback=lambda callback: None,
         vllm_importance_sampling_correction=True, **{**sampling, **settings},
     )  # fmt: skip
 
