@@ -201,6 +201,11 @@ def test_what_the_server_does_not_have_is_refused(server: SamplingServer, tmp_pa
                 weight.requires_grad_(trained if "lora" in name else weight.requires_grad)
             with pytest.raises(NotImplementedError, match="lora_A" if trained else "adapter of PEFT's"):
                 prefixcore.ServedRollouts(trainer, url, server.adapters)
+    of_peft = peft.get_peft_model(make_model(), peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    prefixcore.accelerate(of_peft)
+    trainer.model = of_peft
+    with pytest.raises(NotImplementedError, match="runs a PeftModel's"):
+        prefixcore.ServedRollouts(trainer, "http://127.0.0.1:9", server.adapters)
 
 
 def test_names(server: SamplingServer, tmp_path: Path) -> None:

@@ -29,12 +29,18 @@ class Publisher:
 
     Raises:
         NotImplementedError: a soft prompt to which no prefix is equal, on this model or at all; a model in which other
-            weights are trained as well, or that holds an adapter of PEFT's.
+            weights are trained as well, or that holds an adapter of PEFT's; virtual tokens of a PeftModel.
         AdapterError: something else than an adapter is in the folder's place.
         ValueError: what is in the folder was not written by this.
     """
 
     def __init__(self, handle: Handle, folder: Path) -> None:
+        if not isinstance(handle, Handle):  # of `accelerate`
+            raise NotImplementedError(
+                "a server takes what prefixcore.attach attaches, and this model runs a PeftModel's virtual tokens: "
+                "attach a configuration of prefixcore's to the model that it was made of, or load what PEFT saved "
+                "(prefixcore.load, trainable=True)"
+            )
         self.handle, self.folder = handle, folder
         self._check_model()
         check_target(folder)
