@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -16,7 +16,11 @@ from ..adapters.registry_entry import is_entry_name
 from ..hf.baking.publishing import Publisher
 from ..hf.callback import find_handle
 from .client import Client, ServingError, choices_of
+from .colocated import Colocated
 from .rollout_settings import check_settings, corrects, samples_plainly, sampling
+
+if TYPE_CHECKING:
+    from .offline import PrefixLLM
 
 __all__ = ["ServedRollouts"]
 
@@ -34,12 +38,15 @@ class ServedRollouts:
 
         prefixcore serve --model MODEL --adapters adapters -- --logprobs-mode processed_logprobs
 
+    Where vLLM is to run in the training's own process, as with TRL's `vllm_mode="colocate"`, a `PrefixLLM` takes its
+    place: `PrefixLLM(MODEL, "adapters", gpu_memory_utilization=0.3, logprobs_mode="processed_logprobs")`.
+
     TRL's importance sampling correction (`vllm_importance_sampling_correction`) works as with TRL's own vLLM.
 
     Args:
         trainer: made with `use_vllm` left off; something is attached to its model.
-        url: the server's address.
-        adapters: the folder that the server serves, as this process sees it.
+        server: its address, or a `PrefixLLM`.
+        adapters: the folder that it serves, as this process sees it.
         name: the adapter's in that folder, replaced at each step; one of its own for each training.
         api_key: where the server wants one; None: the environment's `OPENAI_API_KEY`, if there is one.
         timeout: seconds without a byte from the server.
@@ -65,7 +72,7 @@ class ServedRollouts:
     def __init__(
         self,
         trainer: Any,
-        url: str,
+        server: str | PrefixLLM,
         adapters: str | Path,
         *,
         name: str = "rollouts",
@@ -78,7 +85,11 @@ class ServedRollouts:
         self._trainer, self.name = trainer, name
         self.handle = find_handle(trainer.model)
         self._publisher = Publisher(self.handle, Path(adapters) / name)
-        self._client = Client(url, api_key=api_key, timeout=timeout)
+        self._client: Client | Colocated
+        if isinstance(server, str):
+            self._client = Client(server, api_key=api_key, timeout=timeout)
+        else:
+            self._client = Colocated(server)
         if any(card.get("id") == name and "digest" not in card for card in self._client.model_cards()):
             raise ValueError(f"name: {name!r} is a model of the server's own; give another")
         self._digest = ""

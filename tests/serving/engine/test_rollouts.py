@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import torch
 
 import prefixcore
 from prefixcore.serving import launch
+from prefixcore.serving.client import ServingError
+from prefixcore.serving.offline import PrefixLLM
 from tests import tiny
 
 from .test_front import OPTIONS, make_model
@@ -23,15 +26,24 @@ CONFIGS = {
 PROMPTS = [[5, 6, 7]] * 3 + [[8, 9]] * 3 + [[30]] * 3
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["server", "colocated"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("rollouts")
     make_model().save_pretrained(folder / "tiny-llama")
     tiny.tokenizer().save_pretrained(folder / "tiny-llama")
-    (folder / "adapters").mkdir()  # empty: the adapter comes while the server runs
-    arguments = (*OPTIONS, "--logprobs-mode", "processed_logprobs")
-    with launch.start(folder / "tiny-llama", folder / "adapters", placeholder=1, arguments=arguments) as server:
-        yield SimpleNamespace(url=server.url, adapters=folder / "adapters")
+    adapters = folder / "adapters"
+    adapters.mkdir()  # empty: the adapter comes while vLLM runs
+    if request.param == "server":
+        arguments = (*OPTIONS, "--logprobs-mode", "processed_logprobs")
+        with launch.start(folder / "tiny-llama", adapters, placeholder=1, arguments=arguments) as server:
+            yield SimpleNamespace(server=server.url, adapters=adapters)
+        return
+    llm = PrefixLLM(
+        folder / "tiny-llama", adapters, dtype="float32", enforce_eager=True, max_model_len=512,
+        logprobs_mode="processed_logprobs",
+    )  # fmt: skip
+    yield SimpleNamespace(server=llm, adapters=adapters)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def stand_in(model: Any, **settings: Any) -> Any:
@@ -58,7 +70,7 @@ def log_probabilities(model: Any, prompt: list[int], made: list[int], temperatur
 def test_answers_are_sampled_from_the_model_as_it_is(name: str, temperature: float, place: Any) -> None:
     handle = prefixcore.attach(make_model(), CONFIGS[name])
     trainer = stand_in(handle.model, temperature=temperature)
-    rollouts = prefixcore.ServedRollouts(trainer, place.url, place.adapters)
+    rollouts = prefixcore.ServedRollouts(trainer, place.server, place.adapters)
     assert trainer.use_vllm
     assert trainer.vllm_generation is rollouts
     bare = make_model()
@@ -81,7 +93,7 @@ def test_answers_are_sampled_from_the_model_as_it_is(name: str, temperature: flo
 def test_greedy_answers_are_those_of_generate(place: Any) -> None:
     handle = prefixcore.attach(make_model(), CONFIGS["prefix"])
     trainer = stand_in(handle.model, top_k=1, generation_kwargs={"ignore_eos": True})
-    rollouts = prefixcore.ServedRollouts(trainer, place.url, place.adapters, name="greedy")
+    rollouts = prefixcore.ServedRollouts(trainer, place.server, place.adapters, name="greedy")
     rollouts.sync_weights()
     _, ids, logprobs, _ = rollouts.generate(PROMPTS, None, 3)
     for prompt, made, values in zip(PROMPTS, ids, logprobs, strict=True):
@@ -92,3 +104,30 @@ def test_greedy_answers_are_those_of_generate(place: Any) -> None:
         assert made == want[0, len(prompt) :].tolist()
         assert all(abs(value[0] or 0.0) < 1e-6 for value in values)  # of the one token that top_k leaves
     assert (Path(place.adapters) / "greedy" / "adapter_model.safetensors").is_file()
+
+
+def test_what_cannot_be_served_is_refused(place: Any) -> None:
+    handle = prefixcore.attach(make_model(), prefixcore.PrefixTuningConfig(num_virtual_tokens=4, layers=[0]))
+    rollouts = prefixcore.ServedRollouts(stand_in(handle.model), place.server, place.adapters, name="lower")
+    with pytest.raises(ServingError, match="layers"):
+        rollouts.sync_weights()
+    handle = prefixcore.attach(make_model(), CONFIGS["prefix"])
+    rollouts = prefixcore.ServedRollouts(stand_in(handle.model), place.server, place.adapters, name="longest")
+    rollouts.sync_weights()
+    with pytest.raises(ServingError, match="512"):
+        rollouts.generate([[5] * 600], None, 1)
+    shutil.rmtree(place.adapters / "longest")
+    with pytest.raises(ServingError, match="longest"):
+        rollouts.generate(PROMPTS, None, 3)
+
+
+def test_a_regular_expression(place: Any) -> None:
+    handle = prefixcore.attach(make_model(), CONFIGS["prefix"])
+    trainer = stand_in(handle.model)
+    trainer.args.vllm_structured_outputs_regex = "[ab]{12}"
+    rollouts = prefixcore.ServedRollouts(trainer, place.server, place.adapters, name="regular")
+    rollouts.sync_weights()
+    _, ids, _, _ = rollouts.generate(PROMPTS, None, 3)
+    texts = [tiny.tokenizer().decode(made, skip_special_tokens=True) for made in ids]
+    assert all(set(text) == {"a", "b"} or len(set(text)) == 1 for text in texts)
+    assert {letter for text in texts for letter in text} == {"a", "b"}
