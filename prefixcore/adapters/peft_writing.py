@@ -25,7 +25,7 @@ def is_expressible(config: Config, shapes: Sequence[LayerShape], base_model: Map
     """Whether PEFT's files can hold it: a prefix must be in every layer, with one shape and D = Dv.
 
     PEFT puts every soft prompt before the text, so one that stands in the text (`virtual_token_ids`) would be loaded
-    without a word and be wrong; so would one before an encoder that multiplies the embeddings of ids alone
+    without a word and be wrong; so would one before a stack that multiplies the embeddings of ids alone
     (`scales_ids`), and a prefix that leaves the text where it is (`position_offset=False`).
     """
     if not isinstance(config, PrefixTuningConfig):

@@ -177,9 +177,9 @@ class Target:
                     )
         elif header.peft_config is not None and reads_scaled_ids(self.model):
             raise AdapterError(
-                f"{self.folder}: PEFT gives the encoder of {type(self.model).__name__} embeddings of the text without "
-                "the factor that the model has for ids (scale_embedding), and this soft prompt was trained so: train "
-                "one with prefixcore.attach, or run it as PEFT does, by prefixcore.accelerate"
+                f"{self.folder}: PEFT gives {type(self.model).__name__} embeddings of the text without the "
+                "factor that the model has for ids (scale_embedding), and this soft prompt was trained so: train one "
+                "with prefixcore.attach, or run it as PEFT does, by prefixcore.accelerate"
             )
         elif header.hidden_size != self.hidden_size:
             raise AdapterError(

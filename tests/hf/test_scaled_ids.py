@@ -1,7 +1,8 @@
-"""Soft prompts before encoders that multiply the embeddings of ids alone (`scale_embedding`)."""
+"""Soft prompts before stacks that multiply the embeddings of ids alone (`scale_embedding`)."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import prefixcore
 from prefixcore import AdapterError, MultitaskPromptTuningConfig, PromptTuningConfig, PTuningConfig
+from prefixcore.adapters.scaled_ids import reads_scaled_ids
 
 from .encoder_decoders import GREEDY, inputs, labels, make
 
@@ -24,6 +26,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def scaled(family: str) -> Any:
     return make(family, scale_embedding=True)
+
+
+def small(name: str) -> Any:
+    """A model of BART's kin with `scale_embedding`."""
+    config = getattr(transformers, re.sub("(For|MTModel|Model).*", "Config", name))
+    torch.manual_seed(0)
+    return getattr(transformers, name)(
+        config(
+            vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=64,
+            scale_embedding=True, init_std=0.2, pad_token_id=0, decoder_start_token_id=0,
+        )
+    ).eval()  # fmt: skip
 
 
 def of_text(model: Any, ids: Tensor) -> Any:
@@ -134,16 +149,7 @@ def test_refused() -> None:
     "name", ["BlenderbotSmallForConditionalGeneration", "MvpForConditionalGeneration"]
 )  # which are compared with the text when a prompt is attached
 def test_other_families(name: str) -> None:
-    config = getattr(transformers, name.removesuffix("ForConditionalGeneration") + "Config")
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(
-        config(
-            vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=64,
-            scale_embedding=True, init_std=0.2,
-        )
-    ).eval()  # fmt: skip
-    prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=P)).detach()
+    prefixcore.attach(small(name), PromptTuningConfig(num_virtual_tokens=P)).detach()
 
 
 def test_an_encoder_that_multiplies_all_embeddings_is_none_of_these(tmp_path: Path) -> None:
@@ -163,3 +169,41 @@ def test_an_encoder_that_multiplies_all_embeddings_is_none_of_these(tmp_path: Pa
     assert "scales_ids" not in prefixcore.adapters.fingerprint(peft_model.base_model)
     with pytest.raises(NotImplementedError, match="does not say which two models inside it encode and decode"):
         prefixcore.load(peft_model.base_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{kind}ForCausalLM" for kind in ("Bart", "BlenderbotSmall", "Marian", "Mvp", "Pegasus")),
+        *(f"{kind}Model" for kind in ("Bart", "BlenderbotSmall", "Marian", "Mvp", "Pegasus", "PegasusX")),
+    ],
+)
+def test_it_is_seen_from_what_the_model_does(name: str) -> None:
+    """Given embeddings of ids, a model answers as to the ids, unless it multiplies those of ids alone."""
+    model, ids = small(name), torch.tensor([[5, 9, 13]])
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        by_ids = model(input_ids=ids, **more)[0]
+        by_embeddings = model(inputs_embeds=model.get_input_embeddings()(ids), **more)[0]
+    assert reads_scaled_ids(model) is not torch.allclose(by_ids, by_embeddings, atol=1e-4)
+
+
+def test_a_decoder_that_multiplies_ids_alone(tmp_path: Path) -> None:
+    import peft
+
+    model, ids, text = small("MvpForCausalLM"), torch.tensor([[5, 9, 13]]), torch.tensor([7, 4, 21])
+    expected = model(input_ids=torch.cat((text[None], ids), 1)).logits[:, P:]
+    handle = of_text(model, text)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    handle.save(tmp_path / "prompt")
+    handle.detach()
+    assert not (tmp_path / "prompt" / "adapter_config.json").exists()
+    with prefixcore.load(small("MvpForCausalLM"), tmp_path / "prompt") as loaded:
+        torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)
+    peft_model = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
+    peft_model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(AdapterError, match="without the factor"):
+        prefixcore.load(small("MvpForCausalLM"), tmp_path / "peft")
+    expected = peft_model(input_ids=ids, labels=ids).logits
+    with prefixcore.accelerate(peft_model):
+        torch.testing.assert_close(peft_model(input_ids=ids, labels=ids).logits, expected)
