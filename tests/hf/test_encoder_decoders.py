@@ -43,14 +43,38 @@ def test_every_known_family_is_tested() -> None:
     assert set(FAMILIES) == set(ENCODER_DECODERS)
 
 
-@pytest.mark.parametrize(("where", "times"), [(("decoder",), 1), (("encoder", "decoder"), 2)])
-def test_an_encoder_asks_for_no_prefix_that_the_decoder_alone_sees(where: Any, times: int) -> None:
-    """While it is trained, that is a reparameterisation's whole forward."""
+@pytest.mark.parametrize("where", [*PLACES, ("encoder", "decoder"), ("encoder", "cross")])
+def test_a_call_evaluates_a_prefix_once(where: Any) -> None:
+    """For both stacks: while it is trained, that is a reparameterisation's whole forward."""
     model, evaluated = make("bart"), []
     handle = prefixcore.attach(model, config(where, reparameterization="mlp"))
     handle.module.register_forward_hook(lambda *_: evaluated.append(None))
-    model(**inputs("bart"), labels=labels())
+    model(**inputs("bart"), labels=labels()).loss.backward()
+    assert len(evaluated) == 1
+
+
+@pytest.mark.parametrize(("where", "times"), [(("encoder",), 1), (("decoder",), 1), (None, 2)])
+def test_generate_evaluates_a_prefix_once_for_each_stack_that_has_it(where: Any, times: int) -> None:
+    """Which `generate` calls by themselves: the encoder before the decoder's first step, whose cache keeps the rest."""
+    model, evaluated = make("bart"), []
+    handle = prefixcore.attach(model, config(where, reparameterization="mlp"))
+    handle.module.register_forward_hook(lambda *_: evaluated.append(None))
+    model.generate(**inputs("bart"), **GREEDY)
     assert len(evaluated) == times
+
+
+def test_a_cache_behind_an_encoder_with_a_prefix_says_so() -> None:
+    model, batch = make("bart"), inputs("bart")
+    with prefixcore.attach(model, config(("encoder",))):
+        ids = torch.tensor([[2, 5], [2, 7]])
+        filled = model(**batch, decoder_input_ids=ids, use_cache=True)
+        again = {"encoder_outputs": (filled.encoder_last_hidden_state,), "decoder_input_ids": ids[:, -1:]}
+        cache = filled.past_key_values
+        expected = model(**batch, decoder_input_ids=torch.cat((ids, ids[:, -1:]), 1)).logits[:, -1:]
+        got = model(**again, attention_mask=batch["attention_mask"], past_key_values=cache).logits
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match="filled by a model with virtual tokens"):
+        model(**again, attention_mask=batch["attention_mask"], past_key_values=cache)
 
 
 @pytest.mark.parametrize("where", PLACES)

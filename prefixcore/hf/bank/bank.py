@@ -23,7 +23,7 @@ from ..batch.tasks import TASK_IDS, Task, generated_tasks, generating
 from ..families import has_only_full_attention, is_known
 from ..model.active import activate
 from ..model.sharded import agree_on_values, data_meshes
-from ..model.signature import argument_names, as_keywords
+from ..model.signature import argument_names, as_keywords, takes_keywords
 from ..model.tensor_parallel import HeadGroup, head_group
 from ..positions.decoder_positions import embed_positions, position_module
 from ..positions.model_inputs import has_axes
@@ -75,6 +75,7 @@ class Bank:
         checkpointable: the modules that say whether gradient checkpointing is on.
         only_full_attention: whether every layer lets each token see all that come before it.
         hands_on_arguments: whether its layers get the arguments of its call.
+        hands_rows_on: whether the model takes arguments that it does not know, and hands them to what is inside.
         residency: the copies of frozen adapters on the model's device.
         stays: whether the bank stays on the model when nothing is attached any longer.
         stage: of a model that is cut into stages of a pipeline, the one that this process has.
@@ -102,7 +103,7 @@ class Bank:
         self.is_hybrid = False
         self.cache_name, self.takes_positions = "past_key_values", True
         self.is_reached = False
-        self.hands_on_arguments = True
+        self.hands_on_arguments, self.hands_rows_on = True, takes_keywords(model)
         self.residency = Residency()
         self.stays = False
         self.stage: Any = None
@@ -225,7 +226,8 @@ class Bank:
         explicit = kwargs.get(TASK_IDS) is not None or generated_tasks(self.patch) is not None
         rows = pop_rows(self, kwargs)
         if self.encoder is not None:
-            if explicit or len(self.adapters) > 1:
+            has_prefix = any(task.adapter.is_prefix for task in rows.tasks)
+            if explicit or len(self.adapters) > 1 or (has_prefix and self.hands_rows_on):
                 kwargs[ROWS] = RowPrefixes(rows, {})
             return forward(**kwargs)
         if self.model is self.decoder:

@@ -20,12 +20,14 @@ class RowPrefixes:
     Attributes:
         rows: the tasks of the rows.
         computed: the prefixes that soft prompts have been turned into.
+        evaluated: the prefixes that one stack of an encoder-decoder has seen, for the other.
     """
 
-    __slots__ = ("rows", "computed")
+    __slots__ = ("rows", "computed", "evaluated")
 
     def __init__(self, rows: Rows, computed: dict[Task, LayerPrefixes | None]) -> None:
         self.rows, self.computed = rows, computed
+        self.evaluated: dict[Task, LayerPrefixes] = {}
 
     @property
     def tasks(self) -> list[Task]:

@@ -62,7 +62,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         return forward(**kwargs)
     if not bank.cache_layers:
         refuse_other_attention(decoder)
-    tasks = given.tasks
+    tasks = [task for task in given.tasks if not _is_of_encoder(bank, task)]
     if given.rows.tasks:
         refuse_attention_weights(decoder, kwargs)
     if tasks and decoder.training and torch.is_grad_enabled():
@@ -103,7 +103,7 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
     cache = cache_output(output) if cache is None else cache
     # A decoder alone has its soft prompts in the cache itself, which says so already. No bool() of a list: torch 2.10
     # compiles none.
-    is_behind = tasks or (bank.encoder is not None and given.rows.prompts)
+    is_behind = tasks or (bank.encoder is not None and given.rows.tasks)
     if label is None and is_behind and isinstance(cache, Cache) and kwargs.get("cu_seq_lens_q") is None:
         set_label(cache, CacheLabel(keys, given.rows, shifts, call.detached(), [0] * num_rows))
         close_cache(cache)
@@ -147,6 +147,12 @@ def _decoder_counts(
     return counts
 
 
+def _is_of_encoder(bank: Bank, task: Task) -> bool:
+    """Whether a prefix is in the encoder alone."""
+    layers = task.adapter.layers
+    return layers is not None and bank.encoder_layers.issuperset(layers)
+
+
 def _input_device(bank: Bank, kwargs: dict[str, Any]) -> torch.device:
     """Where what the call reads is; ValueError: it reads nothing, or ids and embeddings at once."""
     assert isinstance(bank.decoder, PreTrainedModel)
@@ -181,11 +187,18 @@ def prefixes_of_call(
     trains = torch.is_grad_enabled() and any(task.adapter.trains for task in tasks)
     if label is not None and label.prefixes is not None and not trains:
         return label.prefixes_for(given.rows.keys(num_rows))
-    prefixes = [given.computed.get(task) or prefix_of(bank, task) for task in tasks]
+    prefixes = [given.computed.get(task) or _evaluated_once(bank, given, task) for task in tasks]
     index = given.rows.of(tasks, num_rows)
     if len(tasks) == 1 and min(index, default=0) >= 0:
         return PrefixCall(prefixes[0])
     return stack(prefixes, index, device)
+
+
+def _evaluated_once(bank: Bank, given: RowPrefixes, task: Task) -> LayerPrefixes:
+    """The keys and values of a task, which both stacks of an encoder-decoder see in one call."""
+    if task not in given.evaluated:
+        given.evaluated[task] = prefix_of(bank, task)
+    return given.evaluated[task]
 
 
 def prefix_of(bank: Bank, task: Task) -> LayerPrefixes:
