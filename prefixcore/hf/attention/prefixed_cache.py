@@ -86,26 +86,23 @@ def num_virtual_tokens(call: PrefixCall) -> int:
     return 0 if pair is None else pair[0].shape[-2]
 
 
-def extend_mask(mask: Tensor | None, call: PrefixCall, rows: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+def extend_mask(mask: Tensor | None, call: PrefixCall) -> tuple[Tensor | None, Tensor | None]:
     """A mask that lets each row see its prefix, and where its keys come from.
 
     The keys of a row stand as those of a row without padding: padding on the left, the prefix, the text. So a bias that
     goes by how far keys stand apart (MPT) is that of the row by itself.
 
     Args:
-        mask: [B, S], or of four dimensions [B, 1, T, S], boolean or additive; None: all is visible.
+        mask: [B, S], or of four dimensions [B, 1, T, S], boolean or additive; None: all is visible, the
+            prefix in every row.
         call: the prefixes.
-        rows, length: B, S.
 
     Returns:
         The mask of P + S keys, and `order` [B, P + S]; None: there is nothing to hide, and nothing to order.
     """
     virtual = num_virtual_tokens(call)
-    if mask is None and call.index is None:
-        return None, None
     if mask is None:
-        assert call.index is not None
-        mask = torch.ones(rows, length, dtype=torch.long, device=call.index.device)
+        return None, None
     seen = torch.ones(mask.shape[0], virtual, dtype=torch.bool, device=mask.device)  # of the prefix
     if call.index is not None:
         assert call.lengths is not None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ..attention.prefix import KeyValue, PrefixCall
@@ -60,7 +60,10 @@ def forward_cached(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, An
             f"{type(decoder).__name__} cuts its windows out by how many keys there are, of which a static cache has "
             "more than tokens: take a dynamic one"
         )
-    mask, order = extend_mask(kwargs.get("attention_mask"), call, rows, int(past) + query_length(kwargs))
+    mask = kwargs.get("attention_mask")
+    if mask is None and call.index is not None:
+        mask = _mask_of_all(cache, rows, int(past), query_length(kwargs), call.index.device)
+    mask, order = extend_mask(mask, call)
     kwargs["attention_mask"] = mask
     prefixed = PrefixedCache(cache, call, bank.cache_layers, order)
     for name in CACHES:
@@ -73,6 +76,14 @@ def forward_cached(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, An
             "sparse attention, of long texts, does not): shorten the text, or set config.attention_type to the full one"
         )
     return _without(output, prefixed, cache if keeps else None)
+
+
+def _mask_of_all(cache: Cache, rows: int, past: int, query: int, device: torch.device) -> Tensor:
+    """A mask [B, S] of rows that see all keys, and none of the room that a static cache has behind them."""
+    length = past + query
+    mask = torch.ones(rows, length, dtype=torch.long, device=device)
+    room = cache.get_mask_sizes(query, 0)[0] - length if cache.is_compileable else 0
+    return nn.functional.pad(mask, (0, room))
 
 
 def _counts(bank: Bank, call: PrefixCall, virtual: int) -> list[int]:
