@@ -1,7 +1,8 @@
 """The compiled library: loading it, and telling PyTorch what the C++ cannot.
 
 The ops are registered by the library itself, through torch's stable ABI. Registered here are their shapes under
-fake tensors (`torch.compile`) and their derivatives (`gradients.py`). The backends stand on this module.
+fake tensors (`torch.compile`), their derivatives (`gradients.py`) and what they cost (`flops.py`). The backends stand
+on this module.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gradients
+from . import flops, gradients
 from .layout import empty_gradient, empty_heads_last
 from .problem import AttentionProblem
 
@@ -96,6 +97,7 @@ def _register() -> torch.library.Library:
     for op, fake in fakes.items():
         torch.library.register_fake(f"prefixcore::{op}", fake)
         derivatives.impl(op, gradients.AUTOGRAD[op], "Autograd")
+    flops.register()
     return derivatives
 
 
