@@ -43,6 +43,9 @@ class PromptBank(UndoneAfterBlock):
     virtual tokens, and one task by itself for all rows. A packed batch has one a sequence. Each row gets what it would
     get alone, and only the adapters that are named get gradients.
 
+    A frozen adapter is kept on the CPU, and a copy on the model's device is made anew after a change in place, but not
+    after one through a parameter's `.data`, which torch does not count: change values under `torch.no_grad()`.
+
     Args:
         model: a transformers model, not wrapped, with nothing attached. It is frozen.
         memory: how many bytes the frozen adapters may take on the model's device. They are kept on the CPU, and the
