@@ -202,9 +202,9 @@ def test_only_what_requests_name_is_made_ready() -> None:
     model = make("llama")
     bank = prefixcore.PromptBank(model)
     move(bank.attach("one", BOTH[0], tokenizer=Tokenizer()), 3)
-    bank.attach("other", PrefixTuningConfig(num_virtual_tokens=4, position_offset=False))
+    bank.attach("other", PrefixTuningConfig(num_virtual_tokens=4, layers=[1]))
     assert batch(model, task_ids="one") == one_by_one(model, REQUESTS, ["one"] * 4)
-    with pytest.raises(NotImplementedError, match="takes no positions"):
+    with pytest.raises(NotImplementedError, match="seen by some layers alone"):
         model.generate_batch(REQUESTS, task_ids=["one", "one", "one", "other"])
 
 

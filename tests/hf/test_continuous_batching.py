@@ -223,9 +223,31 @@ def refused(match: str, kind: type[Exception] = NotImplementedError) -> Any:
     return pytest.raises(kind, match=match)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt_oss"])
+def test_a_prefix_whose_text_begins_at_position_0(family: str) -> None:
+    """Beside one whose text begins at P: keys stand as far from queries as in `generate`."""
+    model = make(family, **window_of(family, 64))
+    bare = one_by_one(model)
+    bank = prefixcore.PromptBank(model)
+    for name, offset, seed in (("zero", False, 3), ("p", True, 4)):
+        move(bank.attach(name, PrefixTuningConfig(num_virtual_tokens=7, position_offset=offset)), seed, by=1.0)
+    for names in (["zero"] * 4, ["zero", "p", None, "zero"]):
+        expected = one_by_one(model, task_ids=names)
+        assert batch(model, task_ids=names) == expected != bare
+    same = bank.attach("same at p", PrefixTuningConfig(num_virtual_tokens=7))
+    same.module.load_state_dict(bank["zero"].module.state_dict())
+    assert batch(model, task_ids=["same at p"] * 4) != batch(model, task_ids=["zero"] * 4)
+
+
+def test_where_keys_cannot_be_moved_a_text_that_begins_at_position_0_is_refused() -> None:
+    model = make("gpt2")
+    prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=4, position_offset=False))
+    with refused("takes no positions .*learned positions.*call generate on padded batches"):
+        model.generate_batch(REQUESTS)
+
+
 def test_what_pages_cannot_show() -> None:
     for config, match in (
-        (PrefixTuningConfig(num_virtual_tokens=4, position_offset=False), "takes no positions"),
         (PrefixTuningConfig(num_virtual_tokens=4, layers=[1]), "seen by some layers alone"),
         (PromptTuningConfig(num_virtual_tokens=2, virtual_token_ids=[4, 5]), "stands within the text"),
     ):

@@ -21,6 +21,7 @@ from ..paged.bare_copy import KEPT, bare_copy, state_of
 from ..paged.ids import VirtualIds, WithVirtual
 from ..positions.model_inputs import reads_ids, stand_in
 from ..positions.positions import check_limit
+from ..positions.rotary import turn
 from .paged_refusals import check_attention, check_paged
 from .prefix_calls import prefix_of, prompt_of
 from .rows import find_task, task_of_all
@@ -56,7 +57,7 @@ class PagedBatching:
         check_paged(bank, tasks)
         with torch.no_grad(), _without_dropout(tasks):
             prompts: dict[Task, Tensor] = {t: prompt_of(bank, t) for t in tasks if not t.adapter.is_prefix}
-            prefixes: dict[Task, LayerPrefixes] = {t: prefix_of(bank, t) for t in tasks if t.adapter.is_prefix}
+            prefixes: dict[Task, LayerPrefixes] = {t: _before_text(bank, t) for t in tasks if t.adapter.is_prefix}
         self.model: PreTrainedModel = bare_copy(bank.model)
         like = stand_in(bank.model) if reads_ids(bank.model) else None
         self.ids = VirtualIds(self.model.get_input_embeddings(), bank.layers, prompts, prefixes, like)
@@ -222,6 +223,15 @@ def _text_alone(output: Any, vocabulary: int) -> Any:
     """What a request has come to, without the ids of its virtual tokens."""
     output.prompt_ids = [i for i in output.prompt_ids if i < vocabulary]
     return output
+
+
+def _before_text(bank: Bank, task: Task) -> LayerPrefixes:
+    """A prefix as it stands in pages, where a text begins at position P: keys that let it begin at 0 go P further."""
+    prefix, adapter = prefix_of(bank, task), task.adapter
+    if adapter.shift:
+        return prefix
+    with bank.disabled():
+        return list(turn(bank.model, [pair for pair in prefix if pair is not None], adapter.num_virtual_tokens))
 
 
 @contextmanager

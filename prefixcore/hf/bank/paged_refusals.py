@@ -11,6 +11,7 @@ from transformers.integrations.eager_paged import eager_paged_attention_forward
 
 from ..batch.tasks import Task
 from ..families import text_config
+from ..positions.rotary import why_fixed
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -36,8 +37,8 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
         reason = "a soft prompt stands within the text (virtual_token_ids)"
     elif bank.is_hybrid or not bank.moves_positions:
         reason = "the model has other layers than attention, or reads no positions"
-    elif any(adapter.shift == 0 for adapter in prefixes):
-        reason = "a prefix takes no positions (position_offset=False), and each token in a page has one"
+    elif any(adapter.shift == 0 for adapter in prefixes) and (why := _why_fixed(bank)) is not None:
+        reason = f"a prefix takes no positions (position_offset=False), and each token in a page has one: {why}"
     elif any(set(adapter.layers or ()) != set(range(len(bank.layers))) for adapter in prefixes):
         reason = "a prefix is seen by some layers alone, and all of them share a page's places"
     if reason is not None:
@@ -45,6 +46,12 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
             f"continuous batching (generate_batch) keeps virtual tokens in its pages as tokens before the text, but "
             f"{reason}: call generate on padded batches (with task_ids for different adapters), or detach first"
         )
+
+
+def _why_fixed(bank: Bank) -> str | None:
+    """Why the keys of a prefix cannot be moved to the positions before a text, in words; None: they can."""
+    with bank.disabled():  # a few tokens show it, and nothing may stand before them
+        return why_fixed(bank.model)
 
 
 def check_attention(model: PreTrainedModel) -> None:
