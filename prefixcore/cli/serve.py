@@ -168,7 +168,7 @@ def check_adapters(arguments: argparse.Namespace, baked: Path | None) -> tuple[i
 
     from transformers import AutoTokenizer
 
-    from ..serving.before_start import choose_placeholder, describe_model
+    from ..serving.before_start import choose_placeholder, describe_model, why_not_served
     from ..serving.catalog import Catalog
     from ..serving.context_length import context_length, why_no_room
     from ..serving.vllm_command import served_names
@@ -176,6 +176,8 @@ def check_adapters(arguments: argparse.Namespace, baked: Path | None) -> tuple[i
     with user_errors(Exception, what=f"--model {arguments.model} cannot be opened"):
         model = describe_model(arguments.model)
         tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    if why := why_not_served(arguments.model, arguments.vllm, unverified_model=arguments.unverified_model):
+        raise UserError(f"--model {arguments.model}: {why}")
     placeholder = choose_placeholder(tokenizer) if arguments.placeholder is None else arguments.placeholder
     if not 0 <= placeholder < len(tokenizer):
         raise UserError(f"--placeholder {placeholder} is no token; expected one from 0 to {len(tokenizer) - 1}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..nn import LayerShape
 from .checkpoint import local_folder
+from .context_length import OPTION, context_length
+from .families import why_unverified
+from .model_config import WITHOUT_WINDOWS, lossy_window, num_kv_heads, read_config, window
 from .salt import PLACEHOLDER
 from .served_model import ServedModel
+from .vllm_options import values_of
 
 
 def describe_model(name: str) -> ServedModel:
@@ -19,13 +24,37 @@ def describe_model(name: str) -> ServedModel:
     Raises:
         OSError, ValueError: transformers finds no such model.
     """
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    config = read_config(name).get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = LayerShape(heads, size, size)
+    shape = LayerShape(num_kv_heads(config), size, size)
     return ServedModel.describe(config, [shape] * config.num_hidden_layers, local_folder(name))
+
+
+def why_not_served(name: str, arguments: Sequence[str], *, unverified_model: bool = False) -> str | None:
+    """Why vLLM would refuse to serve prefixes on a model once it has loaded it, and what to give; None: it would not.
+
+    Args:
+        name: a folder of a transformers model, or its id.
+        arguments: of vLLM's own.
+        unverified_model: serve a family that was not compared with transformers.
+
+    Raises:
+        OSError, ValueError: transformers finds no such model.
+        LaunchError: vLLM is told something that cannot be read.
+    """
+    config = read_config(name)
+    why = why_unverified(config.model_type)
+    if why and not unverified_model:
+        return f"{why}; give --unverified-model, then run `prefixcore validate-serving`"
+    size, everywhere = window(config.get_text_config())
+    if size is None or values_of(WITHOUT_WINDOWS, arguments) is not None:
+        return None
+    if everywhere:
+        return f"all its layers attend to {lossy_window(size)}; give -- {WITHOUT_WINDOWS}"
+    length = context_length(name, arguments)
+    if length is None or length > size:
+        return f"some of its layers attend to {lossy_window(size)}; give -- {OPTION} {size}, or less"
+    return None
 
 
 def choose_placeholder(tokenizer: Any) -> int:

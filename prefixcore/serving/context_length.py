@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from .errors import LaunchError
+from .model_config import WITHOUT_WINDOWS, read_config, window
 from .vllm_options import values_of
 
 OPTION = "--max-model-len"
@@ -34,7 +34,11 @@ def context_length(name: str, arguments: Sequence[str]) -> int | None:
     """
     given = values_of(OPTION, arguments)
     length = None if given is None else _length(" ".join(given))
-    return _stated(name) if length is None else length
+    length = _stated(name) if length is None else length
+    if values_of(WITHOUT_WINDOWS, arguments) is None:
+        return length
+    size, _ = window(read_config(name).get_text_config())
+    return min(filter(None, (length, size)), default=None)
 
 
 def why_no_room(virtual_tokens: int, length: int | None) -> str | None:
@@ -60,9 +64,7 @@ def _length(text: str) -> int | None:
 
 def _stated(name: str) -> int | None:
     """The positions that the model was made for; None: it says none, or some that its rotary embedding extends."""
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    config = read_config(name).get_text_config()
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int) or stated < 1 or "factor" in (getattr(config, "rope_parameters", None) or {}):
         return None

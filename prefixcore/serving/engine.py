@@ -10,28 +10,9 @@ from typing import Any
 
 from ..nn import LayerShape
 from .checkpoint import local_folder
+from .families import why_unverified
+from .model_config import WITHOUT_WINDOWS, lossy_window
 from .settings import Settings
-
-VERIFIED = (
-    "cohere",
-    "gemma",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-)
-"""Model types whose greedy tokens with a prefix equal transformers' (`tests/serving/engine/test_families.py`).
-
-Elsewhere the numbers of a key may stand in another order in vLLM's cache than in transformers', which would be wrong
-without a sign of it.
-"""
 
 
 def check_engine(config: Any, kv_cache_config: Any, settings: Settings) -> None:
@@ -55,24 +36,32 @@ def check_engine(config: Any, kv_cache_config: Any, settings: Settings) -> None:
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise NotImplementedError(f"prefixcore: {name} above 1 is not supported; use tensor_parallel_size")
-    groups = kv_cache_config.kv_cache_groups
-    specs = [group.kv_cache_spec for group in groups]
-    if len(specs) != 1 or type(specs[0]).__name__ != "FullAttentionSpec":
-        kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))
+    _check_layers(kv_cache_config, model.max_model_len)
+    why = why_unverified(getattr(model.hf_config, "model_type", None))
+    if why and not settings.unverified_models:
         raise NotImplementedError(
-            f"prefixcore: expected a model whose layers all have one kind of full attention, got {kinds or 'none'}"
+            f'prefixcore: {why}; set "unverified_models": true in kv_connector_extra_config, then run '
+            "`prefixcore validate-serving`"
+        )
+
+
+def _check_layers(kv_cache_config: Any, max_model_len: int) -> None:
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    kinds = sorted({type(spec).__name__ for spec in specs})
+    if len(specs) == 1 and kinds == ["SlidingWindowSpec"]:
+        raise NotImplementedError(
+            f"prefixcore: all layers of the model attend to {lossy_window(specs[0].sliding_window)}; serve it with "
+            f"{WITHOUT_WINDOWS}"
+        )
+    if len(specs) != 1 or kinds != ["FullAttentionSpec"]:
+        raise NotImplementedError(
+            "prefixcore: expected a model whose layers all have one kind of full attention, got "
+            f"{', '.join(kinds) or 'none'}"
         )
     window = specs[0].sliding_window or specs[0].attention_chunk_size
-    if window is not None and window < model.max_model_len:
+    if window is not None and window < max_model_len:
         raise NotImplementedError(
-            f"prefixcore: the model attends to a window of {window} tokens, which would lose the prefix; serve it with "
-            f"--max-model-len {window} at most"
-        )
-    kind = getattr(model.hf_text_config, "model_type", None)
-    if kind not in VERIFIED and not settings.unverified_models:
-        raise NotImplementedError(
-            f"prefixcore: prefixes of the model type {kind!r} have not been compared with transformers; set "
-            '"unverified_models": true in kv_connector_extra_config, then run `prefixcore validate-serving`'
+            f"prefixcore: the model attends to {lossy_window(window)}; serve it with --max-model-len {window} at most"
         )
 
 

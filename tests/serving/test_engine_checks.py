@@ -16,6 +16,10 @@ class FullAttentionSpec(SimpleNamespace):
     """vLLM's own has this name."""
 
 
+class SlidingWindowSpec(SimpleNamespace):
+    """Of a model whose layers all have a window."""
+
+
 class MambaSpec(SimpleNamespace):
     """Another kind."""
 
@@ -32,7 +36,7 @@ def configurations(**changes: Any) -> tuple[Any, Any]:
             pipeline_parallel_size=fields["pipeline"], decode_context_parallel_size=fields["context"]
         ),
         model_config=SimpleNamespace(
-            max_model_len=fields["longest"], hf_text_config=SimpleNamespace(model_type=fields["kind"])
+            max_model_len=fields["longest"], hf_config=SimpleNamespace(model_type=fields["kind"])
         ),
     )
     return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=each) for each in specs])
@@ -51,6 +55,7 @@ def test_a_plain_decoder_is_served(tmp_path: Path) -> None:
         ({"pipeline": 2}, "pipeline_parallel_size above 1"),
         ({"context": 2}, "decode_context_parallel_size above 1"),
         ({"specs": [MambaSpec()]}, "one kind of full attention, got MambaSpec"),
+        ({"specs": [SlidingWindowSpec(sliding_window=4096)]}, "window of 4,096 tokens.*--disable-sliding-window"),
         ({"specs": []}, "one kind of full attention, got none"),
         ({"window": 128}, "--max-model-len 128 at most"),
         ({"kind": "unheard-of"}, "have not been compared with transformers"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from prefixcore.serving import launch
-from prefixcore.serving.before_start import choose_placeholder, describe_model
+from prefixcore.serving.before_start import choose_placeholder, describe_model, why_not_served
 from prefixcore.serving.catalog import Catalog
 from prefixcore.serving.context_length import context_length, why_no_room
 from prefixcore.serving.errors import LaunchError
+from prefixcore.serving.model_config import num_kv_heads
 from prefixcore.serving.vllm_command import find_vllm, served_names, vllm_command, vllm_environment
 from prefixcore.serving.vllm_options import in_full
 from tests import tiny
@@ -149,6 +152,72 @@ def test_the_model_is_described_by_its_files(place: Path, tmp_path: Path) -> Non
 )
 def test_the_context_that_a_request_has(place: Path, arguments: tuple[str, ...], length: int) -> None:
     assert context_length(str(place / "tiny"), arguments) == length
+
+
+def windowed(folder: Path, kind: str, **changes: Any) -> str:
+    """A folder with the configuration of a model that attends to 64 of its 128 positions."""
+    config = AutoConfig.for_model(kind, sliding_window=64, max_position_embeddings=128, num_hidden_layers=2, **changes)
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        ("qwen2", (), None),
+        ("llama4_text", (), "the model type 'llama4_text' have not been compared .* give --unverified-model"),
+        ("mistral", (), "all its layers attend to a window of 64 tokens.*give -- --disable-sliding-window"),
+        ("mistral", ("--max-model-len", "64"), "all its layers"),  # to vLLM they have windows all the same
+        ("mistral", ("--disable-sliding-window",), None),
+        ("gemma2", (), "some of its layers attend to a window of 64 tokens.*give -- --max-model-len 64, or less"),
+        ("gemma2", ("--max-model-len", "65"), "some of its layers"),
+        ("gemma2", ("--max-model-len", "64"), None),
+    ],
+)
+def test_a_model_that_vllm_would_load_in_vain(
+    tmp_path: Path, kind: str, arguments: tuple[str, ...], words: str | None
+) -> None:
+    why = why_not_served(windowed(tmp_path, kind), arguments)
+    assert (why is None) == (words is None)
+    assert words is None or re.search(words, str(why))
+
+
+def test_a_family_that_was_not_compared_is_served_if_somebody_insists(tmp_path: Path) -> None:
+    model = windowed(tmp_path, "doge")
+    assert "--unverified-model" in str(why_not_served(model, []))
+    assert "some of its layers" not in str(why_not_served(model, ["--max-model-len", "64"], unverified_model=True))
+
+
+def test_a_model_that_cannot_be_served_is_not_started(
+    prefixcore: Any, place: Path, fake_python: str, tmp_path: Path
+) -> None:
+    model = windowed(tmp_path, "mistral")
+    tiny.tokenizer().save_pretrained(tmp_path)
+    code, out, err = serve(prefixcore, place, "--model", model, "--python", fake_python, "--dry-run")
+    assert (code, out) == (2, "")
+    assert f"--model {model}: all its layers attend to a window of 64 tokens" in err
+
+
+def test_a_context_without_windows_is_a_window_long(tmp_path: Path) -> None:
+    model = windowed(tmp_path, "mistral")
+    assert context_length(model, []) == 128
+    assert context_length(model, ["--disable-sliding-window"]) == 64
+    assert context_length(model, ["--disable-sliding-window", "--max-model-len", "32"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "heads"),
+    [
+        ("falcon", {"multi_query": True}, 1),
+        ("falcon", {"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 2}, 2),
+        ("falcon", {"multi_query": False}, 4),
+        ("gpt_bigcode", {"multi_query": True}, 1),
+        ("gpt2", {}, 4),
+        ("llama", {"num_key_value_heads": 2}, 2),
+    ],
+)
+def test_the_heads_of_a_model(kind: str, changes: dict[str, Any], heads: int) -> None:
+    assert num_kv_heads(AutoConfig.for_model(kind, num_attention_heads=4, hidden_size=64, **changes)) == heads
 
 
 @pytest.mark.parametrize("text", ["", "many", "0", "1.5", "-2", "1.0001k"])

@@ -42,7 +42,9 @@ class World:
 
     def __init__(self, path: Path, family: str = "llama", **changes: Any) -> None:
         torch.manual_seed(0)
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **changes})).eval()
+        config = AutoConfig.for_model(family, **{**sizes_of(family), **changes})
+        self.model = AutoModelForCausalLM.from_config(config).eval()
+        stir(self.model)
         self.folder, self.registry = path / "model", path / "adapters"
         self.model.save_pretrained(self.folder)
         tiny.tokenizer().save_pretrained(self.folder)
@@ -92,6 +94,21 @@ class World:
         digest = digest or self.digest(name)
         ids = [PLACEHOLDER] * self.num_virtual_tokens(name, digest) + prompt
         return {"prompt_token_ids": ids, "cache_salt": make_salt(name, digest)}
+
+
+def sizes_of(family: str) -> dict[str, Any]:
+    """Those of `SIZES` that a family's configuration has: the heads of another would be read out of one too many."""
+    default = AutoConfig.for_model(family)
+    derived = {name for name in SIZES if isinstance(getattr(type(default), name, None), property)}
+    return {name: value for name, value in SIZES.items() if hasattr(default, name) and name not in derived}
+
+
+@torch.no_grad()
+def stir(model: Any) -> None:
+    """Norms of ones and biases of zeros hide where they are applied, and in which order: here no two are equal."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 def prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
