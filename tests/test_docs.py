@@ -12,6 +12,7 @@ import torch
 
 from prefixcore.__main__ import COMMANDS, main
 from prefixcore.hf import ENCODER_DECODERS, ENCODERS, FAMILIES
+from prefixcore.serving.families import VERIFIED
 from tests import tiny
 from tests.examples import ROOT, blocks, commands, execute, public
 
@@ -98,6 +99,12 @@ def test_every_public_name_has_its_place_in_the_api_pages() -> None:
     entries = [resolve_name(name) for name in names]
     assert len(entries) == len(public())
     assert set(entries) == set(public().values())
+
+
+def test_the_families_that_are_served_are_listed() -> None:
+    _, _, section = PAGES["docs/guides/serving-internals.md"].partition("## Which models")
+    _, _, listed = section.partition(":\n\n")
+    assert tuple(re.findall(r"`(\w+)`", listed.partition("\n\n")[0])) == VERIFIED
 
 
 def test_the_families_are_those_that_are_known() -> None:
