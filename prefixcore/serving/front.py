@@ -267,13 +267,14 @@ def _is_internal(path: str) -> bool:
 
 def _as_of(path: str, answer: Answer) -> Answer:
     """An error of vLLM's render endpoints, which is OpenAI's, as the interface at `path` words it."""
+    if path != MESSAGES:
+        return answer
     try:
         message = error_message(json.loads(answer.body))
     except ValueError:
-        message = None
-    if path != MESSAGES or message is None:
         return answer
-    return asgi.json_answer(to_json(error_body(Refusal(message, status=answer.status), path)), answer.status)
+    refusal = Refusal(message or answer.body.decode(errors="replace"), status=answer.status)
+    return asgi.json_answer(to_json(error_body(refusal, path)), answer.status)
 
 
 def _check_rendered(answer: Answer) -> None:

@@ -45,7 +45,7 @@ class AdapterSend:
         self._start: Message = {}
         self._body = b""
         self._lines = Lines()
-        self._is_stream = self._is_sent = False
+        self._is_stream = self._is_sent = self._is_over = False
         self._events = 0
         self.is_held = False
 
@@ -80,15 +80,10 @@ class AdapterSend:
 
     async def break_off(self) -> bool:
         """Ends a stream that the application has left unfinished, with an error; False: there is none."""
-        if not self._is_sent:
+        if not self._is_sent or self._is_over:
             return False
-        await self._send(
-            {
-                "type": "http.response.body",
-                "body": b"event: error\n" + self._failed_line() + b"\n\n",
-                "more_body": False,
-            }
-        )
+        event = b"event: error\n" + self._failed_line() + b"\n\n"
+        await self._send({"type": "http.response.body", "body": event, "more_body": False})
         return True
 
     async def _whole(self) -> None:
@@ -138,6 +133,7 @@ class AdapterSend:
         if self.is_held or (more and not lines):
             return
         await self._begin()
+        self._is_over = not more
         body = b"".join(line + b"\n" for line in lines)
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 

@@ -5,7 +5,7 @@ This module imports vLLM, as `connector` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
@@ -22,8 +22,10 @@ except ModuleNotFoundError as error:
 
 from ..adapters import AdapterError, Registry
 from .baked import bake_registry, baked_folder
-from .before_start import choose_placeholder, describe_model
+from .before_start import choose_placeholder, describe_model, why_not_served
 from .catalog import Catalog, Served
+from .context_length import OPTION
+from .model_config import WITHOUT_WINDOWS
 from .salt import make_salt
 from .vllm_command import transfer_config
 
@@ -51,6 +53,7 @@ class PrefixLLM(LLM):
 
     Raises:
         TypeError: an option that is set here (`kv_transfer_config`).
+        NotImplementedError: a family that was not compared with transformers, or windows that would lose the prefix.
         AdapterError: a soft prompt that could not be baked, by name.
 
     Examples:
@@ -77,6 +80,7 @@ class PrefixLLM(LLM):
         from transformers import AutoTokenizer
 
         model, adapters = str(model), Path(adapters).absolute()
+        _check_model(model, options, unverified_model)
         if placeholder is None:
             placeholder = choose_placeholder(AutoTokenizer.from_pretrained(options.get("tokenizer") or model))
         baked = _bake(model, adapters) if bake else None
@@ -190,6 +194,17 @@ class PrefixLLM(LLM):
             if output.num_cached_tokens is not None:
                 output.num_cached_tokens = max(0, output.num_cached_tokens - virtual)
         return outputs
+
+
+def _check_model(model: str, options: Mapping[str, Any], unverified_model: bool) -> None:
+    """Raises before vLLM loads anything what the connector would raise in a process of its own, after that."""
+    length = options.get("max_model_len")
+    arguments = [] if length is None else [OPTION, str(length)]
+    if options.get("disable_sliding_window"):
+        arguments.append(WITHOUT_WINDOWS)
+    if why := why_not_served(model, arguments, unverified_model=unverified_model):
+        names = "unverified_model, max_model_len and disable_sliding_window"
+        raise NotImplementedError(f"{model}: {why}; PrefixLLM has these options as {names}")
 
 
 def _bake(model: str, adapters: Path) -> Path:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefixcore.serving import vllm_command
+
 from .world import World
 
 
 def transfer_config(world: World, **extra: Any) -> dict[str, Any]:
     """`--kv-transfer-config`."""
-    return {
-        "kv_connector": "PrefixConnector",
-        "kv_connector_module_path": "prefixcore.serving.connector",
-        "kv_role": "kv_consumer",
-        "kv_connector_extra_config": {"adapters": str(world.registry), **extra},
-    }
+    config = vllm_command.transfer_config(world.registry)
+    config["kv_connector_extra_config"] |= extra
+    return config
 
 
 class Engine:

@@ -72,12 +72,15 @@ def test_beam_search(server: Server, world: World) -> None:
     assert choice["token_ids"][-8:] == world.answer("http-a", [5, 6, 7], 8)
 
 
-def test_more_answers_than_there_are_blocks_for(server: Server, world: World) -> None:
-    """Six of 200 tokens at once, where 20 blocks of 32 hold three: they wait, or are preempted and read it again."""
-    pairs = [(name, prompt) for name in ("http-a", "http-b") for prompt in prompts(3, seed=5)]
-    expected = [world.answer(*pair, 200) for pair in pairs]
+def test_requests_that_lose_their_blocks(server: Server, world: World) -> None:
+    """Ten answers of 300 tokens at once, where 20 blocks of 32 hold two: who is preempted reads its prefix again."""
+    pairs = [(name, prompt) for name in ("http-a", "http-b") for prompt in prompts(5, seed=5)]
+    expected = [world.answer(*pair, 300) for pair in pairs]
+    requests = [world.request(*pair) for pair in pairs]  # before any is sent, so that all come at once
+    before = server.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(len(pairs)) as pool:
-        assert list(pool.map(lambda pair: server.complete(world.request(*pair), 200), pairs)) == expected
+        assert list(pool.map(lambda request: server.complete(request, 300), requests)) == expected
+    assert server.metric("vllm:num_preemptions_total") > before
 
 
 def test_half_a_minute_of_everything(server: Server, world: World) -> None:
@@ -86,3 +89,4 @@ def test_half_a_minute_of_everything(server: Server, world: World) -> None:
     assert found["requests answered"] > 30
     assert found["requests refused"] > 0
     assert found["adapters replaced"] > 0
+    assert found["preemptions"] > 0

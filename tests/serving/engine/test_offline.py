@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -108,6 +109,13 @@ def test_refusals(llm: PrefixLLM, place: Any) -> None:
         llm.generate(TEXTS, SamplingParams(prompt_logprobs=1), adapter="sums", use_tqdm=False)
     with pytest.raises(ValueError, match="combined with a LoRA"):
         llm.generate(TEXTS, adapter="sums", lora_request=object(), **options)
+    shutil.copytree(place.folder / "tiny-llama", place.folder / "tiny-mistral")
+    config = place.folder / "tiny-mistral" / "config.json"
+    told = json.loads(config.read_text()) | {"model_type": "mistral", "sliding_window": 64}
+    for changes, words in (({}, "disable_sliding_window"), ({"model_type": "codegen"}, "unverified_model")):
+        config.write_text(json.dumps(told | changes))
+        with pytest.raises(NotImplementedError, match=words):
+            PrefixLLM(config.parent, place.folder / "adapters", max_model_len=128)
     with pytest.raises(TypeError, match="kv_transfer_config"):
         PrefixLLM(place.folder / "tiny-llama", place.folder / "adapters", kv_transfer_config={})
     assert [entry.name for entry in Registry(place.folder / "adapters").entries()] == ["asked", *sorted(VIRTUAL)]
