@@ -2,6 +2,7 @@
 
 from .errors import AdapterError
 from .fingerprint import fingerprint
+from .hub import download, upload
 from .manifest import Manifest
 from .module import Adapter, make_module
 from .reading import adapter_digest, read_adapter, read_record
@@ -24,10 +25,12 @@ __all__ = [
     "adapter_digest",
     "check_target",
     "compare_fingerprints",
+    "download",
     "fingerprint",
     "make_module",
     "read_adapter",
     "read_record",
+    "upload",
     "verify_adapter",
     "write_adapter",
 ]

@@ -96,6 +96,14 @@ def read_files(folder: Path, fits: Fits | None, state: bool) -> Adapter:
     return Adapter(header.config, values, manifest, training_state, peft_config, modules, digest)
 
 
+def check_claims(folder: Path) -> None:
+    """Raises AdapterError unless the JSON files of a folder claim an adapter that is read here; no other is opened."""
+    fields, peft_config, _ = _load_fields(folder)
+    with naming(folder / MANIFEST_FILE):
+        manifest = None if fields is None else Manifest.from_dict(fields)
+    claimed_shapes(folder, manifest, peft_config)
+
+
 def _load_fields(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None, bytes | None]:
     """The fields of the manifest and of PEFT's configuration, and the latter's bytes.
 
@@ -109,8 +117,7 @@ def _load_fields(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | 
     if not is_folder:
         if folder.is_file():
             raise AdapterError(f"{folder}: is a file; give the adapter's folder, which holds it")
-        hint = "" if folder.parent.exists() else "; nothing is downloaded: give a path on this machine"
-        raise AdapterError(f"{folder}: no such folder{hint}")
+        raise AdapterError(f"{folder}: no such folder")
     fields = load_json(folder / MANIFEST_FILE)
     peft_data = load_bytes(folder / PEFT_FILE, LONGEST_JSON)
     if fields is None and peft_data is None:

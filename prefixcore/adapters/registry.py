@@ -12,6 +12,7 @@ from typing import Any
 from .errors import AdapterError, shown
 from .files import MANIFEST_FILE, PEFT_FILE, find_adapter
 from .folder import read_folder
+from .hub import last_name, local_folder
 from .manifest import Manifest
 from .module import Adapter
 from .provenance import now
@@ -127,7 +128,8 @@ class Registry:
         """Copies an adapter into the registry, whole or not at all, after reading all of it.
 
         Args:
-            folder: the adapter; it stays as it is, and its copy has the same digest.
+            folder: the adapter; it stays as it is, and its copy has the same digest. Or its name on the Hub, as of
+                `prefixcore.adapters.download`.
             name: the entry's; None: that of the one it replaces, else of `folder`.
             replace: whether it may take the place of one that has its name, or its task and base model.
 
@@ -139,7 +141,9 @@ class Registry:
                 this name, or for this task and base model, is there and `replace` is False, or two are.
             OSError: the file system refused; the registry is as it was.
         """
-        source = find_adapter(Path(folder))
+        named = local_folder(folder)
+        source = find_adapter(named)
+        own_name = source.absolute().name if named == Path(folder) else last_name(str(folder))
         adapter = read_adapter(source)
         manifest, digest = adapter.manifest, adapter.digest
         if manifest is None or digest is None:
@@ -161,16 +165,16 @@ class Registry:
         except FileExistsError:
             raise AdapterError(f"{self.directory}: is not a folder; expected a folder of adapters") from None
         with naming_errors_of(self.directory), self._log.locked(self._is_done, self._finish):
-            taken = self._conflicts(manifest, name, source.absolute().name)
-            given = name or self._same_task(manifest, taken) or source.absolute().name
+            taken = self._conflicts(manifest, name, own_name)
+            given = name or self._same_task(manifest, taken) or own_name
             _check_name(given)
             if len(taken) == 1 and (taken[0].name, taken[0].digest) == (given, digest) and not taken[0].problem:
                 return taken[0]
             if taken and not replace:
                 raise AdapterError(f"{self.directory}: {_why_not(taken[0], manifest, given)}")
             if len(taken) > 1:
-                named = " and ".join(entry.name for entry in taken)
-                raise AdapterError(f"{self.directory}: {given} would replace {named}; remove one of them first")
+                both = " and ".join(entry.name for entry in taken)
+                raise AdapterError(f"{self.directory}: {given} would replace {both}; remove one of them first")
             replaced = [Replaced(entry.name, entry.digest, entry.date) for entry in taken]
             action = "replace" if replaced else "add"
             event = Event(now(), action, given, digest, manifest.task, replaced)

@@ -7,14 +7,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes, positive, warnings_as_lines
+from .common import (
+    ADAPTER,
+    OK,
+    adapter_folder,
+    add_force_argument,
+    add_model_arguments,
+    open_model,
+    plain_escapes,
+    positive,
+    warnings_as_lines,
+)
 from .failures import UserError, user_errors
 from .output import check_open, results, say, to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore audit`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder that prefixcore or PEFT wrote")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=ADAPTER)
     add_model_arguments(parser)
     add_force_argument(parser)
     parser.add_argument(
@@ -76,8 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read the probes, audit, write the page and its JSON, print the summary."""
     check_open()
-    if not arguments.adapter.is_dir():
-        raise UserError(f"{arguments.adapter} is not a folder; expected one that prefixcore or PEFT wrote")
+    named, arguments.adapter = arguments.adapter, adapter_folder(arguments.adapter)
     if arguments.trials < 0:
         raise UserError(f"--trials must be at least 0, got {arguments.trials}")
 
@@ -87,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..audit.virtual import check_method
     from ..training import DataError
 
-    out = arguments.out or Path(f"{arguments.adapter.resolve().name}-audit.html")
+    name = named.resolve().name if named.is_dir() else named.name.partition("@")[0]  # on the Hub, with a revision
+    out = arguments.out or Path(f"{name}-audit.html")
     check_out(*targets(out))
     check_libraries()
     with (

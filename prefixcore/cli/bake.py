@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import OK, add_force_argument, add_model_arguments, open_model, plain_escapes, warnings_as_lines
+from .common import (
+    ADAPTER,
+    OK,
+    adapter_folder,
+    add_force_argument,
+    add_model_arguments,
+    open_model,
+    plain_escapes,
+    warnings_as_lines,
+)
 from .failures import UserError, user_errors
 from .output import check_open, results, to_json
 from .train_provenance import author_text
@@ -13,7 +22,7 @@ from .train_provenance import author_text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore bake`."""
-    parser.add_argument("adapter", type=Path, nargs="?", metavar="ADAPTER", help="folder that prefixcore or PEFT wrote")
+    parser.add_argument("adapter", type=Path, nargs="?", metavar="ADAPTER", help=ADAPTER)
     parser.add_argument("--text", type=plain_escapes, help="a text to stand before every input, in place of an adapter")
     parser.add_argument("--text-file", type=Path, metavar="FILE", help="the same, from a file in UTF-8")
     add_model_arguments(parser)
@@ -48,10 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     text = read_text(arguments)
     if (arguments.adapter is None) == (text is None):
         raise UserError("expected an ADAPTER, or a text (--text, --text-file), and not both")
-    if arguments.adapter is not None and not arguments.adapter.is_dir():
-        raise UserError(f"{arguments.adapter} is not a folder; expected one that prefixcore or PEFT wrote")
-    if arguments.adapter is not None and arguments.bos is not None:
-        raise UserError("--bos is about a text, and an adapter is given; leave it out")
+    if arguments.adapter is not None:
+        if arguments.bos is not None:
+            raise UserError("--bos is about a text, and an adapter is given; leave it out")
+        arguments.adapter = adapter_folder(arguments.adapter)
 
     from ..adapters import AdapterError, check_target
 

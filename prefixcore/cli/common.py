@@ -20,6 +20,9 @@ OK, FOUND_WRONG, USER_ERROR = 0, 1, 2
 """Exit codes: done; done, and what was to be checked is not right (a line on standard error for each thing);
 something the user can mend (one line on standard error). `INTERRUPTED`: stopped by Ctrl-C."""
 
+ADAPTER = "folder that prefixcore or PEFT wrote, or its name on the Hub: user/name, user/name@revision"
+"""The help of what `adapter_folder` takes."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -43,6 +46,20 @@ def add_force_argument(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take a model that does not look like the one the adapter was trained for, as long as the shapes fit",
     )
+
+
+def adapter_folder(named: Path) -> Path:
+    """The folder of the adapter that is named, also of one on the Hub; UserError: there is none."""
+    if named.is_dir():
+        return named
+    from ..adapters import AdapterError
+    from ..adapters.hub import local_folder
+
+    with user_errors(AdapterError):
+        folder = local_folder(named)
+    if not folder.is_dir():
+        raise UserError(f"{named} is not a folder; expected one that prefixcore or PEFT wrote, or user/name on the Hub")
+    return folder
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False, force: bool = False) -> Any:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import DTYPES, OK, open_model, warnings_as_lines
+from .common import DTYPES, OK, adapter_folder, open_model, warnings_as_lines
 from .failures import UserError, user_errors
 from .output import check_open, results, say, table
 
@@ -76,14 +76,10 @@ def _write(arguments: argparse.Namespace) -> None:
 
     if arguments.task is not None or arguments.task_id is not None or arguments.position_offset is not None:
         raise UserError("--task, --task-id and --position-offset mean something with --from only; leave them out")
-    for folder in arguments.source:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; expected one that prefixcore or PEFT wrote")
+    folders = [adapter_folder(each) for each in arguments.source]
     model = None if arguments.model is None else _model(arguments)
     with user_errors(AdapterError, ValueError, TypeError, NotImplementedError):
-        lost = export_adapter(
-            arguments.source, arguments.to, arguments.out, model=model, dtype=getattr(torch, arguments.dtype)
-        )
+        lost = export_adapter(folders, arguments.to, arguments.out, model=model, dtype=getattr(torch, arguments.dtype))
     results(f"{arguments.out}: written as {arguments.to}")
     for each in lost:
         say(f"not in it: {each}")

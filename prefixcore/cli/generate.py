@@ -9,7 +9,9 @@ from typing import Any
 
 from .._text import printable
 from .common import (
+    ADAPTER,
     OK,
+    adapter_folder,
     add_force_argument,
     add_model_arguments,
     load_adapter,
@@ -33,7 +35,7 @@ MOST_NEW_TOKENS = 2**20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore generate`."""
     add_model_arguments(parser)
-    parser.add_argument("--adapter", type=Path, required=True, help="folder that `prefixcore train` or PEFT wrote")
+    parser.add_argument("--adapter", type=Path, required=True, metavar="ADAPTER", help=ADAPTER)
     add_force_argument(parser)
     parser.add_argument(
         "--prompt",
@@ -63,8 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_open()
     prompts = read_prompts(arguments)
     sampling = sampling_options(arguments)
-    if not arguments.adapter.is_dir():
-        raise UserError(f"--adapter {arguments.adapter} is not a folder")
+    arguments.adapter = adapter_folder(arguments.adapter)
 
     from ..adapters import AdapterError, read_adapter, read_record
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import OK
-from .failures import UserError, user_errors
+from .common import ADAPTER, OK, adapter_folder
+from .failures import user_errors
 from .output import check_open, results, table, to_json
 
 if TYPE_CHECKING:
@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore inspect`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder that prefixcore or PEFT wrote")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=ADAPTER)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the whole adapter, with every check that loading it makes, and print what is known."""
     check_open()
-    folder = arguments.adapter
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; expected one that prefixcore or PEFT wrote")
+    folder = adapter_folder(arguments.adapter)
 
     from ..adapters import AdapterError, read_adapter, read_record
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import load_adapter, open_model, option
+from .common import adapter_folder, load_adapter, open_model, option
 from .failures import UserError, user_errors
 from .limits import (
     MOST_VIRTUAL_TOKENS,
@@ -146,6 +146,7 @@ def inherit_from_resumed(arguments: argparse.Namespace) -> None:
     arguments.split_seed, arguments.resumed_task = arguments.seed, None
     if arguments.resume is None:
         return
+    arguments.resume = adapter_folder(arguments.resume)
     from ..adapters import AdapterError, read_adapter, read_record
 
     with user_errors(AdapterError), user_errors(RecursionError, what=f"{arguments.resume}: nested too deep"):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import FOUND_WRONG, OK, add_model_arguments, load_adapter, open_model
+from .common import ADAPTER, FOUND_WRONG, OK, adapter_folder, add_model_arguments, load_adapter, open_model
 from .failures import UserError, user_errors
 from .output import check_open, results, say, table, to_json
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore verify`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of an adapter")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=ADAPTER)
     add_model_arguments(parser, required=False, said="compare with this base model")
     parser.add_argument(
         "--data",
@@ -47,8 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--data is measured with the base model: give --model")
     if arguments.signature is not None and arguments.public_key is None:
         raise UserError("--signature is checked with a key: give --public-key")
-    if not arguments.adapter.is_dir():
-        raise UserError(f"{arguments.adapter} is not a folder; expected an adapter")
+    arguments.adapter = adapter_folder(arguments.adapter)
     model, tokenizer = (None, None) if arguments.model is None else open_model(arguments)
     with user_errors(AdapterError):
         checks = verify_adapter(

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters import Manifest, write_adapter
-from ..adapters.files import CHECKPOINT
+from ..adapters.files import CHECKPOINT, MODEL_FILE, PEFT_FILE
+from ..adapters.hub import upload_files
 from ..adapters.whole import whole_module
 from .attention.patch import MODULE
 
@@ -35,6 +36,7 @@ _METHOD = "save_pretrained"
 _NOT_SAVED = "_keys_to_ignore_on_save"
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+_HUB = ("private", "revision", "create_pr", "commit_message", "token")
 _HINT = "prefixcore's virtual tokens and no model: load the base model, then call prefixcore.load(model, this folder)"
 _NO_MODEL = {"model_type": _HINT, "transformers_weights": _HINT}
 """transformers quotes the first where it knows no such model, and the second where it knows no such file of weights."""
@@ -60,17 +62,13 @@ class SavePretrained:
             save_directory: the folder; what else is in it stays.
             is_main_process: whether this process writes.
             state_dict: the model's, where another has gathered it.
-            push_to_hub: not supported.
-            kwargs: the other arguments of transformers' method, which are about the base model's files.
+            push_to_hub: whether what is written goes to the Hugging Face Hub, to `repo_id` (the folder's name), as
+                `private`, `revision`, `create_pr`, `commit_message` and `token` say.
+            kwargs: these, and the other arguments of transformers' method, which are about the base model's files.
 
         Raises:
-            NotImplementedError: `push_to_hub`.
-            AdapterError, OSError: as of `Handle.save`.
+            AdapterError, OSError: as of `Handle.save`, and of `prefixcore.adapters.upload`.
         """
-        if push_to_hub:
-            raise NotImplementedError(
-                "push_to_hub of virtual tokens: write them with handle.save and upload the folder"
-            )
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -78,6 +76,12 @@ class SavePretrained:
         _save_added_adapter(self.bank.model, folder, state_dict)
         save_file(_trained(self.bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
         (folder / _CONFIG).write_text(json.dumps(_NO_MODEL, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            said = {name: value for name, value in kwargs.items() if name in _HUB}
+            files = [folder / name for name in (_CONFIG, _WEIGHTS, MODEL_FILE, PEFT_FILE)]
+            files += [path for path in (folder / CHECKPOINT).rglob("*") if path.is_file()]
+            there = [path for path in files if path.is_file()]
+            upload_files(folder, there, kwargs.get("repo_id", folder.absolute().name), **said)
 
     def write_adapters(
         self, folder: Path, state_dict: Mapping[str, Tensor] | None = None, only: str | None = None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapters import Manifest, write_adapter
+from ..adapters import Manifest, upload, write_adapter
 from ..nn import Config, CPTPrompt, LayerShape, Prefix
 from ..nn.trained import trained_parameters
 from ..ops import which_backend
@@ -28,6 +29,9 @@ from .model.peft_names import missing
 from .model.signature import argument_names
 from .model.undone import UndoneAfterBlock
 from .tested_classes import PACKED, TESTED
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 class Handle(UndoneAfterBlock):
@@ -226,6 +230,41 @@ class Handle(UndoneAfterBlock):
             source=self.source,
         )
         return Path(directory)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        **said: Any,
+    ) -> CommitInfo:
+        """Puts the adapter on the Hugging Face Hub, from where `prefixcore.load(model, name)` takes it.
+
+        Args:
+            name, private, revision, create_pr, commit_message, token: as of `prefixcore.adapters.upload`.
+            said: of the adapter, as of `save`: its task, its license, ...
+
+        Returns:
+            huggingface_hub's record of the commit; as a text it is the URL.
+
+        Raises:
+            AdapterError: as of `save` and of `upload`.
+        """
+        with TemporaryDirectory() as parent:
+            folder = self.save(Path(parent) / "adapter", **said)
+            return upload(
+                folder,
+                name,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+            )
 
     def train_with_peft(self, *, virtual_tokens: bool = True, peft: bool = True) -> None:
         """Says what is trained in a model that also holds an adapter of PEFT's, a LoRA say, whichever came first.

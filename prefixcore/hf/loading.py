@@ -17,6 +17,7 @@ from .._text import printable
 from ..adapters import AdapterError, Manifest, compare_fingerprints, fingerprint
 from ..adapters.files import MANIFEST_FILE, MODEL_FILE, STATE_FILE, find_adapter
 from ..adapters.header import AdapterHeader
+from ..adapters.hub import local_folder
 from ..adapters.module import build_module
 from ..adapters.reading import read
 from ..adapters.same_model import find_differences
@@ -39,7 +40,15 @@ from .initialize import initial_prompt
 from .reaching import find_attention_layers, find_hidden_size
 
 
-def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False, *, strict: bool = True) -> Handle:
+def load(
+    model: PreTrainedModel,
+    directory: str | Path,
+    trainable: bool = False,
+    *,
+    strict: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Handle:
     """Attaches the adapter in `directory`, ours or one that PEFT wrote, to the model that it was trained for.
 
     That model in another form is known again: another dtype, quantised or not, with tokens added to its vocabulary, its
@@ -47,12 +56,14 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False,
 
     Args:
         model: as for `attach`.
-        directory: the adapter's folder, or a checkpoint that Trainer wrote.
+        directory: the adapter's folder, or a checkpoint that Trainer wrote; or its name on the Hugging Face Hub,
+            `user/repository` (`prefixcore.adapters.download`).
         trainable: True: the module as it was saved, reparameterization included, so that training goes on where it
             stopped (the optimizer's state aside); an adapter that PEFT wrote goes on from its values. False: the final
             values, frozen.
         strict: False: a model that does not look like the one it was trained for is taken too, with a warning, as long
             as the shapes fit; what differs stands in the manifest of whatever is saved from then on.
+        revision, token: of an adapter on the Hub: a branch, a tag or a commit, and the user's token.
 
     Returns:
         The handle, as of `attach`.
@@ -71,9 +82,9 @@ def load(model: PreTrainedModel, directory: str | Path, trainable: bool = False,
         Handle(prefix on LlamaForCausalLM, 4 virtual tokens, 0 trainable)
     """
     check_model(model)
-    target = Target(model)
+    target, folder = Target(model), local_folder(directory, revision=revision, token=token)
     with torch.inference_mode(False):  # what is made inside of it can never be trained
-        found = target.read(Path(directory), trainable, strict)
+        found = target.read(folder, trainable, strict)
         if isinstance(found.module, Prefix):
             calls, backbone = target.attention_layers
             handle = attach_prefix(model, backbone, calls, found.layers, found.module, heads=found.heads)

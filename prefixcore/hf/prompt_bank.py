@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..adapters.hub import local_folder
 from ..adapters.weights import is_named
 from ..nn import Config, CPTConfig, Prefix, PrefixTuningConfig
 from .attaching import (
@@ -145,13 +146,21 @@ class PromptBank(UndoneAfterBlock):
         return self._add(name, prompt, None, tokenizer)
 
     def load(
-        self, name: str, directory: str | Path, *, trainable: bool = False, replace: bool = False, strict: bool = True
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        trainable: bool = False,
+        replace: bool = False,
+        strict: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Handle:
         """Attaches an adapter that was saved, frozen unless it is `trainable`.
 
         Args:
             name: of the adapter, and of its folder in a checkpoint: a text without a dot or a slash.
-            directory, trainable, strict: as of `prefixcore.load`.
+            directory, trainable, strict, revision, token: as of `prefixcore.load`.
             replace: whether it may take the place of one that has this name; where reading it fails, that one stays.
 
         Raises:
@@ -159,11 +168,12 @@ class PromptBank(UndoneAfterBlock):
             AdapterError: as of `prefixcore.load`.
         """
         self._check_name(name, replace)
+        folder = local_folder(directory, revision=revision, token=token)
         for what, found in (("attention_layers", self._layers), ("hidden_size", self._hidden_size)):
             if not isinstance(found, Exception):
                 self._target.__dict__[what] = found
         with self._bank.disabled(), torch.inference_mode(False):
-            found = self._target.read(Path(directory), trainable, strict)
+            found = self._target.read(folder, trainable, strict)
         if found.heads:
             raise NotImplementedError(
                 f"{directory}: the adapter brings {found.heads[0]} along, which the rows of a bank cannot differ in; "

@@ -160,7 +160,7 @@ def test_no_adapter_at_all(tmp_path):
     assert "not an adapter" in _refused(tmp_path, str(tmp_path))
     (tmp_path / "file").write_text("")
     assert "is a file; give the adapter's folder" in _refused(tmp_path / "file", "file")
-    assert "no such folder; nothing is downloaded" in _refused(tmp_path / "someone" / "adapter", "adapter")
+    assert "no such folder" in _refused(tmp_path / "someone" / "adapter", "adapter")
 
 
 def test_files_of_another_adapter(models, kinds, copy_of, tmp_path):

@@ -77,7 +77,7 @@ def test_the_adapter_makes_a_difference_and_nothing_stays_behind(adapter):
         (["--prompt", "a", "--temperature", 0.5], "with --sample only"),
         (["--prompt", "a", "--sample", "--temperature", 0], "--temperature must be above 0"),
         (["--prompt", "a", "--sample", "--top-p", 1.5], "--top-p must be"),
-        (["--prompt", "a", "--adapter", "nowhere"], "--adapter nowhere is not a folder"),
+        (["--prompt", "a", "--adapter", "nowhere"], "nowhere is not a folder"),
         (["--prompt", "a", "--model", "./nowhere"], "--model ./nowhere is not a folder"),
     ],
 )

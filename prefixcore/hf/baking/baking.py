@@ -69,7 +69,7 @@ def bake(
 
     Args:
         model: a transformers model with nothing attached, the one that the adapter was trained for.
-        adapter: its folder, ours or one that PEFT wrote; None: `text` is baked.
+        adapter: its folder, ours or one that PEFT wrote, or its name on the Hub; None: `text` is baked.
         directory: the folder to write.
         text: a text to stand before every input, in place of an adapter. Requests then hold the rest alone.
         tokenizer: reads `text` and `inputs`; named in the manifest.

@@ -16,6 +16,7 @@ from ...adapters.errors import shown
 from ...adapters.files import find_adapter
 from ...adapters.formats import FORMATS, PREFIX, PROMPT, Contents, Facts, Format, contents_of
 from ...adapters.formats.files import check_free, digest_of, put
+from ...adapters.hub import local_folder
 from ...adapters.reading import read_header
 from ...adapters.storage import naming_errors_of
 from ...adapters.writing import check_apart
@@ -44,7 +45,8 @@ def export_adapter(
     """Writes the virtual tokens of an adapter in a format of others.
 
     Args:
-        adapter: its folder, ours or one that PEFT wrote; for "tensorrt-llm" also several, one task each.
+        adapter: its folder, ours or one that PEFT wrote, or its name on the Hub; for "tensorrt-llm" also
+            several, one task each.
         format: a name of `prefixcore.adapters.formats.FORMATS`.
         path: the file or folder to write, which must not be there.
         model: the model that the adapter was trained for; "adapters" needs it, and a format whose text begins
@@ -68,15 +70,15 @@ def export_adapter(
     """
     target, kind = Path(path), find_format(format)
     check_free(target)
-    folders = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    folders = [local_folder(each) for each in ([adapter] if isinstance(adapter, (str, Path)) else adapter)]
     read = [read_adapter(folder) for folder in folders]
-    contents = [contents_of(each, find_adapter(Path(folder))) for each, folder in zip(read, folders, strict=True)]
+    contents = [contents_of(each, find_adapter(folder)) for each, folder in zip(read, folders, strict=True)]
     for folder, each in zip(folders, contents, strict=True):
         _check_kind(folder, each, kind)
     if model is not None:
         its_model = Target(model)
         for folder in folders:
-            its_model.read(Path(folder), trainable=False)  # by another model's angles, keys would turn wrong
+            its_model.read(folder, trainable=False)  # by another model's angles, keys would turn wrong
     facts = Facts() if model is None else facts_of(model, needs_layers=kind.needs_model)
     joined = _joined(contents, kind)
     if kind.name != "peft":  # whose files are the folder's own, or none

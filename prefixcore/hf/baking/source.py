@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ...adapters import AdapterError, Manifest, adapter_digest, read_adapter, read_record
 from ...adapters.files import find_adapter
+from ...adapters.hub import local_folder
 from ...nn import Config, MultitaskPrompt, Prefix
 from ..attaching import attach_prefix, attach_soft_prompt
 from ..attention.patch import frozen_run
@@ -71,7 +72,7 @@ def from_text(target: Target, text: str, tokenizer: Any, bos: bool | None) -> So
 
 
 def from_adapter(target: Target, folder: Path, task_id: int | None, strict: bool) -> Source:
-    model, folder = target.model, find_adapter(folder)
+    model, folder = target.model, find_adapter(local_folder(folder))
     digest = adapter_digest(folder)
     record = read_record(folder)
     manifest = read_adapter(folder).manifest

@@ -1,0 +1,143 @@
+"""The page of an adapter on the Hugging Face Hub: its `README.md`, of what the manifest says."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..nn import PrefixTuningConfig
+from .module import Adapter
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_TAGS = {
+    "prefix": "prefix-tuning",
+    "prompt": "prompt-tuning",
+    "p-tuning": "p-tuning",
+    "multitask-prompt": "multitask-prompt-tuning",
+    "cpt": "context-aware-prompt-tuning",
+}
+_LICENSES = (
+    "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc-by-2.0",
+    "cc-by-3.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0",
+    "cc-by-sa-4.0",
+    "cc0-1.0", "epl-2.0", "eupl-1.2", "gpl-2.0", "gpl-3.0", "isc", "lgpl-2.1", "lgpl-3.0", "mit", "mpl-2.0", "odc-by",
+    "openrail", "unlicense", "wtfpl", "zlib",
+)  # fmt: skip
+"""Licences that the Hub knows; it refuses a page that names another one without calling it "other"."""
+
+_LONGEST = 2000
+
+
+def model_card(adapter: Adapter, name: str, title: str) -> str:
+    """What the Hub shows of an adapter: what it does, how it is used, where it comes from.
+
+    Args:
+        adapter: which has been read.
+        name: by which it is loaded, `user/repository`.
+        title: what it is called.
+
+    Returns:
+        Markdown, with the Hub's fields in front.
+    """
+    from huggingface_hub import ModelCardData
+
+    manifest, method = adapter.manifest, adapter.config.method
+    base, task = _base_model(adapter), manifest.task if manifest else None
+    known = bool(base and _HUB_ID.fullmatch(base))
+    fields: dict[str, Any] = _license(manifest.license if manifest else None)
+    if known:
+        fields["base_model_relation"] = "adapter"
+    front = ModelCardData(
+        library_name="prefixcore" if adapter.peft_config is None else "peft",
+        base_model=base if known else None,
+        tags=["prefixcore", _TAGS[method]],
+        **fields,
+    )
+    kind = "prefix" if isinstance(adapter.config, PrefixTuningConfig) else "soft prompt"
+    lines = [
+        "---",
+        front.to_yaml(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        *([_line(task), ""] if task else []),
+        f"A {kind} of {adapter.config.num_virtual_tokens} virtual tokens for {_code(base or 'its base model')}, "
+        "whose weights stay as they are. Made with prefixcore.",
+        "",
+        "```python",
+        "import prefixcore",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{_line(base or "...")}")',
+        f'prefixcore.load(model, "{name}")',
+        "```",
+        "",
+        "Served by vLLM:",
+        "",
+        "```",
+        f"prefixcore add {name} adapters/",
+        f"prefixcore serve --model {_line(base or '...')} --adapters adapters/",
+        "```",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {title} | {_cell(value)} |" for title, value in _facts(adapter) if value not in (None, {}, "")),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _base_model(adapter: Adapter) -> str | None:
+    if adapter.manifest is not None:
+        name = adapter.manifest.base_model.get("name_or_path")
+    else:
+        name = (adapter.peft_config or {}).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _license(said: str | None) -> dict[str, str]:
+    """The Hub's fields of a licence."""
+    if not said:
+        return {}
+    return {"license": said.lower()} if said.lower() in _LICENSES else {"license": "other", "license_name": _line(said)}
+
+
+def _facts(adapter: Adapter) -> list[tuple[str, Any]]:
+    manifest = adapter.manifest
+    peft = "reads it as well" if adapter.peft_config is not None else "cannot hold it"
+    if manifest is None:
+        return [("digest", adapter.digest), ("PEFT", peft)]
+    base = manifest.base_model
+    return [
+        ("intended use", manifest.intended_use),
+        ("license", manifest.license),
+        ("base model", f"{base.get('class')}, {base.get('num_parameters', 0):,} parameters"),
+        ("trained on", manifest.data),
+        ("measured", manifest.metrics),
+        ("on", manifest.split),
+        ("settings", manifest.training),
+        ("seed", manifest.seed),
+        ("written", manifest.date),
+        ("digest", adapter.digest),
+        ("PEFT", peft),
+    ]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {_number(each)}" for name, each in value.items() if each is not None)
+    return _line(str(value)).replace("|", "\\|")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _code(text: str) -> str:
+    return f"`{_line(text).replace('`', '')}`"
+
+
+def _line(text: str) -> str:
+    """A text on one line, which no markup of its own breaks out of."""
+    return " ".join(text.split())[:_LONGEST]

@@ -1,0 +1,327 @@
+"""Adapters on the Hugging Face Hub: the folder of one that is named, and a folder put there.
+
+A name is `user/repository`, with `@revision` behind it or not, and behind that, where the repository holds several
+adapters, the folder of one: `team/adapters@v2/capitals`. Needs huggingface_hub, which transformers brings along; its
+settings hold (`hf auth login`, `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..version import __version__
+from .card import model_card
+from .errors import AdapterError, shown
+from .files import (
+    BESIDE_PEFT,
+    CHECKPOINT,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PEFT_FILE,
+    SIGNATURE_FILE,
+    STATE_FILE,
+    find_adapter,
+)
+from .folder import check_claims
+from .reading import read_adapter
+from .record import CURVE, RECORD
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
+
+CARD = "README.md"
+
+_NAME = re.compile(
+    r"(?P<repository>\w[\w.-]*/[\w.-]*\w)(?:@(?P<revision>[\w.-]+))?(?P<folder>(?:/\w[\w.-]*)*)", re.ASCII
+)
+_DESCRIPTIONS = (MANIFEST_FILE, PEFT_FILE)
+_CONTENTS = (MODEL_FILE, STATE_FILE, SIGNATURE_FILE, RECORD, CURVE)
+
+
+class HubName(NamedTuple):
+    """What the name of an adapter on the Hub says.
+
+    Attributes:
+        repository: `user/name`.
+        revision: a branch, a tag or a commit; None: the main branch.
+        folder: in the repository; "": the adapter is not in a folder of its own.
+    """
+
+    repository: str
+    revision: str | None
+    folder: str
+
+    @property
+    def last(self) -> str:
+        """What the adapter is called, without where it is."""
+        return (self.folder or self.repository).rpartition("/")[2]
+
+    @classmethod
+    def parse(cls, text: str) -> HubName | None:
+        """What a text names; None: it is no name of an adapter on the Hub."""
+        found = _NAME.fullmatch(text)
+        return found and cls(found["repository"], found["revision"], found["folder"].lstrip("/"))
+
+
+def last_name(name: str) -> str:
+    """What an adapter on the Hub is called, without where it is."""
+    found = HubName.parse(name)
+    return found.last if found else name
+
+
+def local_folder(source: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder that `source` names: itself, or that of an adapter on the Hub, which is downloaded.
+
+    What is there on this machine comes first. What begins with a folder that is there is a path as well, if nothing
+    says otherwise (a revision): a mistyped one is not asked for elsewhere.
+
+    Args:
+        source: a path, or a name on the Hub.
+        revision, token: as of `download`.
+
+    Raises:
+        AdapterError: as of `download`; or a revision of what is no name on the Hub.
+    """
+    path, name = Path(source), HubName.parse(str(source))
+    said = revision is not None or (name is not None and name.revision is not None)
+    if name is None or path.exists() or (not said and Path(path.parts[0]).is_dir()):
+        if revision is not None:
+            raise AdapterError(f"{source}: revision={revision!r} is one of an adapter on the Hub, and this is a path")
+        return path
+    return download(str(source), revision=revision, token=token)
+
+
+def download(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder of an adapter on the Hub, ours or one that PEFT wrote, in huggingface_hub's cache.
+
+    What it claims to be comes first: the files of a LoRA, or of a whole model, are not downloaded. A signed adapter
+    comes with all the files of its folder, since all of them were signed. Without a network the cache answers.
+
+    Args:
+        name: `user/repository`, with `@revision` and the folder of an adapter in it where there are several.
+        revision: a branch, a tag or a commit, which is always the same adapter.
+        token: of the user, for a private repository; None: the one that `hf auth login` or `HF_TOKEN` has set; False:
+            none.
+
+    Raises:
+        AdapterError: no such name, repository or revision; no access to it; no adapter in it; or the Hub cannot be
+            reached and the adapter is not in the cache.
+
+    Examples:
+        >>> from prefixcore.adapters import AdapterError, download
+        >>> try:
+        ...     download("capitals")
+        ... except AdapterError as error:
+        ...     print(error)
+        'capitals': expected the name of an adapter on the Hub, user/repository
+    """
+    found = HubName.parse(name)
+    if found is None:
+        raise AdapterError(f"{shown(name)}: expected the name of an adapter on the Hub, user/repository")
+    if revision is not None and found.revision not in (None, revision):
+        raise AdapterError(f"{name}: names one revision, and revision={revision!r} another; leave one of them out")
+    revision = revision or found.revision
+    begin = f"{found.folder}/" if found.folder else ""
+    places = [begin, f"{begin}{CHECKPOINT}/{BESIDE_PEFT}/", f"{begin}{CHECKPOINT}/"]
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        with _failures(found.repository, revision):
+            return Path(
+                snapshot_download(
+                    found.repository,
+                    revision=revision,
+                    token=token,
+                    allow_patterns=patterns,
+                    library_name="prefixcore",
+                    library_version=__version__,
+                )
+            )
+
+    snapshot = fetch(revision, [place + file for place in places for file in _DESCRIPTIONS])
+    folder = find_adapter(snapshot / found.folder)
+    if not any((folder / file).exists() for file in _DESCRIPTIONS):
+        raise AdapterError(
+            f"{name}: no adapter is there: expected {MANIFEST_FILE} or {PEFT_FILE}"
+            + (f" in {found.folder}" if found.folder else "; where a repository holds several, name/folder is one")
+        )
+    check_claims(folder)
+    begin = f"{folder.relative_to(snapshot).as_posix()}/" if folder != snapshot else ""
+    fetch(snapshot.name, [begin + file for file in (*_DESCRIPTIONS, *_CONTENTS)])
+    if not (folder / MODEL_FILE).exists():
+        raise AdapterError(
+            f"{name}: has no {MODEL_FILE}; adapter_model.bin, which old ones have, is a pickle and never read: save it "
+            "again as safetensors, with a PEFT that writes them"
+        )
+    if (folder / SIGNATURE_FILE).exists():
+        fetch(snapshot.name, [f"{begin}[!.]*"])
+    return folder
+
+
+def upload(
+    folder: str | Path,
+    name: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Puts an adapter on the Hub: in a repository of its own, or in a folder of one that holds several.
+
+    All of it is read before. The repository is made where there is none. A page about the adapter (`README.md`) is
+    written of what its manifest says, where neither the folder nor the repository has one and the adapter is not
+    signed, as a signature is one of all files.
+
+    Args:
+        folder: the adapter's.
+        name: `user/repository`, or `user/repository/folder`; without `user/` it is the user's own.
+        private: whether others see a repository that is made now; None: what the user or organisation has set.
+        revision: the branch; made where there is none. None: the main one.
+        create_pr: open a pull request in place of a commit.
+        commit_message: None: one that names the adapter.
+        token: as of `download`.
+
+    Returns:
+        huggingface_hub's record of the commit; as a text it is the URL.
+
+    Raises:
+        AdapterError: no adapter, no such name, or the Hub refuses.
+
+    Examples:
+        >>> from prefixcore.adapters import AdapterError, upload
+        >>> try:
+        ...     upload("nowhere", "user/capitals")
+        ... except AdapterError as error:
+        ...     print(error)
+        nowhere: no such folder
+    """
+    found = _to_write(name)
+    folder = find_adapter(Path(folder))
+    adapter = read_adapter(folder)
+    files = {file: folder / file for file in (*_DESCRIPTIONS, *_CONTENTS, CARD)}
+    if files[SIGNATURE_FILE].exists():
+        files |= {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
+    there: dict[str, Path | bytes] = {name: path for name, path in files.items() if path.is_file()}
+    with _repository(found.repository, private=private, revision=revision, token=token) as (api, repository):
+        found = found._replace(repository=repository)
+        begin = f"{found.folder}/" if found.folder else ""
+        if not there.keys() & {CARD, SIGNATURE_FILE} and not api.file_exists(
+            repository, begin + CARD, revision=revision
+        ):
+            there[CARD] = model_card(adapter, repository + "/" * bool(begin) + found.folder, found.last).encode()
+        return _commit(
+            api,
+            repository,
+            {begin + name: content for name, content in there.items()},
+            message=commit_message or f"Upload {found.last} with prefixcore",
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def upload_files(
+    folder: Path,
+    files: Iterable[Path],
+    name: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Puts files of a folder, such as a checkpoint's, into a repository of the Hub, as they lie in it.
+
+    Args:
+        folder: what their names in the repository begin behind.
+        files: in it.
+        name, private, revision, create_pr, commit_message, token: as of `upload`, without a folder in the repository.
+
+    Raises:
+        AdapterError: no such name, or the Hub refuses.
+    """
+    found = _to_write(name)
+    with _repository(found.repository, private=private, revision=revision, token=token) as (api, repository):
+        return _commit(
+            api,
+            repository,
+            {path.relative_to(folder).as_posix(): path for path in files},
+            message=commit_message or f"Upload {found.last} with prefixcore",
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _to_write(name: str) -> HubName:
+    """What is named, to be written; AdapterError: no repository, or a revision."""
+    found = HubName.parse(name if "/" in name else f"user/{name}")
+    if found is None or found.revision is not None:
+        hint = "; say the branch by revision=" if found else ""
+        raise AdapterError(f"{shown(name)}: expected the name of a repository on the Hub, user/repository{hint}")
+    return found if "/" in name else found._replace(repository=name)
+
+
+@contextmanager
+def _repository(
+    name: str, *, private: bool | None, revision: str | None, token: str | bool | None
+) -> Iterator[tuple[HfApi, str]]:
+    """A block in which there is the repository, with the branch: the Hub, and the whole name."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="prefixcore", library_version=__version__)
+    with _failures(name, revision):
+        name = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        yield api, name
+
+
+def _commit(
+    api: HfApi,
+    repository: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    message: str,
+    revision: str | None,
+    create_pr: bool,
+) -> CommitInfo:
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(name, files[name]) for name in sorted(files)]
+    return api.create_commit(repository, operations, commit_message=message, revision=revision, create_pr=create_pr)
+
+
+@contextmanager
+def _failures(repository: str, revision: str | None) -> Iterator[None]:
+    """A block in which what huggingface_hub raises is an AdapterError in words of what was wanted."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        why = "is gated: ask for access on its page, then log in (hf auth login, HF_TOKEN or token=)"
+        raise AdapterError(f"{repository}: {why}") from error
+    except errors.RepositoryNotFoundError as error:
+        why = "no such repository on the Hub, or a private one: log in to see it (hf auth login, HF_TOKEN or token=)"
+        raise AdapterError(f"{repository}: {why}") from error
+    except errors.RevisionNotFoundError as error:
+        raise AdapterError(f"{repository}: has no revision {shown(revision)}") from error
+    except errors.LocalEntryNotFoundError as error:
+        at = f" at {revision}" if revision else ""
+        raise AdapterError(
+            f"{repository}{at}: is no folder here and not in the cache, and the Hub cannot be reached "
+            f"({_first_line(error.__cause__ or error)})"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise AdapterError(f"{repository}: the Hub refuses: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

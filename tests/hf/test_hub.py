@@ -1,0 +1,349 @@
+"""Adapters on the Hugging Face Hub: put there, loaded from there, refused. The Hub is one of the tests' own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import Trainer, TrainingArguments
+
+import prefixcore
+from prefixcore.__main__ import main
+from prefixcore.adapters import AdapterError, Registry, adapter_digest, download, read_adapter, upload
+from prefixcore.adapters.hub import HubName, local_folder
+from tests import tiny
+from tests.hub import TOKEN, Files, Hub, serve
+
+MODEL, PEFT, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "prefixcore_manifest.json"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub where nothing is, an empty cache, and a user who has logged in."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # keeps the address of another
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.chdir(tmp_path)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """An adapter's folder."""
+    config = prefixcore.PrefixTuningConfig(num_virtual_tokens=4, init="random", seed=1)
+    with prefixcore.attach(model, config) as handle:
+        return handle.save(
+            tmp_path / "saved", task="country -> capital", license="CC-BY-4.0", metrics={"exact_match": 0.5},
+            split={"sha256": "0" * 64}, training={"steps": 3}, seed=1,
+        )  # fmt: skip
+
+
+def files_of(folder: Path) -> Files:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 12)[None]).logits
+
+
+def served_files(hub: Hub) -> set[str]:
+    """The names of the files whose contents were asked for."""
+    return {line.rpartition("/")[2] for line in hub.asked if line.startswith("GET") and "/resolve/" in line}
+
+
+@pytest.mark.parametrize("config", [prefixcore.PrefixTuningConfig, prefixcore.PTuningConfig], ids=lambda c: c.method)
+def test_pushed_and_loaded(hub, model, config):
+    with prefixcore.attach(model, config(num_virtual_tokens=4, init="random")) as handle:
+        expected = logits(model)
+        commit = handle.push_to_hub("somebody/capitals", task="country -> capital", commit_message="The first one")
+    assert str(commit).startswith(f"{hub.url}/somebody/capitals/commit/")
+    repository = hub.repositories["somebody/capitals"]
+    assert repository.messages[-1] == "The first one"
+    assert {MODEL, PEFT, MANIFEST, "README.md"} <= repository.files().keys()
+    with prefixcore.load(model, "somebody/capitals", trainable=True) as handle:
+        assert torch.equal(logits(model), expected)
+        assert handle.num_trainable > 0
+        assert handle.source.task == "country -> capital"
+
+
+def test_a_name_without_a_user_is_the_users_own(hub, saved):
+    upload(saved, "capitals")
+    assert list(hub.repositories) == ["somebody/capitals"]
+    assert (
+        'prefixcore.load(model, "somebody/capitals")'
+        in hub.repositories["somebody/capitals"].files()["README.md"].decode()
+    )
+
+
+def test_the_page_says_what_the_manifest_says(hub, saved, model):
+    upload(saved, "somebody/capitals")
+    page = hub.repositories["somebody/capitals"].files()["README.md"].decode()
+    front = page.split("---")[1]
+    for text in ("library_name: peft", "license: cc-by-4.0", "- prefix-tuning"):
+        assert text in front
+    for text in ("# capitals", "country -> capital", "4 virtual tokens", "exact_match 0.5", adapter_digest(saved)):
+        assert text in page
+    hub.repositories["somebody/capitals"].commit({"README.md": b"mine"})
+    upload(saved, "somebody/capitals")
+    assert hub.repositories["somebody/capitals"].files()["README.md"] == b"mine"
+
+
+def test_a_license_that_the_hub_does_not_know_and_a_base_model_that_it_may(hub, model):
+    before = model.name_or_path
+    try:
+        model.config._name_or_path = model.name_or_path = "team/base"
+        with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=2)) as handle:
+            handle.push_to_hub("somebody/prompt", license="Ours, and\nnobody else's")
+    finally:
+        model.config._name_or_path = model.name_or_path = before
+    front = hub.repositories["somebody/prompt"].files()["README.md"].decode().split("---")[1]
+    said = ("license: other", "license_name: Ours, and nobody else's", "base_model: team/base", "relation: adapter")
+    for text in said:
+        assert text in front
+
+
+def test_branches_commits_and_pull_requests(hub, saved, model):
+    first = upload(saved, "somebody/capitals").oid
+    with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=2)) as handle:
+        handle.push_to_hub("somebody/capitals", revision="short")
+        asked = handle.push_to_hub("somebody/capitals", create_pr=True)
+    assert asked.pr_url == f"{hub.url}/somebody/capitals/discussions/1"
+    for revision, tokens in ((None, 4), ("main", 4), (first, 4), ("short", 2)):
+        with prefixcore.load(model, "somebody/capitals", revision=revision) as handle:
+            assert handle.num_virtual_tokens == tokens
+    with prefixcore.load(model, "somebody/capitals@short") as handle:
+        assert handle.num_virtual_tokens == 2
+    assert read_adapter(download("somebody/capitals", revision="refs/pr/1")).config.num_virtual_tokens == 2
+    with pytest.raises(AdapterError, match="names one revision, and revision='main' another"):
+        download("somebody/capitals@short", revision="main")
+
+
+def test_several_in_one_repository(hub, saved, model, tmp_path):
+    upload(saved, "team/adapters/capitals")
+    with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=2)) as handle:
+        handle.push_to_hub("team/adapters/sums", task="sums")
+    files = hub.repositories["team/adapters"].files()
+    assert {f"capitals/{MODEL}", f"sums/{MODEL}", "sums/README.md"} <= files.keys()
+    bank = prefixcore.PromptBank(model)
+    for name, tokens in (("capitals", 4), ("sums", 2)):
+        assert bank.load(name, f"team/adapters/{name}").num_virtual_tokens == tokens
+    bank.detach()
+    entry = Registry(tmp_path / "registry").add("team/adapters@main/sums")
+    assert (entry.name, entry.task) == ("sums", "sums")
+    with pytest.raises(AdapterError, match="no adapter is there.*name/folder is one"):
+        download("team/adapters")
+    with pytest.raises(AdapterError, match=f"no adapter is there: expected {MANIFEST} or {PEFT} in other"):
+        download("team/adapters/other")
+
+
+def test_what_peft_has_pushed(hub, model, tmp_path):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft_model = peft.get_peft_model(tiny.model(), config)
+    with torch.no_grad():
+        peft_model.prompt_encoder["default"].embedding.weight.normal_()
+    peft_model.save_pretrained(tmp_path / "peft")
+    hub.put(
+        "somebody/theirs",
+        {**files_of(tmp_path / "peft"), "training_args.bin": b"never asked for", "tokenizer.json": b"{}"},
+    )
+    with prefixcore.load(model, "somebody/theirs") as handle:
+        assert handle.num_virtual_tokens == 3
+    assert served_files(hub) == {MODEL, PEFT}
+
+
+@pytest.mark.parametrize("what", ["a LoRA", "a model", "a pickle"])
+def test_what_is_no_adapter_is_not_downloaded(hub, model, what):
+    lora = {"peft_type": "LORA", "r": 8}
+    pickled = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 32, "task_type": "CAUSAL_LM"}
+    files, why = {
+        "a LoRA": ({PEFT: json.dumps(lora).encode(), MODEL: b"large"}, "peft_type: expected one of .* got 'LORA'"),
+        "a model": ({"config.json": b"{}", "model.safetensors": b"large"}, "no adapter is there"),
+        "a pickle": (
+            {PEFT: json.dumps(pickled).encode(), "adapter_model.bin": b"a pickle"},
+            "adapter_model.bin, which old ones have, is a pickle and never read",
+        ),
+    }[what]
+    hub.put("somebody/other", files)
+    with pytest.raises(AdapterError, match=why):
+        prefixcore.load(model, "somebody/other")
+    assert served_files(hub) <= {PEFT}
+
+
+def test_a_signed_adapter_comes_whole(hub, saved, tmp_path):
+    (saved / "model.sig").write_text("{}")
+    (saved / "notes.txt").write_text("signed as well")
+    upload(saved, "somebody/signed")
+    there = hub.repositories["somebody/signed"].files()
+    assert "README.md" not in there  # it was not signed
+    hub.repositories["somebody/signed"].commit({".gitattributes": b"of the Hub's own"})
+    assert files_of(download("somebody/signed")) == files_of(saved)
+
+
+def test_without_a_network_the_cache_answers(hub, saved, model, monkeypatch):
+    upload(saved, "somebody/capitals")
+    commit = hub.repositories["somebody/capitals"].branches["main"]
+    download("somebody/capitals")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.asked)
+    for name in ("somebody/capitals", f"somebody/capitals@{commit}"):
+        with prefixcore.load(model, name) as handle:
+            assert handle.num_virtual_tokens == 4
+    with pytest.raises(AdapterError, match="somebody/sums: is no folder here and not in the cache, and the Hub cannot"):
+        prefixcore.load(model, "somebody/sums")
+    assert len(hub.asked) == asked
+
+
+def test_a_commit_that_is_in_the_cache_is_not_asked_for(hub, saved):
+    commit = upload(saved, "somebody/capitals").oid
+    download("somebody/capitals", revision=commit)
+    asked = len(hub.asked)
+    download("somebody/capitals", revision=commit)
+    assert len(hub.asked) == asked
+
+
+def test_who_may_see_it(hub, saved, model, monkeypatch):
+    upload(saved, "somebody/mine", private=True)
+    assert hub.repositories["somebody/mine"].private
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(AdapterError, match="somebody/mine: no such repository on the Hub, or a private one: log in"):
+        prefixcore.load(model, "somebody/mine")
+    with prefixcore.load(model, "somebody/mine", token=TOKEN) as handle:
+        assert handle.num_virtual_tokens == 4
+    with pytest.raises(AdapterError, match="the Hub refuses"):
+        upload(saved, "somebody/mine")
+    hub.put("somebody/gated", files_of(saved), gated=True)
+    with pytest.raises(AdapterError, match="is gated: ask for access"):
+        download("somebody/gated", token=TOKEN)
+
+
+def test_what_is_not_there(hub, saved, model):
+    hub.put("somebody/empty", {})
+    for name, why in (
+        ("somebody/nothing", "no such repository on the Hub"),
+        ("somebody/empty", "no adapter is there"),
+        ("somebody/empty@v9", "has no revision 'v9'"),
+        ("nothing", "nothing: no such folder"),
+    ):
+        with pytest.raises(AdapterError, match=why):
+            prefixcore.load(model, name)
+    for name in ("somebody/two@main", "some body/x", "..", "somebody/..", ""):
+        with pytest.raises(AdapterError, match="expected the name of a repository on the Hub"):
+            upload(saved, name)
+    with pytest.raises(AdapterError, match="revision='v1' is one of an adapter on the Hub, and this is a path"):
+        prefixcore.load(model, saved, revision="v1")
+
+
+def test_a_path_is_not_asked_for(hub, saved, model, tmp_path):
+    """What is here comes first, and so does what begins with a folder that is here."""
+    shutil.copytree(saved, tmp_path / "somebody" / "capitals")
+    with prefixcore.load(model, "somebody/capitals"):
+        pass
+    for name in ("somebody/capitols", "./nobody/capitals", str(tmp_path / "no" / "where"), "~/capitals"):
+        with pytest.raises(AdapterError, match="no such folder"):
+            prefixcore.load(model, name)
+    assert not hub.asked
+    hub.put("somebody/capitols", files_of(saved))
+    with prefixcore.load(model, "somebody/capitols@main"):  # this is no path
+        assert hub.asked
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("user/name", ("user/name", None, "")),
+        ("user/name@v1.0", ("user/name", "v1.0", "")),
+        ("user/name@v1/a/b-c", ("user/name", "v1", "a/b-c")),
+        ("user/name/a", ("user/name", None, "a")),
+        ("name", None),
+        ("/user/name", None),
+        ("../name", None),
+        ("user/..", None),
+        ("user/name/../../x", None),
+        ("user/name/.hidden", None),
+        ("user/name@", None),
+        ("user/na me", None),
+        ("C:\\user\\name", None),
+    ],
+)
+def test_names(text, expected):
+    assert HubName.parse(text) == expected
+    if expected is None:
+        assert local_folder(text) == Path(text)
+
+
+@pytest.mark.parametrize("how", ["trainer", "model", "save_pretrained"])
+def test_a_checkpoint(hub, tmp_path, how):
+    """What Trainer, the model's own method and `save_pretrained` push, `load` finds the adapter in."""
+    model = tiny.model()
+    prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=4, init="random"))
+    if how == "trainer":
+        examples = [{"input_ids": list(range(2, 10)), "labels": list(range(2, 10))}] * 4
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to=[],
+            push_to_hub=True, hub_model_id="somebody/run", use_cpu=True, learning_rate=0.1,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=examples)
+        trainer.train()
+        trainer.push_to_hub()
+    elif how == "model":
+        model.push_to_hub("somebody/run")
+    else:
+        model.save_pretrained(tmp_path / "run", push_to_hub=True, repo_id="somebody/run", commit_message="From here")
+        assert hub.repositories["somebody/run"].messages[-1] == "From here"
+    assert f"prefixcore/{MANIFEST}" in hub.repositories["somebody/run"].files()
+    bare = tiny.model()
+    with prefixcore.load(bare, "somebody/run"):
+        assert torch.equal(logits(bare), logits(model))
+
+
+def test_the_command_line(hub, saved, tmp_path, capsys):
+    tiny.folder(tmp_path / "model")
+    assert main(["push", str(saved), "somebody/capitals", "--private", "--message", "By hand"]) == 0
+    assert capsys.readouterr().out.startswith(f"{hub.url}/somebody/capitals/commit/")
+    repository = hub.repositories["somebody/capitals"]
+    assert (repository.private, repository.messages[-1]) == (True, "By hand")
+    assert main(["inspect", "somebody/capitals", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["digest"] == adapter_digest(saved)
+    assert main(["add", "somebody/capitals", "registry"]) == 0
+    assert Registry("registry").find("capitals").digest == adapter_digest(saved)
+    given = ["--model", str(tmp_path / "model"), "--prompt", "abc", "--max-new-tokens", "3"]
+    assert main(["generate", "--adapter", "somebody/capitals", *given]) == 0
+    here = capsys.readouterr().out
+    assert main(["generate", "--adapter", str(saved), *given]) == 0
+    assert here.endswith(capsys.readouterr().out)
+    assert main(["verify", "somebody/capitals", "--skip", "data", "--skip", "intended_use"]) == 0
+    assert main(["convert", "somebody/capitals", "--to", "peft", "--out", "theirs"]) == 0
+    assert read_adapter("theirs").config.num_virtual_tokens == 4
+    assert main(["push", "nowhere", "somebody/capitals"]) == 2
+    assert main(["inspect", "somebody/nothing"]) == 2
+    assert "no such repository on the Hub" in capsys.readouterr().err
+
+
+def test_the_settings_of_huggingface_hub_hold(hub, saved, tmp_path):
+    """In a process of its own, which reads the environment."""
+    upload(saved, "somebody/capitals")
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "prefixcore", "inspect", "somebody/capitals"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "home") in done.stdout
