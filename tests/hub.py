@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import constants
 
 Files = dict[str, bytes]
 
@@ -70,6 +73,14 @@ def serve() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def only(hub: Hub) -> Iterator[None]:
+    """A block in which huggingface_hub knows no other."""
+    file = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    with patch.multiple(constants, ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=file, HF_HUB_OFFLINE=False):
+        yield
 
 
 class _Handler(BaseHTTPRequestHandler):

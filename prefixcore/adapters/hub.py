@@ -86,13 +86,15 @@ def local_folder(source: str | Path, *, revision: str | None = None, token: str 
     Raises:
         AdapterError: as of `download`; or a revision of what is no name on the Hub.
     """
-    path, name = Path(source), HubName.parse(str(source))
+    path = Path(source)
+    text = source if isinstance(source, str) else path.as_posix()
+    name = HubName.parse(text)
     said = revision is not None or (name is not None and name.revision is not None)
     if name is None or path.exists() or (not said and Path(path.parts[0]).is_dir()):
         if revision is not None:
             raise AdapterError(f"{source}: revision={revision!r} is one of an adapter on the Hub, and this is a path")
         return path
-    return download(str(source), revision=revision, token=token)
+    return download(text, revision=revision, token=token)
 
 
 def download(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:

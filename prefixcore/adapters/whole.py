@@ -83,6 +83,11 @@ def _needs_others(tensor: Any) -> bool:
     return is_sharded(tensor) and any(not placement.is_replicate() for placement in tensor.placements)
 
 
+def are_in_parts(modules: Iterable[nn.Module]) -> bool:
+    """Whether every process has a part of some tensor, so that all of them save it together."""
+    return any(_needs_others(tensor) for module in modules for _, _, tensor in _tensors(module))
+
+
 @contextmanager
 def one_writer(modules: Iterable[nn.Module], target: Path) -> Iterator[bool]:
     """A block in which a folder is written: whether by this process.
@@ -93,7 +98,7 @@ def one_writer(modules: Iterable[nn.Module], target: Path) -> Iterator[bool]:
     Raises:
         AdapterError: another process was to write, and could not.
     """
-    if not any(_needs_others(tensor) for module in modules for _, _, tensor in _tensors(module)):
+    if not are_in_parts(modules):
         yield True
         return
     from torch.distributed import distributed_c10d as c10d

@@ -8,10 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters import Manifest, upload, write_adapter
+from ..adapters.whole import are_in_parts
 from ..nn import Config, CPTPrompt, LayerShape, Prefix
 from ..nn.trained import trained_parameters
 from ..ops import which_backend
@@ -241,21 +243,26 @@ class Handle(UndoneAfterBlock):
         commit_message: str | None = None,
         token: str | bool | None = None,
         **said: Any,
-    ) -> CommitInfo:
+    ) -> CommitInfo | None:
         """Puts the adapter on the Hugging Face Hub, from where `prefixcore.load(model, name)` takes it.
+
+        In several processes one calls it; or all of them, where FSDP2 shards what was trained, and the first uploads.
 
         Args:
             name, private, revision, create_pr, commit_message, token: as of `prefixcore.adapters.upload`.
             said: of the adapter, as of `save`: its task, its license, ...
 
         Returns:
-            huggingface_hub's record of the commit; as a text it is the URL.
+            huggingface_hub's record of the commit; as a text it is the URL. None where another process uploads.
 
         Raises:
             AdapterError: as of `save` and of `upload`.
         """
+        together = are_in_parts([self.module, *self.heads.trained.values()])
         with TemporaryDirectory() as parent:
             folder = self.save(Path(parent) / "adapter", **said)
+            if together and torch.distributed.get_rank() > 0:
+                return None
             return upload(
                 folder,
                 name,

@@ -19,6 +19,7 @@ from prefixcore.hf.baking.publishing import Publisher
 from tests import tiny
 from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS, train, why_no_average
+from tests.hub import TOKEN, only, serve
 
 HOW = (
     "ddp",
@@ -85,6 +86,14 @@ def refused(mesh: Any) -> dict[str, str]:
     return said
 
 
+def pushed(handle: Any) -> list[str]:
+    """The repositories that this process has put the adapter in, on a Hub of its own."""
+    with serve() as hub, only(hub):
+        commit = handle.push_to_hub("somebody/prefix", token=TOKEN)
+        assert (commit is None) == (not hub.repositories)
+        return list(hub.repositories)
+
+
 def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -100,6 +109,8 @@ def main(folder: str) -> None:
         ]
         handle.save(f"{folder}/{name} {how}")
         Publisher(handle, Path(folder, f"published {name} {how}")).write(is_writer=rank == 0)
+        if (name, how) == ("prefix", "fsdp"):
+            found["pushed"] = pushed(handle)
     # Nobody gave a seed, and what FSDP does not know of must still be the same everywhere.
     for kind in (prefixcore.PrefixTuningConfig, prefixcore.PromptTuningConfig):
         model = tiny.model()

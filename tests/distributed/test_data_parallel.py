@@ -77,6 +77,10 @@ def test_context_parallelism_is_refused(ranks: Any) -> None:
             assert rank["refused"][name].startswith("context parallelism gives each process a part of every sequence")
 
 
+def test_one_process_uploads_what_is_in_parts(ranks: Any) -> None:
+    assert sorted(rank["pushed"] for rank in ranks) == [[], ["somebody/prefix"]]
+
+
 def test_nothing_is_left_beside_the_adapters(ranks: Any, folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if not path.name.endswith(".pt")}
     assert names == {f"{kind}{name} {how}" for name, how in CASES for kind in ("", "published ")}

@@ -20,7 +20,7 @@ from prefixcore.__main__ import main
 from prefixcore.adapters import AdapterError, Registry, adapter_digest, download, read_adapter, upload
 from prefixcore.adapters.hub import HubName, local_folder
 from tests import tiny
-from tests.hub import TOKEN, Files, Hub, serve
+from tests.hub import TOKEN, Files, Hub, only, serve
 
 MODEL, PEFT, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "prefixcore_manifest.json"
 
@@ -28,13 +28,8 @@ MODEL, PEFT, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "pre
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub where nothing is, an empty cache, and a user who has logged in."""
-    with serve() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+    with serve() as server, only(server):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # keeps the address of another
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.chdir(tmp_path)
