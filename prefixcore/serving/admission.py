@@ -8,12 +8,14 @@ are there, or that they cannot be had, in which case it ends that request with a
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters import AdapterError
 from .catalog import Catalog, Served
 from .salt import SCHEME, parse_salt
+from .usage import AdapterUsage, Usage
 
 logger = logging.getLogger("vllm.prefixcore")
 
@@ -74,6 +76,7 @@ class Admission:
         self._verdicts: dict[str, _Verdict] = {}
         self._step = Step()
         self._leaking: set[str] = set()
+        self._usage = Usage()
 
     def arrived(self, request: Any) -> None:
         """A new request: vLLM's `Request`."""
@@ -132,10 +135,28 @@ class Admission:
                 step.leaked.append(block)
         return step
 
-    def finished(self, request_id: str) -> None:
+    def finished(self, request: Any) -> None:
         """A request has ended, in whatever way."""
-        self._verdicts.pop(request_id, None)
-        self._leaking.discard(request_id)
+        verdict = self._verdicts.pop(request.request_id, None)
+        self._leaking.discard(request.request_id)
+        if verdict is None:
+            return
+        if verdict.served is None:
+            self._usage.refused += 1
+            return
+        used = AdapterUsage(
+            requests=1,
+            failed=int(str(request.get_finished_reason()) == "error"),
+            prompt_tokens=request.num_prompt_tokens - verdict.served.num_virtual_tokens,
+            generation_tokens=request.num_output_tokens,
+            seconds=[max(0.0, time.time() - request.arrival_time)],
+        )
+        self._usage.add(verdict.served.name, used)
+
+    def take_usage(self) -> Usage:
+        """What adapters were used for since this was last asked."""
+        usage, self._usage = self._usage, Usage()
+        return usage
 
     def _verdict(self, request: Any) -> _Verdict | None:
         """What is decided of a request; None: it names no adapter."""

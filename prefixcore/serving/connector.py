@@ -5,7 +5,7 @@
                            "kv_connector_extra_config": {"adapters": "adapters/"}}'
 
 vLLM makes two of it: one beside the scheduler (`Admission` decides), one in each worker (`Loader` reads and writes).
-This module imports vLLM; of the others `offline` alone does.
+This module imports vLLM; of the others `metrics` and `offline` alone do.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .catalog import Catalog
 from .engine import check_engine, checkpoint_folder, model_layers
 from .heads import local_heads
 from .loading import Loader
+from .metrics import UsageMetrics, UsageStats
 from .served_model import ServedModel
 from .settings import Settings
 
@@ -100,8 +101,22 @@ class PrefixConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._admission is not None
-        self._admission.finished(request.request_id)
+        self._admission.finished(request)
         return False, None
+
+    def get_kv_connector_stats(self) -> UsageStats | None:
+        usage = None if self._admission is None else self._admission.take_usage()
+        return UsageStats(usage.to_dict()) if usage else None
+
+    # Where metrics are kept.
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UsageStats:
+        return UsageStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any) -> UsageMetrics:
+        return UsageMetrics(*arguments)
 
     # The workers' side.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from prefixcore.adapters import AdapterError
 from prefixcore.serving.admission import Admission, Load
 from prefixcore.serving.catalog import Served
 from prefixcore.serving.salt import make_salt
+from prefixcore.serving.usage import Usage
 
 DIGEST = "ab" * 32
 KNOWN = Served("known", DIGEST, 5)
@@ -45,6 +47,10 @@ def request(name: str | None = "known", ids: list[int] | None = None, **other: A
         "mm_features": [],
         "lora_request": None,
         "resumable": False,
+        "num_prompt_tokens": 7,
+        "num_output_tokens": 3,
+        "arrival_time": time.time() - 2,
+        "get_finished_reason": lambda: "stop",
     }
     return SimpleNamespace(**{**fields, **other})
 
@@ -116,7 +122,8 @@ def test_refusals(reason: str, asked: Any, caplog: pytest.LogCaptureFixture) -> 
     ours.allocated(asked, [7], 1)
     step = ours.take_step()
     assert (step.loads, step.refused) == ([], ["r"])
-    ours.finished("r")
+    ours.finished(asked)
+    assert ours.take_usage() == Usage(refused=1)
     assert ours.external_tokens(request(), 0) == 5  # the same name again is another request
 
 
@@ -130,8 +137,22 @@ def test_a_request_that_runs_without_its_prefix_is_ended(computed: int, caplog: 
     assert "scheduled without its prefix" in caplog.text
     assert ours.take_step().leaked == [7]
     assert ours.take_step().leaked == [7]
-    ours.finished("r")
+    ours.finished(asked)
     assert ours.take_step().leaked == []
+
+
+def test_what_an_adapter_was_used_for() -> None:
+    ours = admission()
+    for reason, name in (("stop", "known"), ("error", "known"), ("stop", None)):
+        asked = request(name, get_finished_reason=lambda reason=reason: reason)
+        ours.arrived(asked)
+        ours.finished(asked)
+    usage = ours.take_usage()
+    used = usage.adapters.pop("known")
+    assert not usage, "a request that names no adapter is none of ours"
+    assert (used.requests, used.failed, used.prompt_tokens, used.generation_tokens) == (2, 1, 4, 6)
+    assert all(2 <= seconds < 60 for seconds in used.seconds)
+    assert not ours.take_usage()
 
 
 def test_a_request_that_has_its_prefix_runs(caplog: pytest.LogCaptureFixture) -> None:

@@ -125,8 +125,9 @@ class Server:
                 found += event["choices"][0].get("token_ids") or []
         return found
 
-    def metric(self, name: str) -> float:
-        """The sum of a counter of vLLM's, over its labels."""
+    def metric(self, name: str, adapter: str | None = None) -> float:
+        """The sum of a counter of vLLM's, over its labels; with an adapter, over those that are its own."""
         text = self.client.get(self.url.removesuffix("/v1") + "/metrics").text
-        found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
-        return sum(map(float, found))
+        found = re.findall(rf"^{re.escape(name)}((?:{{[^}}]*}})?) (\S+)$", text, re.MULTILINE)
+        own = "" if adapter is None else f'adapter="{adapter}"'
+        return sum(float(value) for labels, value in found if own in labels)

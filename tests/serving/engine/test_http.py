@@ -83,6 +83,30 @@ def test_requests_that_lose_their_blocks(server: Server, world: World) -> None:
     assert server.metric("vllm:num_preemptions_total") > before
 
 
+def test_each_adapter_is_among_the_metrics(server: Server, world: World) -> None:
+    """Streamed or not, and without what was refused; virtual tokens are in no count."""
+    world.add("http-counted", 33, seed=3)
+    request = world.request("http-counted", [5, 6, 7])
+    refused = server.metric("vllm:prefixcore_refused_requests_total")
+    server.complete(request, 16)
+    server.complete(request, 9, stream=True)
+    server.complete(world.request(None, [5, 6, 7]), 4)
+    with pytest.raises(Failed):
+        server.complete({**request, "prompt_token_ids": request["prompt_token_ids"][1:]})
+    expected = {
+        "requests_total": 2, "failed_requests_total": 0, "prompt_tokens_total": 6, "generation_tokens_total": 25,
+        "e2e_request_latency_seconds_count": 2,
+    }  # fmt: skip
+    server.complete(world.request(None, [5, 6, 7]), 4)  # what has ended is counted with the next step
+
+    def found() -> dict[str, float]:
+        return {name: server.metric(f"vllm:prefixcore_{name}", "http-counted") for name in expected}
+
+    assert found() == expected
+    assert server.metric("vllm:prefixcore_e2e_request_latency_seconds_sum", "http-counted") > 0
+    assert server.metric("vllm:prefixcore_refused_requests_total") == refused + 1
+
+
 def test_half_a_minute_of_everything(server: Server, world: World) -> None:
     found = Soak(world, server).run(30, 4)
     assert found["differences"] == []
