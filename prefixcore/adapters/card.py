@@ -42,7 +42,7 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
     from huggingface_hub import ModelCardData
 
     manifest, method = adapter.manifest, adapter.config.method
-    base, task = _base_model(adapter), manifest.task if manifest else None
+    base, task = adapter.base_model_name, manifest.task if manifest else None
     known = bool(base and _HUB_ID.fullmatch(base))
     fields: dict[str, Any] = _license(manifest.license if manifest else None)
     if known:
@@ -86,14 +86,6 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _base_model(adapter: Adapter) -> str | None:
-    if adapter.manifest is not None:
-        name = adapter.manifest.base_model.get("name_or_path")
-    else:
-        name = (adapter.peft_config or {}).get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else None
 
 
 def _license(said: str | None) -> dict[str, str]:

@@ -77,6 +77,15 @@ class Adapter:
             return self.manifest.layers
         return list(range(len(self.layer_shapes)))
 
+    @property
+    def base_model_name(self) -> str | None:
+        """Of the model that it was trained for, what its files call it: a name on the Hub, or a path; None: nothing."""
+        if self.manifest is not None:
+            name = self.manifest.base_model.get("name_or_path")
+        else:
+            name = (self.peft_config or {}).get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
 
 Module: TypeAlias = Prefix | SoftPrompt | MultitaskPrompt | CPTPrompt
 

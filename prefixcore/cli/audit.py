@@ -9,10 +9,12 @@ from typing import Any
 
 from .common import (
     ADAPTER,
+    NAMED,
     OK,
     adapter_folder,
     add_force_argument,
     add_model_arguments,
+    named_model,
     open_model,
     plain_escapes,
     positive,
@@ -25,7 +27,7 @@ from .output import check_open, results, say, to_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore audit`."""
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=ADAPTER)
-    add_model_arguments(parser)
+    add_model_arguments(parser, required=False, said=NAMED)
     add_force_argument(parser)
     parser.add_argument(
         "--probe",
@@ -104,7 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
         user_errors(AdapterError, AuditError),
         user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep"),
     ):
-        check_method(read_adapter(arguments.adapter))
+        adapter = read_adapter(arguments.adapter)
+        check_method(adapter)
+    arguments.model = arguments.model or named_model(adapter)
     with user_errors(DataError):
         probes, others, examples = read_probes(arguments)
     model, tokenizer = open_model(arguments)

@@ -7,18 +7,25 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._interrupt import INTERRUPTED
+from .._text import printable
 from .failures import UserError, user_errors
 from .model_size import check_size
 from .output import say
+
+if TYPE_CHECKING:
+    from ..adapters import Adapter
 
 __all__ = ["FOUND_WRONG", "INTERRUPTED", "OK", "USER_ERROR"]
 
 OK, FOUND_WRONG, USER_ERROR = 0, 1, 2
 """Exit codes: done; done, and what was to be checked is not right (a line on standard error for each thing);
 something the user can mend (one line on standard error). `INTERRUPTED`: stopped by Ctrl-C."""
+
+NAMED = "folder of a transformers model, or its id (default: the one that the adapter names)"
+"""The help of `--model` where `named_model` stands in for it."""
 
 ADAPTER = "folder that prefixcore or PEFT wrote, or its name on the Hub: user/name, user/name@revision"
 """The help of what `adapter_folder` takes."""
@@ -60,6 +67,15 @@ def adapter_folder(named: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{named} is not a folder; expected one that prefixcore or PEFT wrote, or user/name on the Hub")
     return folder
+
+
+def named_model(adapter: Adapter) -> str:
+    """The base model that an adapter names, for want of `--model`; UserError: it names none."""
+    name = adapter.base_model_name
+    if name is None:
+        raise UserError("--model is missing, and the adapter names no base model; give it")
+    say(f"base model  {printable(name)}, as the adapter says")
+    return name
 
 
 def load_adapter(model: Any, folder: Path, *, trainable: bool = False, force: bool = False) -> Any:

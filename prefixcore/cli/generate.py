@@ -10,11 +10,13 @@ from typing import Any
 from .._text import printable
 from .common import (
     ADAPTER,
+    NAMED,
     OK,
     adapter_folder,
     add_force_argument,
     add_model_arguments,
     load_adapter,
+    named_model,
     open_model,
     option,
     plain_escapes,
@@ -34,7 +36,7 @@ MOST_NEW_TOKENS = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore generate`."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, required=False, said=NAMED)
     parser.add_argument("--adapter", type=Path, required=True, metavar="ADAPTER", help=ADAPTER)
     add_force_argument(parser)
     parser.add_argument(
@@ -71,8 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     too_deep = user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep")
     with user_errors(AdapterError), too_deep:
-        virtual_tokens = read_adapter(arguments.adapter).config.num_virtual_tokens or 0
+        adapter = read_adapter(arguments.adapter)
         record = read_record(arguments.adapter)
+    virtual_tokens = adapter.config.num_virtual_tokens or 0
+    arguments.model = arguments.model or named_model(adapter)
     end = arguments.end if arguments.end is not None else record.get("end")
     model, tokenizer = open_model(arguments)
     chat = arguments.chat if arguments.chat is not None else record.get("chat") is True

@@ -40,6 +40,21 @@ def test_one_line_for_each_prompt(generate, monkeypatch):
     assert generate("--max-new-tokens", 4) == (0, out, "")
 
 
+def test_the_model_that_the_adapter_names(prefixcore, adapter, model_folder, tmp_path):
+    given = ("generate", "--prompt", "av ->", "--max-new-tokens", 4)
+    code, expected, _ = prefixcore(*given, "--adapter", adapter, "--model", model_folder)
+    code, out, err = prefixcore(*given, "--adapter", adapter)
+    assert (code, out) == (0, expected)
+    assert err == f"base model  {model_folder}, as the adapter says\n"
+    unnamed = tmp_path / "unnamed"
+    get_peft_model(tiny.model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(
+        unnamed
+    )
+    code, out, err = prefixcore(*given, "--adapter", unnamed)
+    assert (code, out) == (2, "")
+    assert "--model is missing, and the adapter names no base model" in err
+
+
 def test_json_keeps_prompt_and_completion(generate):
     code, out, _ = generate("--prompt", "av ->", "--json", "--max-new-tokens", 4)
     assert code == 0
