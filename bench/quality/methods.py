@@ -21,11 +21,13 @@ from .ours import (
     P_TUNING,
     PREFIX,
     PROMPT,
+    as_large,
     beside,
     from_layer,
     gated,
     ours,
     rates_apart,
+    times,
 )
 from .outside import FeatureMap, outside
 from .texts import written
@@ -71,6 +73,9 @@ _ALL = (
     ours("prefix@sentence", "start: any sentence, two examples", PREFIX, KV, start="sentence"),
     ours("prefix@labels", "start: class labels", PREFIX, KV, start="labels"),
     ours("prefix@zero", "start: zeros", PREFIX, KV, start="zero"),
+    ours("prefix@random", "start: random, of unit variance", PREFIX, KV, start="random"),
+    ours("prefix@as-large", "start: random, as large as a text's", PREFIX, KV, around=as_large),
+    ours("prefix@half", "start: examples, half as large", PREFIX, KV, around=partial(times, factor=0.5)),
     ours("prefix@16", "16 tokens, the first draw", PREFIX, KV, start="one draw", tokens=16),
     ours("prefix@64", "64 tokens, the first draw", PREFIX, KV, start="one draw", tokens=64),
     ours("prefix@frozen", "first token frozen", PREFIX, KV, num_frozen_tokens=1),

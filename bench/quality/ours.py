@@ -115,6 +115,24 @@ FAST_GATE = 25
 """How many times the learning rate of keys and values that of a gate is, which has one number a head to move."""
 
 
+@contextmanager
+def times(handle: Any, factor: float) -> Iterator[Sequence[torch.nn.Parameter]]:
+    """A block in which the prefix has started from keys and values that are so many times as large."""
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.mul_(factor)
+    yield []
+
+
+@contextmanager
+def as_large(handle: Any) -> Iterator[Sequence[torch.nn.Parameter]]:
+    """A block in which the prefix has started from random numbers, in each layer as large as those of its text."""
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(0, float(parameter.square().mean().sqrt()))
+    yield []
+
+
 def gated(name: str, title: str, rate: float, **options: Any) -> Method:
     """A prefix behind a gate that begins at zero; the text stands where it would without."""
     around = partial(outside, make=partial(Gate, rate=rate))
