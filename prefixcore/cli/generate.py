@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._text import printable
 from .common import (
@@ -27,6 +27,9 @@ from .failures import UserError, user_errors
 from .limits import check_ids, is_too_long, learned_positions, stated_positions
 from .output import check_open, results, say, to_json
 
+if TYPE_CHECKING:
+    from ..training import Question
+
 COLDEST, HOTTEST = 1e-6, 1e6
 """Temperatures outside make numbers that float32 cannot hold, and choose the likeliest token or any."""
 
@@ -44,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="text to continue; may be given several times (without it: one prompt a line from standard input)",
     )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines, CSV, Parquet or plain lines: prompts, or conversations (messages, tools); where the right "
+        "answers are there, how many are right is printed, too",
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--end", type=plain_escapes, help=r"stop at this text, such as '\n' (default: as the adapter was trained)"
@@ -59,13 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="of --sample (default: 1)")
     parser.add_argument("--seed", type=seed, default=0, help="of --sample (default: 0)")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: 16")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, with prompt and completion")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line: what was asked, completion, right answer"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the continuation of each prompt, in order."""
     check_open()
-    prompts = read_prompts(arguments)
+    questions = read_questions(arguments)
     sampling = sampling_options(arguments)
     arguments.adapter = adapter_folder(arguments.adapter)
 
@@ -80,12 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     end = arguments.end if arguments.end is not None else record.get("end")
     model, tokenizer = open_model(arguments)
     chat = arguments.chat if arguments.chat is not None else record.get("chat") is True
-    check_prompts(model, tokenizer, prompts, virtual_tokens, arguments.max_new_tokens, chat=chat)
+    check_questions(model, tokenizer, questions, virtual_tokens, arguments.max_new_tokens, chat=chat)
     learned = learned_positions(model)
 
     import torch
 
-    from ..training import predict
+    from ..training import DataError, predict
 
     torch.manual_seed(arguments.seed)
     failures = user_errors(AdapterError, ValueError, TypeError, NotImplementedError)
@@ -93,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         answers = predict(
             model,
             tokenizer,
-            prompts,
+            questions,
             max_new_tokens=arguments.max_new_tokens,
             end=end or None,
             batch_size=arguments.batch_size,
@@ -101,32 +113,50 @@ def run(arguments: argparse.Namespace) -> int:
             chat=chat,
             **sampling,
         )
+    with user_errors(DataError):
+        expected = [question.expected(tokenizer, end or None) for question in questions]
     if arguments.json:
-        lines = [to_json({"prompt": p, "completion": a}) for p, a in zip(prompts, answers, strict=True)]
+        found = zip(questions, answers, expected, strict=True)
+        lines = [to_json(described(question, answer, right)) for question, answer, right in found]
     else:
         lines = [answer.strip() for answer in answers]
         if sys.stdout is not None and sys.stdout.isatty():
             lines = [printable(line, keep="\n\t") for line in lines]
     results("\n".join(lines))
+    known = [is_same(answer, right) for answer, right in zip(answers, expected, strict=True) if right is not None]
+    if known:
+        say(f"right  {sum(known)} of {len(known)} ({sum(known) / len(known):.1%})")
     return OK
 
 
-def check_prompts(
-    model: Any, tokenizer: Any, prompts: list[str], virtual_tokens: int, new_tokens: int, *, chat: bool
+def described(question: Question, answer: str, right: str | None) -> dict[str, Any]:
+    """What was asked and answered, as JSON can hold it."""
+    asked = {"prompt": question.prompt} if isinstance(question.prompt, str) else {"messages": question.prompt}
+    told = {} if right is None else {"expected": right, "right": is_same(answer, right)}
+    return {**asked, "completion": answer, **told}
+
+
+def is_same(answer: str, right: str) -> bool:
+    """Whether an answer is the right one, white space around both aside."""
+    return answer.strip() == right.strip()
+
+
+def check_questions(
+    model: Any, tokenizer: Any, questions: list[Question], virtual_tokens: int, new_tokens: int, *, chat: bool
 ) -> None:
     """Refuse prompts that the model cannot read, and say which are, or with their answers get, too long for it."""
     from ..training import DataError
-    from ..training.evaluate import prompt_ids
 
     learned, stated = learned_positions(model), stated_positions(model)
     positions = learned if learned is not None else stated
-    for number, prompt in enumerate(prompts, start=1):
-        if positions is not None and is_too_long(prompt, positions):
-            raise UserError(f"prompt {number}: {len(prompt):,} characters, far more than {positions:,} positions hold")
+    for question in questions:
+        prompt, source = question.prompt, question.source
+        if isinstance(prompt, str) and positions is not None and is_too_long(prompt, positions):
+            raise UserError(f"{source}: {len(prompt):,} characters, far more than {positions:,} positions hold")
         with user_errors(DataError):
-            ids = prompt_ids(tokenizer, prompt, f"prompt {number}", chat=chat)
-        check_ids(model, ids, f"prompt {number}")
-        needed = f"prompt {number}: {len(ids):,} tokens and {virtual_tokens:,} virtual ones"
+            ids = question.ids(tokenizer, chat=chat)
+        check_ids(model, ids, source)
+        needed = f"{source}: {len(ids):,} tokens and {virtual_tokens:,} virtual ones"
         if learned is not None and len(ids) + virtual_tokens >= learned:
             raise UserError(f"{needed} leave no room in the model's {positions:,} positions; shorten it")
         if positions is not None and len(ids) + virtual_tokens > positions:
@@ -136,6 +166,20 @@ def check_prompts(
                 f"warning: {needed} with an answer of {new_tokens:,} are more than the {positions:,} positions that "
                 "the model was made for (--max-new-tokens)"
             )
+
+
+def read_questions(arguments: argparse.Namespace) -> list[Question]:
+    """`--prompts`, `--prompt`, or the lines of standard input that are not blank."""
+    from ..training import DataError, Question
+    from ..training import read_questions as read
+
+    if arguments.prompts is None:
+        texts = read_prompts(arguments)
+        return [Question(text, source=f"prompt {number}") for number, text in enumerate(texts, start=1)]
+    if arguments.prompt is not None:
+        raise UserError("--prompt and --prompts were both given; leave one of them out")
+    with user_errors(DataError):
+        return read(arguments.prompts)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..training.chat_rows import is_conversation
 from ..training.data import DataError, set_aside
-from ..training.reading import TABLES, failures
+from ..training.prompt_rows import prompt_rows
 from ..training.tables import PLAIN
 from .errors import DistillError
 from .options import DistillOptions
@@ -42,55 +41,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         >>> read_prompts("prompts.jsonl")[0].completion
         ' Lima'
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is not a regular file" if path.exists() else "no such file"
-        raise DistillError(f"{path}: {what}; expected JSON lines with the field prompt, or plain lines")
-    rows = TABLES.get(path.suffix.lower())
     try:
-        with failures(path):
-            if rows is not None:
-                return _of_table(path, list(rows(path, PLAIN)))
-            text = path.read_text(encoding="utf-8-sig")
+        return [_of_record(row, source) for source, row in prompt_rows(Path(path), PLAIN)]
     except DataError as error:
         raise DistillError(str(error)) from None
-    # Not splitlines: JSON lets characters such as U+2028 stand as they are in a text.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise DistillError(f"{path}: no prompts; expected lines like " + '{"prompt": "..."}, or plain lines')
-    if _is_array(text):  # each of its lines would be a prompt, brackets and all
-        raise DistillError(f"{path}: is one JSON array; expected JSON lines: each object on a line of its own, alone")
-    if not lines[0][1].lstrip().startswith("{"):
-        return [Prompt(line, None, f"{path}, line {number}") for number, line in lines]
-    return [_prompt(line, f"{path}, line {number}") for number, line in lines]
-
-
-def _is_array(text: str) -> bool:
-    """Whether a text is a JSON array of objects."""
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        found: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return any(isinstance(item, dict) for item in found)
-
-
-def _prompt(line: str, source: str) -> Prompt:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DistillError(f"{source}: not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise DistillError(f"{source}: expected a JSON object with the field prompt")
-    return _of_record(record, source)
-
-
-def _of_table(path: Path, rows: Sequence[tuple[str, Any]]) -> list[Prompt]:
-    """The prompts of a table; an empty completion is none."""
-    if not rows:
-        raise DistillError(f"{path}: no prompts; expected rows with the column prompt, and perhaps completion")
-    return [_of_record({**row, "completion": row.get("completion") or None}, source) for source, row in rows]
 
 
 def _of_record(record: dict[str, Any], source: str) -> Prompt:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ..training.chat import question_ids
 from ..training.data import encode
-from ..training.evaluate import prompt_ids
+from ..training.questions import prompt_ids
 from ..training.template import write_turns
 from .errors import DistillError
 

@@ -13,6 +13,7 @@ from .evaluate import Evaluation, evaluate, held_out_loss, predict
 from .loop import fit, train
 from .optimization import optimize
 from .options import TrainingOptions, TrainingRecord
+from .questions import Question, read_questions
 from .reading import read_examples, read_jsonl
 from .remeasure import Remeasured, remeasure
 from .starting import best_start, starting_text
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "Evaluation",
     "Example",
+    "Question",
     "Remeasured",
     "TokenizedExample",
     "TrainingOptions",
@@ -43,6 +45,7 @@ __all__ = [
     "predict",
     "read_examples",
     "read_jsonl",
+    "read_questions",
     "remeasure",
     "split",
     "starting_text",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from .chat import Conversation
 from .data import DataError
@@ -29,13 +29,33 @@ def conversation(row: Mapping[str, Any], source: str, kind: str) -> Conversation
     Raises:
         DataError: there is none, or one that cannot be learnt.
     """
+    parts = read_parts(row, source, kind, learnt=True)
+    return Conversation.of(parts.messages, source, tools=parts.tools, template_kwargs=parts.template_kwargs)
+
+
+class Parts(NamedTuple):
+    """What a row with a conversation holds: messages, and what the template is told beside them."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    template_kwargs: dict[str, Any] | None
+
+
+def read_parts(row: Mapping[str, Any], source: str, kind: str, *, learnt: bool) -> Parts:
+    """The conversation of a row, as of `conversation`.
+
+    Args:
+        row, source, kind: as of `conversation`.
+        learnt: whether it is to have a turn that is learnt; else TRL's `prompt` may stand alone.
+
+    Raises:
+        DataError: there is none.
+    """
     for name in IMAGES:
         if row.get(name):
             raise DataError(f"{source}: the {kind} {name!r} holds images; only texts are learnt")
-    messages = _messages(row, source, kind)
-    return Conversation.of(
-        messages, source, tools=_tools(row, source, kind), template_kwargs=_template_kwargs(row, source, kind)
-    )
+    messages = _messages(row, source, kind, learnt)
+    return Parts(messages, _tools(row, source, kind), _template_kwargs(row, source, kind))
 
 
 def is_conversation(row: Mapping[str, Any]) -> bool:
@@ -44,7 +64,7 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
     return columns or any(isinstance(row.get(name), list) for name in ("prompt", "completion"))
 
 
-def _messages(row: Mapping[str, Any], source: str, kind: str) -> list[dict[str, Any]]:
+def _messages(row: Mapping[str, Any], source: str, kind: str, learnt: bool) -> list[dict[str, Any]]:
     turns = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
     if turns is not None:
         where = f"{source}: the {kind} {turns!r}"
@@ -55,13 +75,16 @@ def _messages(row: Mapping[str, Any], source: str, kind: str) -> list[dict[str, 
         if not learnt_turns(completion):
             raise DataError(f"{where}: no turn of the role {ASSISTANT!r} to be learnt")
         messages = [*only_read(check_each(row["prompt"], f"{source}: the {kind} 'prompt'")), *completion]
+    elif not learnt and isinstance(row.get("prompt"), list):
+        messages = check_each(row["prompt"], f"{source}: the {kind} 'prompt'")
     else:
         hint = ""
         if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
             hint = "; prompt and completion are read as conversations where they are lists of messages, and as texts "
             hint += "without --chat"
         raise DataError(f"{source}: the {kind} 'messages' is missing (found: {', '.join(row) or 'none'}){hint}")
-    check_turns(messages, where)
+    if learnt:
+        check_turns(messages, where)
     return messages
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from .batch import Batch, Call, call_model, loss_of
 from .causal import TO_ANSWER, TO_LEARN, check_causal
-from .chat import question_ids
-from .data import IGNORED, DataError, Example, TokenizedExample, collate, encode, pad_id
+from .data import IGNORED, DataError, Example, TokenizedExample, collate, pad_id
+from .questions import Question
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def held_out_loss(
 def predict(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Question],
     *,
     max_new_tokens: int,
     end: str | None = None,
@@ -116,12 +116,12 @@ def predict(
     Args:
         model: a transformers causal language model, with or without virtual tokens.
         tokenizer: the model's.
-        prompts: texts, tokenised as in training.
+        prompts: texts, tokenised as in training; or questions (`read_questions`), which may be conversations.
         max_new_tokens: the most tokens to add.
         end: text at which the answer is cut (and generation stops); None: the end-of-sequence token.
         batch_size: prompts at once.
         max_length: the most tokens that a prompt and its answer may have in all; answers end there.
-        chat: each prompt is what a user says, written by the model's chat template.
+        chat: each text is what a user says, written by the model's chat template.
 
     Returns:
         The text after each prompt, without `end`.
@@ -136,7 +136,11 @@ def predict(
         2
     """
     options: dict[str, Any] = {"do_sample": False, **generate_options}
-    ids = [prompt_ids(tokenizer, prompt, f"prompt {number}", chat=chat) for number, prompt in enumerate(prompts, 1)]
+    asked = [
+        prompt if isinstance(prompt, Question) else Question(prompt, source=f"prompt {number}")
+        for number, prompt in enumerate(prompts, start=1)
+    ]
+    ids = [question.ids(tokenizer, chat=chat) for question in asked]
     return _continue(model, tokenizer, ids, max_new_tokens, end, batch_size, max_length, options)
 
 
@@ -179,14 +183,6 @@ def _starts(count: int, batch_size: int) -> range:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return range(0, count, batch_size)
-
-
-def prompt_ids(tokenizer: Any, prompt: str, source: str, *, chat: bool) -> list[int]:
-    """The ids that the model is asked with; DataError, which begins with `source`: there are none."""
-    ids = question_ids(tokenizer, prompt, source) if chat else encode(tokenizer, prompt, source)
-    if not ids:
-        raise DataError(f"{source} has no token; there is nothing to continue from")
-    return ids
 
 
 def _by_room(

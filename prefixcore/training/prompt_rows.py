@@ -1,0 +1,65 @@
+"""Rows that hold a prompt: JSON lines, a table, or plain lines, each a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import DataError
+from .json_values import json_name, parse_json
+from .reading import TABLES, failures
+
+
+def prompt_rows(path: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and what it holds, by name; a plain line is a `prompt`.
+
+    `.csv`, `.tsv` and `.parquet` are tables. Any other file whose first line is a JSON object is read as JSON lines;
+    one whose first line is not, as plain lines. Blank lines are passed over, and empty cells of a table.
+
+    Args:
+        path: the file, in UTF-8.
+        columns: which of a table's are read.
+
+    Raises:
+        DataError: no such file, one that cannot be read, a line that is not what the first one is, or no row.
+    """
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {what}; expected JSON lines with the field prompt, or plain lines")
+    rows = TABLES.get(path.suffix.lower())
+    with failures(path):
+        if rows is not None:
+            found = list(rows(path, columns))
+            if not found:
+                raise DataError(f"{path}: no prompts; expected rows with the column prompt, and perhaps completion")
+            return [(source, {name: value for name, value in row.items() if value != ""}) for source, row in found]
+        text = path.read_text(encoding="utf-8-sig")
+    # Not splitlines: JSON lets characters such as U+2028 stand as they are in a text.
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: no prompts; expected lines like " + '{"prompt": "..."}, or plain lines')
+    if _is_array(text):  # each of its lines would be a prompt, brackets and all
+        raise DataError(f"{path}: is one JSON array; expected JSON lines: each object on a line of its own, alone")
+    if not lines[0][1].lstrip().startswith("{"):
+        return [(source, {"prompt": line}) for source, line in lines]
+    return [(source, _object(line, source)) for source, line in lines]
+
+
+def _is_array(text: str) -> bool:
+    """Whether a text is a JSON array of objects."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return any(isinstance(item, dict) for item in found)
+
+
+def _object(line: str, source: str) -> dict[str, Any]:
+    record = parse_json(line, source)
+    if not isinstance(record, dict):
+        raise DataError(f"{source}: expected a JSON object with the field prompt, got {json_name(record)}")
+    return record
