@@ -9,7 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .errors import AdapterError
@@ -56,13 +60,35 @@ def check_signature(folder: Path, public_key: Path, signature: Path | None = Non
             f"({type(error).__name__}); it is not the private key, which stays with whoever signs"
         ) from error
     try:
-        verifier.verify(folder, signature)
+        with _without_links(folder) as files:
+            verifier.verify(files, signature)
     except Exception as error:  # of any kind: of JSON, protobuf, cryptography
         raise AdapterError(f"{signature}: {_in_words(error, folder, signature, bundle)}") from error
     signed = _signed_files(bundle)
     if MANIFEST_FILE not in signed:
         raise AdapterError(f"{signature}: does not cover {MANIFEST_FILE}, by which the other files are known")
     return f"{len(signed)} files signed with the key of {public_key}"
+
+
+def signed_names(folder: Path) -> set[str]:
+    """The files that the signature in a folder is one of, by their names in it; none: it has no signature."""
+    bundle = load_bytes(folder / SIGNATURE_FILE, LONGEST_JSON)
+    return set() if bundle is None else set(_signed_files(bundle))
+
+
+@contextmanager
+def _without_links(folder: Path) -> Iterator[Path]:
+    """A folder of the same files: model-signing reads no links, and what huggingface_hub has downloaded is links."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if not any(path.is_symlink() for path in files):
+        yield folder
+        return
+    with TemporaryDirectory() as parent:
+        for path in files:
+            copy = Path(parent, path.relative_to(folder))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        yield Path(parent)
 
 
 def _signed_files(bundle: bytes) -> dict[str, str]:

@@ -21,7 +21,7 @@ from tests.redigest import redigest
 from .models import make_model, save
 
 
-def _key_pair(folder: Path, name: str) -> Path:
+def key_pair(folder: Path, name: str) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     encoding, pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     (folder / f"{name}.pem").write_bytes(key.private_bytes(encoding, pem, serialization.NoEncryption()))
@@ -45,7 +45,7 @@ def original(tmp_path_factory) -> tuple[Path, Path]:
     save(
         root / "capitals", "prefix-mlp", make_model("llama"), [prefixcore.nn.LayerShape(2, 16, 16)] * 2, task="capitals"
     )
-    key = _key_pair(root, "key")
+    key = key_pair(root, "key")
     sign(root / "capitals", key)
     return root / "capitals", key
 
@@ -111,7 +111,7 @@ def test_every_file_is_covered(signed):
 
 def test_another_key(signed, tmp_path):
     folder, _ = signed
-    assert outcome(folder, _key_pair(tmp_path, "other")).endswith("was made with another key")
+    assert outcome(folder, key_pair(tmp_path, "other")).endswith("was made with another key")
     assert "no such public key" in outcome(folder, tmp_path / "nothing.pub")
     edwards = ed25519.Ed25519PrivateKey.generate().public_key()
     pem = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
