@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +23,7 @@ USER, TOKEN = "somebody", "hf_a_token_of_this_test"
 
 @dataclass
 class Repository:
-    """Files at commits, and commits by the names of branches."""
+    """Files at commits, and commits by the names of branches. Of a gated one everybody sees the names of its files."""
 
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
@@ -31,9 +31,9 @@ class Repository:
     private: bool = False
     gated: bool = False
 
-    def commit(self, files: Files, branch: str = "main", message: str = "") -> str:
-        """A commit of these files beside those that are there."""
-        files = {**self.files(branch), **files}
+    def commit(self, files: Files, branch: str = "main", message: str = "", removed: Collection[str] = ()) -> str:
+        """A commit of these files beside those that are there and are not removed."""
+        files = {name: data for name, data in {**self.files(branch), **files}.items() if name not in removed}
         sha = hashlib.sha1(repr((sorted(files.items()), len(self.commits))).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = files, sha
         self.messages.append(message)
@@ -114,6 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         if is_api:
             return self._json({"id": name, "sha": sha, "siblings": [{"rfilename": file} for file in files]})
         file = "/".join(rest[2:])
+        if repository.gated:
+            return self._error(403, "GatedRepo")
         if file not in files:
             return self._error(404, "EntryNotFound")
         digest = hashlib.sha1(files[file]).hexdigest()
@@ -135,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.commit({})
             return self._json({"url": f"{self.hub.url}/{name}", "id": name}, 409 if there else 200)
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            bad = "license: nonsense" in json.loads(body)["content"]
+            errors = [{"message": '"license" must be one of those that the Hub knows'}] if bad else []
+            return self._json({"errors": errors, "warnings": []}, 400 if bad else 200)
         parts = [unquote(part) for part in path.removeprefix("/api/models/").split("/")]
         repository = self._open("/".join(parts[:2]))
         if repository is None:
@@ -156,12 +160,13 @@ class _Handler(BaseHTTPRequestHandler):
         files = {
             line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
         }
+        removed = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
         message = next(line["value"]["summary"] for line in lines if line["key"] == "header")
         is_pull_request = "create_pr=1" in self.path
         branch = "refs/pr/1" if is_pull_request else branch
         if is_pull_request:
             repository.branches[branch] = repository.branches["main"]
-        sha = repository.commit(files, branch, message)
+        sha = repository.commit(files, branch, message, removed)
         url = f"{self.hub.url}/{'/'.join(parts[:2])}"
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", "hookOutput": ""}
         return self._json({**answer, "pullRequestUrl": f"{url}/discussions/1"} if is_pull_request else answer)
@@ -169,9 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _open(self, name: str) -> Repository | None:
         """The repository, if there is one that whoever asks may see; None: the answer has been given."""
         repository = self.hub.repositories.get(name)
-        if repository is not None and repository.gated:
-            self._error(403, "GatedRepo")
-        elif repository is None or (repository.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+        if repository is None or (repository.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
             self._error(404, "RepoNotFound")
         else:
             return repository

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
+from .._text import printable
 from ..nn import PrefixTuningConfig
 from .module import Adapter
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TAGS = {
     "prefix": "prefix-tuning",
     "prompt": "prompt-tuning",
@@ -27,6 +30,11 @@ _LICENSES = (
 
 _LONGEST = 2000
 
+_MARK = "<!-- prefixcore writes this page with each push; take this line away to keep yours. -->"
+
+_MARKUP = re.compile(r"[\\`*\[\]<#|~$&]")
+"""Characters of which Markdown, or HTML in it, makes something else."""
+
 
 def model_card(adapter: Adapter, name: str, title: str) -> str:
     """What the Hub shows of an adapter: what it does, how it is used, where it comes from.
@@ -43,7 +51,7 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
 
     manifest, method = adapter.manifest, adapter.config.method
     base, task = adapter.base_model_name, manifest.task if manifest else None
-    known = bool(base and _HUB_ID.fullmatch(base))
+    known = base is not None and _is_on_hub(base)
     fields: dict[str, Any] = _license(manifest.license if manifest else None)
     if known:
         fields["base_model_relation"] = "adapter"
@@ -59,17 +67,19 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
         front.to_yaml(),
         "---",
         "",
+        _MARK,
+        "",
         f"# {title}",
         "",
-        *([_line(task), ""] if task else []),
-        f"A {kind} of {adapter.config.num_virtual_tokens} virtual tokens for {_code(base or 'its base model')}, "
-        "whose weights stay as they are. Made with prefixcore.",
+        *([_text(task), ""] if task else []),
+        f"A {kind} of {adapter.config.num_virtual_tokens} virtual tokens for "
+        f"{_code(base) if base else 'its base model'}, whose weights stay as they are. Made with prefixcore.",
         "",
         "```python",
         "import prefixcore",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{_line(base or "...")}")',
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(_line(base or '...'))})",
         f'prefixcore.load(model, "{name}")',
         "```",
         "",
@@ -77,15 +87,32 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
         "",
         "```",
         f"prefixcore add {name} adapters/",
-        f"prefixcore serve --model {_line(base or '...')} --adapters adapters/",
+        f"prefixcore serve --model {shlex.quote(_line(base or '...'))} --adapters adapters/",
         "```",
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {title} | {_cell(value)} |" for title, value in _facts(adapter) if value not in (None, {}, "")),
+        *(f"| {what} | {_cell(value)} |" for what, value in _facts(adapter) if value not in (None, {}, "")),
         "",
     ]
     return "\n".join(lines)
+
+
+def is_written_here(page: str | Path) -> bool:
+    """Whether a page is one that `model_card` has written, and nobody has made their own."""
+    return _MARK in Path(page).read_text(encoding="utf-8", errors="replace")
+
+
+def _is_on_hub(base: str) -> bool:
+    """Whether the name of a base model can be one on the Hub, which refuses a page that links to what cannot."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return "/" in base and not Path(base).exists()
 
 
 def _license(said: str | None) -> dict[str, str]:
@@ -119,7 +146,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, Any]]:
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{name} {_number(each)}" for name, each in value.items() if each is not None)
-    return _line(str(value)).replace("|", "\\|")
+    return _text(str(value))
 
 
 def _number(value: Any) -> str:
@@ -130,6 +157,10 @@ def _code(text: str) -> str:
     return f"`{_line(text).replace('`', '')}`"
 
 
+def _text(text: str) -> str:
+    """A text on one line that Markdown shows as it is: no markup of its own, in a cell or not."""
+    return _MARKUP.sub(r"\\\g<0>", _line(text))
+
+
 def _line(text: str) -> str:
-    """A text on one line, which no markup of its own breaks out of."""
-    return " ".join(text.split())[:_LONGEST]
+    return printable(" ".join(text.split())[:_LONGEST])

@@ -7,14 +7,16 @@ settings hold (`hf auth login`, `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OF
 
 from __future__ import annotations
 
+import glob
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..version import __version__
-from .card import model_card
+from .card import is_written_here, model_card
 from .errors import AdapterError, shown
 from .files import (
     BESIDE_PEFT,
@@ -29,6 +31,7 @@ from .files import (
 from .folder import check_claims
 from .reading import read_adapter
 from .record import CURVE, RECORD
+from .signing import signed_names
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -36,9 +39,10 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 _NAME = re.compile(
-    r"(?P<repository>\w[\w.-]*/[\w.-]*\w)(?:@(?P<revision>[\w.-]+))?(?P<folder>(?:/\w[\w.-]*)*)", re.ASCII
+    r"(?P<repository>\w[\w.-]*/[\w.-]*\w)(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?(?P<folder>(?:/\w[\w.-]*)*)", re.ASCII
 )
 _DESCRIPTIONS = (MANIFEST_FILE, PEFT_FILE)
+_IN_A_FOLDER = tuple(f"/{file}" for file in _DESCRIPTIONS)
 _CONTENTS = (MODEL_FILE, STATE_FILE, SIGNATURE_FILE, RECORD, CURVE)
 
 
@@ -84,24 +88,41 @@ def local_folder(source: str | Path, *, revision: str | None = None, token: str 
         revision, token: as of `download`.
 
     Raises:
-        AdapterError: as of `download`; or a revision of what is no name on the Hub.
+        AdapterError: as of `download`; no such folder in one that is there; or a revision of what is no name on the
+            Hub.
     """
     path = Path(source)
     text = source if isinstance(source, str) else path.as_posix()
     name = HubName.parse(text)
     said = revision is not None or (name is not None and name.revision is not None)
-    if name is None or path.exists() or (not said and Path(path.parts[0]).is_dir()):
+    if name is None or not _is_missing(path):
         if revision is not None:
             raise AdapterError(f"{source}: revision={revision!r} is one of an adapter on the Hub, and this is a path")
         return path
+    if not said and os.path.isdir(path.parts[0]):
+        on_hub = "/".join(part for part in (f"{name.repository}@main", name.folder) if part)
+        raise AdapterError(
+            f"{source}: no such folder; as {path.parts[0]} is one here, this is a path: on the Hub it is {on_hub}"
+        )
     return download(text, revision=revision, token=token)
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether nothing is there, which of what the file system refuses to look at nobody knows."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def download(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder of an adapter on the Hub, ours or one that PEFT wrote, in huggingface_hub's cache.
 
     What it claims to be comes first: the files of a LoRA, or of a whole model, are not downloaded. A signed adapter
-    comes with all the files of its folder, since all of them were signed. Without a network the cache answers.
+    comes with all the files that were signed. Without a network the cache answers.
 
     Args:
         name: `user/repository`, with `@revision` and the folder of an adapter in it where there are several.
@@ -145,23 +166,32 @@ def download(name: str, *, revision: str | None = None, token: str | bool | None
                 )
             )
 
+    def listed() -> list[str]:
+        from huggingface_hub import HfApi
+
+        with _failures(found.repository, revision):
+            return HfApi(token=token).list_repo_files(found.repository, revision=snapshot.name)
+
     snapshot = fetch(revision, [place + file for place in places for file in _DESCRIPTIONS])
     folder = find_adapter(snapshot / found.folder)
     if not any((folder / file).exists() for file in _DESCRIPTIONS):
+        others = sorted({file.rpartition("/")[0] for file in listed() if file.endswith(_IN_A_FOLDER)})
         raise AdapterError(
             f"{name}: no adapter is there: expected {MANIFEST_FILE} or {PEFT_FILE}"
-            + (f" in {found.folder}" if found.folder else "; where a repository holds several, name/folder is one")
+            + (f" in {found.folder}" if found.folder else "")
+            + (f"; the repository has them in {shown(others)}: {found.repository}/{others[0]} is one" if others else "")
         )
     check_claims(folder)
     begin = f"{folder.relative_to(snapshot).as_posix()}/" if folder != snapshot else ""
     fetch(snapshot.name, [begin + file for file in (*_DESCRIPTIONS, *_CONTENTS)])
     if not (folder / MODEL_FILE).exists():
+        pickled = begin + "adapter_model.bin" in listed()
         raise AdapterError(
-            f"{name}: has no {MODEL_FILE}; adapter_model.bin, which old ones have, is a pickle and never read: save it "
-            "again as safetensors, with a PEFT that writes them"
+            f"{name}: has no {MODEL_FILE}"
+            + ("; adapter_model.bin is a pickle and never read: save it again as safetensors" if pickled else "")
         )
-    if (folder / SIGNATURE_FILE).exists():
-        fetch(snapshot.name, [f"{begin}[!.]*"])
+    if signed := signed_names(folder):
+        fetch(snapshot.name, [begin + glob.escape(file) for file in signed])
     return folder
 
 
@@ -177,9 +207,9 @@ def upload(
 ) -> CommitInfo:
     """Puts an adapter on the Hub: in a repository of its own, or in a folder of one that holds several.
 
-    All of it is read before. The repository is made where there is none. A page about the adapter (`README.md`) is
-    written of what its manifest says, where neither the folder nor the repository has one and the adapter is not
-    signed, as a signature is one of all files.
+    All of it is read before. The repository is made where there is none; of an adapter that is there, nothing stays.
+    A page about the adapter (`README.md`) is written of what its manifest says, unless the folder or the repository has
+    one of somebody else's, or the adapter is signed, as a signature is one of all files.
 
     Args:
         folder: the adapter's.
@@ -208,20 +238,24 @@ def upload(
     folder = find_adapter(Path(folder))
     adapter = read_adapter(folder)
     files = {file: folder / file for file in (*_DESCRIPTIONS, *_CONTENTS, CARD)}
-    if files[SIGNATURE_FILE].exists():
-        files |= {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
-    there: dict[str, Path | bytes] = {name: path for name, path in files.items() if path.is_file()}
+    if signed := signed_names(folder):
+        in_it = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+        files |= {file: path for file, path in in_it.items() if file in signed}
+    content: dict[str, Path | bytes] = {file: path for file, path in files.items() if path.is_file()}
     with _repository(found.repository, private=private, revision=revision, token=token) as (api, repository):
         found = found._replace(repository=repository)
         begin = f"{found.folder}/" if found.folder else ""
-        if not there.keys() & {CARD, SIGNATURE_FILE} and not api.file_exists(
-            repository, begin + CARD, revision=revision
+        there = api.list_repo_files(repository, revision=revision)
+        if not content.keys() & {CARD, SIGNATURE_FILE} and (
+            begin + CARD not in there
+            or is_written_here(api.hf_hub_download(repository, begin + CARD, revision=revision))
         ):
-            there[CARD] = model_card(adapter, repository + "/" * bool(begin) + found.folder, found.last).encode()
+            content[CARD] = model_card(adapter, "/".join(filter(None, (repository, found.folder))), found.last).encode()
         return _commit(
             api,
             repository,
-            {begin + name: content for name, content in there.items()},
+            {begin + file: each for file, each in content.items()},
+            former=_former(begin, there),
             message=commit_message or f"Upload {found.last} with prefixcore",
             revision=revision,
             create_pr=create_pr,
@@ -255,10 +289,17 @@ def upload_files(
             api,
             repository,
             {path.relative_to(folder).as_posix(): path for path in files},
+            former=_former("", api.list_repo_files(repository, revision=revision)),
             message=commit_message or f"Upload {found.last} with prefixcore",
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _former(begin: str, there: Iterable[str]) -> set[str]:
+    """The files of the adapter that was there before: one that stayed would be taken for a part of the new one."""
+    own = {begin + file for file in (*_DESCRIPTIONS, *_CONTENTS)}
+    return {file for file in there if file in own or file.startswith(f"{begin}{CHECKPOINT}/")}
 
 
 def _to_write(name: str) -> HubName:
@@ -290,13 +331,18 @@ def _commit(
     repository: str,
     files: Mapping[str, Path | bytes],
     *,
+    former: Collection[str],
     message: str,
     revision: str | None,
     create_pr: bool,
 ) -> CommitInfo:
-    from huggingface_hub import CommitOperationAdd
+    """A commit of these files, in place of the former ones."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    operations = [CommitOperationAdd(name, files[name]) for name in sorted(files)]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(name, files[name]) for name in sorted(files)),
+        *(CommitOperationDelete(name) for name in sorted(set(former) - files.keys())),
+    ]
     return api.create_commit(repository, operations, commit_message=message, revision=revision, create_pr=create_pr)
 
 
@@ -307,6 +353,8 @@ def _failures(repository: str, revision: str | None) -> Iterator[None]:
 
     try:
         yield
+    except AdapterError:
+        raise
     except errors.GatedRepoError as error:
         why = "is gated: ask for access on its page, then log in (hf auth login, HF_TOKEN or token=)"
         raise AdapterError(f"{repository}: {why}") from error
@@ -319,11 +367,15 @@ def _failures(repository: str, revision: str | None) -> Iterator[None]:
         at = f" at {revision}" if revision else ""
         raise AdapterError(
             f"{repository}{at}: is no folder here and not in the cache, and the Hub cannot be reached "
-            f"({_first_line(error.__cause__ or error)})"
+            f"({_one_line(error.__cause__ or error)})"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise AdapterError(f"{repository}: the Hub refuses: {_first_line(error)}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise AdapterError(f"{repository}: the Hub cannot be reached: {_one_line(error)}") from error
+    except (errors.HfHubHTTPError, ValueError, OSError) as error:
+        raise AdapterError(f"{repository}: the Hub refuses: {_one_line(error)}") from error
+    except errors.HTTPError as error:  # of httpx, or of httpx2, whichever huggingface_hub has
+        raise AdapterError(f"{repository}: the Hub cannot be reached: {_one_line(error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -235,7 +235,7 @@ class Handle(UndoneAfterBlock):
 
     def push_to_hub(
         self,
-        name: str,
+        repo_id: str,
         *,
         private: bool | None = None,
         revision: str | None = None,
@@ -244,12 +244,13 @@ class Handle(UndoneAfterBlock):
         token: str | bool | None = None,
         **said: Any,
     ) -> CommitInfo | None:
-        """Puts the adapter on the Hugging Face Hub, from where `prefixcore.load(model, name)` takes it.
+        """Puts the adapter on the Hugging Face Hub, from where `prefixcore.load(model, repo_id)` takes it.
 
         In several processes one calls it; or all of them, where FSDP2 shards what was trained, and the first uploads.
 
         Args:
-            name, private, revision, create_pr, commit_message, token: as of `prefixcore.adapters.upload`.
+            repo_id: the `name` of `prefixcore.adapters.upload`.
+            private, revision, create_pr, commit_message, token: as of `prefixcore.adapters.upload`.
             said: of the adapter, as of `save`: its task, its license, ...
 
         Returns:
@@ -265,7 +266,7 @@ class Handle(UndoneAfterBlock):
                 return None
             return upload(
                 folder,
-                name,
+                repo_id,
                 private=private,
                 revision=revision,
                 create_pr=create_pr,

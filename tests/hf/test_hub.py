@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,14 +14,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants, hf_hub_download
 from transformers import Trainer, TrainingArguments
 
 import prefixcore
 from prefixcore.__main__ import main
 from prefixcore.adapters import AdapterError, Registry, adapter_digest, download, read_adapter, upload
 from prefixcore.adapters.hub import HubName, local_folder
+from prefixcore.adapters.signing import check_signature
 from tests import tiny
+from tests.adapters.test_signing import key_pair, sign
 from tests.hub import TOKEN, Files, Hub, only, serve
 
 MODEL, PEFT, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "prefixcore_manifest.json"
@@ -98,6 +102,11 @@ def test_the_page_says_what_the_manifest_says(hub, saved, model):
         assert text in front
     for text in ("# capitals", "country -> capital", "4 virtual tokens", "exact_match 0.5", adapter_digest(saved)):
         assert text in page
+    with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=5)) as handle:
+        handle.push_to_hub("somebody/capitals", task="another one")
+    page = hub.repositories["somebody/capitals"].files()["README.md"].decode()
+    assert "another one" in page
+    assert adapter_digest(saved) not in page
     hub.repositories["somebody/capitals"].commit({"README.md": b"mine"})
     upload(saved, "somebody/capitals")
     assert hub.repositories["somebody/capitals"].files()["README.md"] == b"mine"
@@ -117,6 +126,64 @@ def test_a_license_that_the_hub_does_not_know_and_a_base_model_that_it_may(hub, 
         assert text in front
 
 
+def test_what_is_said_of_an_adapter_stays_a_text(hub, model):
+    """On the page, in the YAML in front of it, and in the lines that a reader copies."""
+    base = 'x"); import os; os.system("id") #'
+    told = {
+        "task": "# <script>\n![x](http://x) `code` a|b",
+        "intended_use": "a\\|b\u202e",
+        "license": "---\nbase_model: else",
+    }
+    before = model.name_or_path
+    try:
+        model.config._name_or_path = model.name_or_path = base
+        with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=2)) as handle:
+            handle.push_to_hub("somebody/prompt", **told)
+        for name in ("../base", "./base", "models/base"):
+            (Path("models") / "base").mkdir(parents=True, exist_ok=True)
+            model.config._name_or_path = model.name_or_path = name
+            with prefixcore.attach(model, prefixcore.PromptTuningConfig(num_virtual_tokens=2)) as handle:
+                handle.push_to_hub(f"somebody/{name.strip('./').replace('/', '-')}")
+    finally:
+        model.config._name_or_path = model.name_or_path = before
+    page = hub.repositories["somebody/prompt"].files()["README.md"].decode()
+    assert ModelCard(page).data.to_dict() == {
+        "library_name": "peft", "license": "other", "license_name": "--- base_model: else",
+        "tags": ["prefixcore", "prompt-tuning"],
+    }  # fmt: skip
+    assert "\n\\# \\<script> !\\[x\\](http://x) \\`code\\` a\\|b\n" in page
+    assert "| intended use | a\\\\\\|b\\\\u202e |" in page
+    python, shell = (part.split("```")[0] for part in page.split("```")[1::2])
+    (called,) = [node for node in ast.walk(ast.parse(python.removeprefix("python"))) if isinstance(node, ast.Call)][:1]
+    assert [argument.value for argument in called.args] == [base]
+    assert base in shlex.split(shell)
+    for name in ("base", "models-base"):  # folders, and no models of the Hub
+        assert "base_model:" not in hub.repositories[f"somebody/{name}"].files()["README.md"].decode()
+
+
+def test_an_adapter_in_place_of_another(hub, model, saved):
+    """None of the former one's files stays: with PEFT's configuration of it the new one would be refused."""
+    upload(saved, "somebody/x")
+    upload(saved, "somebody/x/other")
+    hub.repositories["somebody/x"].commit({"notes.txt": b"somebody's own"})
+    config = prefixcore.PrefixTuningConfig(num_virtual_tokens=3, layers=[1])  # which PEFT's files cannot hold
+    with prefixcore.attach(model, config) as handle:
+        handle.push_to_hub("somebody/x")
+    files = hub.repositories["somebody/x"].files()
+    assert PEFT not in files
+    assert {"notes.txt", f"other/{PEFT}"} <= files.keys()
+    with prefixcore.load(model, "somebody/x") as handle:
+        assert handle.num_virtual_tokens == 3
+    checkpoint = tiny.model()
+    prefixcore.attach(checkpoint, prefixcore.PrefixTuningConfig(num_virtual_tokens=2))
+    checkpoint.save_pretrained("run", push_to_hub=True, repo_id="somebody/x")
+    with prefixcore.load(model, "somebody/x") as handle:
+        assert handle.num_virtual_tokens == 2
+    upload(saved, "somebody/x")
+    with prefixcore.load(model, "somebody/x") as handle:
+        assert handle.num_virtual_tokens == 4
+
+
 def test_branches_commits_and_pull_requests(hub, saved, model):
     first = upload(saved, "somebody/capitals").oid
     with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=2)) as handle:
@@ -128,7 +195,8 @@ def test_branches_commits_and_pull_requests(hub, saved, model):
             assert handle.num_virtual_tokens == tokens
     with prefixcore.load(model, "somebody/capitals@short") as handle:
         assert handle.num_virtual_tokens == 2
-    assert read_adapter(download("somebody/capitals", revision="refs/pr/1")).config.num_virtual_tokens == 2
+    for asked in ({"name": "somebody/capitals", "revision": "refs/pr/1"}, {"name": "somebody/capitals@refs/pr/1"}):
+        assert read_adapter(download(**asked)).config.num_virtual_tokens == 2
     with pytest.raises(AdapterError, match="names one revision, and revision='main' another"):
         download("somebody/capitals@short", revision="main")
 
@@ -136,7 +204,7 @@ def test_branches_commits_and_pull_requests(hub, saved, model):
 def test_several_in_one_repository(hub, saved, model, tmp_path):
     upload(saved, "team/adapters/capitals")
     with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=2)) as handle:
-        handle.push_to_hub("team/adapters/sums", task="sums")
+        handle.push_to_hub(repo_id="team/adapters/sums", task="sums")
     files = hub.repositories["team/adapters"].files()
     assert {f"capitals/{MODEL}", f"sums/{MODEL}", "sums/README.md"} <= files.keys()
     bank = prefixcore.PromptBank(model)
@@ -145,7 +213,7 @@ def test_several_in_one_repository(hub, saved, model, tmp_path):
     bank.detach()
     entry = Registry(tmp_path / "registry").add("team/adapters@main/sums")
     assert (entry.name, entry.task) == ("sums", "sums")
-    with pytest.raises(AdapterError, match="no adapter is there.*name/folder is one"):
+    with pytest.raises(AdapterError, match=r"in \['capitals', 'sums'\]: team/adapters/capitals is one"):
         download("team/adapters")
     with pytest.raises(AdapterError, match=f"no adapter is there: expected {MANIFEST} or {PEFT} in other"):
         download("team/adapters/other")
@@ -175,7 +243,7 @@ def test_what_is_no_adapter_is_not_downloaded(hub, model, what):
         "a model": ({"config.json": b"{}", "model.safetensors": b"large"}, "no adapter is there"),
         "a pickle": (
             {PEFT: json.dumps(pickled).encode(), "adapter_model.bin": b"a pickle"},
-            "adapter_model.bin, which old ones have, is a pickle and never read",
+            f"has no {MODEL}; adapter_model.bin is a pickle and never read",
         ),
     }[what]
     hub.put("somebody/other", files)
@@ -184,14 +252,24 @@ def test_what_is_no_adapter_is_not_downloaded(hub, model, what):
     assert served_files(hub) <= {PEFT}
 
 
-def test_a_signed_adapter_comes_whole(hub, saved, tmp_path):
-    (saved / "model.sig").write_text("{}")
-    (saved / "notes.txt").write_text("signed as well")
+def test_a_signed_adapter_is_signed_there_and_here(hub, saved, tmp_path):
+    """With every file that was signed and none that was not; huggingface_hub's cache is made of links."""
+    (saved / "data").mkdir()
+    (saved / "data" / "[1].txt").write_text("signed as well")
+    key = key_pair(tmp_path, "key")
+    sign(saved, key)
+    signed = files_of(saved)
+    (saved / "notes.txt").write_text("written later")
     upload(saved, "somebody/signed")
-    there = hub.repositories["somebody/signed"].files()
-    assert "README.md" not in there  # it was not signed
-    hub.repositories["somebody/signed"].commit({".gitattributes": b"of the Hub's own"})
-    assert files_of(download("somebody/signed")) == files_of(saved)
+    assert hub.repositories["somebody/signed"].files() == signed  # so without a page
+    hub.repositories["somebody/signed"].commit({".gitattributes": b"", "README.md": b"", "large/model.bin": b""})
+    folder = download("somebody/signed")
+    assert files_of(folder) == signed
+    assert check_signature(folder, key).startswith(f"{len(signed) - 1} files signed")
+    (folder / MODEL).unlink()
+    (folder / MODEL).write_bytes(b"another one")
+    with pytest.raises(AdapterError, match=f"{MODEL} is not the file that was signed"):
+        check_signature(folder, key)
 
 
 def test_without_a_network_the_cache_answers(hub, saved, model, monkeypatch):
@@ -206,6 +284,28 @@ def test_without_a_network_the_cache_answers(hub, saved, model, monkeypatch):
     with pytest.raises(AdapterError, match="somebody/sums: is no folder here and not in the cache, and the Hub cannot"):
         prefixcore.load(model, "somebody/sums")
     assert len(hub.asked) == asked
+
+
+def test_a_part_in_the_cache(hub, saved, monkeypatch):
+    """Which another library has left there."""
+    upload(saved, "somebody/capitals")
+    hf_hub_download("somebody/capitals", PEFT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AdapterError, match="somebody/capitals: the Hub cannot be reached"):
+        download("somebody/capitals")
+
+
+@pytest.mark.parametrize("what", [lambda folder: download("somebody/x"), lambda folder: upload(folder, "somebody/x")])
+def test_a_hub_that_hangs_up(hub, saved, what, monkeypatch):
+    monkeypatch.setattr("tests.hub._Handler.parse_request", lambda self: False)
+    with pytest.raises(AdapterError, match="somebody/x: the Hub cannot be reached"):
+        what(saved)
+
+
+def test_a_page_that_the_hub_refuses(hub, saved):
+    (saved / "README.md").write_text("---\nlicense: nonsense\n---\n")
+    with pytest.raises(AdapterError, match='the Hub refuses: Invalid metadata in README.md. - "license" must be one'):
+        upload(saved, "somebody/capitals")
 
 
 def test_a_commit_that_is_in_the_cache_is_not_asked_for(hub, saved):
@@ -256,6 +356,12 @@ def test_a_path_is_not_asked_for(hub, saved, model, tmp_path):
     for name in ("somebody/capitols", "./nobody/capitals", str(tmp_path / "no" / "where"), "~/capitals"):
         with pytest.raises(AdapterError, match="no such folder"):
             prefixcore.load(model, name)
+    hint = "no such folder; as somebody is one here, this is a path: on the Hub it is somebody/all@main/sums"
+    with pytest.raises(AdapterError, match=hint):
+        prefixcore.load(model, "somebody/all/sums")
+    for name in (f"{'x' * 300}/y", f"somebody/{'x' * 300}"):
+        with pytest.raises(AdapterError, match="File name too long"):
+            prefixcore.load(model, name)
     assert not hub.asked
     hub.put("somebody/capitols", files_of(saved))
     with prefixcore.load(model, "somebody/capitols@main"):  # this is no path
@@ -269,6 +375,7 @@ def test_a_path_is_not_asked_for(hub, saved, model, tmp_path):
         ("user/name@v1.0", ("user/name", "v1.0", "")),
         ("user/name@v1/a/b-c", ("user/name", "v1", "a/b-c")),
         ("user/name/a", ("user/name", None, "a")),
+        ("user/name@refs/pr/12/a", ("user/name", "refs/pr/12", "a")),
         ("name", None),
         ("/user/name", None),
         ("../name", None),
