@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 
 from .. import _interrupt
-from .common import ADAPTER, OK
+from .common import ADAPTER, OK, adapter_name
 from .failures import user_errors
 from .output import check_open, results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore add`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=f"{ADAPTER}; it stays as it is")
+    parser.add_argument("adapter", type=adapter_name, metavar="ADAPTER", help=f"{ADAPTER}; it stays as it is")
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder of adapters; made where there is none")
     parser.add_argument(
         "--name", metavar="NAME", help="what it is asked for by (default: that of the one it replaces, else ADAPTER's)"

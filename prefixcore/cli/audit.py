@@ -12,6 +12,7 @@ from .common import (
     NAMED,
     OK,
     adapter_folder,
+    adapter_name,
     add_force_argument,
     add_model_arguments,
     named_model,
@@ -26,7 +27,7 @@ from .output import check_open, results, say, to_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore audit`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=ADAPTER)
+    parser.add_argument("adapter", type=adapter_name, metavar="ADAPTER", help=ADAPTER)
     add_model_arguments(parser, required=False, said=NAMED)
     add_force_argument(parser)
     parser.add_argument(
@@ -93,12 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--trials must be at least 0, got {arguments.trials}")
 
     from ..adapters import AdapterError, read_adapter
+    from ..adapters.hub import last_name
     from ..audit import AuditError, audit
     from ..audit.report import targets
     from ..audit.virtual import check_method
     from ..training import DataError
 
-    name = named.resolve().name if named.is_dir() else named.name.partition("@")[0]  # on the Hub, with a revision
+    name = named.resolve().name if named.is_dir() else last_name(named.as_posix())
     out = arguments.out or Path(f"{name}-audit.html")
     check_out(*targets(out))
     check_libraries()

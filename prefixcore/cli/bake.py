@@ -9,6 +9,7 @@ from .common import (
     ADAPTER,
     OK,
     adapter_folder,
+    adapter_name,
     add_force_argument,
     add_model_arguments,
     open_model,
@@ -22,7 +23,7 @@ from .train_provenance import author_text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore bake`."""
-    parser.add_argument("adapter", type=Path, nargs="?", metavar="ADAPTER", help=ADAPTER)
+    parser.add_argument("adapter", type=adapter_name, nargs="?", metavar="ADAPTER", help=ADAPTER)
     parser.add_argument("--text", type=plain_escapes, help="a text to stand before every input, in place of an adapter")
     parser.add_argument("--text-file", type=Path, metavar="FILE", help="the same, from a file in UTF-8")
     add_model_arguments(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,11 @@ def add_force_argument(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take a model that does not look like the one the adapter was trained for, as long as the shapes fit",
     )
+
+
+def adapter_name(text: str) -> Path:
+    """An argparse type: a folder, or a name on the Hub; `./user/name`, of which a path is `user/name`, is a folder."""
+    return Path(text).absolute() if text.startswith((f".{os.sep}", "./")) else Path(text)
 
 
 def adapter_folder(named: Path) -> Path:

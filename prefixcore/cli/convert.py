@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import DTYPES, OK, adapter_folder, open_model, warnings_as_lines
+from .common import DTYPES, OK, adapter_folder, adapter_name, open_model, warnings_as_lines
 from .failures import UserError, user_errors
 from .output import check_open, results, say, table
 
@@ -14,7 +14,11 @@ from .output import check_open, results, say, table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore convert`."""
     parser.add_argument(
-        "source", type=Path, nargs="*", metavar="SOURCE", help="an adapter's folder; with --from, theirs"
+        "source",
+        type=adapter_name,
+        nargs="*",
+        metavar="SOURCE",
+        help="an adapter's folder, or its name on the Hub; with --from, theirs",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--to", metavar="FORMAT", help="write this format (--list names them)")

@@ -13,6 +13,7 @@ from .common import (
     NAMED,
     OK,
     adapter_folder,
+    adapter_name,
     add_force_argument,
     add_model_arguments,
     load_adapter,
@@ -40,7 +41,7 @@ MOST_NEW_TOKENS = 2**20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore generate`."""
     add_model_arguments(parser, required=False, said=NAMED)
-    parser.add_argument("--adapter", type=Path, required=True, metavar="ADAPTER", help=ADAPTER)
+    parser.add_argument("--adapter", type=adapter_name, required=True, metavar="ADAPTER", help=ADAPTER)
     add_force_argument(parser)
     parser.add_argument(
         "--prompt",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import ADAPTER, OK, adapter_folder
+from .common import ADAPTER, OK, adapter_folder, adapter_name
 from .failures import user_errors
 from .output import check_open, results, table, to_json
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore inspect`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=ADAPTER)
+    parser.add_argument("adapter", type=adapter_name, metavar="ADAPTER", help=ADAPTER)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .common import add_force_argument, add_model_arguments, option, plain_escapes, positive, seed
+from .common import adapter_name, add_force_argument, add_model_arguments, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
 from .train_provenance import add_author_arguments
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="ADAPTER", help="folder to write the adapter to")
     parser.add_argument("--method", choices=METHODS, help="what to train (not with --resume)")
-    parser.add_argument("--resume", type=Path, metavar="ADAPTER", help="go on training this adapter")
+    parser.add_argument("--resume", type=adapter_name, metavar="ADAPTER", help="go on training this adapter")
     add_force_argument(parser)
     add_author_arguments(parser.add_argument_group("what you say of it, for the manifest"))
     add_start_arguments(parser)

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import ADAPTER, FOUND_WRONG, OK, adapter_folder, add_model_arguments, load_adapter, open_model
+from .common import (
+    ADAPTER,
+    FOUND_WRONG,
+    OK,
+    adapter_folder,
+    adapter_name,
+    add_model_arguments,
+    load_adapter,
+    open_model,
+)
 from .failures import UserError, user_errors
 from .output import check_open, results, say, table, to_json
 
@@ -16,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `prefixcore verify`."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help=ADAPTER)
+    parser.add_argument("adapter", type=adapter_name, metavar="ADAPTER", help=ADAPTER)
     add_model_arguments(parser, required=False, said="compare with this base model")
     parser.add_argument(
         "--data",

@@ -18,6 +18,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
@@ -30,9 +31,11 @@ from ..adapters.whole import whole_module
 from .attention.patch import MODULE
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from .bank.bank import Bank
 
-_METHOD = "save_pretrained"
+_METHOD, _PUSH = "save_pretrained", "push_to_hub"
 _NOT_SAVED = "_keys_to_ignore_on_save"
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -77,11 +80,7 @@ class SavePretrained:
         save_file(_trained(self.bank, state_dict), folder / _WEIGHTS, {"format": "pt"})
         (folder / _CONFIG).write_text(json.dumps(_NO_MODEL, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
-            said = {name: value for name, value in kwargs.items() if name in _HUB}
-            files = [folder / name for name in (_CONFIG, _WEIGHTS, MODEL_FILE, PEFT_FILE)]
-            files += [path for path in (folder / CHECKPOINT).rglob("*") if path.is_file()]
-            there = [path for path in files if path.is_file()]
-            upload_files(folder, there, kwargs.get("repo_id", folder.absolute().name), **said)
+            _upload(folder, **{"repo_id": folder.absolute().name, **kwargs})
 
     def write_adapters(
         self, folder: Path, state_dict: Mapping[str, Tensor] | None = None, only: str | None = None
@@ -115,6 +114,34 @@ class SavePretrained:
             write_adapter(
                 target, module=module, config=handle.config, manifest=manifest, heads=heads, source=handle.source
             )
+
+
+class PushToHub:
+    """`push_to_hub` in place of the model's own, which takes a bank's folders, in a folder of their own, for files."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank = bank
+
+    def __call__(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Puts what `save_pretrained` writes on the Hugging Face Hub.
+
+        Args:
+            repo_id, kwargs: as of `save_pretrained` with `push_to_hub=True`.
+
+        Returns:
+            huggingface_hub's record of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            self.bank.model.save_pretrained(folder)
+            return _upload(Path(folder), repo_id, **kwargs)
+
+
+def _upload(folder: Path, repo_id: str, **kwargs: Any) -> CommitInfo:
+    """Puts what was written to a folder, and nothing else that is in it, on the Hub."""
+    files = [folder / name for name in (_CONFIG, _WEIGHTS, MODEL_FILE, PEFT_FILE)]
+    files += (folder / CHECKPOINT).rglob("*")
+    said = {name: value for name, value in kwargs.items() if name in _HUB}
+    return upload_files(folder, [path for path in files if path.is_file()], repo_id, **said)
 
 
 def _save_added_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
@@ -177,10 +204,11 @@ class NotSaved:
 
 
 def install(bank: Bank) -> None:
-    """Puts the method in place of the model's own, and looks at what is loaded into the model."""
+    """Puts the methods in place of the model's own, and looks at what is loaded into the model."""
     if not isinstance(bank.model.__dict__.get(_METHOD), SavePretrained):
         bank.state_hook = bank.model.register_load_state_dict_pre_hook(check_state)
     bank.model.__dict__[_METHOD] = SavePretrained(bank)
+    bank.model.__dict__[_PUSH] = PushToHub(bank)
     bank.model.__dict__[_NOT_SAVED] = NotSaved(bank)
 
 
@@ -189,6 +217,7 @@ def uninstall(bank: Bank) -> None:
     found = bank.model.__dict__.get(_METHOD)
     if isinstance(found, SavePretrained) and found.bank is bank and not bank.is_attached:
         del bank.model.__dict__[_METHOD]
+        del bank.model.__dict__[_PUSH]
         bank.state_hook.remove()
         bank.model._keys_to_ignore_on_save = bank.model.__dict__[_NOT_SAVED].own
 

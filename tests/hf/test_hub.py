@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -393,6 +394,25 @@ def test_names(text, expected):
         assert local_folder(text) == Path(text)
 
 
+def test_a_bank(hub, model):
+    """Whose folders lie in one of the checkpoint's."""
+    trained = tiny.model()
+    bank = prefixcore.PromptBank(trained)
+    for name in ("capitals", "sums"):
+        bank.attach(name, prefixcore.PrefixTuningConfig(num_virtual_tokens=len(name)))
+    for push in (lambda: trained.push_to_hub("somebody/run"), lambda: trained.push_to_hub("run", commit_message="Two")):
+        assert hub.url in str(push())
+    assert hub.repositories["somebody/run"].messages[-1] == "Two"
+    assert bank["sums"].push_to_hub("somebody/sums")
+    bank.detach()
+    assert "push_to_hub" not in vars(trained)
+    for name, tokens in (("run/prefixcore/capitals", 8), ("run/prefixcore/sums", 4), ("sums", 4)):
+        with prefixcore.load(model, f"somebody/{name}") as handle:
+            assert handle.num_virtual_tokens == tokens
+    with pytest.raises(AdapterError, match="somebody/run/prefixcore/capitals is one"):
+        prefixcore.load(model, "somebody/run")
+
+
 @pytest.mark.parametrize("how", ["trainer", "model", "save_pretrained"])
 def test_a_checkpoint(hub, tmp_path, how):
     """What Trainer, the model's own method and `save_pretrained` push, `load` finds the adapter in."""
@@ -436,6 +456,15 @@ def test_the_command_line(hub, saved, tmp_path, capsys):
     assert main(["verify", "somebody/capitals", "--skip", "data", "--skip", "intended_use"]) == 0
     assert main(["convert", "somebody/capitals", "--to", "peft", "--out", "theirs"]) == 0
     assert read_adapter("theirs").config.num_virtual_tokens == 4
+    asked = len(hub.asked)
+    for command in (["inspect"], ["add"], ["bake"], ["audit"], ["verify"], ["convert"], ["generate", "--adapter"]):
+        more = {
+            "add": ["registry"], "bake": ["--model", "model", "--out", "x"], "audit": ["--probe", "x"],
+            "convert": ["--to", "peft", "--out", "x"], "generate": ["--prompt", "abc"],
+        }.get(command[0], [])  # fmt: skip
+        assert main([*command, "./somebody/capitals", *more]) == 2
+        assert re.search("no such folder|is not a folder", capsys.readouterr().err)
+    assert len(hub.asked) == asked
     assert main(["push", "nowhere", "somebody/capitals"]) == 2
     assert main(["inspect", "somebody/nothing"]) == 2
     assert "no such repository on the Hub" in capsys.readouterr().err
