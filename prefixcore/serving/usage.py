@@ -89,6 +89,8 @@ class Usage:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Usage:
-        """From what `to_dict` made."""
-        adapters = {name: AdapterUsage(**used) for name, used in data.get("adapters", {}).items()}
-        return cls(adapters, data.get("refused", 0))
+        """From what `to_dict` made, which vLLM hands to several readers: what is counted here does not change it."""
+        usage = cls(refused=data.get("refused", 0))
+        for name, used in data.get("adapters", {}).items():
+            usage.add(name, AdapterUsage(**used))
+        return usage

@@ -13,7 +13,7 @@ from prefixcore.adapters import AdapterError
 from prefixcore.serving.admission import Admission, Load
 from prefixcore.serving.catalog import Served
 from prefixcore.serving.salt import make_salt
-from prefixcore.serving.usage import Usage
+from prefixcore.serving.usage import AdapterUsage, Usage
 
 DIGEST = "ab" * 32
 KNOWN = Served("known", DIGEST, 5)
@@ -153,6 +153,14 @@ def test_what_an_adapter_was_used_for() -> None:
     assert (used.requests, used.failed, used.prompt_tokens, used.generation_tokens) == (2, 1, 4, 6)
     assert all(2 <= seconds < 60 for seconds in used.seconds)
     assert not ours.take_usage()
+
+
+def test_usage_is_counted_beside_what_others_read() -> None:
+    first = {"adapters": {"known": vars(AdapterUsage(1, seconds=[0.5]))}, "refused": 1}
+    usage = Usage.from_dict(first)
+    usage.merge(Usage.from_dict(first))
+    assert usage.adapters["known"] == AdapterUsage(2, seconds=[0.5, 0.5])
+    assert (usage.refused, first["adapters"]["known"]["seconds"]) == (2, [0.5])
 
 
 def test_a_request_that_has_its_prefix_runs(caplog: pytest.LogCaptureFixture) -> None:
