@@ -152,9 +152,9 @@ def download(name: str, *, revision: str | None = None, token: str | bool | None
     places = [begin, f"{begin}{CHECKPOINT}/{BESIDE_PEFT}/", f"{begin}{CHECKPOINT}/"]
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
-        from huggingface_hub import snapshot_download
-
         with _failures(found.repository, revision):
+            from huggingface_hub import snapshot_download
+
             return Path(
                 snapshot_download(
                     found.repository,
@@ -167,9 +167,9 @@ def download(name: str, *, revision: str | None = None, token: str | bool | None
             )
 
     def listed() -> list[str]:
-        from huggingface_hub import HfApi
-
         with _failures(found.repository, revision):
+            from huggingface_hub import HfApi
+
             return HfApi(token=token).list_repo_files(found.repository, revision=snapshot.name)
 
     snapshot = fetch(revision, [place + file for place in places for file in _DESCRIPTIONS])
@@ -316,10 +316,10 @@ def _repository(
     name: str, *, private: bool | None, revision: str | None, token: str | bool | None
 ) -> Iterator[tuple[HfApi, str]]:
     """A block in which there is the repository, with the branch: the Hub, and the whole name."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token, library_name="prefixcore", library_version=__version__)
     with _failures(name, revision):
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="prefixcore", library_version=__version__)
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
@@ -349,8 +349,11 @@ def _commit(
 @contextmanager
 def _failures(repository: str, revision: str | None) -> Iterator[None]:
     """A block in which what huggingface_hub raises is an AdapterError in words of what was wanted."""
-    from huggingface_hub import errors
-
+    try:
+        from huggingface_hub import errors
+    except ImportError as error:
+        how = f"the Hub is asked by huggingface_hub, which is missing ({error}); pip install 'prefixcore[hf]'"
+        raise AdapterError(f"{repository}: is no folder here, and {how}") from error
     try:
         yield
     except AdapterError:

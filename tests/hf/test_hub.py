@@ -303,6 +303,15 @@ def test_a_hub_that_hangs_up(hub, saved, what, monkeypatch):
         what(saved)
 
 
+def test_without_huggingface_hub(saved, tmp_path, monkeypatch):
+    """Which reading and writing adapters does not need."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert local_folder(saved) == saved
+    for what in (lambda: Registry(tmp_path / "registry").add("nobody/x"), lambda: upload(saved, "somebody/x")):
+        with pytest.raises(AdapterError, match=r"huggingface_hub, which is missing .*pip install 'prefixcore\[hf\]'"):
+            what()
+
+
 def test_a_page_that_the_hub_refuses(hub, saved):
     (saved / "README.md").write_text("---\nlicense: nonsense\n---\n")
     with pytest.raises(AdapterError, match='the Hub refuses: Invalid metadata in README.md. - "license" must be one'):
