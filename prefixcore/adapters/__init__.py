@@ -2,7 +2,8 @@
 
 from .errors import AdapterError
 from .fingerprint import fingerprint
-from .hub import download, upload
+from .hub import download
+from .hub_upload import upload
 from .manifest import Manifest
 from .module import Adapter, make_module
 from .reading import adapter_digest, read_adapter, read_record

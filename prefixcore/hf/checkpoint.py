@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters import Manifest, write_adapter
 from ..adapters.files import CHECKPOINT, MODEL_FILE, PEFT_FILE
-from ..adapters.hub import upload_files
+from ..adapters.hub_upload import upload_files
 from ..adapters.whole import whole_module
 from .attention.patch import MODULE
 
