@@ -68,6 +68,7 @@ def upload(
         in_it = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
         files |= {file: path for file, path in in_it.items() if file in signed}
     content: dict[str, Path | bytes] = {file: path for file, path in files.items() if path.is_file()}
+    _check_links(folder, content)
     with _repository(found.repository, private=private, revision=revision, token=token) as (api, repository):
         found = found._replace(repository=repository)
         begin = f"{found.folder}/" if found.folder else ""
@@ -126,6 +127,22 @@ def _former(begin: str, there: Iterable[str]) -> set[str]:
     """The files of the adapter that was there before: one that stayed would be taken for a part of the new one."""
     own = {begin + file for file in (*DESCRIPTIONS, *CONTENTS)}
     return {file for file in there if file in own or file.startswith(f"{begin}{CHECKPOINT}/")}
+
+
+def _check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises AdapterError for a link that leads elsewhere than into huggingface_hub's cache, which is made of links.
+
+    A folder that somebody else has made could publish any file of this machine.
+    """
+    for name in names:
+        path = folder / name
+        real = path.resolve()
+        if real == folder.resolve() / name:
+            continue
+        from huggingface_hub import constants
+
+        if not real.is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+            raise AdapterError(f"{path}: is a link, and {real} would be published; put the file itself there")
 
 
 def _to_write(name: str) -> HubName:

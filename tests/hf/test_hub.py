@@ -273,6 +273,18 @@ def test_a_signed_adapter_is_signed_there_and_here(hub, saved, tmp_path):
         check_signature(folder, key)
 
 
+def test_a_link_is_not_published(hub, saved, tmp_path):
+    """But for those of the cache, from where an adapter can be pushed to another repository."""
+    upload(saved, "somebody/capitals")
+    upload(download("somebody/capitals"), "somebody/again")
+    assert hub.repositories["somebody/again"].files()[MODEL] == (saved / MODEL).read_bytes()
+    (tmp_path / "secret").write_text("a secret")
+    (saved / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(AdapterError, match="README.md: is a link, and .*secret would be published"):
+        upload(saved, "somebody/other")
+    assert "somebody/other" not in hub.repositories
+
+
 def test_without_a_network_the_cache_answers(hub, saved, model, monkeypatch):
     upload(saved, "somebody/capitals")
     commit = hub.repositories["somebody/capitals"].branches["main"]
