@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 Files = dict[str, bytes]
 
@@ -79,7 +79,8 @@ def serve() -> Iterator[Hub]:
 def only(hub: Hub) -> Iterator[None]:
     """A block in which huggingface_hub knows no other."""
     file = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    with patch.multiple(constants, ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=file, HF_HUB_OFFLINE=False):
+    settings = patch.multiple(constants, ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=file, HF_HUB_OFFLINE=False)
+    with settings, patch.object(hf_api.api, "endpoint", hub.url):
         yield
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 
+SAID = ("private", "revision", "create_pr", "commit_message", "token")
+"""What `upload` and `upload_files` are told beside what and where; transformers' `push_to_hub` calls it so, too."""
+
 
 def upload(
     folder: str | Path,

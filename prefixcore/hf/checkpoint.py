@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters import Manifest, write_adapter
 from ..adapters.files import CHECKPOINT, MODEL_FILE, PEFT_FILE
-from ..adapters.hub_upload import upload_files
+from ..adapters.hub_upload import SAID, upload_files
 from ..adapters.whole import whole_module
 from .attention.patch import MODULE
 
@@ -39,7 +39,6 @@ _METHOD, _PUSH = "save_pretrained", "push_to_hub"
 _NOT_SAVED = "_keys_to_ignore_on_save"
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
-_HUB = ("private", "revision", "create_pr", "commit_message", "token")
 _HINT = "prefixcore's virtual tokens and no model: load the base model, then call prefixcore.load(model, this folder)"
 _NO_MODEL = {"model_type": _HINT, "transformers_weights": _HINT}
 """transformers quotes the first where it knows no such model, and the second where it knows no such file of weights."""
@@ -140,7 +139,7 @@ def _upload(folder: Path, repo_id: str, **kwargs: Any) -> CommitInfo:
     """Puts what was written to a folder, and nothing else that is in it, on the Hub."""
     files = [folder / name for name in (_CONFIG, _WEIGHTS, MODEL_FILE, PEFT_FILE)]
     files += (folder / CHECKPOINT).rglob("*")
-    said = {name: value for name, value in kwargs.items() if name in _HUB}
+    said = {name: value for name, value in kwargs.items() if name in SAID}
     return upload_files(folder, [path for path in files if path.is_file()], repo_id, **said)
 
 

@@ -459,6 +459,23 @@ def test_a_checkpoint(hub, tmp_path, how):
         assert torch.equal(logits(bare), logits(model))
 
 
+def test_a_lora_beside_virtual_tokens(hub):
+    """Both are pushed, each where its own library finds it."""
+    peft_model = peft.get_peft_model(tiny.model(), peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"]))
+    expected = logits(peft_model.get_base_model())
+    handle = prefixcore.attach(peft_model.get_base_model(), prefixcore.PrefixTuningConfig(num_virtual_tokens=4))
+    both = logits(handle.model)
+    peft_model.push_to_hub("somebody/both", commit_message="Both")
+    assert hub.repositories["somebody/both"].messages[-1] == "Both"
+    loaded = peft.PeftModel.from_pretrained(tiny.model(), "somebody/both").get_base_model()
+    assert torch.equal(logits(loaded), expected)
+    with prefixcore.load(loaded, "somebody/both"):
+        torch.testing.assert_close(logits(loaded), both)
+    handle.detach()
+    peft_model.push_to_hub("somebody/alone")  # PEFT's own way
+    assert not [name for name in hub.repositories["somebody/alone"].files() if "prefixcore" in name]
+
+
 def test_the_command_line(hub, saved, tmp_path, capsys):
     tiny.folder(tmp_path / "model")
     assert main(["push", str(saved), "somebody/capitals", "--private", "--message", "By hand"]) == 0

@@ -1,7 +1,8 @@
 """Checkpoints of a PeftModel (a LoRA, say) around a model with virtual tokens: they hold the virtual tokens too.
 
 Trainer with a PeftModel saves by `PeftModel.save_pretrained` and resumes by `PeftModel.load_adapter`. Neither asks the
-model inside, so both are extended, for all PeftModels, by what happens only where virtual tokens are attached.
+model inside, so both are extended, for all PeftModels, by what happens only where virtual tokens are attached. So is
+`push_to_hub`, which takes folders in folders, as these are, for files.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ...adapters import AdapterError, read_adapter
 from ...adapters.files import BESIDE_PEFT, CHECKPOINT, MANIFEST_FILE
+from ...adapters.hub_upload import SAID, upload_files
 from ...adapters.module import build_module
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ def extend_peft_checkpoints() -> None:
 
     _extend(PeftModel, "save_pretrained", _save)
     _extend(PeftModel, "load_adapter", _load)
+    if not hasattr(PeftModel.push_to_hub, _EXTENDED):
+        setattr(PeftModel, "push_to_hub", _pushing(PeftModel.push_to_hub))  # noqa: B010
 
 
 def _extend(cls: Any, name: str, after: Callable[..., None]) -> None:
@@ -94,6 +99,23 @@ def _load(peft_model: Any, model_id: Any, adapter_name: str, is_trainable: bool 
                 "attached keep the values that they have",
                 stacklevel=4,
             )
+
+
+def _pushing(method: Any) -> Any:
+    """`PeftModel.push_to_hub`, by our own hands where there are virtual tokens."""
+
+    @functools.wraps(method)
+    def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        if _bank_inside(self)[1] is None:
+            return method(self, repo_id, **kwargs)
+        with TemporaryDirectory() as parent:
+            folder = Path(parent)
+            self.save_pretrained(folder)
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            return upload_files(folder, files, repo_id, **{each: kwargs[each] for each in SAID if each in kwargs})
+
+    setattr(push_to_hub, _EXTENDED, True)
+    return push_to_hub
 
 
 def _put(adapter: Attached, folder: Path) -> None:
