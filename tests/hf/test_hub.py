@@ -511,7 +511,8 @@ def test_the_command_line(hub, saved, tmp_path, capsys):
 def test_the_settings_of_huggingface_hub_hold(hub, saved, tmp_path):
     """In a process of its own, which reads the environment."""
     upload(saved, "somebody/capitals")
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {**others, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "prefixcore", "inspect", "somebody/capitals"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
