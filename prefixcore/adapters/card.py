@@ -22,9 +22,8 @@ _TAGS = {
 _LICENSES = (
     "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc-by-2.0",
     "cc-by-3.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0",
-    "cc-by-sa-4.0",
-    "cc0-1.0", "epl-2.0", "eupl-1.2", "gpl-2.0", "gpl-3.0", "isc", "lgpl-2.1", "lgpl-3.0", "mit", "mpl-2.0", "odc-by",
-    "openrail", "unlicense", "wtfpl", "zlib",
+    "cc-by-sa-4.0", "cc0-1.0", "epl-2.0", "eupl-1.2", "gpl-2.0", "gpl-3.0", "isc", "lgpl-2.1", "lgpl-3.0", "mit",
+    "mpl-2.0", "odc-by", "openrail", "unlicense", "wtfpl", "zlib",
 )  # fmt: skip
 """Licences that the Hub knows; it refuses a page that names another one without calling it "other"."""
 

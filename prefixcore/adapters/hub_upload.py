@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..version import __version__
 from .card import is_written_here, model_card
@@ -16,12 +15,9 @@ from .reading import read_adapter
 from .signing import signed_names
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub import CommitInfo
 
 CARD = "README.md"
-
-SAID = ("private", "revision", "create_pr", "commit_message", "token")
-"""What `upload` and `upload_files` are told beside what and where; transformers' `push_to_hub` calls it so, too."""
 
 
 def upload(
@@ -72,57 +68,78 @@ def upload(
         files |= {file: path for file, path in in_it.items() if file in signed}
     content: dict[str, Path | bytes] = {file: path for file, path in files.items() if path.is_file()}
     _check_links(folder, content)
-    with _repository(found.repository, private=private, revision=revision, token=token) as (api, repository):
-        found = found._replace(repository=repository)
-        begin = f"{found.folder}/" if found.folder else ""
-        there = api.list_repo_files(repository, revision=revision)
-        if not content.keys() & {CARD, SIGNATURE_FILE} and (
-            begin + CARD not in there
-            or is_written_here(api.hf_hub_download(repository, begin + CARD, revision=revision))
-        ):
-            content[CARD] = model_card(adapter, "/".join(filter(None, (repository, found.folder))), found.last).encode()
-        return _commit(
-            api,
-            repository,
-            {begin + file: each for file, each in content.items()},
-            former=_former(begin, there),
-            message=commit_message or f"Upload {found.last} with prefixcore",
-            revision=revision,
-            create_pr=create_pr,
-        )
+
+    def page(name: str, title: str) -> bytes:
+        return model_card(adapter, name, title).encode()
+
+    push = _Push(private, revision, create_pr, commit_message, token)
+    return _put(content, found, push, None if content.keys() & {CARD, SIGNATURE_FILE} else page)
 
 
-def upload_files(
-    folder: Path,
-    files: Iterable[Path],
-    name: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-) -> CommitInfo:
+def upload_files(folder: Path, files: Iterable[Path], name: str, **said: Any) -> CommitInfo:
     """Puts files of a folder, such as a checkpoint's, into a repository of the Hub, as they lie in it.
 
     Args:
         folder: what their names in the repository begin behind.
         files: in it.
-        name, private, revision, create_pr, commit_message, token: as of `upload`, without a folder in the repository.
+        name: as of `upload`.
+        said: of transformers' `push_to_hub`, of which what `upload` takes is heeded.
 
     Raises:
         AdapterError: no such name, or the Hub refuses.
     """
-    found = _to_write(name)
-    with _repository(found.repository, private=private, revision=revision, token=token) as (api, repository):
-        return _commit(
-            api,
+    push = _Push(**{name: value for name, value in said.items() if name in _Push._fields})
+    return _put({path.relative_to(folder).as_posix(): path for path in files}, _to_write(name), push)
+
+
+class _Push(NamedTuple):
+    """What is said of a push; `upload` says what each means."""
+
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    token: str | bool | None = None
+
+
+def _put(
+    content: Mapping[str, Path | bytes],
+    found: HubName,
+    push: _Push,
+    page: Callable[[str, str], bytes] | None = None,
+) -> CommitInfo:
+    """A commit of files, in place of the adapter that was there.
+
+    Args:
+        content: files by their names, in the folder of the repository that is named.
+        found: the name.
+        push: what is said of it.
+        page: makes a page of a name and a title, where there is none but such a one; None: there is to be none.
+    """
+    with failures(found.repository, push.revision):
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        api = HfApi(token=push.token, library_name="prefixcore", library_version=__version__)
+        repository = api.create_repo(found.repository, private=push.private, exist_ok=True).repo_id
+        if push.revision is not None:
+            api.create_branch(repository, branch=push.revision, exist_ok=True)
+        there = api.list_repo_files(repository, revision=push.revision)
+        begin = f"{found.folder}/" if found.folder else ""
+        files = {begin + file: each for file, each in content.items()}
+        card = begin + CARD
+        if page is not None and (
+            card not in there or is_written_here(api.hf_hub_download(repository, card, revision=push.revision))
+        ):
+            files[card] = page("/".join(filter(None, (repository, found.folder))), found.last)
+        return api.create_commit(
             repository,
-            {path.relative_to(folder).as_posix(): path for path in files},
-            former=_former("", api.list_repo_files(repository, revision=revision)),
-            message=commit_message or f"Upload {found.last} with prefixcore",
-            revision=revision,
-            create_pr=create_pr,
+            [
+                *(CommitOperationAdd(file, files[file]) for file in sorted(files)),
+                *(CommitOperationDelete(file) for file in sorted(_former(begin, there) - files.keys())),
+            ],
+            commit_message=push.commit_message or f"Upload {found.last} with prefixcore",
+            revision=push.revision,
+            create_pr=push.create_pr,
         )
 
 
@@ -155,38 +172,3 @@ def _to_write(name: str) -> HubName:
         hint = "; say the branch by revision=" if found else ""
         raise AdapterError(f"{shown(name)}: expected the name of a repository on the Hub, user/repository{hint}")
     return found if "/" in name else found._replace(repository=name)
-
-
-@contextmanager
-def _repository(
-    name: str, *, private: bool | None, revision: str | None, token: str | bool | None
-) -> Iterator[tuple[HfApi, str]]:
-    """A block in which there is the repository, with the branch: the Hub, and the whole name."""
-    with failures(name, revision):
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token, library_name="prefixcore", library_version=__version__)
-        name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
-        yield api, name
-
-
-def _commit(
-    api: HfApi,
-    repository: str,
-    files: Mapping[str, Path | bytes],
-    *,
-    former: Collection[str],
-    message: str,
-    revision: str | None,
-    create_pr: bool,
-) -> CommitInfo:
-    """A commit of these files, in place of the former ones."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(name, files[name]) for name in sorted(files)),
-        *(CommitOperationDelete(name) for name in sorted(set(former) - files.keys())),
-    ]
-    return api.create_commit(repository, operations, commit_message=message, revision=revision, create_pr=create_pr)

@@ -143,7 +143,7 @@ class Registry:
         """
         named = local_folder(folder)
         source = find_adapter(named)
-        own_name = source.absolute().name if named == Path(folder) else last_name(str(folder))
+        own_name = source.absolute().name if named == Path(folder) else last_name(Path(folder).as_posix())
         adapter = read_adapter(source)
         manifest, digest = adapter.manifest, adapter.digest
         if manifest is None or digest is None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters import Manifest, write_adapter
 from ..adapters.files import CHECKPOINT, MODEL_FILE, PEFT_FILE
-from ..adapters.hub_upload import SAID, upload_files
+from ..adapters.hub_upload import upload_files
 from ..adapters.whole import whole_module
 from .attention.patch import MODULE
 
@@ -139,8 +139,7 @@ def _upload(folder: Path, repo_id: str, **kwargs: Any) -> CommitInfo:
     """Puts what was written to a folder, and nothing else that is in it, on the Hub."""
     files = [folder / name for name in (_CONFIG, _WEIGHTS, MODEL_FILE, PEFT_FILE)]
     files += (folder / CHECKPOINT).rglob("*")
-    said = {name: value for name, value in kwargs.items() if name in SAID}
-    return upload_files(folder, [path for path in files if path.is_file()], repo_id, **said)
+    return upload_files(folder, [path for path in files if path.is_file()], repo_id, **kwargs)
 
 
 def _save_added_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:

@@ -19,7 +19,7 @@ from prefixcore.hf.baking.publishing import Publisher
 from tests import tiny
 from tests.distributed.launch import leave, report
 from tests.distributed.training import CONFIGS, IDS, train, why_no_average
-from tests.hub import TOKEN, only, serve
+from tests.hub.server import TOKEN, only, serve
 
 HOW = (
     "ddp",

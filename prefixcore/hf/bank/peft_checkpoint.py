@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapters import AdapterError, read_adapter
 from ...adapters.files import BESIDE_PEFT, CHECKPOINT, MANIFEST_FILE
-from ...adapters.hub_upload import SAID, upload_files
+from ...adapters.hub_upload import upload_files
 from ...adapters.module import build_module
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _pushing(method: Any) -> Any:
             folder = Path(parent)
             self.save_pretrained(folder)
             files = [path for path in folder.rglob("*") if path.is_file()]
-            return upload_files(folder, files, repo_id, **{each: kwargs[each] for each in SAID if each in kwargs})
+            return upload_files(folder, files, repo_id, **kwargs)
 
     setattr(push_to_hub, _EXTENDED, True)
     return push_to_hub
