@@ -100,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..training import DataError, predict
 
+    with user_errors(DataError):
+        expected = [question.expected(tokenizer, end or None) for question in questions]
     torch.manual_seed(arguments.seed)
     failures = user_errors(AdapterError, ValueError, TypeError, NotImplementedError)
     with failures, load_adapter(model, arguments.adapter, force=arguments.force):
@@ -114,8 +116,6 @@ def run(arguments: argparse.Namespace) -> int:
             chat=chat,
             **sampling,
         )
-    with user_errors(DataError):
-        expected = [question.expected(tokenizer, end or None) for question in questions]
     if arguments.json:
         found = zip(questions, answers, expected, strict=True)
         lines = [to_json(described(question, answer, right)) for question, answer, right in found]

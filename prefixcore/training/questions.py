@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .chat import Conversation, question_ids, unroll
+from .chat import Conversation, question_ids
 from .chat_rows import CHAT, is_conversation, read_parts
 from .data import DataError, Example, encode
 from .left_out import check_asked, check_tools
-from .messages import ASSISTANT
+from .messages import ASSISTANT, only_read
 from .prompt_rows import prompt_rows
 from .template import write_turns
 
@@ -66,8 +66,7 @@ class Question:
         """
         if self.example is None:
             return None
-        *_, last = unroll(tokenizer, [self.example])
-        answer = last.expected(tokenizer, last.to_ids(tokenizer, None))
+        answer = self.example.expected(tokenizer, self.example.to_ids(tokenizer, None))
         return answer.split(end)[0] if end else answer
 
 
@@ -107,7 +106,8 @@ def _question(row: dict[str, Any], source: str) -> Question:
             )
         if not is_answered or messages[-1].get("weight") == 0:
             return Question(asked, given, None, source)
-        return Question(asked, given, Conversation.of(messages, source, tools=tools, template_kwargs=told), source)
+        answered = [*only_read(asked), messages[-1]]  # of which that turn alone is held against the template
+        return Question(asked, given, Conversation.of(answered, source, tools=tools, template_kwargs=told), source)
     prompt, completion = row.get("prompt"), row.get("completion") or None
     if not isinstance(prompt, str) or not prompt:
         raise DataError(f"{source}: the field 'prompt' must be a text that is not empty, or a list of messages")

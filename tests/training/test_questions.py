@@ -70,6 +70,19 @@ def test_a_template_that_writes_earlier_turns_otherwise(tmp_path):
     assert "Far north." not in text
 
 
+def test_what_a_template_leaves_out_of_earlier_turns_is_nobodys_question(tmp_path):
+    """It is not learnt here: a server's template leaves it out of what it asks, too."""
+    tokenizer = templates.tokenizer(templates.HERMES)
+    [question] = read(tmp_path, {"messages": [USER, {**SAID, "reasoning_content": "Far north."}, USER, SAID]})
+    assert "Cold." in question.expected(tokenizer)
+    assert "Far north." not in tokenizer.decode(question.ids(tokenizer))
+
+
+def test_conversations_in_a_table(tmp_path):
+    (tmp_path / "asked.csv").write_text('messages,tools\n"[{""role"": ""user"", ""content"": ""Oslo?""}]",\n')
+    assert [(each.prompt, each.given) for each in read_questions(tmp_path / "asked.csv")] == [([USER], {})]
+
+
 def test_a_turn_of_no_weight_is_no_right_answer(tmp_path):
     [question] = read(tmp_path, {"messages": [USER, {**SAID, "weight": 0}]})
     assert question.expected(templates.tokenizer(templates.HERMES)) is None
