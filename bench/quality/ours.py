@@ -127,9 +127,10 @@ def times(handle: Any, factor: float) -> Iterator[Sequence[torch.nn.Parameter]]:
 @contextmanager
 def as_large(handle: Any) -> Iterator[Sequence[torch.nn.Parameter]]:
     """A block in which the prefix has started from random numbers, in each layer as large as those of its text."""
+    generator = torch.Generator().manual_seed(handle.config.seed)
     with torch.no_grad():
         for parameter in handle.parameters():
-            parameter.normal_(0, float(parameter.square().mean().sqrt()))
+            parameter.normal_(0, float(parameter.square().mean().sqrt()), generator=generator)
     yield []
 
 
