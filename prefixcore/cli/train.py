@@ -190,7 +190,7 @@ def training_options(arguments: argparse.Namespace, examples: int, *, has_held_o
         if not 0 < epochs <= MOST_EPOCHS:
             raise UserError(f"--epochs must be above 0 and at most {MOST_EPOCHS:,.0f}, got {arguments.epochs}")
         steps = max(1, round(epochs * math.ceil(examples / arguments.batch_size)))
-    for name in ("lr", "weight_decay", "max_grad_norm"):
+    for name in ("lr", "weight_decay", "max_grad_norm", "prompt_loss_weight"):
         value = getattr(arguments, name)
         if value is not None and not math.isfinite(value):
             raise UserError(f"{option(name)} must be a finite number, got {value}")
@@ -207,6 +207,7 @@ def training_options(arguments: argparse.Namespace, examples: int, *, has_held_o
             seed=arguments.seed,
             eval_every=arguments.eval_every or max(1, steps // 5),
             average=arguments.average,
+            prompt_loss_weight=arguments.prompt_loss_weight,
             keep=arguments.keep or ("best" if has_held_out else "last"),
             early_stopping_patience=arguments.early_stopping_patience,
             cache_activations=arguments.cache_activations,

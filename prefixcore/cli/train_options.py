@@ -19,6 +19,9 @@ MOST_LAYERS = 4096
 METHODS = ("prefix", "prompt", "p-tuning")
 LEARNING_RATES = {"prefix": 2e-3, "prompt": 5e-3, "p-tuning": 1e-3}
 
+PROMPT_LOSS_WEIGHT = 0.3
+"""That of `TrainingOptions`, whose module takes seconds to import: help is to come at once."""
+
 # Option -> the methods that it is for.
 METHODS_OF = {
     "reparameterization": ("prefix", "prompt"),
@@ -108,6 +111,18 @@ def add_reparameterization_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompt_loss_argument(group: Any) -> None:
+    """What prompts count for."""
+    group.add_argument(
+        "--prompt-loss-weight",
+        type=float,
+        default=PROMPT_LOSS_WEIGHT,
+        metavar="X",
+        help="of the mean loss of prompts beside that of answers; 0: only answers are learnt "
+        f"(default: {PROMPT_LOSS_WEIGHT})",
+    )
+
+
 def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     """How to train."""
     loop = parser.add_argument_group("training")
@@ -121,6 +136,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser) -> None:
     loop.add_argument("--schedule", choices=("constant", "linear"), default="constant", help="default: constant")
     loop.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="default: 0")
     loop.add_argument("--max-grad-norm", type=float, metavar="X", help="default: no limit")
+    add_prompt_loss_argument(loop)
     loop.add_argument(
         "--no-average",
         dest="average",

@@ -18,7 +18,9 @@ from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_
 from .train_options import (
     LEARNING_RATES,
     METHODS,
+    PROMPT_LOSS_WEIGHT,
     add_data_arguments,
+    add_prompt_loss_argument,
     add_reparameterization_arguments,
     add_start_arguments,
     add_text_arguments,
@@ -41,7 +43,8 @@ LENGTHS = (4, 16, 64)
 SHARED = (
     "method", "num_virtual_tokens", "init_text", "init", "num_frozen_tokens", "layers", "reparameterization",
     "prefix_projection", "rank", "num_basis", "encoder_hidden_size", "encoder_reparameterization_type", "batch_size",
-    "seed", "end", "max_length", "skip_too_long", "eval_data", "eval_fraction", "eval_limit", "chat", "dtype",
+    "seed", "prompt_loss_weight", "end", "max_length", "skip_too_long", "eval_data", "eval_fraction", "eval_limit",
+    "chat", "dtype",
 )  # fmt: skip
 """Options that `prefixcore train` has too, and which the printed command repeats."""
 
@@ -75,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="of the start, the order and the split (default: 0)"
     )
+    add_prompt_loss_argument(search)
     add_start_arguments(parser)
     add_reparameterization_arguments(parser)
     add_text_arguments(parser, eval_every=False)
@@ -137,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
             most_steps=arguments.most_steps,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
+            prompt_loss_weight=arguments.prompt_loss_weight,
             on_rung=say_rung,
         )
         if not found.best.steps:
@@ -232,7 +237,9 @@ def command(arguments: argparse.Namespace, found: Tuning) -> str:
     parts = ["prefixcore", "train", "--model", str(arguments.model), "--data", str(arguments.data)]
     chosen: dict[str, Any] = {name: getattr(arguments, name) for name in SHARED}
     chosen["num_virtual_tokens"] = best.candidate.num_virtual_tokens
-    usual = {"batch_size": 8, "seed": 0, "eval_limit": 256, "dtype": "auto"}
+    usual = {
+        "batch_size": 8, "seed": 0, "prompt_loss_weight": PROMPT_LOSS_WEIGHT, "eval_limit": 256, "dtype": "auto",
+    }  # fmt: skip
     if arguments.eval_data is not None or arguments.eval_fraction == 0.1:
         del chosen["eval_fraction"]
     for name, value in chosen.items():
@@ -261,7 +268,12 @@ def save(
     from ..adapters import AdapterError
     from ..training.tuning import draw_tuning
 
-    record = found.best.record(arguments.batch_size, arguments.seed, interrupted=found.interrupted)
+    record = found.best.record(
+        arguments.batch_size,
+        arguments.seed,
+        prompt_loss_weight=arguments.prompt_loss_weight,
+        interrupted=found.interrupted,
+    )
     fields = {
         **asked_for(arguments), "held_out": evaluations, "tuning": found.to_dict(), **record.to_dict(),
     }  # fmt: skip

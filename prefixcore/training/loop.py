@@ -18,6 +18,7 @@ from .data import TokenizedExample, batches, pad_id
 from .evaluate import held_out_loss
 from .optimization import optimize
 from .options import TrainingOptions, TrainingRecord
+from .prompt_loss import PromptsToo, loss_with_prompts
 
 
 def train(
@@ -110,7 +111,7 @@ def fit(
     on_held_out: Callable[[int, float], None] | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainingRecord:
-    """Train `parameters` of any model that returns a loss for `input_ids, attention_mask, labels`.
+    """Train `parameters` of any model that returns a loss for `input_ids, attention_mask, labels`, and logits.
 
     Args:
         model: called in training mode as it was given (its mode is put back).
@@ -126,8 +127,9 @@ def fit(
         on_held_out, on_step: as in `optimize`.
 
     Raises:
-        ValueError: nothing to train or to learn from, no held-out examples for an option that goes by them, or a loss
-            that is not finite (the parameters are then those before that step).
+        ValueError: nothing to train or to learn from, no held-out examples for an option that goes by them, no logits
+            for `options.prompt_loss_weight`, or a loss that is not finite (the parameters are then those before that
+            step).
         NotImplementedError: an encoder, an encoder-decoder, or a model without a language model's head.
 
     Examples:
@@ -144,10 +146,16 @@ def fit(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     device = trained[0].device if trained else torch.device("cpu")
     source = batches(examples, options.batch_size, options.seed)
+    prompts_too = PromptsToo(options.seed)
 
-    def next_loss() -> Tensor:
-        batch = Batch.of(next(source), pad_token_id, packed=packed, device=device, sharing_width=sharing_width)
-        return loss_of(model, batch, call)
+    def batch_of(some: Sequence[TokenizedExample]) -> Batch:
+        return Batch.of(some, pad_token_id, packed=packed, device=device, sharing_width=sharing_width)
+
+    def next_loss() -> Tensor | tuple[Tensor, Tensor]:
+        if not options.prompt_loss_weight:
+            return loss_of(model, batch_of(next(source)), call)
+        learnt = prompts_too(next(source))
+        return loss_with_prompts(model, batch_of(learnt.examples), learnt.is_answer, options.prompt_loss_weight, call)
 
     def loss_of_held_out() -> float:
         return held_out_loss(model, held_out, pad_token_id, packed=packed, sharing_width=sharing_width, call=call)

@@ -18,7 +18,7 @@ from .stopping import stop_on_signal
 
 def optimize(
     parameters: Iterable[nn.Parameter],
-    next_loss: Callable[[], Tensor],
+    next_loss: Callable[[], Tensor | tuple[Tensor, Tensor]],
     *,
     held_out_loss: Callable[[], float] | None = None,
     options: TrainingOptions | None = None,
@@ -33,7 +33,8 @@ def optimize(
 
     Args:
         parameters: those to train; what needs no gradient is left out.
-        next_loss: the loss of the next step, a scalar with a graph; called once a step.
+        next_loss: the loss of the next step, a scalar with a graph; called once a step. Or that and another scalar,
+            which is recorded in its place.
         held_out_loss: the loss of what is never trained on; None: there is none.
         options: how to train; `batch_size` and `seed` are for whoever makes the batches.
         show_progress: a progress bar on standard error; None: only on a terminal.
@@ -115,14 +116,15 @@ def optimize(
 
 
 def _step(
-    next_loss: Callable[[], Tensor],
+    next_loss: Callable[[], Tensor | tuple[Tensor, Tensor]],
     trained: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,
     options: TrainingOptions,
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
-    loss = next_loss()
+    found = next_loss()
+    loss, recorded = found if isinstance(found, tuple) else (found, found)
     value = float(loss.detach())
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"the loss became {value}; try a lower learning rate than {options.learning_rate}")
@@ -131,4 +133,4 @@ def _step(
         torch.nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
     optimizer.step()
     scheduler.step()
-    return value
+    return float(recorded.detach())

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import Any
 
+PROMPT_LOSS_WEIGHT = 0.3
+"""What the mean loss of prompts' tokens is multiplied by, if nothing else is asked for."""
+
 ACTIVATION_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -27,6 +30,9 @@ class TrainingOptions:
         average: whether what is left, and what held-out losses are of, is the average of the steps' values, the later
             ones the more (Shamir and Zhang, arXiv:1212.1824), in place of one step's. It reaches over about a quarter
             of the steps and takes the memory of the trained numbers once more.
+        prompt_loss_weight: what the mean loss of the prompts' tokens is multiplied by before it is added to that of the
+            answers, which is what losses in the record are of (Instruction Modelling, arXiv:2405.14394). Of a prompt of
+            more than 64 tokens as many are drawn anew each step. 0: answers alone are learnt.
         keep: the values that are left when training ends: of the "last" step, or of the "best" held-out loss, the start
             included. A training that a signal ends leaves its last step's.
         cache_activations: "memory" or "disk": what the layers below the trained prefix make of each example is kept in
@@ -55,6 +61,7 @@ class TrainingOptions:
     seed: int = 0
     eval_every: int = 0
     average: bool = True
+    prompt_loss_weight: float = PROMPT_LOSS_WEIGHT
     keep: str = "last"
     early_stopping_patience: int | None = None
     cache_activations: str | None = None
@@ -73,6 +80,8 @@ class TrainingOptions:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if not 0 <= self.prompt_loss_weight < math.inf:
+            raise ValueError(f"prompt_loss_weight must be at least 0 and finite, got {self.prompt_loss_weight}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0 or None, got {self.max_grad_norm}")
         if self.schedule not in ("constant", "linear"):

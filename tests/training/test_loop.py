@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,12 +44,15 @@ class OneNumber(nn.Module):
         return SimpleNamespace(loss=(self.x - 3) ** 2 * self.frozen)
 
 
+ANSWERS = partial(TrainingOptions, prompt_loss_weight=0.0)
+"""Such a model gives no logits, of which the loss of prompts would be made."""
+
 ROWS = [TokenizedExample([i], [9]) for i in range(5)]
 
 
 def test_trains_what_requires_a_gradient_and_nothing_else():
     model = OneNumber()
-    record = fit(model, model.parameters(), ROWS, options=TrainingOptions(steps=200, learning_rate=0.1))
+    record = fit(model, model.parameters(), ROWS, options=ANSWERS(steps=200, learning_rate=0.1))
     assert model.x.item() == pytest.approx(3, abs=0.05)
     assert model.frozen.item() == 1.0
     assert record.steps_done == 200
@@ -62,7 +66,7 @@ def test_the_seed_decides_the_order():
     orders = []
     for seed in (0, 0, 1):
         model = OneNumber()
-        fit(model, model.parameters(), ROWS, options=TrainingOptions(steps=5, batch_size=2, seed=seed))
+        fit(model, model.parameters(), ROWS, options=ANSWERS(steps=5, batch_size=2, seed=seed))
         orders.append(model.batches)
     assert orders[0] == orders[1] != orders[2]
 
@@ -75,7 +79,7 @@ def test_held_out_losses_come_at_start_in_between_and_at_the_end():
         model.parameters(),
         ROWS,
         held_out=ROWS[:2],
-        options=TrainingOptions(steps=7, eval_every=3),
+        options=ANSWERS(steps=7, eval_every=3),
         on_held_out=lambda step, loss: heard.append((step, loss)),
     )
     assert [step for step, _ in record.held_out_loss] == [0, 3, 6, 7]
@@ -96,7 +100,7 @@ EVERY_FIVE = {"steps": 40, "learning_rate": 0.1, "eval_every": 5}
 
 
 def run(model, **options):
-    return fit(model, model.parameters(), ROWS, held_out=ROWS[:1], options=TrainingOptions(**EVERY_FIVE, **options))
+    return fit(model, model.parameters(), ROWS, held_out=ROWS[:1], options=ANSWERS(**EVERY_FIVE, **options))
 
 
 def test_the_best_or_the_last_values_are_kept():
@@ -131,7 +135,7 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls():
 def test_what_goes_by_held_out_examples_needs_some(options):
     model = OneNumber()
     with pytest.raises(ValueError, match="need held-out examples"):
-        fit(model, model.parameters(), ROWS, options=TrainingOptions(**options))
+        fit(model, model.parameters(), ROWS, options=ANSWERS(**options))
 
 
 def test_each_step_is_told_with_its_gradients():
@@ -140,7 +144,7 @@ def test_each_step_is_told_with_its_gradients():
         model,
         model.parameters(),
         ROWS,
-        options=TrainingOptions(steps=3, warmup_steps=1, learning_rate=0.5),
+        options=ANSWERS(steps=3, warmup_steps=1, learning_rate=0.5),
         on_step=lambda step, values: heard.append((step, values["learning_rate"], model.x.grad is not None)),
     )
     assert heard == [(1, 0.25, True), (2, 0.5, True), (3, 0.5, True)]
@@ -148,7 +152,7 @@ def test_each_step_is_told_with_its_gradients():
 
 def test_the_mode_is_put_back_when_it_was_evaluation():
     model = OneNumber().eval()
-    fit(model, model.parameters(), ROWS, options=TrainingOptions(steps=1))
+    fit(model, model.parameters(), ROWS, options=ANSWERS(steps=1))
     assert not model.training
 
 
@@ -163,7 +167,7 @@ def test_warm_up_and_linear_decay():
 def test_gradients_are_scaled_down_to_the_norm():
     # AdamW's own scaling hides the size of a lone gradient, so read the gradient that it was given.
     model = OneNumber()
-    options = TrainingOptions(steps=1, max_grad_norm=0.5)
+    options = ANSWERS(steps=1, max_grad_norm=0.5)
     fit(model, model.parameters(), ROWS, options=options)
     assert model.x.grad.item() == pytest.approx(-0.5, rel=1e-4)
 
@@ -171,7 +175,7 @@ def test_gradients_are_scaled_down_to_the_norm():
 def test_a_loss_that_is_not_finite_stops_before_the_step():
     model = OneNumber(start=math.inf)
     with pytest.raises(ValueError, match="the loss became inf; try a lower learning rate than 0.002"):
-        fit(model, model.parameters(), ROWS)
+        fit(model, model.parameters(), ROWS, options=ANSWERS())
     assert model.x.item() == math.inf
     assert model.training
 
@@ -223,7 +227,7 @@ def test_a_signal_ends_the_training_after_a_whole_step(number):
         return forward(**batch)
 
     model.forward = interrupting
-    record = fit(model, model.parameters(), ROWS, held_out=(), options=TrainingOptions(steps=50))
+    record = fit(model, model.parameters(), ROWS, held_out=(), options=ANSWERS(steps=50))
     assert record.interrupted
     assert record.steps_done == 4
     assert signal.getsignal(number) is before
@@ -239,7 +243,7 @@ def test_a_signal_while_the_last_held_out_loss_is_measured_is_told_and_the_train
             signal.raise_signal(signal.SIGINT)
         return -value.item()
 
-    options = TrainingOptions(steps=3, keep="best")
+    options = ANSWERS(steps=3, keep="best")
     record = optimize([value], lambda: (value - 3) ** 2, held_out_loss=measure, options=options)
     assert record.asked_to_stop
     assert not record.interrupted
@@ -266,7 +270,7 @@ def test_a_second_signal_is_not_held_back(plain_ctrl_c):
 
 def test_a_thread_can_train():
     model, records = OneNumber(), []
-    options = TrainingOptions(steps=2)
+    options = ANSWERS(steps=2)
     thread = threading.Thread(target=lambda: records.append(fit(model, model.parameters(), ROWS, options=options)))
     thread.start()
     thread.join()

@@ -9,7 +9,7 @@ import torch
 
 import prefixcore
 from prefixcore import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
-from prefixcore.training import Example, TrainingOptions, tokenize, train
+from prefixcore.training import Example, TokenizedExample, TrainingOptions, tokenize, train
 from prefixcore.training.batch import Batch, loss_of
 from prefixcore.training.tuning import Candidate, Trial, Tuning, draw_tuning, grid, tune
 from prefixcore.training.tuning.at_once import TIMES, AtOnce
@@ -18,6 +18,7 @@ from tests import tiny
 
 TEXTS = [(f"{a}{b} ->", f" {b}{a}") for a in "abcd" for b in "xyz"]
 EXAMPLES = tokenize(tiny.tokenizer(), [Example(*text) for text in TEXTS], end="\n")
+PROMPTS = [TokenizedExample(example.prompt_ids[:1], example.prompt_ids[1:]) for example in EXAMPLES]
 CONFIGS = [
     PrefixTuningConfig(num_virtual_tokens=3, init="random", seed=0),
     PromptTuningConfig(num_virtual_tokens=3, init="random", seed=0),
@@ -27,23 +28,28 @@ CONFIGS = [
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
-def test_a_candidate_learns_in_company_what_it_learns_alone(config, packed):
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_a_candidate_learns_in_company_what_it_learns_alone(config, packed, weight):
     """Loss and gradient, of two lengths."""
     model = tiny.model().double().train()
     candidates = grid(config, [2, 5], [1e-3])
     with prefixcore.PromptBank(model) as bank:
         for i, candidate in enumerate(candidates):
             bank.attach(f"candidate-{i}", candidate.config).module.double()
-        losses = Together(model, 0, packed=packed).losses(bank.names, EXAMPLES[:3])
+        together = Together(model, 0, packed=packed, prompt_loss_weight=weight)
+        [(losses, answers)] = together.losses([bank.names], EXAMPLES[:3])
         losses.sum().backward()
         gradients = [[p.grad.clone() for p in bank[name].parameters()] for name in bank.names]
     for i, candidate in enumerate(candidates):
         with prefixcore.attach(model, candidate.config) as handle:
             handle.module.double()
             batch = Batch.of(EXAMPLES[:3], 0, packed=packed, device=torch.device("cpu"))
-            loss = loss_of(model, batch)  # in float32, whatever the model is in
+            answer = loss_of(model, batch)  # in float32, whatever the model is in
+            prompts = loss_of(model, Batch.of(PROMPTS[:3], 0, packed=packed, device=torch.device("cpu")))
+            loss = answer + weight * prompts
             loss.backward()
             assert float(losses[i].detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+            assert float(answers[i].detach()) == pytest.approx(float(answer.detach()), rel=1e-6)
             for got, parameter in zip(gradients[i], handle.parameters(), strict=True):
                 torch.testing.assert_close(got, parameter.grad, rtol=1e-5, atol=1e-8)
 

@@ -15,6 +15,7 @@ from ...hf import PromptBank
 from ..averaging import Average
 from ..causal import TO_LEARN, check_causal
 from ..data import TokenizedExample, batches, pad_id
+from ..options import PROMPT_LOSS_WEIGHT, TrainingOptions
 from ..stopping import stop_on_signal
 from .at_once import AtOnce
 from .candidates import Candidate
@@ -36,6 +37,7 @@ def tune(
     most_steps: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    prompt_loss_weight: float = PROMPT_LOSS_WEIGHT,
     packed: bool | None = None,
     show_progress: bool | None = None,
     on_rung: Callable[[Rung, Trial], None] | None = None,
@@ -57,6 +59,7 @@ def tune(
         most_steps: that any candidate is trained for; None: as many as there is time for.
         batch_size: examples a step.
         seed: of their order.
+        prompt_loss_weight: as of `TrainingOptions`.
         packed: batches without padding; None: where all candidates can.
         show_progress: a progress bar on standard error; None: only on a terminal.
         on_rung: called after each round with it and with the best trial of it.
@@ -88,7 +91,8 @@ def tune(
     check_causal(bank.model, TO_LEARN)
     if len(bank):
         raise ValueError(f"the bank must hold nothing, and it has {', '.join(bank.names)}; remove them")
-    return _Run(bank, tokenizer, candidates, examples, held_out, batch_size, seed, packed).run(
+    TrainingOptions(batch_size=batch_size, seed=seed, prompt_loss_weight=prompt_loss_weight)  # raises what is wrong
+    return _Run(bank, tokenizer, candidates, examples, held_out, batch_size, seed, prompt_loss_weight, packed).run(
         seconds, most_steps, show_progress, on_rung
     )
 
@@ -105,6 +109,7 @@ class _Run:
         held_out: Sequence[TokenizedExample],
         batch_size: int,
         seed: int,
+        prompt_loss_weight: float,
         packed: bool | None,
     ) -> None:
         self.began = time.perf_counter()
@@ -115,7 +120,13 @@ class _Run:
             bank.attach(trial.name, trial.candidate.config, tokenizer=tokenizer)
         if packed is None:
             packed = all(bank[trial.name].can_pack for trial in self.trials)
-        self.together = Together(bank.model, pad_id(tokenizer, bank.model), packed=packed)
+        self.together = Together(
+            bank.model,
+            pad_id(tokenizer, bank.model),
+            packed=packed,
+            prompt_loss_weight=prompt_loss_weight,
+            seed=seed,
+        )
         parameters = [
             {"params": list(bank[trial.name].parameters()), "lr": trial.candidate.learning_rate}
             for trial in self.trials
@@ -209,10 +220,9 @@ class _Run:
         began = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         found: list[float] = []
-        for names in groups([trial.name for trial in alive], at_once):
-            losses = self.together.losses(names, examples)
+        for losses, answers in self.together.losses(groups([trial.name for trial in alive], at_once), examples):
             losses.sum().backward()
-            found += losses.detach().tolist()
+            found += answers.detach().tolist()
         self.optimizer.step()
         for trial in alive:
             self.averages[trial.name].update()

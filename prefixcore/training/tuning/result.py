@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..options import TrainingOptions, TrainingRecord
+from ..options import PROMPT_LOSS_WEIGHT, TrainingOptions, TrainingRecord
 from .candidates import Candidate
 
 
@@ -50,13 +50,21 @@ class Trial:
         """The step and the held-out loss of the best values."""
         return min(self.held_out_loss, key=lambda each: each[1] if math.isfinite(each[1]) else math.inf)
 
-    def record(self, batch_size: int, seed: int, *, interrupted: bool = False) -> TrainingRecord:
+    def record(
+        self,
+        batch_size: int,
+        seed: int,
+        *,
+        prompt_loss_weight: float = PROMPT_LOSS_WEIGHT,
+        interrupted: bool = False,
+    ) -> TrainingRecord:
         """Its training, as `train` would have recorded it."""
         options = TrainingOptions(
             steps=max(1, len(self.train_loss)),
             learning_rate=self.candidate.learning_rate,
             batch_size=batch_size,
             seed=seed,
+            prompt_loss_weight=prompt_loss_weight,
             keep="best",
         )
         return TrainingRecord(
