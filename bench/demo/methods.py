@@ -45,8 +45,8 @@ class Outcome:
 
 
 def train_peft(model: Any, tokenizer: Any, task: Task, seed: int) -> Outcome:
-    """PEFT's prefix tuning as a newcomer gets it: its start, its last step, as many virtual tokens as our prefix."""
-    options = replace(PREFIX, average=False)
+    """PEFT's prefix as a newcomer gets it: its start, its last step, answers alone; P as of our prefix."""
+    options = replace(PREFIX, average=False, prompt_loss_weight=0.0)
     wrapped = peft_model(model, tokenizer, seed)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     return _train(PEFT_NAME, wrapped, wrapped.parameters(), trainable, tokenizer, task, options, seed)

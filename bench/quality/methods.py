@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from prefixcore.training.options import PROMPT_LOSS_WEIGHT
 from prefixcore.training.starting import NUM_VIRTUAL_TOKENS
 
 from .method import Method
 from .of_peft import default, of_peft, peft_prefix_from_text, peft_prompt_from_text
 from .ours import (
+    ANSWERS_ALONE,
     AS_IT_IS,
     BASIS,
     EMBEDDING,
@@ -33,6 +35,7 @@ from .outside import FeatureMap, outside
 from .texts import written
 
 SHOTS = (0, 2, 8)
+ANSWERS = "loss of the answers alone"
 _ALL = (
     Method("bare", "bare model", "bare", texts=lambda task, seed: [""]),
     *map(written, SHOTS),
@@ -42,7 +45,7 @@ _ALL = (
     ours(
         "prompt-text", "soft prompt, from a text", PROMPT, EMBEDDING, **AS_IT_IS, start="instruction", kind=FROM_A_TEXT
     ),
-    ours("p-tuning", "P-tuning", P_TUNING, (1e-3, 3e-3), **AS_IT_IS),
+    ours("p-tuning", "P-tuning, answers alone", P_TUNING, (1e-3, 3e-3), **ANSWERS_ALONE),
     *(
         ours(f"prefix-{n}", f"prefix, {n:,} numbers", PREFIX, BASIS, reparameterization="random_basis", num_basis=n)
         for n in (1000, 100, 10)
@@ -64,7 +67,12 @@ _ALL = (
         default("PromptEncoderConfig", num_virtual_tokens=20, encoder_hidden_size=576),
     ),
     of_peft("lora", "LoRA, rank 8 (PEFT)", (5e-4, 2e-3), default("LoraConfig", r=8, lora_dropout=0.0), "LoRA"),
-    # Levers: each is the prefix or the soft prompt of 32 tokens, without the average, with one thing otherwise.
+    # Levers: first the default without the loss of prompts; each of the others is the prefix or the soft prompt of 32
+    # tokens, without that loss or the average, with one thing otherwise.
+    ours("prefix@answers", ANSWERS, PREFIX, KV, **ANSWERS_ALONE),
+    ours("prompt@answers", ANSWERS, PROMPT, EMBEDDING, **ANSWERS_ALONE),
+    ours("prefix-text@answers", ANSWERS, PREFIX, KV, **ANSWERS_ALONE, start="instruction", kind=FROM_A_TEXT),
+    ours("prompt-text@answers", ANSWERS, PROMPT, EMBEDDING, **ANSWERS_ALONE, start="instruction", kind=FROM_A_TEXT),
     ours("prefix@last", "64 tokens, the last step's values", PREFIX, KV, most=NUM_VIRTUAL_TOKENS),
     ours("prefix@32", "32 tokens", PREFIX, KV),
     ours("prefix@one-draw", "start: examples, the first draw", PREFIX, KV, start="one draw"),
@@ -111,6 +119,10 @@ _ALL = (
     ours("prompt@linear", "linear schedule, warm-up of 10 steps", PROMPT, EMBEDDING, training=LINEAR),
     ours("prompt@64", "64 tokens, the first draw", PROMPT, EMBEDDING, start="one draw", tokens=64),
     of_peft("peft-prefix-text@average", "averaged over the steps", KV, peft_prefix_from_text, average=True),
+    of_peft(
+        "peft-prefix-text@both", "averaged, and the loss of prompts too", KV, peft_prefix_from_text, average=True,
+        prompt_loss_weight=PROMPT_LOSS_WEIGHT,
+    ),
     of_peft("peft-prompt-text@average", "averaged over the steps", EMBEDDING, peft_prompt_from_text, average=True),
 )  # fmt: skip
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}

@@ -23,11 +23,12 @@ def of_peft(
     kind: str = "PEFT",
     *,
     average: bool = False,
+    prompt_loss_weight: float = 0.0,
 ) -> Method:
     """A method of PEFT's: `make(model, tokenizer, task)` wraps a model of the same weights.
 
-    Its own examples train it with transformers' Trainer, which keeps the last step's values; `average`: it gets the
-    average of its steps, as ours does.
+    Its own examples train it with transformers' Trainer, on labels of the answers, which keeps the last step's values;
+    `average`: it gets the average of its steps, and by `prompt_loss_weight` the loss of prompts, as ours does.
     """
 
     @contextmanager
@@ -38,7 +39,7 @@ def of_peft(
         config = next(iter(wrapped.peft_config.values()))
         yield Attached(wrapped, parameters, False, getattr(config, "num_virtual_tokens", None) or 0)
 
-    return Method(name, title, kind, attach, rates, {"average": average})
+    return Method(name, title, kind, attach, rates, {"average": average, "prompt_loss_weight": prompt_loss_weight})
 
 
 def default(config: str, **options: Any) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import torch
 
 import prefixcore
 from prefixcore.training import best_start, starting_text, tokenize, train_layers
+from prefixcore.training.options import PROMPT_LOSS_WEIGHT
 from prefixcore.training.starting import DRAWS, NUM_VIRTUAL_TOKENS, in_turns
 
 from .method import Attached, Method
@@ -25,8 +26,15 @@ LEVER_TOKENS = 32
 FROM_A_TEXT = "ours, from a text"
 """The kind of those that a person has started from the same text as PEFT's; else they are "ours"."""
 
-AS_IT_IS: Mapping[str, Any] = {"most": NUM_VIRTUAL_TOKENS, "average": True}
+AS_IT_IS: Mapping[str, Any] = {
+    "most": NUM_VIRTUAL_TOKENS,
+    "average": True,
+    "prompt_loss_weight": PROMPT_LOSS_WEIGHT,
+}
 """What `prefixcore train` does with no option set."""
+
+ANSWERS_ALONE: Mapping[str, Any] = {**AS_IT_IS, "prompt_loss_weight": 0.0}
+"""The same, with nothing learnt of what prompts say."""
 
 PREFIX, PROMPT, P_TUNING = prefixcore.PrefixTuningConfig, prefixcore.PromptTuningConfig, prefixcore.PTuningConfig
 KV, EMBEDDING, BASIS = (2e-3, 5e-3), (5e-3, 2e-2), (5e-3, 2e-2)
@@ -46,6 +54,7 @@ def ours(
     tokens: int | None = None,
     most: int = LEVER_TOKENS,
     average: bool = False,
+    prompt_loss_weight: float = 0.0,
     kind: str = "ours",
     training: Mapping[str, Any] | None = None,
     around: Callable[[Any], AbstractContextManager[Sequence[torch.nn.Parameter]]] | None = None,
@@ -63,6 +72,7 @@ def ours(
         tokens: P; None: what the start has, or 20.
         most: how many tokens whole examples may fill.
         average: whether what is trained is the average of its steps, as it is by default; levers are compared without.
+        prompt_loss_weight: of the training; levers are compared without here too.
         kind: of the method.
         training: further options of the training.
         around: of the handle: a block in which something is changed, and what is trained along.
@@ -91,7 +101,8 @@ def ours(
             parameters = [each for each in (*handle.parameters(), *further) if each.numel() and each.requires_grad]
             yield Attached(handle.model, parameters, handle.can_pack, handle.num_virtual_tokens)
 
-    return Method(name, title, kind, attach, rates, {"average": average, **(training or {})})
+    options_of_training = {"average": average, "prompt_loss_weight": prompt_loss_weight, **(training or {})}
+    return Method(name, title, kind, attach, rates, options_of_training)
 
 
 def text_of_examples(model: Any, tokenizer: Any, task: Task, seed: int, tokens: int | None, most: int) -> str:

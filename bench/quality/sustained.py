@@ -96,7 +96,8 @@ def run(name: str, model: Any, tokenizer: Any, seed: int, steps: int = 80) -> di
             handle.parameters(),
             tokenize(tokenizer, training, end=""),
             pad_token_id=pad_id(tokenizer),
-            options=TrainingOptions(steps=steps, learning_rate=rate, seed=seed),
+            # Answers alone: the words before them are no capitals, and are not to be learnt.
+            options=TrainingOptions(steps=steps, learning_rate=rate, seed=seed, prompt_loss_weight=0.0),
             packed=handle.can_pack,
             show_progress=False,
         )
