@@ -75,9 +75,12 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [B, T, V]; those of more tokens before them are left out, which are virtual ones.
         labels: [B, T]; those at i + 1 belong to the logits at i.
     """
-    logits = logits[:, -labels.shape[1] :]
-    kept = labels[:, 1:] != IGNORED
-    return cross_entropy(logits[:, :-1][kept].float(), labels[:, 1:][kept], reduction="none")
+    rows = logits[:, -labels.shape[1] : -1].flatten(0, 1)
+    tokens = labels[:, 1:].flatten().to(rows.device)  # where a model lies on several devices
+    kept = tokens != IGNORED
+    if not bool(kept.all()):  # a packed batch has no others, and its logits need not be copied
+        tokens, rows = tokens[kept], rows[kept]
+    return cross_entropy(rows.float(), tokens, reduction="none")
 
 
 def weighed(losses: Tensor, is_answer: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -88,11 +91,9 @@ def weighed(losses: Tensor, is_answer: Tensor, weight: float) -> tuple[Tensor, T
         is_answer: bool [labels].
         weight: of the prompts' mean beside that of the answers.
     """
-    is_answer = is_answer.to(losses.device)
-    answers = losses[..., is_answer].mean(-1)
-    if bool(is_answer.all()):
-        return answers, answers
-    return answers + weight * losses[..., ~is_answer].mean(-1), answers
+    is_prompt = (~is_answer).nonzero()[:, 0].to(losses.device)
+    answers = losses[..., is_answer.nonzero()[:, 0].to(losses.device)].mean(-1)
+    return (answers + weight * losses[..., is_prompt].mean(-1) if len(is_prompt) else answers), answers
 
 
 def loss_with_prompts(model: Any, batch: Batch, is_answer: Tensor, weight: float, call: Call) -> tuple[Tensor, Tensor]:
