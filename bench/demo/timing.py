@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import models
 from bench.reference.bare_model import bare_step
-from prefixcore.training import collate, tokenize
-from prefixcore.training.data import pack, pad_id
+from prefixcore.training import TokenizedExample, TrainingOptions, collate, tokenize
+from prefixcore.training.batch import Batch, call_model
+from prefixcore.training.data import pad_id
+from prefixcore.training.prompt_loss import PromptsToo, loss_with_prompts
 
 from . import methods
 from .methods import BARE_NAME, PEFT_NAME, PREFIX_NAME, SOFT_PROMPT_NAME
@@ -55,7 +58,8 @@ def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_s
     """Time whole training steps on one batch of the task: forward, backward and AdamW.
 
     The bare model's step is a forward and the gradient of its input embeddings, without any virtual token. Ours are
-    given the packed batch that they are trained with. All four models share one set of frozen weights.
+    given the packed batch and the loss, that of prompts too, that they are trained with. All four models share one set
+    of frozen weights.
     """
     import prefixcore
 
@@ -64,14 +68,17 @@ def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_s
     with ExitStack() as stack:
         steps: dict[str, Step] = {BARE_NAME: bare_step(models.twin(model).requires_grad_(False).train(), batch)}
         peft = methods.peft_model(model, tokenizer, seed=0)
-        steps[PEFT_NAME] = training_step(peft, [p for p in peft.parameters() if p.requires_grad], batch)
+        peft.train()
+        steps[PEFT_NAME] = training_step(
+            [p for p in peft.parameters() if p.requires_grad], lambda: peft(use_cache=False, **batch).loss
+        )
         for name, config in (
             (PREFIX_NAME, methods.prefix_config(0)),
             (SOFT_PROMPT_NAME, methods.soft_prompt_config(0)),
         ):
             twin: Any = models.twin(model)
             handle = stack.enter_context(prefixcore.attach(twin, config, tokenizer=tokenizer))
-            steps[name] = training_step(twin, list(handle.parameters()), pack(examples))
+            steps[name] = training_step(list(handle.parameters()), our_loss(twin.train(), examples))
         seconds = interleave(steps, rounds=rounds)
     return Timing(
         {name: statistics.median(values) for name, values in seconds.items()},
@@ -82,14 +89,21 @@ def measure(model: Any, tokenizer: Any, task: Task, *, rounds: int = 12, batch_s
     )
 
 
-def training_step(model: Any, parameters: Sequence[torch.nn.Parameter], batch: Mapping[str, Any]) -> Step:
+def our_loss(model: Any, examples: Sequence[TokenizedExample]) -> Callable[[], Tensor]:
+    """The loss of examples as `fit` makes it by default."""
+    learnt = PromptsToo(seed=0)(examples)
+    batch = Batch.of(learnt.examples, 0, packed=True, device=torch.device("cpu"))
+    weight = TrainingOptions().prompt_loss_weight
+    return lambda: loss_with_prompts(model, batch, learnt.is_answer, weight, call_model)[0]
+
+
+def training_step(parameters: Sequence[torch.nn.Parameter], loss: Callable[[], Tensor]) -> Step:
     """A whole training step: forward, backward and AdamW on `parameters`."""
-    model.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        model(use_cache=False, **batch).loss.backward()
+        loss().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

@@ -41,7 +41,7 @@ def train(
         examples: what to learn, from `tokenize`.
         held_out: examples that are never trained on; only their loss is followed.
         options: how to train.
-        packed: batches without padding, and logits for the completions alone: the same losses but for rounding, in
+        packed: batches without padding, and logits of what is learnt alone: the same losses but for rounding, in
             less time. None: where `handle.can_pack`.
         activations_dir: where `options.cache_activations="disk"` keeps them for other trainings too; None: in a
             temporary folder.
