@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -96,6 +97,12 @@ def weighed(losses: Tensor, is_answer: Tensor, weight: float) -> tuple[Tensor, T
     return (answers + weight * losses[..., is_prompt].mean(-1) if len(is_prompt) else answers), answers
 
 
+def _requires_labels(model: Any) -> bool:
+    """Whether a model cannot be called for its logits alone."""
+    labels = signature(model.forward).parameters.get("labels")
+    return labels is not None and labels.default is Parameter.empty
+
+
 def loss_with_prompts(model: Any, batch: Batch, is_answer: Tensor, weight: float, call: Call) -> tuple[Tensor, Tensor]:
     """The loss of a batch to minimise, a scalar with a graph, and that of its answers alone.
 
@@ -110,7 +117,7 @@ def loss_with_prompts(model: Any, batch: Batch, is_answer: Tensor, weight: float
         ValueError: the model returns no logits.
     """
     arguments = dict(batch.arguments)
-    labels = arguments.pop("labels")
+    labels = arguments["labels"] if _requires_labels(model) else arguments.pop("labels")
     logits = getattr(call(model, Batch(batch.examples, arguments, batch.places)), "logits", None)
     if logits is None:
         raise ValueError(

@@ -157,6 +157,35 @@ def test_a_model_without_logits_is_told_what_to_give():
     assert fit(model, model.parameters(), EXAMPLES, options=TrainingOptions(steps=2, prompt_loss_weight=0)).steps_done
 
 
+def test_a_model_that_requires_labels_gets_them_and_one_that_does_not_makes_no_loss_of_its_own():
+    seen = []
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = torch.nn.Embedding(512, 512)
+
+        def both(self, input_ids, labels):
+            seen.append(labels is not None)
+            return SimpleNamespace(logits=self.logits(input_ids))
+
+    class Required(Model):
+        def forward(self, input_ids, attention_mask, use_cache, labels):
+            return self.both(input_ids, labels)
+
+    class Optional(Model):
+        def forward(self, input_ids, attention_mask, use_cache, labels=None):
+            return self.both(input_ids, labels)
+
+    histories = []
+    for model in (Required(), Optional()):
+        torch.nn.init.zeros_(model.logits.weight)
+        options = TrainingOptions(steps=2, learning_rate=0.1)
+        histories.append(fit(model, model.parameters(), EXAMPLES, options=options).train_loss)
+    assert seen == [True, True, False, False]
+    assert histories[0] == histories[1]
+
+
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
 def test_a_weight_is_a_number_from_zero(weight):
     with pytest.raises(ValueError, match="prompt_loss_weight must be at least 0 and finite"):
