@@ -108,7 +108,9 @@ def _in_words(error: Exception, folder: Path, signature: Path, bundle: bytes) ->
         return "was made with another key"
     if text.startswith("Signature mismatch"):  # so the signature itself is right, and says what was signed
         signed, parts = _signed_files(bundle), []
-        there = {path.name for path in folder.iterdir() if path.absolute() != signature.absolute()}
+        files = [path for path in folder.rglob("*") if path.is_file() and path.absolute() != signature.absolute()]
+        names = {path.relative_to(folder).as_posix() for path in files}
+        there = {name for name in names if not name.startswith(".git")}  # which model-signing passes over
         for name in sorted(signed.keys() | there):
             if name not in there:
                 parts.append(f"{name} was signed and is missing")

@@ -109,6 +109,17 @@ def test_every_file_is_covered(signed):
     assert outcome(folder, key).endswith("README.md was not signed")
 
 
+def test_files_further_down_are_named_by_their_paths(signed):
+    folder, key = signed
+    notes = folder / "eval" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("67 % right")
+    assert outcome(folder, key).endswith(": eval/notes.txt was not signed")
+    sign(folder, key)
+    notes.write_text("76 % right")
+    assert outcome(folder, key).endswith(": eval/notes.txt is not the file that was signed")
+
+
 def test_another_key(signed, tmp_path):
     folder, _ = signed
     assert outcome(folder, key_pair(tmp_path, "other")).endswith("was made with another key")
