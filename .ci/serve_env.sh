@@ -13,8 +13,12 @@ project=$(cd "$(dirname "$0")/.." && pwd)
 pip=("$target/bin/python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" install "$torch"
 "${pip[@]}" install "$torch" "$vllm" pytest pytest-xdist # torch once more: pip shall not trade it for another
-# What vLLM brings along for images and sound is built for a torch with CUDA, and fails beside one without.
+# What vLLM brings along for images and sound is built for a torch with CUDA, and fails beside one without. Models that read
+# images are not loaded without torchvision: for them it lies in a folder of its own, with what has it imported.
+torchvision=$("$target/bin/python" -c 'from importlib.metadata import version; print(version("torchvision").partition("+")[0])')
 "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
+"${pip[@]}" install --no-deps --target "$target/images" "torchvision==$torchvision" num2words docopt
+cp "$project/.ci/torchvision_names.py" "$target/images/sitecustomize.py"
 site=$("$target/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "$project" >"$site/prefixcore.pth"
 cd "$target" # so that what is imported is found through the environment

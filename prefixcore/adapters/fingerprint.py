@@ -75,7 +75,7 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, 
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    facts = {name: _fact(config, name, left_out) for name in _CONFIG_FACTS}
+    facts = config_facts(config, left_out)
     tables = _tables(model)
     samples, unreadable = take_samples(weights)
     if packed := _packed(model):
@@ -144,6 +144,11 @@ def _class_name(model: nn.Module) -> str:
     """The name of the model's class, also after `fully_shard` has made it a class of its own."""
     classes = type(model).__mro__
     return next(each for each in classes if not any(base.__name__ == "FSDPModule" for base in each.__mro__)).__name__
+
+
+def config_facts(config: Any, left_out: list[str]) -> dict[str, Any]:
+    """What the configuration of a text model states of its architecture; what it cannot say goes to `left_out`."""
+    return {name: _fact(config, name, left_out) for name in _CONFIG_FACTS}
 
 
 def _fact(config: Any, name: str, left_out: list[str]) -> Any:

@@ -160,8 +160,10 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     check_model_folder(name)
     check_size(name)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
+
+    from ..hf.model.auto_class import auto_class
 
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -170,7 +172,8 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         # What transformers raises for a broken folder is of any kind: KeyError, TypeError, plain Exception.
         with user_errors(Exception, what=f"--model {name} cannot be opened"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            loaded: Any = auto_class(config).from_pretrained(
                 name,
                 dtype=arguments.dtype,
                 trust_remote_code=False,

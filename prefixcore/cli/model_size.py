@@ -60,7 +60,8 @@ def check_size(name: str) -> None:
 
 def _check_files(name: str, folder: Path, config: Any) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from ..hf.model.auto_class import auto_class
 
     held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
     if not held:  # transformers says what it misses
@@ -68,7 +69,7 @@ def _check_files(name: str, folder: Path, config: Any) -> None:
     kind = "quantized" if getattr(config, "quantization_config", None) else "plain"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise UserError(f"--model {name} cannot be opened: {str(error).partition(chr(10))[0]}") from error

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..nn import LayerShape
 from .checkpoint import local_folder
 from .context_length import OPTION, context_length
 from .families import why_unverified
-from .model_config import WITHOUT_WINDOWS, lossy_window, num_kv_heads, read_config, window
+from .model_config import WITHOUT_WINDOWS, layer_shapes, lossy_window, read_config, window
 from .salt import PLACEHOLDER
 from .served_model import ServedModel
 from .vllm_options import values_of
@@ -24,10 +23,8 @@ def describe_model(name: str) -> ServedModel:
     Raises:
         OSError, ValueError: transformers finds no such model.
     """
-    config = read_config(name).get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = LayerShape(num_kv_heads(config), size, size)
-    return ServedModel.describe(config, [shape] * config.num_hidden_layers, local_folder(name))
+    config = read_config(name)
+    return ServedModel.describe(config, layer_shapes(config.get_text_config()), local_folder(name))
 
 
 def why_not_served(name: str, arguments: Sequence[str], *, unverified_model: bool = False) -> str | None:
@@ -43,6 +40,13 @@ def why_not_served(name: str, arguments: Sequence[str], *, unverified_model: boo
         LaunchError: vLLM is told something that cannot be read.
     """
     config = read_config(name)
+    shapes = set(layer_shapes(config.get_text_config()))
+    if len(shapes) > 1:
+        kinds = ", ".join(sorted(f"{shape.num_kv_heads} heads of {shape.key_dim}" for shape in shapes))
+        return (
+            f"its layers have keys of several sizes ({kinds}), for each of which vLLM has blocks of its own, and a "
+            "prefix is written into blocks of one kind"
+        )
     why = why_unverified(config.model_type)
     if why and not unverified_model:
         return f"{why}; give --unverified-model, then run `prefixcore validate-serving`"

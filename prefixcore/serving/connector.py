@@ -68,7 +68,7 @@ class PrefixConnector(KVConnectorBase_V1):
         self._admission: Admission | None = None
         if role == KVConnectorRole.SCHEDULER:
             model = vllm_config.model_config
-            served = ServedModel.describe(model.hf_text_config, model_layers(model), checkpoint_folder(vllm_config))
+            served = ServedModel.describe(model.hf_config, model_layers(model), checkpoint_folder(vllm_config))
             catalog = Catalog(self._settings.adapters, served, self._settings.baked)
             self._admission = Admission(catalog, self._settings.placeholder, self._block_size)
 

@@ -72,6 +72,22 @@ Elsewhere the numbers of a key may stand in another order in vLLM's cache than i
 which would be wrong without a sign of it.
 """
 
+WITH_IMAGES = (
+    "aya_vision",
+    "gemma3",
+    "idefics3",
+    "internvl",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "smolvlm",
+)
+"""Model types that read images too, of whose text the same was found (`test_image_families.py` there)."""
+
 
 def why_unverified(model_type: str | None) -> str | None:
     """Why prefixes on a model type are served only if somebody insists; None: they are served.
@@ -81,6 +97,6 @@ def why_unverified(model_type: str | None) -> str | None:
         >>> why_unverified("llama"), why_unverified("llama4_text")
         (None, "prefixes of the model type 'llama4_text' have not been compared with transformers")
     """
-    if model_type in VERIFIED:
+    if model_type in VERIFIED or model_type in WITH_IMAGES:
         return None
     return f"prefixes of the model type {model_type!r} have not been compared with transformers"

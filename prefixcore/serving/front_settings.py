@@ -44,5 +44,5 @@ def connector_settings(scope: Scope) -> FrontSettings:
 
     settings = Settings.parse(transfer.kv_connector_extra_config)
     model = config.model_config
-    served = ServedModel.describe(model.hf_text_config, model_layers(model), checkpoint_folder(config))
+    served = ServedModel.describe(model.hf_config, model_layers(model), checkpoint_folder(config))
     return FrontSettings(Catalog(settings.adapters, served, settings.baked), settings.placeholder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..nn import LayerShape
+
 WITHOUT_WINDOWS = "--disable-sliding-window"
 """vLLM's option to serve no more tokens than a window has, so that every layer sees all of them."""
 
@@ -22,6 +24,28 @@ def read_config(name: str) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def layer_shapes(config: Any) -> list[LayerShape]:
+    """The shape of the keys and values of each layer.
+
+    Args:
+        config: of the text model.
+
+    Examples:
+        >>> from transformers import Qwen2Config
+        >>> from prefixcore.serving.model_config import layer_shapes
+        >>> layer_shapes(Qwen2Config(num_hidden_layers=1, num_key_value_heads=2, hidden_size=64, num_attention_heads=4))
+        [LayerShape(num_kv_heads=2, key_dim=16, value_dim=16)]
+    """
+    count = config.num_hidden_layers
+    differ = getattr(config, "is_heterogeneous", False)  # as those of Gemma 4, whose every third layer has larger heads
+    return [_layer_shape(layer) for layer in (config.per_layer_config if differ else [config] * count)]
+
+
+def _layer_shape(config: Any) -> LayerShape:
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return LayerShape(num_kv_heads(config), size, size)
 
 
 def num_kv_heads(config: Any) -> int:

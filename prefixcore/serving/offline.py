@@ -212,9 +212,12 @@ def _bake(model: str, adapters: Path) -> Path:
 
     def open_model() -> Any:  # in float32 on the CPU, as `prefixcore serve --bake` does
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        from ..hf.model.auto_class import auto_class
+
+        config = AutoConfig.from_pretrained(model)
+        return auto_class(config).from_pretrained(model, dtype=torch.float32).eval()
 
     baked = baked_folder(adapters)
     problems = bake_registry(Registry(adapters), baked, open_model)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..adapters import AdapterError
-from ..adapters.fingerprint import FACTS
+from ..adapters.fingerprint import config_facts
 from ..adapters.header import AdapterHeader
 from ..adapters.same_model import Comparison, find_differences
 from ..adapters.samples import Sample
@@ -29,23 +29,26 @@ class ServedModel:
         layers: the shape of each layer's keys and values, of the whole model.
         facts: the fields of a fingerprint that its configuration states.
         checkpoint: where its weights lie; None: in no safetensors files here, so that they are not compared.
+        left_out: the fields that its configuration cannot say, and why.
     """
 
     layers: list[LayerShape]
     facts: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
+    left_out: Sequence[str] = ()
 
     @classmethod
     def describe(cls, config: Any, layers: list[LayerShape], folder: Path | None) -> ServedModel:
         """The model of a transformers configuration and a checkpoint's folder.
 
         Args:
-            config: the model's configuration, of the text model where there are several.
+            config: the whole model's configuration, of which the text model's may be a part.
             layers: the shape of each layer.
             folder: of the checkpoint; None: there is none.
         """
         architectures = getattr(config, "architectures", None) or [None]
-        facts = {name: getattr(config, name, None) for name in FACTS if name not in ("class", "num_parameters")}
+        left_out: list[str] = []
+        facts = config_facts(config.get_text_config(), left_out)
         checkpoint = None
         try:
             checkpoint = Checkpoint(folder) if folder is not None else None
@@ -56,7 +59,7 @@ class ServedModel:
                 "prefixcore: the model's weights are in no safetensors files here: that an adapter was trained for "
                 "this model is checked by its architecture alone"
             )
-        return cls(layers, {"class": architectures[0], **facts}, checkpoint or None)
+        return cls(layers, {"class": architectures[0], **facts}, checkpoint or None, left_out)
 
     def check(self, header: AdapterHeader) -> None:
         """Raises AdapterError unless the adapter, a prefix, is for every layer of this model."""
@@ -93,5 +96,6 @@ class ServedModel:
                 found = self.checkpoint.sample(name, sample.numbers, sample.shape)
                 if found is not None:
                     samples[name] = str(found)
-        actual = {**self.facts, "num_parameters": None, "weights": {}, "samples": samples, "left_out": [_NOT_COUNTED]}
+        left_out = [_NOT_COUNTED, *self.left_out]
+        actual = {**self.facts, "num_parameters": None, "weights": {}, "samples": samples, "left_out": left_out}
         return find_differences({"tables": [], **expected, "weights": {}}, actual)

@@ -31,9 +31,8 @@ class Engine:
         self.world = world
         self.llm = LLM(
             model=str(world.folder),
-            skip_tokenizer_init=True,
             kv_transfer_config=transfer_config(world, **(extra or {})),
-            **{"dtype": "float32", "max_model_len": 512, **options},
+            **{"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 512, **options},
         )
 
     def run(self, requests: list[dict[str, Any]], tokens: int = 16, **sampling: Any) -> list[Any]:

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-from prefixcore.serving.before_start import describe_model
-from prefixcore.serving.catalog import Catalog
 from prefixcore.serving.families import VERIFIED
 
-from .engines import Engine
-from .world import World, prompts
+from .compared import compare
+from .world import World
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -96,15 +94,4 @@ def test_those_that_are_tried_often_are_among_them() -> None:
 )
 def test_a_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process for each family would import vLLM anew
-    world = World(tmp_path, family, **CHANGES.get(family, {}))
-    for size in (17, 64):
-        world.add(f"family-{size}", size, seed=size)
-    assert Catalog(world.registry, describe_model(str(world.folder))).problems() == {}
-    pairs = [(name, prompt) for name in (None, "family-17", "family-64") for prompt in prompts(3, seed=8)]
-    expected = [world.answer(*pair) for pair in pairs]
-    assert len(set(map(tuple, expected))) == len(pairs)
-    engine = Engine(world, enforce_eager=True)
-    try:
-        assert engine.tokens([world.request(*pair) for pair in pairs]) == expected
-    finally:
-        engine.close()
+    compare(World(tmp_path, family, **CHANGES.get(family, {})))

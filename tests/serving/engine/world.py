@@ -41,13 +41,16 @@ class World:
     """
 
     def __init__(self, path: Path, family: str = "llama", **changes: Any) -> None:
-        torch.manual_seed(0)
         config = AutoConfig.for_model(family, **{**sizes_of(family), **changes})
-        self.model = AutoModelForCausalLM.from_config(config).eval()
+        self._write(path, AutoModelForCausalLM, config, tiny.tokenizer())
+
+    def _write(self, path: Path, model_class: Any, config: Any, tokenizer: Any) -> None:
+        torch.manual_seed(0)
+        self.model = model_class.from_config(config).eval()
         stir(self.model)
         self.folder, self.registry = path / "model", path / "adapters"
         self.model.save_pretrained(self.folder)
-        tiny.tokenizer().save_pretrained(self.folder)
+        tokenizer.save_pretrained(self.folder)
         self.registry.mkdir()
         self._handles: dict[tuple[str, str], Any] = {}
         self._answers: dict[tuple[str | None, str, tuple[int, ...]], list[int]] = {}

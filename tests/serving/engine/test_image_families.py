@@ -1,0 +1,36 @@
+"""Each family that reads images, too: its text with a prefix and without, beside transformers.
+
+One is tried with every change; all of them by `make serve-test ARGS="-m slow"`. Each in a process of its own, since
+torchvision lies where these alone look (`.ci/serve_env.sh`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefixcore.serving.families import WITH_IMAGES
+
+TORCHVISION = Path(sys.prefix, "images")
+OFTEN = "qwen2_5_vl"
+"""Positions of three axes."""
+
+
+@pytest.mark.parametrize(
+    "family", [OFTEN, *(pytest.param(each, marks=pytest.mark.slow) for each in WITH_IMAGES if each != OFTEN)]
+)
+def test_a_family(family: str) -> None:
+    paths = [str(TORCHVISION), *(path for path in sys.path if path)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "tests.serving.engine.image_world", family]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
