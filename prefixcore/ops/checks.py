@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of which the stubs know little
@@ -45,6 +46,13 @@ def check_dense(**tensors: Any) -> None:
 def device_type_of(x: Tensor) -> str:
     """`x.device.type`, which writes a new string whenever it is asked; the quick way where it matters."""
     return "cpu" if x.is_cpu else x.device.type
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are numbers in `x` to look at: on the meta device and under `FakeTensorMode` there are none, and in
+    code that is being compiled not yet.
+    """
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def of_all_calls(x: Tensor) -> Tensor:
