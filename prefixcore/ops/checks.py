@@ -41,6 +41,9 @@ def check_dense(**tensors: Any) -> None:
             layout = str(x.layout).removeprefix("torch.").removeprefix("_")
             hint = "convert it with .to_dense()"
             raise wrong(TypeError, name, "a dense tensor (strided)", f"one that is {layout}", hint)
+        if hasattr(x, "placements"):
+            hint = "give this process's part of the rows or heads: .to_local()"
+            raise wrong(TypeError, name, "a tensor of this process", f"a DTensor {x.placements}", hint)
 
 
 def device_type_of(x: Tensor) -> str:

@@ -155,7 +155,7 @@ def prefix_attention(
         plain = check_derivatives("prefix_attention")
         try:
             out, lse = gradients.prefix_attention(p) if plain else torch.ops.prefixcore.prefix_attention(*p)
-        except NotImplementedError:
+        except RuntimeError:  # NotImplementedError is one
             check_dense(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
             raise
     else:

@@ -76,7 +76,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
         op = gradients.soft_embedding if plain else torch.ops.prefixcore.soft_embedding
         try:
             return op(input_ids, weight, virtual)
-        except NotImplementedError:
+        except RuntimeError:  # NotImplementedError is one
             check_dense(input_ids=input_ids, weight=weight, virtual=virtual)
             raise
     if not torch.compiler.is_compiling():
