@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
+
+from ..backends import gradients
 
 _functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of which the stubs know little
 
@@ -68,20 +69,6 @@ def of_all_calls(x: Tensor) -> Tensor:
 def check_derivatives(op: str) -> bool:
     """Whether the call is plain eager code: not being compiled, and under no transform of `torch.func`.
 
-    Raises NotImplementedError where the kernels' derivatives would be lost: they are known to `backward` alone.
-    Without this, forward-mode differentiation would silently take every derivative for zero.
+    Raises NotImplementedError where the kernels' derivatives would be lost. Compiled code is checked where it is run.
     """
-    if torch.compiler.is_compiling():
-        return False
-    stack = _functorch.get_interpreter_stack()
-    forward_mode = forward_ad._current_level >= 0  # also inside torch.func.jvp
-    if stack is None and not forward_mode:
-        return True
-    if forward_mode or any(level.key().name == "Grad" for level in stack):
-        got = "forward-mode differentiation" if forward_mode else "torch.func.grad or vjp"
-        raise NotImplementedError(
-            f"{op}: expected the gradient to be taken by backward() or torch.autograd.grad, got {got}, which the "
-            "kernels have no rule for; take it through the reference, inside "
-            "'with prefixcore.use_backend(\"reference\")'"
-        )
-    return False
+    return not torch.compiler.is_compiling() and gradients.check_transforms(op)

@@ -277,6 +277,37 @@ def test_derivatives_that_would_be_lost_are_refused(op: Any, transform: str) -> 
         assert derivative().abs().max() > 0
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("op", [_attend, _embed])
+@pytest.mark.parametrize("how", ["jvp", "grad", "a dual number"])
+def test_compiled_code_refuses_them_too(op: Any, how: str) -> None:
+    """Compiled, a derivative in forward mode was zero in silence: the argument checks are not run in that mode."""
+    torch._dynamo.reset()
+    t, _ = Problem(T=9).tensors()
+    f, x = op(t), t["prefix_key"] if op is _attend else t["prefix_key"][0, :2]
+
+    def derivative() -> Any:
+        if how == "a dual number":
+            compiled = torch.compile(f, backend="aot_eager")
+            compiled(x)
+            with torch.autograd.forward_ad.dual_level():
+                dual = compiled(torch.autograd.forward_ad.make_dual(x, x))
+                return torch.autograd.forward_ad.unpack_dual(dual).tangent
+        transform = torch.func.grad(f) if how == "grad" else lambda x: torch.func.jvp(f, (x,), (x,))[1]
+        return torch.compile(transform, fullgraph=True, backend="aot_eager")(x)
+
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported), match=r"use_backend\(\"reference\"\)"):
+        derivative()
+    with prefixcore.use_backend("reference"):
+        assert derivative().abs().max() > 0
+
+
+def test_the_registered_op_refuses_them_too() -> None:
+    p = PROBLEMS["plain"].record()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: OPS.prefix_attention(*p._replace(query=x))[0], (p.query,), (p.query,))
+
+
 def test_vmap_is_a_loop() -> None:
     t, _ = Problem(T=9).tensors()
     queries = torch.stack([t["query"], 2 * t["query"]])
