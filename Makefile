@@ -100,7 +100,7 @@ bench-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 bench-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 bench bench-quick bench-avx2: $(VENV)/.installed
 	@mkdir -p $(dir $(OUT))
-	PREFIXCORE_BENCH=$(SCALE) $(BIN)/python -m pytest $(WHAT) -W ignore::FutureWarning -W ignore::UserWarning \
+	PREFIXCORE_BENCH=$(SCALE) $(BIN)/python -m pytest $(WHAT) -rs -W ignore::FutureWarning -W ignore::UserWarning \
 	    --benchmark-columns=min,median,rounds --benchmark-json=$(OUT) $(ARGS)
 	$(BIN)/python -m bench.report show $(OUT)
 

@@ -8,15 +8,36 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from . import machine, timing
+from . import machine, runs, timing
 
 Measure = Callable[..., dict[str, Any]]
+LEFT_OUT: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 
 @pytest.hookimpl(optionalhook=True)  # the GPU's suite does without pytest-benchmark
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """The stamp goes into the JSON beside what pytest-benchmark notes itself."""
     machine_info["prefixcore"] = machine.stamp()
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_benchmark_compare_machine_info(
+    benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> None:
+    """Says in a line each what two runs differ in. pytest-benchmark's own check, which comes next and would print both
+    machines whole because of their load, is given nothing to find."""
+    stamp, before = machine_info["prefixcore"], compared_benchmark["machine_info"].get("prefixcore", {})
+    for name in set(runs.SITTINGS) - {"commit"}:  # other code is what is to be compared
+        if before.get(name) != stamp[name]:
+            text = f"compared with a run of another {name}: {before.get(name)}, now {stamp[name]}"
+            benchmarksession.logger.warning(text)
+    compared_benchmark["machine_info"] = machine_info
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """What was left out stands beside the benchmarks: in their list, pytest-benchmark would look for its times."""
+    output_json["left_out"] = config.stash.get(LEFT_OUT, [])
 
 
 @pytest.fixture
@@ -54,11 +75,14 @@ def note(benchmark: Any) -> Callable[..., None]:
 
 
 @pytest.fixture
-def leave_out(note: Callable[..., None]) -> Callable[..., NoReturn]:
+def leave_out(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., NoReturn]:
     """`leave_out(table, case, reason)`: skips, and has the table say so."""
 
     def run(table: str, case: Mapping[str, Any], reason: str) -> NoReturn:
-        note(table, case, lambda: None, skipped=reason)
+        why = {"table": table, "case": dict(case), "skipped": reason}
+        request.config.stash.setdefault(LEFT_OUT, []).append({"fullname": benchmark.fullname, "extra_info": why})
+        benchmark.disabled = True  # nothing was timed, so that pytest-benchmark has no row of it
+        benchmark.pedantic(lambda: None)
         pytest.skip(reason)
 
     return run

@@ -29,15 +29,29 @@ def rounded(value: Any) -> Any:
 
 
 def trimmed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A run: of pytest-benchmark's JSON the stamp, and every benchmark's own figures."""
-    benchmarks = [{"id": b["fullname"], **rounded(b["extra_info"])} for b in raw["benchmarks"]]
+    """A run: of pytest-benchmark's JSON the stamp, and every benchmark's own figures, or why it was left out."""
+    entries = [*raw["benchmarks"], *raw.get("left_out", ())]
+    benchmarks = [{"id": b["fullname"], **rounded(b["extra_info"])} for b in entries]
     return {"stamp": {"time": raw["datetime"][:16], **raw["machine_info"]["prefixcore"]}, "benchmarks": benchmarks}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The run in a file of pytest-benchmark's, or the runs in one of ours."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    """The run in a file of pytest-benchmark's, or the runs in one of ours.
+
+    Raises:
+        ValueError: it is neither; the message names the file, and what it is instead.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        empty = "an empty file: nothing was measured, or the run was broken off"
+        raise ValueError(f"{path}: expected results, got {f'what is no JSON ({error})' if text else empty}") from None
+    content = content if isinstance(content, dict) else {}
     if "machine_info" in content:
+        named = all("table" in benchmark["extra_info"] for benchmark in content["benchmarks"])
+        if not named or "prefixcore" not in content["machine_info"]:
+            raise ValueError(f"{path}: expected a run of the benchmarks in bench/, got one of other benchmarks")
         return [trimmed(content)]
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: expected results of format {FORMAT}, got {content.get('format')!r}; measure anew")

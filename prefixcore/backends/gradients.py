@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from .layout import free_strides
 from .problem import AttentionProblem
@@ -22,6 +22,7 @@ from .problem import AttentionProblem
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
+_functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of which the stubs know little
 _ops = torch.ops.prefixcore
 
 
@@ -60,6 +61,27 @@ def _apply(function: type[Function], *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def check_transforms(op: str) -> bool:
+    """Whether the call is under no transform of `torch.func`.
+
+    Raises NotImplementedError where the kernels' derivatives would be lost: they are known to `backward` alone.
+    Without this, forward-mode differentiation would silently take every derivative for zero.
+    """
+    stack = _functorch.get_interpreter_stack()
+    forward_mode = forward_ad._current_level >= 0  # also inside torch.func.jvp, but in compiled code
+    if stack is None and not forward_mode:
+        return True
+    levels = {level.key().name for level in stack or ()}
+    if forward_mode or levels & {"Grad", "Jvp"}:
+        got = "torch.func.grad or vjp" if "Jvp" not in levels and not forward_mode else "forward-mode differentiation"
+        raise NotImplementedError(
+            f"{op}: expected the gradient to be taken by backward() or torch.autograd.grad, got {got}, which the "
+            "kernels have no rule for; take it through the reference, inside "
+            "'with prefixcore.use_backend(\"reference\")'"
+        )
+    return False
 
 
 class _NoSecondDerivative(Function):
@@ -167,9 +189,19 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
     return result
 
 
+def _checked(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """For compiled code, and for whoever calls the registered ops: `prefixcore.ops` has not looked at these calls."""
+
+    def call(*arguments: Any) -> Any:
+        check_transforms(op)
+        return function(*arguments)
+
+    return call
+
+
 AUTOGRAD: dict[str, Callable[..., Any]] = {
-    "prefix_attention": lambda *fields: prefix_attention(AttentionProblem(*fields)),
-    "prefix_attention_backward": prefix_attention_backward,
-    "soft_embedding": soft_embedding,
-    "soft_embedding_backward": soft_embedding_backward,
+    "prefix_attention": _checked("prefix_attention", lambda *fields: prefix_attention(AttentionProblem(*fields))),
+    "prefix_attention_backward": _checked("prefix_attention", prefix_attention_backward),
+    "soft_embedding": _checked("soft_embedding", soft_embedding),
+    "soft_embedding_backward": _checked("soft_embedding", soft_embedding_backward),
 }

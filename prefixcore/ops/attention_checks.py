@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.checks import check_factors, check_storage
 from ..backends.problem import TENSORS, AttentionProblem
-from .checks import check_dense, check_tensor, wrong
+from .checks import check_dense, check_tensor, has_values, of_all_calls, wrong
 
 _INTEGERS = (torch.int64, torch.int32)
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
@@ -28,8 +28,10 @@ def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dim() != 4:
                 raise wrong(ValueError, name, "four dimensions [batch, heads, length, head dim]", list(x.shape))
-            if x.dtype != dtype or not dtype.is_floating_point:
-                raise wrong(TypeError, name, "query's floating-point dtype", f"{x.dtype} (query has {dtype})")
+            if not dtype.is_floating_point:
+                raise wrong(TypeError, "query", "a floating-point dtype", dtype)
+            if x.dtype != dtype:
+                raise wrong(TypeError, name, f"{dtype} as query", x.dtype)
             if x.device != device:
                 raise wrong(ValueError, name, f"device {device} as query", x.device)
     batch, heads, _, dim = query.shape
@@ -47,13 +49,18 @@ def check_sequence(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_prefix(
-    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None,
+    prefix_index: Tensor | None, prefix_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The prefix as the ops take it: one [Hkv, P, D] or a bank [N, Hkv, P, D]; none is one of length 0."""
     kv_heads, dim, value_dim = key.shape[1], query.shape[3], value.shape[3]
     if prefix_key is None or prefix_value is None:
         if prefix_key is not prefix_value:
             raise wrong(ValueError, "prefix_key and prefix_value", "both or neither", "one of them")
+        for name, x in (("prefix_index", prefix_index), ("prefix_lengths", prefix_lengths)):
+            if x is not None:
+                hint = "give prefix_key and prefix_value too"
+                raise wrong(ValueError, name, "None where there is no prefix", type(x).__name__, hint)
         return query.new_empty(kv_heads, 0, dim), query.new_empty(kv_heads, 0, value_dim)
     check_tensor("prefix_key", prefix_key)
     check_tensor("prefix_value", prefix_value)
@@ -135,7 +142,9 @@ def check_packing(query: Tensor, key: Tensor, cu_seqlens: Tensor) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def split_mask(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, virtual_tokens: int
+) -> tuple[Tensor | None, Tensor | None]:
     """The mask as `(padding [B, S] bool, mask [B, H, T, S])`, at most one of them not None."""
     if attn_mask is None:
         return None, None
@@ -151,15 +160,22 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
     if attn_mask.requires_grad and torch.is_grad_enabled():
         expected, got = "a constant (no gradient is computed for it)", "a tensor that requires a gradient"
         raise wrong(ValueError, "attn_mask", expected, got, "pass attn_mask.detach()")
+    # Sizes are compared one by one: for compiled code a number and a symbol that stands for it are not `in` each other.
     if attn_mask.dim() == 2:
-        if shape not in ([batch, keys], [1, keys]):
+        rows, columns = shape
+        if columns != keys or (rows != batch and rows != 1):
             expected = f"a padding mask [{batch}, {keys}] (two dimensions are [B, S])"
-            raise wrong(ValueError, "attn_mask", expected, shape, "write a mask [T, S] as mask[None, None]")
+            remedy = _without_prefix(shape, keys, virtual_tokens) or "write a mask [T, S] as mask[None, None]"
+            raise wrong(ValueError, "attn_mask", expected, shape, remedy)
+        if not boolean:
+            expected = "bool (True is visible) where it has two dimensions [B, S]"
+            remedy = "turn a mask of 0 and 1 into mask.bool(), and write an additive one as mask[:, None, None]"
+            raise wrong(TypeError, "attn_mask", expected, attn_mask.dtype, remedy)
         attn_mask = attn_mask[:, None, None, :]
     sizes = zip(reversed(attn_mask.shape), (keys, queries, heads, batch), strict=False)
-    if not 2 < attn_mask.dim() <= 4 or any(have not in (1, want) for have, want in sizes):
+    if not 2 < attn_mask.dim() <= 4 or any(have != want and have != 1 for have, want in sizes):
         expected = f"a shape that broadcasts to {[batch, heads, queries, keys]}"
-        raise wrong(ValueError, "attn_mask", expected, shape)
+        raise wrong(ValueError, "attn_mask", expected, shape, _without_prefix(shape, keys, virtual_tokens))
     if boolean and attn_mask.dim() == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
         return attn_mask[:, 0, 0, :].expand(batch, keys), None
     if not boolean and attn_mask.dtype != query.dtype and query.dtype != torch.float64:
@@ -167,6 +183,13 @@ def split_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None) -> tuple[Te
             check_storage("attn_mask", attn_mask)
         attn_mask = attn_mask.float()
     return None, attn_mask.expand(batch, heads, queries, keys)
+
+
+def _without_prefix(shape: list[int], keys: int, virtual_tokens: int) -> str:
+    """How to mend a mask of this shape if it has the prefix's columns too."""
+    if not shape or virtual_tokens == 0 or shape[-1] != virtual_tokens + keys:
+        return ""
+    return f"leave out the prefix, which every query sees: attn_mask[..., {virtual_tokens}:]"
 
 
 def cast_for_autocast(dtype: torch.dtype, **tensors: Tensor) -> Iterator[Tensor]:
@@ -191,7 +214,7 @@ def check_options(
     if not isinstance(is_causal, bool):
         raise wrong(TypeError, "is_causal", "True or False", repr(is_causal))
     for name, x in (("scale", scale), ("softcap", softcap)):
-        if x is not None and not isinstance(x, _NUMBERS):
+        if x is not None and (isinstance(x, bool) or not isinstance(x, _NUMBERS)):
             raise wrong(TypeError, name, "a number, or None", type(x).__name__)
     if softcap == 0:
         raise wrong(ValueError, "softcap", "none, or a number above 0", softcap)
@@ -219,17 +242,17 @@ def check_options(
 
 def check_values(p: AttentionProblem) -> None:
     """The checks of memory and of what is in it, for the reference: the kernels make them themselves."""
-    if torch.compiler.is_compiling() or p.prefix_key.is_meta:
+    if not has_values(p.prefix_key):
         return
     for name, x in zip(TENSORS, p.tensors, strict=True):
         if x is not None:
             check_dense(**{name: x})
             check_storage(name, x)
     bank, capacity = bank_size(p.prefix_key), p.virtual_tokens
-    for place, entry in enumerate([] if p.prefix_index is None else p.prefix_index.tolist()):
+    for place, entry in enumerate(_values(p.prefix_index)):
         if not -1 <= entry < bank:
             raise wrong(IndexError, f"prefix_index[{place}]", f"-1 (none) to {bank - 1}", entry)
-    for place, length in enumerate([] if p.prefix_lengths is None else p.prefix_lengths.tolist()):
+    for place, length in enumerate(_values(p.prefix_lengths)):
         if not 0 <= length <= capacity:
             raise wrong(ValueError, f"prefix_lengths[{place}]", f"0 to {capacity}", length)
     if p.cu_seqlens is not None:
@@ -237,3 +260,8 @@ def check_values(p: AttentionProblem) -> None:
         rising = all(a <= b for a, b in zip(ends, ends[1:], strict=False))
         if ends[0] != 0 or ends[-1] != p.queries or not rising:
             raise wrong(ValueError, "cu_seqlens", f"a sequence rising from 0 to {p.queries}", ends)
+
+
+def _values(x: Tensor | None) -> list[int]:
+    """What is in `x`, under `torch.func.vmap` of all calls; of None nothing."""
+    return [] if x is None else of_all_calls(x).flatten().tolist()

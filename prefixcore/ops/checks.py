@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..backends import gradients
 
 _functorch: Any = getattr(torch._C, "_functorch", None)  # a binary module, of which the stubs know little
 
@@ -40,11 +42,21 @@ def check_dense(**tensors: Any) -> None:
             layout = str(x.layout).removeprefix("torch.").removeprefix("_")
             hint = "convert it with .to_dense()"
             raise wrong(TypeError, name, "a dense tensor (strided)", f"one that is {layout}", hint)
+        if hasattr(x, "placements"):
+            hint = "give this process's part of the rows or heads: .to_local()"
+            raise wrong(TypeError, name, "a tensor of this process", f"a DTensor {x.placements}", hint)
 
 
 def device_type_of(x: Tensor) -> str:
     """`x.device.type`, which writes a new string whenever it is asked; the quick way where it matters."""
     return "cpu" if x.is_cpu else x.device.type
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are numbers in `x` to look at: on the meta device and under `FakeTensorMode` there are none, and in
+    code that is being compiled not yet.
+    """
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def of_all_calls(x: Tensor) -> Tensor:
@@ -57,20 +69,6 @@ def of_all_calls(x: Tensor) -> Tensor:
 def check_derivatives(op: str) -> bool:
     """Whether the call is plain eager code: not being compiled, and under no transform of `torch.func`.
 
-    Raises NotImplementedError where the kernels' derivatives would be lost: they are known to `backward` alone.
-    Without this, forward-mode differentiation would silently take every derivative for zero.
+    Raises NotImplementedError where the kernels' derivatives would be lost. Compiled code is checked where it is run.
     """
-    if torch.compiler.is_compiling():
-        return False
-    stack = _functorch.get_interpreter_stack()
-    forward_mode = forward_ad._current_level >= 0  # also inside torch.func.jvp
-    if stack is None and not forward_mode:
-        return True
-    if forward_mode or any(level.key().name == "Grad" for level in stack):
-        got = "forward-mode differentiation" if forward_mode else "torch.func.grad or vjp"
-        raise NotImplementedError(
-            f"{op}: expected the gradient to be taken by backward() or torch.autograd.grad, got {got}, which the "
-            "kernels have no rule for; take it through the reference, inside "
-            "'with prefixcore.use_backend(\"reference\")'"
-        )
-    return False
+    return not torch.compiler.is_compiling() and gradients.check_transforms(op)

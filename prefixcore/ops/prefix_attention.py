@@ -86,7 +86,7 @@ def prefix_attention(
             prefix. Needed if the bank has more than one entry.
         prefix_lengths: int64 or int32 `[N]`: how many virtual tokens of each entry count; the rest are
             padding.
-        attn_mask: over the sequence's keys only. Two dimensions mean a padding mask `[B, S]` (bool, True is
+        attn_mask: over the sequence's keys only. Two dimensions mean a padding mask `[B, S]` (bool alone, True is
             visible), which has a path of its own; three or four broadcast to `[B, H, T, S]`, bool or
             additive (at or below -1e30, as at minus infinity, the key is hidden; NaN makes the output of its
             query NaN). Write a mask `[T, S]` as `mask[None, None]`. Gets no gradient.
@@ -132,10 +132,12 @@ def prefix_attention(
             dtype = torch.get_autocast_dtype(device_type)
             query, key, value = cast_for_autocast(dtype, query=query, key=key, value=value)
         check_sequence(query, key, value)
-        prefix_key, prefix_value = check_prefix(query, key, value, prefix_key, prefix_value)
+        prefix_key, prefix_value = check_prefix(
+            query, key, value, prefix_key, prefix_value, prefix_index, prefix_lengths
+        )
         packed = 0 if cu_seqlens is None else check_packing(query, key, cu_seqlens)
         check_bank(query, prefix_key, prefix_index, prefix_lengths, packed)
-        padding, mask = split_mask(query, key, attn_mask)
+        padding, mask = split_mask(query, key, attn_mask, prefix_key.shape[-2])
     except RuntimeError:  # nested tensors have no shape, and what has lost its memory cannot be viewed
         check_dense(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
         if attn_mask is not None:
@@ -153,7 +155,7 @@ def prefix_attention(
         plain = check_derivatives("prefix_attention")
         try:
             out, lse = gradients.prefix_attention(p) if plain else torch.ops.prefixcore.prefix_attention(*p)
-        except NotImplementedError:
+        except RuntimeError:  # NotImplementedError is one
             check_dense(query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value)
             raise
     else:

@@ -25,9 +25,10 @@ def prefix_attention_reference(p: AttentionProblem) -> tuple[Tensor, Tensor]:
     sees nothing (its output is zero).
     """
     if p.cu_seqlens is not None:  # packed sequences are independent rows of one-row batches
-        ends = p.cu_seqlens.tolist()
+        ends = [0, p.queries] if p.cu_seqlens.is_meta else p.cu_seqlens.tolist()
         parts = [prefix_attention_reference(_packed(p, n, a, b)) for n, (a, b) in enumerate(itertools.pairwise(ends))]
-        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+        out = torch.cat([out.transpose(1, 2) for out, _ in parts], 1).transpose(1, 2)  # laid out as [B, T, H, Dv]
+        return out, torch.cat([lse for _, lse in parts], 2)
 
     query, compute = p.query, torch.float64 if p.query.dtype == torch.float64 else torch.float32
     prefix_key, prefix_value = p.bank  # [N, Hkv, P, D], [N, Hkv, P, Dv]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends import gradients
 from ..backends.checks import check_storage
-from .checks import check_dense, check_derivatives, check_tensor, device_type_of, of_all_calls, wrong
+from .checks import check_dense, check_derivatives, check_tensor, device_type_of, has_values, of_all_calls, wrong
 from .reference import soft_embedding_reference
 from .select import backend_name
 
@@ -76,7 +76,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
         op = gradients.soft_embedding if plain else torch.ops.prefixcore.soft_embedding
         try:
             return op(input_ids, weight, virtual)
-        except NotImplementedError:
+        except RuntimeError:  # NotImplementedError is one
             check_dense(input_ids=input_ids, weight=weight, virtual=virtual)
             raise
     if not torch.compiler.is_compiling():
@@ -89,7 +89,7 @@ def soft_embedding(input_ids: Tensor, weight: Tensor, virtual: Tensor) -> Tensor
 
 def _check_range(input_ids: Tensor, limit: int, vocabulary: int) -> None:
     """Raises the IndexError that the kernels raise themselves."""
-    if torch.compiler.is_compiling() or input_ids.is_meta or input_ids.numel() == 0:
+    if not has_values(input_ids) or input_ids.numel() == 0:
         return
     input_ids = of_all_calls(input_ids)
     bad = ((input_ids < 0) | (input_ids >= limit)).nonzero()

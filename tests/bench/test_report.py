@@ -358,9 +358,24 @@ def test_what_does_not_belong_together_is_not_kept(tmp_path: Path, other: dict, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('{"format": 0}', encoding="utf-8")
-    with pytest.raises(ValueError, match="expected results of format 2"):
+OTHER = {**raw(), "machine_info": {"node": "a-host-name"}}
+NAMELESS = {**raw(), "benchmarks": [{"fullname": "x.py::y", "extra_info": {}}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": 0}', "expected results of format 2"),
+        ("[1]", "expected results of format 2"),
+        ("", "an empty file: nothing was measured, or the run was broken off"),
+        (json.dumps(raw())[:99], "what is no JSON"),
+        (json.dumps(OTHER), "got one of other benchmarks"),
+        (json.dumps(NAMELESS), "got one of other benchmarks"),
+    ],
+)
+def test_what_are_no_results_of_ours_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"x\.json: .*{message}"):
         runs.read(tmp_path / "x.json")
 
 

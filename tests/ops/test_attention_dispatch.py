@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prefixcore
 from prefixcore.backends.problem import DIFFERENTIABLE, AttentionProblem, attention_problem, is_off
@@ -276,6 +277,37 @@ def test_derivatives_that_would_be_lost_are_refused(op: Any, transform: str) -> 
         assert derivative().abs().max() > 0
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("op", [_attend, _embed])
+@pytest.mark.parametrize("how", ["jvp", "grad", "a dual number"])
+def test_compiled_code_refuses_them_too(op: Any, how: str) -> None:
+    """Compiled, a derivative in forward mode was zero in silence: the argument checks are not run in that mode."""
+    torch._dynamo.reset()
+    t, _ = Problem(T=9).tensors()
+    f, x = op(t), t["prefix_key"] if op is _attend else t["prefix_key"][0, :2]
+
+    def derivative() -> Any:
+        if how == "a dual number":
+            compiled = torch.compile(f, backend="aot_eager")
+            compiled(x)
+            with torch.autograd.forward_ad.dual_level():
+                dual = compiled(torch.autograd.forward_ad.make_dual(x, x))
+                return torch.autograd.forward_ad.unpack_dual(dual).tangent
+        transform = torch.func.grad(f) if how == "grad" else lambda x: torch.func.jvp(f, (x,), (x,))[1]
+        return torch.compile(transform, fullgraph=True, backend="aot_eager")(x)
+
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported), match=r"use_backend\(\"reference\"\)"):
+        derivative()
+    with prefixcore.use_backend("reference"):
+        assert derivative().abs().max() > 0
+
+
+def test_the_registered_op_refuses_them_too() -> None:
+    p = PROBLEMS["plain"].record()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: OPS.prefix_attention(*p._replace(query=x))[0], (p.query,), (p.query,))
+
+
 def test_vmap_is_a_loop() -> None:
     t, _ = Problem(T=9).tensors()
     queries = torch.stack([t["query"], 2 * t["query"]])
@@ -293,6 +325,47 @@ def test_on_the_meta_device_there_are_shapes_alone() -> None:
     assert rows.shape == (3, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_packed_bank_on_the_meta_device(dtype: torch.dtype) -> None:
+    t, options = Problem(packed=(3, 9, 1), N=2, index=True, lengths=True, dtype=dtype).tensors()
+    want = prefixcore.prefix_attention(**t, **options, return_lse=True)
+    meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in (t | options).items()}
+    got = prefixcore.prefix_attention(**meta, return_lse=True)
+    assert [(x.shape, x.dtype, x.stride()) for x in got] == [(x.shape, x.dtype, x.stride()) for x in want]
+
+
+def test_the_reference_looks_at_no_values_of_fake_tensors() -> None:
+    t, options = Problem(N=2, index=True, lengths=True, dtype=torch.float64).tensors()
+    want = prefixcore.prefix_attention(**t, **options)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in (t | options).items()}
+        assert prefixcore.prefix_attention(**fake).shape == want.shape
+        ids = mode.from_tensor(torch.arange(3))
+        assert prefixcore.soft_embedding(ids, fake["key"][0, 0], fake["value"][0, 0]).shape == (3, t["key"].shape[3])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_vmap_over_who_sees_which_prefix(backend: str) -> None:
+    t, _ = Problem(T=9, N=2).tensors()
+    index = torch.tensor([[0, 1], [1, -1]])
+    with prefixcore.use_backend(backend):
+        mapped = torch.func.vmap(lambda index: prefixcore.prefix_attention(**t, prefix_index=index))
+        for one, got in zip(index, mapped(index), strict=True):
+            torch.testing.assert_close(got, prefixcore.prefix_attention(**t, prefix_index=one))
+        with pytest.raises(IndexError, match="got 2"):
+            mapped(index + 1)
+
+
 def test_which_backend_wants_a_dtype() -> None:
     with pytest.raises(TypeError, match=r"dtype: expected a torch\.dtype, got 'float32'"):
         prefixcore.which_backend("prefix_attention", "cpu", "float32")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask", ["padding", "bool", "additive"])
+def test_a_mask_comes_first_after_lengths_that_vary(mask: str) -> None:
+    """The keys' length is a symbol by then and the mask's a number: compiled code tells whether they are equal."""
+    torch._dynamo.reset()
+    compiled = torch.compile(prefixcore.prefix_attention, fullgraph=True, backend="eager")
+    for T, kind in ((5, None), (9, None), (12, mask), (17, mask)):
+        t, options = Problem(T=T, mask=kind).tensors()
+        torch.testing.assert_close(compiled(**t, **options), prefixcore.prefix_attention(**t, **options))

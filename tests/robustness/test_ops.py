@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 import prefixcore
 
@@ -45,13 +48,37 @@ def test_the_embedding_names_it_too(name: str, layout: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_quantized_and_meta_tensors_are_named() -> None:
     quantized = torch.quantize_per_tensor(good()["key"], 0.1, 0, torch.qint8)
-    with pytest.raises(TypeError, match=r"key: expected query's floating-point dtype, got torch\.qint8"):
+    with pytest.raises(TypeError, match=r"key: expected torch\.float32 as query, got torch\.qint8"):
         prefixcore.prefix_attention(**good(key=quantized))
     for name in ("key", "value", "prefix_key", "prefix_value"):
         with pytest.raises(ValueError, match=f"{name}: expected device cpu as query, got meta"):
             prefixcore.prefix_attention(**good(**{name: good()[name].to("meta")}))
     with pytest.raises(ValueError, match=r"one device, got \['cpu', 'cpu', 'meta'\]"):
         prefixcore.soft_embedding(torch.arange(4), torch.randn(3, 8), torch.randn(2, 8).to("meta"))
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_tensor_of_several_processes_is_named(mesh: DeviceMesh, alone: bool, trained: bool) -> None:
+    """It alone among plain ones, as where a model is tensor parallel and its prefix is not, or all of them."""
+    call = good()
+    call["prefix_key"].requires_grad_(trained)
+    names = ("query",) if alone else tuple(call)
+    shared = {name: distribute_tensor(call[name].detach(), mesh) for name in names}
+    with pytest.raises(TypeError, match=r"query: expected a tensor of this process, got a DTensor.*\.to_local\(\)"):
+        prefixcore.prefix_attention(**call | shared)
+    rows = distribute_tensor(torch.randn(2, 8), mesh)
+    with pytest.raises(TypeError, match=r"virtual: expected a tensor of this process, got a DTensor"):
+        prefixcore.soft_embedding(torch.arange(4), torch.randn(3, 8), rows)
+    local = {name: x.to_local() for name, x in shared.items()}
+    assert torch.equal(prefixcore.prefix_attention(**call | local), prefixcore.prefix_attention(**call))
 
 
 def test_out_of_memory_names_what_was_asked_for() -> None:
