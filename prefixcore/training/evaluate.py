@@ -13,7 +13,9 @@ from torch import nn
 
 from .batch import Batch, Call, call_model, loss_of
 from .causal import TO_ANSWER, TO_LEARN, check_causal
+from .chat import Conversation
 from .data import IGNORED, DataError, Example, TokenizedExample, collate, pad_id
+from .ending import as_ids, before_end, end_ids
 from .questions import Question
 
 
@@ -141,7 +143,8 @@ def predict(
         for number, prompt in enumerate(prompts, start=1)
     ]
     ids = [question.ids(tokenizer, chat=chat) for question in asked]
-    return _continue(model, tokenizer, ids, max_new_tokens, end, batch_size, max_length, options)
+    is_chat = chat or any(not isinstance(question.prompt, str) for question in asked)
+    return _continue(model, tokenizer, ids, max_new_tokens, end, batch_size, max_length, options, chat=is_chat)
 
 
 def _continue(
@@ -153,9 +156,16 @@ def _continue(
     batch_size: int,
     max_length: int | None,
     options: dict[str, Any],
+    *,
+    chat: bool,
 ) -> list[str]:
     check_causal(model, TO_ANSWER)
     padding = pad_id(tokenizer, model)
+    ends = end_ids(model, tokenizer, chat=chat, configuration=options.get("generation_config"))
+    if "eos_token_id" in options:
+        ends = as_ids(options["eos_token_id"])
+    elif ends:
+        options = {**options, "eos_token_id": sorted(ends)}
     if end:
         options = {**options, "stop_strings": [end], "tokenizer": tokenizer}
     answers = [""] * len(prompts)
@@ -172,8 +182,8 @@ def _continue(
                     pad_token_id=padding,
                     **options,
                 )
-                for index, ids in zip(indices, generated[:, prompt_length:], strict=True):
-                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                for index, ids in zip(indices, generated[:, prompt_length:].tolist(), strict=True):
+                    text = tokenizer.decode(before_end(ids, ends), skip_special_tokens=True)
                     answers[index] = text.split(end)[0] if end else text
     return answers
 
@@ -237,16 +247,22 @@ def evaluate(
         raise ValueError("no examples to evaluate on")
     longest = max(len(example.answer_ids) for example in tokenized)
     prompts = [example.question_ids for example in tokenized]
-    answers = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, {"do_sample": False})
-    right = [
-        Example(example.prompt, example.expected(tokenizer, ids))
-        for example, ids in zip(examples, tokenized, strict=True)
-    ]
+    is_chat = any(isinstance(example, Conversation) for example in examples)
+    options = {"do_sample": False}
+    answers = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, options, chat=is_chat)
     return Evaluation(
         loss=held_out_loss(model, tokenized, pad_id(tokenizer, model)),
-        exact_match=exact_match(answers, right, end),
+        exact_match=exact_match(answers, as_decoded(tokenizer, examples, tokenized), end),
         answers=answers,
     )
+
+
+def as_decoded(tokenizer: Any, examples: Sequence[Example], tokenized: Sequence[TokenizedExample]) -> list[Example]:
+    """Examples with their right answers as they are decoded from what a model says."""
+    return [
+        Example(example.prompt, example.expected(tokenizer, ids), example.source)
+        for example, ids in zip(examples, tokenized, strict=True)
+    ]
 
 
 def exact_match(answers: Sequence[str], examples: Sequence[Example], end: str | None = None) -> float:

@@ -63,10 +63,13 @@ class Question:
         Args:
             tokenizer: the model's.
             end: text at which answers are cut.
+
+        Raises:
+            DataError: it goes on behind that text, or the tokenizer cannot encode it.
         """
         if self.example is None:
             return None
-        answer = self.example.expected(tokenizer, self.example.to_ids(tokenizer, None))
+        answer = self.example.expected(tokenizer, self.example.to_ids(tokenizer, end))
         return answer.split(end)[0] if end else answer
 
 
