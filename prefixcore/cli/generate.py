@@ -27,6 +27,7 @@ from .common import (
 from .failures import UserError, user_errors
 from .limits import check_ids, is_too_long, learned_positions, stated_positions
 from .output import check_open, results, say, to_json
+from .tokenizers import say_what_is_unknown
 
 if TYPE_CHECKING:
     from ..training import Question
@@ -150,6 +151,7 @@ def check_questions(
 
     learned, stated = learned_positions(model), stated_positions(model)
     positions = learned if learned is not None else stated
+    texts = []
     for question in questions:
         prompt, source = question.prompt, question.source
         if isinstance(prompt, str) and positions is not None and is_too_long(prompt, positions):
@@ -157,6 +159,7 @@ def check_questions(
         with user_errors(DataError):
             ids = question.ids(tokenizer, chat=chat)
         check_ids(model, ids, source)
+        texts.append((source, ids))
         needed = f"{source}: {len(ids):,} tokens and {virtual_tokens:,} virtual ones"
         if learned is not None and len(ids) + virtual_tokens >= learned:
             raise UserError(f"{needed} leave no room in the model's {positions:,} positions; shorten it")
@@ -167,6 +170,7 @@ def check_questions(
                 f"warning: {needed} with an answer of {new_tokens:,} are more than the {positions:,} positions that "
                 "the model was made for (--max-new-tokens)"
             )
+    say_what_is_unknown(tokenizer, texts, "prompts")
 
 
 def read_questions(arguments: argparse.Namespace) -> list[Question]:

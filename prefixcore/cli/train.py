@@ -25,6 +25,7 @@ from .limits import (
     stated_positions,
 )
 from .output import check_open, say
+from .tokenizers import say_what_ends
 from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_all
 from .train_layers import check_train_layers
 from .train_options import LEARNING_RATES, add_arguments, build_config
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not held_out_ids:
         check_goes_by_held_out(arguments, has_held_out=False)
         options = dataclasses.replace(options, keep="last")
+    say_what_ends(arguments, model, tokenizer, train_ids)
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
 

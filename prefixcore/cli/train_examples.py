@@ -13,6 +13,7 @@ from .limits import (
     is_too_long,
 )
 from .output import say, table
+from .tokenizers import say_what_is_unknown
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Example, TokenizedExample
@@ -91,6 +92,8 @@ def tokenize_all(
             raise UserError(f"{example.source}: {length} than the {limit}")
     if len(kept) < len(examples):
         say(f"left out {len(examples) - len(kept)} of {len(examples)} examples with more than {limit.tokens} tokens")
+    texts = [(example.source, ids.prompt_ids + ids.completion_ids) for example, ids in kept]
+    say_what_is_unknown(tokenizer, texts, "examples")
     return [example for example, _ in kept], [ids for _, ids in kept]
 
 
