@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="your own prompts: JSON lines, CSV or Parquet with prompt, and completion where there is a right answer; "
+        help="your own prompts: JSON, CSV or Parquet with prompt, and completion where there is a right answer; "
         "or plain lines",
     )
     asked.add_argument(

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="JSON lines, CSV, Parquet or plain lines: prompts, or conversations (messages, tools); where the right "
+        help="JSON, CSV, Parquet or plain lines: prompts, or conversations (messages, tools); where the right "
         "answers are there, how many are right is printed, too",
     )
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")

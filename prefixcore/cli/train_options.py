@@ -59,7 +59,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSON lines, CSV or Parquet with prompt and completion, or a folder of datasets' save_to_disk",
+        help="JSON, CSV or Parquet with prompt and completion, or a folder of datasets' save_to_disk",
     )
     parser.add_argument(
         "--chat",

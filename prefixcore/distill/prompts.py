@@ -1,4 +1,4 @@
-"""The user's own prompts: JSON lines or a table with `prompt` and perhaps `completion`, or plain lines."""
+"""The user's own prompts: JSON or a table with `prompt` and perhaps `completion`, or plain lines."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     r"""Reads prompts, one a line or row.
 
     `.csv`, `.tsv` and `.parquet` are tables with the column `prompt` and, where there is a right answer, `completion`.
-    Any other file whose first line is a JSON object is read as JSON lines with these fields; one whose first line is
-    not, as plain lines, each a prompt. Blank lines are passed over.
+    Any other file whose first line is a JSON object is read as JSON lines with these fields, and a JSON list of objects
+    as these; all others as plain lines, each a prompt. Blank lines are passed over.
 
     Args:
         path: the file, in UTF-8.

@@ -79,7 +79,7 @@ def read_questions(path: str | Path) -> list[Question]:
     A row has a `prompt`, and a `completion` where there is a right answer; or a conversation in one of the forms of
     `read_examples(chat=True)`, of which the model says the assistant's next turn. Where the last turn is the
     assistant's, the model says that one again, and it is the right answer. `.csv`, `.tsv` and `.parquet` are tables;
-    any other file is JSON lines, or plain lines, each a prompt.
+    any other file is JSON (an object a line, or a list of objects), or plain lines, each a prompt.
 
     Args:
         path: the file, in UTF-8.

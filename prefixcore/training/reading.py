@@ -1,4 +1,4 @@
-"""Examples read from files: JSON lines, CSV, Parquet, and folders of Hugging Face data sets."""
+"""Examples read from files: JSON, CSV, Parquet, and folders of Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 
 from .chat_rows import CHAT, conversation, is_conversation
 from .data import DataError, Example, is_whole
-from .json_values import json_name, parse_json
+from .json_rows import read_json
+from .json_values import json_name
 from .tables import DATASET_FILES, PLAIN, read_csv, read_dataset, read_parquet
 
 _Reader = Callable[[Path, Sequence[str]], Iterator[tuple[str, Any]]]
 
 TABLES: dict[str, _Reader] = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
-"""How a file's name ends -> its rows, where it is no JSON lines."""
+"""How a file's name ends -> its rows, where it is no JSON."""
 
 
 def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
     """Read examples; what the file is called says what it is.
 
-    `.csv` and `.tsv` (text with a header), `.parquet` (needs pyarrow), a folder that `Dataset.save_to_disk` wrote
-    (needs datasets), and JSON lines for every other name. The whole file is checked before anything is returned.
-    Further columns are ignored.
+    `.csv` and `.tsv` (text with a header, whose columns commas, semicolons or tabs part), `.parquet` (needs pyarrow), a
+    folder that `Dataset.save_to_disk` wrote (needs datasets), and JSON for every other name: an object a line, or one
+    list of objects. The whole file is checked before anything is returned. Further columns are ignored.
 
     Args:
         path: the file or folder.
@@ -51,7 +52,7 @@ def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
             return _examples(path, read_dataset, "column", chat)
         _check_regular(path, f"JSON lines, CSV or Parquet with {fields}, or a folder that Dataset.save_to_disk wrote")
         reader = TABLES.get(path.suffix.lower())
-        return _examples(path, reader or _json_lines, "column" if reader else "field", chat)
+        return _examples(path, reader or read_json, "column" if reader else "field", chat)
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -75,7 +76,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
     path = Path(path)
     with failures(path):
         _check_regular(path, "JSON lines with the fields prompt and completion")
-        return _examples(path, _json_lines, "field", chat=False)
+        return _examples(path, read_json, "field", chat=False)
 
 
 def _check_regular(path: Path, expected: str) -> None:
@@ -106,21 +107,6 @@ def _examples(path: Path, rows: _Reader, kind: str, chat: bool) -> list[Example]
             f"{path}: no examples; expected " + (f"lines like {like}" if kind == "field" else f"rows of {fields}")
         )
     return examples
-
-
-def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                source = f"{path}, line {number}"
-                yield source, _parse(line, source)
-
-
-def _parse(line: str, source: str) -> Any:
-    record = parse_json(line, source)
-    if not isinstance(record, dict):
-        raise DataError(f"{source}: expected a JSON object, got {json_name(record)}")
-    return record
 
 
 def _example(record: Mapping[str, Any], source: str, kind: str) -> Example:
