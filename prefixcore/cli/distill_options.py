@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_model_arguments, option, plain_escapes, positive, seed
+from .common import add_column_arguments, add_model_arguments, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
 from .train_provenance import add_author_arguments
 
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your own prompts: JSON, CSV or Parquet with prompt, and completion where there is a right answer; "
         "or plain lines",
     )
+    add_column_arguments(asked)
     asked.add_argument(
         "--questions",
         type=whole,

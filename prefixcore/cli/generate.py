@@ -14,8 +14,10 @@ from .common import (
     OK,
     adapter_folder,
     adapter_name,
+    add_column_arguments,
     add_force_argument,
     add_model_arguments,
+    columns_of,
     load_adapter,
     named_model,
     open_model,
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON, CSV, Parquet or plain lines: prompts, or conversations (messages, tools); where the right "
         "answers are there, how many are right is printed, too",
     )
+    add_column_arguments(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--end", type=plain_escapes, help=r"stop at this text, such as '\n' (default: as the adapter was trained)"
@@ -184,7 +187,7 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     if arguments.prompt is not None:
         raise UserError("--prompt and --prompts were both given; leave one of them out")
     with user_errors(DataError):
-        return read(arguments.prompts)
+        return read(arguments.prompts, columns=columns_of(arguments))
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .common import columns_of
 from .failures import UserError, user_errors
 from .limits import (
     LengthLimit,
@@ -23,14 +24,21 @@ def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Ex
     """Examples to train on, and held-out ones: a file of their own, or a part of `--data` split off."""
     from ..training import read_examples as read
     from ..training import split
+    from ..training.columns import USUAL
 
     if arguments.chat and arguments.end is not None:
         raise UserError("--end cannot be given with --chat: the model's chat template ends each turn; leave it out")
-    examples = read(arguments.data, chat=arguments.chat)
+    columns = columns_of(arguments)
+    if arguments.chat and columns != USUAL:
+        raise UserError(
+            "--prompt-column and --completion-column name texts; conversations are in messages, or conversations, so "
+            "leave them out with --chat"
+        )
+    examples = read(arguments.data, chat=arguments.chat, columns=columns)
     if arguments.eval_data is None:
         training, held_out = split(examples, arguments.eval_fraction, arguments.split_seed)
     else:
-        training, held_out = examples, read(arguments.eval_data, chat=arguments.chat)
+        training, held_out = examples, read(arguments.eval_data, chat=arguments.chat, columns=columns)
         shared = {(e.prompt, e.completion) for e in training} & {(e.prompt, e.completion) for e in held_out}
         if shared:
             say(

@@ -45,7 +45,7 @@ SHARED = (
     "method", "num_virtual_tokens", "init_text", "init", "num_frozen_tokens", "layers", "reparameterization",
     "prefix_projection", "rank", "num_basis", "encoder_hidden_size", "encoder_reparameterization_type", "batch_size",
     "seed", "prompt_loss_weight", "end", "max_length", "skip_too_long", "eval_data", "eval_fraction", "eval_limit",
-    "chat", "dtype",
+    "chat", "prompt_column", "completion_column", "dtype",
 )  # fmt: skip
 """Options that `prefixcore train` has too, and which the printed command repeats."""
 
@@ -241,6 +241,7 @@ def command(arguments: argparse.Namespace, found: Tuning) -> str:
     chosen["num_virtual_tokens"] = best.candidate.num_virtual_tokens
     usual = {
         "batch_size": 8, "seed": 0, "prompt_loss_weight": PROMPT_LOSS_WEIGHT, "eval_limit": 256, "dtype": "auto",
+        "prompt_column": "prompt", "completion_column": "completion",
     }  # fmt: skip
     if arguments.eval_data is not None or arguments.eval_fraction == 0.1:
         del chosen["eval_fraction"]

@@ -19,8 +19,8 @@ _INSTALL = "pip install 'prefixcore[data]'"
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 """One of them is in each folder that `save_to_disk` writes: of a data set, or of several splits."""
 
-PLAIN = ("prompt", "completion", "messages", "conversations")
-"""The columns that are read where there are prompts and completions; the others are ignored."""
+TURNS = ("messages", "conversations")
+"""The columns that are read beside prompt and completion, for messages about them; the others are ignored."""
 
 
 def _check_names(names: Sequence[str], columns: Sequence[str], source: str | Path) -> None:

@@ -94,6 +94,17 @@ def test_csv_that_is_none(tmp_path, text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_other_names(tmp_path, kind):
+    """Also beside one that has the usual name and is another."""
+    rows = [{"prompt": "no", "question": row["prompt"], "answer": row["completion"]} for row in ROWS]
+    path = write(tmp_path, kind, rows)
+    examples = read_examples(path, columns=("question", "answer"))
+    assert [(each.prompt, each.completion) for each in examples] == [tuple(row.values()) for row in ROWS]
+    with pytest.raises(DataError, match=r"'what' is missing \(found: .*\); what they are called can be said"):
+        read_examples(path, columns=("what", "answer"))
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_the_header_says_what_parts_the_columns(tmp_path, suffix, delimiter):
