@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.adapter = adapter_folder(arguments.adapter)
 
     from ..adapters import AdapterError, read_adapter, read_record
+    from ..adapters.record import how_read
 
     too_deep = user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep")
     with user_errors(AdapterError), too_deep:
@@ -94,9 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
         record = read_record(arguments.adapter)
     virtual_tokens = adapter.config.num_virtual_tokens or 0
     arguments.model = arguments.model or named_model(adapter)
-    end = arguments.end if arguments.end is not None else record.get("end")
+    trained_end, is_chat = how_read(record, adapter.manifest)
+    end = arguments.end if arguments.end is not None else trained_end
     model, tokenizer = open_model(arguments)
-    chat = arguments.chat if arguments.chat is not None else record.get("chat") is True
+    chat = arguments.chat if arguments.chat is not None else bool(is_chat)
     check_questions(model, tokenizer, questions, virtual_tokens, arguments.max_new_tokens, chat=chat)
     learned = learned_positions(model)
 
