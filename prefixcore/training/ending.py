@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -49,3 +50,19 @@ def turn_end(tokenizer: Any) -> int | None:
 def before_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     """An answer without what ends it, and without what comes behind that."""
     return list(ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))])
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int], ends: Collection[int], end: str | None) -> str:
+    """The text of an answer, without what ends it, and without what comes behind that.
+
+    Args:
+        tokenizer: the model's.
+        ids: what the model has said, and what fills the row behind it.
+        ends: the ids that end an answer.
+        end: text that ends one, too, and may be a special token's, which texts leave out; None or "": there is none.
+    """
+    said = before_end(ids, ends)
+    if not end:
+        return str(tokenizer.decode(said, skip_special_tokens=True))
+    length = bisect_left(range(len(said)), True, key=lambda count: end in tokenizer.decode(said[:count]))
+    return str(tokenizer.decode(said[:length], skip_special_tokens=True)).split(end)[0]

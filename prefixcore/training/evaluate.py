@@ -15,7 +15,7 @@ from .batch import Batch, Call, call_model, loss_of
 from .causal import TO_ANSWER, TO_LEARN, check_causal
 from .chat import Conversation
 from .data import IGNORED, DataError, Example, TokenizedExample, collate, pad_id
-from .ending import as_ids, before_end, end_ids
+from .ending import answer_text, as_ids, end_ids
 from .questions import Question
 
 
@@ -183,8 +183,7 @@ def _continue(
                     **options,
                 )
                 for index, ids in zip(indices, generated[:, prompt_length:].tolist(), strict=True):
-                    text = tokenizer.decode(before_end(ids, ends), skip_special_tokens=True)
-                    answers[index] = text.split(end)[0] if end else text
+                    answers[index] = answer_text(tokenizer, ids, ends, end)
     return answers
 
 

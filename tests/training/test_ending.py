@@ -59,6 +59,19 @@ def test_an_end_that_only_the_model_names_is_no_text():
     assert predict(model, tokenizer, ["Peru ->"], max_new_tokens=9) == [" Lima"]
 
 
+def test_an_end_may_be_a_special_token():
+    """Texts leave it out, and where no id ends answers, what comes behind it in a batch is no padding."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(AddedToken("<stop>", special=True))
+    tokenizer.pad_token = tokenizer.eos_token = None
+    model = model_that_says(tokenizer, ids_of(tokenizer, " Lima<stop> and on"))
+    model.generation_config.eos_token_id = None
+    examples = [Example("Peru ->", " Lima"), Example("Chile ->", " Santiago")]
+    assert predict(model, tokenizer, ["Peru ->"], max_new_tokens=20, end="<stop>") == [" Lima"]
+    rows = tokenize(tokenizer, examples, end="<stop>")
+    assert evaluate(model, tokenizer, examples, rows, end="<stop>").exact_match == 0.5
+
+
 def test_what_the_caller_gives_holds():
     tokenizer = tiny.tokenizer()
     ids = [*ids_of(tokenizer, "ab"), 0, *ids_of(tokenizer, "c")]
