@@ -11,6 +11,12 @@ from .output import say
 if TYPE_CHECKING:
     from ..training import TokenizedExample
 
+SEAM = 4
+"""Tokens on either side of it."""
+
+WORDS_END = ".,:;?!>)"
+"""Behind which a space or a line break stands in most texts."""
+
 
 def say_what_is_unknown(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]]], what: str) -> None:
     """A warning where the tokenizer has no token for something in texts, each named by where it is from."""
@@ -23,6 +29,26 @@ def say_what_is_unknown(tokenizer: Any, texts: Sequence[tuple[str, Sequence[int]
             f"warning: {len(found)} of {len(texts)} {what}, the first of them {found[0]}, hold characters that the "
             f"tokenizer has no token for: the model reads {tokenizer.unk_token!r} in their place"
         )
+
+
+def say_what_runs_together(tokenizer: Any, ids: Sequence[TokenizedExample]) -> None:
+    """A warning where the words of prompts and completions run into one another: both stand as they are written."""
+    found = [seam for each in ids if (seam := _seam(tokenizer, each))]
+    if 2 * len(found) > len(ids):
+        say(
+            f"warning: nothing stands between prompt and completion in {len(found)} of {len(ids)} examples, such as "
+            f"{found[0]!r}, as few texts have it; begin completions with a space, or end prompts with one or a line break"
+        )
+
+
+def _seam(tokenizer: Any, ids: TokenizedExample) -> str | None:
+    """What stands around the place where the completion begins, if words touch there. Scripts without spaces do not."""
+    before, after = ids.prompt_ids[-SEAM:], ids.completion_ids[:SEAM]
+    both, alone = (str(tokenizer.decode(each, skip_special_tokens=True)) for each in (before + after, after))
+    front = both.removesuffix(alone)
+    touch = front[-1:].isascii() and (front[-1:].isalnum() or front[-1:] in WORDS_END)
+    is_word = alone[:1].isascii() and alone[:1].isalnum()
+    return both if front and both != front and touch and is_word else None
 
 
 def say_what_ends(arguments: argparse.Namespace, model: Any, tokenizer: Any, ids: Sequence[TokenizedExample]) -> None:

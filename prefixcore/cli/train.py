@@ -25,7 +25,7 @@ from .limits import (
     stated_positions,
 )
 from .output import check_open, say
-from .tokenizers import say_what_ends
+from .tokenizers import say_what_ends, say_what_runs_together
 from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_all
 from .train_layers import check_train_layers
 from .train_options import LEARNING_RATES, add_arguments, build_config
@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_goes_by_held_out(arguments, has_held_out=False)
         options = dataclasses.replace(options, keep="last")
     say_what_ends(arguments, model, tokenizer, train_ids)
+    if not arguments.chat:
+        say_what_runs_together(tokenizer, train_ids)
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
 

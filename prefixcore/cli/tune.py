@@ -13,7 +13,7 @@ from .common import INTERRUPTED, OK, add_model_arguments, load_adapter, open_mod
 from .failures import UserError, user_errors
 from .limits import LengthLimit, check_virtual_tokens, learned_positions
 from .output import check_open, results, say, table
-from .tokenizers import say_what_ends
+from .tokenizers import say_what_ends, say_what_runs_together
 from .train import check_out, count_virtual_tokens, signals_held_back
 from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_all
 from .train_options import (
@@ -123,6 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not train_ids or not held_out_ids:
         raise UserError(f"no example has at most {limit.tokens} tokens; raise --max-length or shorten the examples")
     say_what_ends(arguments, model, tokenizer, train_ids)
+    if not arguments.chat:
+        say_what_runs_together(tokenizer, train_ids)
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out to choose by")
     say(f"{how_many(len(candidates))}, {arguments.minutes:g} minutes")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))

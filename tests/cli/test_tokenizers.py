@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, normalizers, processors
 
 from tests import tiny
 from tests.cli.test_train_chat import write
@@ -40,6 +40,42 @@ def test_nothing_is_said_of_others(train):
     code, _, err = train(tiny.tokenizer(), ROWS)
     assert code == 0
     assert "warning" not in err
+
+
+TOGETHER = "warning: nothing stands between prompt and completion in"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "touch"),
+    [
+        ("ab?", "ba", True),
+        ("ab", "ba", True),
+        ("ab ->", "3", True),
+        ("ab ", "ba", False),
+        ("ab\n", "ba", False),
+        ("ab", " ba", False),
+        ("ab(", "ba", False),
+        ('ab "', "ba", False),
+        ("ab", ", ba", False),
+    ],
+)
+def test_words_that_run_together(train, prompt, completion, touch):
+    rows = [{"prompt": prompt, "completion": completion}] * 2 + [{"prompt": "ef", "completion": " fe"}]
+    code, _, err = train(tiny.tokenizer(), rows)
+    assert code == 0
+    assert (TOGETHER in err) == touch
+    if touch:
+        assert f"{TOGETHER} 2 of 3 examples, such as {prompt[-4:] + completion!r}" in err
+    _, _, err = train(tiny.tokenizer(), [*rows, rows[-1]])
+    assert TOGETHER not in err  # as many that do not
+
+
+def test_a_tokenizer_that_begins_completions_with_a_space(train):
+    """As SentencePiece does: they do not run together."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    code, _, err = train(tokenizer, [{"prompt": "ab?", "completion": "ba"}])
+    assert (code, TOGETHER in err) == (0, False)
 
 
 def test_no_end_of_sequence(train):
