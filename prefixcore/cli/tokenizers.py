@@ -37,7 +37,7 @@ def say_what_runs_together(tokenizer: Any, ids: Sequence[TokenizedExample]) -> N
     if 2 * len(found) > len(ids):
         say(
             f"warning: nothing stands between prompt and completion in {len(found)} of {len(ids)} examples, such as "
-            f"{found[0]!r}, as few texts have it; begin completions with a space, or end prompts with one or a line break"
+            f"{found[0]!r}, as few texts have it; begin completions with a space, or end prompts with a line break"
         )
 
 

@@ -45,6 +45,12 @@ def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Ex
                 f"warning: {len(shared)} examples of {arguments.eval_data} are in {arguments.data} too; "
                 "the evaluation will look better than it is"
             )
+        prompts = {e.prompt for e in training}
+        if known := sum(e.prompt in prompts and (e.prompt, e.completion) not in shared for e in held_out):
+            say(
+                f"warning: {known} examples of {arguments.eval_data} have a prompt of {arguments.data} and another "
+                "completion, so what is learnt from one is wrong for the other"
+            )
     if len(held_out) > arguments.eval_limit:
         say(f"scoring the first {arguments.eval_limit} of {len(held_out)} held-out examples (--eval-limit)")
     return training, held_out[: arguments.eval_limit]
