@@ -104,14 +104,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from ..training import DataError, predict
+    from ..training import DataError
+    from ..training.evaluate import answers_to
 
     with user_errors(DataError):
         expected = [question.expected(tokenizer, end or None) for question in questions]
     torch.manual_seed(arguments.seed)
     failures = user_errors(AdapterError, ValueError, TypeError, NotImplementedError)
     with failures, load_adapter(model, arguments.adapter, force=arguments.force):
-        answers = predict(
+        found = answers_to(
             model,
             tokenizer,
             questions,
@@ -122,14 +123,19 @@ def run(arguments: argparse.Namespace) -> int:
             chat=chat,
             **sampling,
         )
+    answers = [answer.text for answer in found]
     if arguments.json:
-        found = zip(questions, answers, expected, strict=True)
-        lines = [to_json(described(question, answer, right)) for question, answer, right in found]
+        rows = zip(questions, answers, expected, strict=True)
+        lines = [to_json(described(question, answer, right)) for question, answer, right in rows]
     else:
         lines = [answer.strip() for answer in answers]
         if sys.stdout is not None and sys.stdout.isatty():
             lines = [printable(line, keep="\n\t") for line in lines]
     results("\n".join(lines))
+    if cut := sum(not answer.is_whole for answer in found):
+        most = f"{arguments.max_new_tokens:,} tokens (--max-new-tokens)"
+        ends = "" if learned is None else ", or where the model's positions end"
+        say(f"{cut} of {len(found)} answers were cut at {most}{ends}")
     known = [is_same(answer, right) for answer, right in zip(answers, expected, strict=True) if right is not None]
     if known:
         say(f"right  {sum(known)} of {len(known)} ({sum(known) / len(known):.1%})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .data import DataError, encode
 from .template import write_turns
@@ -52,8 +52,15 @@ def before_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     return list(ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))])
 
 
-def answer_text(tokenizer: Any, ids: Sequence[int], ends: Collection[int], end: str | None) -> str:
-    """The text of an answer, without what ends it, and without what comes behind that.
+class Answer(NamedTuple):
+    """What a model has said, without what ends it; and whether that came, or the answer was cut for its length."""
+
+    text: str
+    is_whole: bool
+
+
+def answer_of(tokenizer: Any, ids: Sequence[int], ends: Collection[int], end: str | None) -> Answer:
+    """An answer, without what ends it, and without what comes behind that.
 
     Args:
         tokenizer: the model's.
@@ -62,7 +69,9 @@ def answer_text(tokenizer: Any, ids: Sequence[int], ends: Collection[int], end: 
         end: text that ends one, too, and may be a special token's, which texts leave out; None or "": there is none.
     """
     said = before_end(ids, ends)
+    is_whole = len(said) < len(ids)
     if not end:
-        return str(tokenizer.decode(said, skip_special_tokens=True))
+        return Answer(str(tokenizer.decode(said, skip_special_tokens=True)), is_whole)
     length = bisect_left(range(len(said)), True, key=lambda count: end in tokenizer.decode(said[:count]))
-    return str(tokenizer.decode(said[:length], skip_special_tokens=True)).split(end)[0]
+    text = str(tokenizer.decode(said[:length], skip_special_tokens=True)).split(end)[0]
+    return Answer(text, is_whole or end in tokenizer.decode(said[:length]))

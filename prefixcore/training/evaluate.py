@@ -15,7 +15,7 @@ from .batch import Batch, Call, call_model, loss_of
 from .causal import TO_ANSWER, TO_LEARN, check_causal
 from .chat import Conversation
 from .data import IGNORED, DataError, Example, TokenizedExample, collate, pad_id
-from .ending import answer_text, as_ids, end_ids
+from .ending import Answer, answer_of, as_ids, end_ids
 from .questions import Question
 
 
@@ -137,6 +137,33 @@ def predict(
         >>> len(answers)
         2
     """
+    found = answers_to(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        end=end,
+        batch_size=batch_size,
+        max_length=max_length,
+        chat=chat,
+        **generate_options,
+    )
+    return [answer.text for answer in found]
+
+
+def answers_to(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | Question],
+    *,
+    max_new_tokens: int,
+    end: str | None = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    chat: bool = False,
+    **generate_options: Any,
+) -> list[Answer]:
+    """What `predict` returns, and whether each answer is whole."""
     options: dict[str, Any] = {"do_sample": False, **generate_options}
     asked = [
         prompt if isinstance(prompt, Question) else Question(prompt, source=f"prompt {number}")
@@ -158,7 +185,7 @@ def _continue(
     options: dict[str, Any],
     *,
     chat: bool,
-) -> list[str]:
+) -> list[Answer]:
     check_causal(model, TO_ANSWER)
     padding = pad_id(tokenizer, model)
     ends = end_ids(model, tokenizer, chat=chat, configuration=options.get("generation_config"))
@@ -168,7 +195,7 @@ def _continue(
         options = {**options, "eos_token_id": sorted(ends)}
     if end:
         options = {**options, "stop_strings": [end], "tokenizer": tokenizer}
-    answers = [""] * len(prompts)
+    answers: dict[int, Answer] = {}
     with _in_eval_mode(model) as device:
         for start in _starts(len(prompts), batch_size):
             rows = {start + i: TokenizedExample(ids, []) for i, ids in enumerate(prompts[start : start + batch_size])}
@@ -183,8 +210,8 @@ def _continue(
                     **options,
                 )
                 for index, ids in zip(indices, generated[:, prompt_length:].tolist(), strict=True):
-                    answers[index] = answer_text(tokenizer, ids, ends, end)
-    return answers
+                    answers[index] = answer_of(tokenizer, ids, ends, end)
+    return [answers[index] for index in range(len(prompts))]
 
 
 def _starts(count: int, batch_size: int) -> range:
@@ -248,7 +275,8 @@ def evaluate(
     prompts = [example.question_ids for example in tokenized]
     is_chat = any(isinstance(example, Conversation) for example in examples)
     options = {"do_sample": False}
-    answers = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, options, chat=is_chat)
+    found = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, options, chat=is_chat)
+    answers = [answer.text for answer in found]
     return Evaluation(
         loss=held_out_loss(model, tokenized, pad_id(tokenizer, model)),
         exact_match=exact_match(answers, as_decoded(tokenizer, examples, tokenized), end),
