@@ -213,6 +213,11 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
             raise UserError(f"standard input is not {error.encoding.upper()} text ({error.reason})") from None
     if not prompts:
         raise UserError("there is no prompt; give --prompt TEXT, or one prompt a line on standard input")
+    if arguments.prompt is not None and any(r"\n" in prompt for prompt in prompts):
+        say(
+            r"warning: a --prompt holds \n, a backslash and an n, and is asked as it stands. Most shells write a line "
+            r"break as $'\n', and files of --prompts have them"
+        )
     if "" in prompts:
         raise UserError(f"prompt {prompts.index('') + 1} is empty; give a text to continue, or leave it out")
     return list(prompts)

@@ -40,6 +40,13 @@ def test_one_line_for_each_prompt(generate, monkeypatch):
     assert generate("--max-new-tokens", 4) == (0, out, "2 of 2 answers were cut at 4 tokens (--max-new-tokens)\n")
 
 
+def test_a_line_break_that_is_none_is_said(generate):
+    """Other options read it as one; a prompt may be a program's text."""
+    said = r"warning: a --prompt holds \n, a backslash and an n"
+    assert said in generate("--prompt", r"av\nbw ->", "--max-new-tokens", 1)[2]
+    assert said not in generate("--prompt", "av\nbw ->", "--max-new-tokens", 1)[2]
+
+
 def test_the_model_that_the_adapter_names(prefixcore, adapter, model_folder, tmp_path):
     given = ("generate", "--prompt", "av ->", "--max-new-tokens", 4)
     code, expected, _ = prefixcore(*given, "--adapter", adapter, "--model", model_folder)
