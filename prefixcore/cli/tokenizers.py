@@ -74,7 +74,7 @@ def say_what_ends(arguments: argparse.Namespace, model: Any, tokenizer: Any, ids
             f"generation_config.json or stop={mark!r} in requests"
         )
     last = tokenizer("a")["input_ids"][-1:]
-    if not arguments.chat and last != tokenizer("a", add_special_tokens=False)["input_ids"][-1:]:
+    if last and not arguments.chat and last != tokenizer("a", add_special_tokens=False)["input_ids"][-1:]:
         say(
             f"warning: the tokenizer puts {name(last[0])!r} behind each text, so behind prompts too, where a model has "
             "seldom seen it: completions are learnt there. add_eos_token or post_processor in the tokenizer's files "
