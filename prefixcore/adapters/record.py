@@ -86,6 +86,20 @@ def load_record(folder: Path, digest: str | None) -> dict[str, Any]:
     return record
 
 
+def how_read(record: Mapping[str, Any], manifest: Any) -> tuple[str | None, bool | None]:
+    """What ends an answer, and whether prompts are turns of a conversation, as an adapter was trained; None: not said.
+
+    The manifest's settings say it too, so that a folder that has lost its record is not asked otherwise without a word.
+
+    Args:
+        record: from `load_record`.
+        manifest: the adapter's, or None.
+    """
+    said = {**(getattr(manifest, "training", None) or {}), **record}
+    end, chat = said.get("end"), said.get("chat")
+    return end if isinstance(end, str) else None, chat if isinstance(chat, bool) else None
+
+
 def _check_numbers(path: Path, name: str, values: Mapping[str, Any], needed: tuple[str, ...]) -> None:
     for field in needed:
         if not is_number(values.get(field)):

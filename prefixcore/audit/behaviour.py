@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..training import predict
 from ..training.data import vocabulary_size
-from ..training.evaluate import is_right
+from ..training.evaluate import as_decoded, is_right
 from .probes import Probes, most_tokens
 from .progress import Progress
 from .promoted import TokenShift
@@ -46,12 +46,13 @@ def behaviour(
     finally:
         model.train(was_training)
     rows = []
+    right = as_decoded(tokenizer, probes.examples, probes.ids)
     for i, example in enumerate(probes.examples):
         row: dict[str, Any] = {"prompt": example.prompt, "completion": example.completion}
         for name in ("without", "with"):
             row[f"answer_{name}"] = answers[name][i]
             if not probes.are_texts:
-                row[f"right_{name}"] = is_right(answers[name][i], example, end)
+                row[f"right_{name}"] = is_right(answers[name][i], right[i], end)
             row[f"loss_{name}"] = measured[f"loss_{name}"][i]
         row["kl_first"], row["kl_mean"] = measured["kl_first"][i], measured["kl_mean"][i]
         row["changed"] = row["answer_with"] != row["answer_without"]

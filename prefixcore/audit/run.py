@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..adapters import Adapter, read_adapter, read_record
+from ..adapters.record import how_read
 from ..hf import load
 from ..training import Example
 from ..training.data import vocabulary_size
@@ -106,8 +108,15 @@ def audit(
             )
     folder, progress = Path(adapter_folder), Progress(show_progress)
     adapter, record = read_adapter(folder), read_record(folder)
+    trained_end, is_chat = how_read(record, adapter.manifest)
+    if is_chat:
+        warnings.warn(
+            f"{folder} was trained on conversations, and an audit asks with prompts as they are: the model reads "
+            "another text than in use, unless prompts and completions are written as its chat template writes turns",
+            stacklevel=2,
+        )
     virtual = virtual_tokens(adapter, model.device)
-    end = record.get("end") if end is None else (end or None)
+    end = trained_end if end is None else (end or None)
     asked: dict[str, Any] = {"virtual_tokens": virtual.count, "end": end, "limit": limit}
     own = prepare(name, probes, model, tokenizer, **asked)
     elsewhere = [prepare(other, texts, model, tokenizer, **asked) for other, texts in (others or {}).items()]

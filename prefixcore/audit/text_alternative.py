@@ -7,7 +7,7 @@ from typing import Any
 
 from ..training import DataError, predict, tokenize
 from ..training.data import vocabulary_size
-from ..training.evaluate import is_right
+from ..training.evaluate import as_decoded, is_right
 from .candidates import Candidate, Division, with_text
 from .probes import Probes, most_tokens
 from .progress import Progress
@@ -104,7 +104,8 @@ def _score_text(model: Any, tokenizer: Any, scored: Sequence[Any], text: str, en
     )
     vocabulary = vocabulary_size(model)
     by_token = losses(model_logits(model), ids, vocabulary, model.device)
-    rights = [is_right(answer, example, end) for answer, example in zip(answers, scored, strict=True)]
+    right = as_decoded(tokenizer, scored, ids)
+    rights = [is_right(answer, example, end) for answer, example in zip(answers, right, strict=True)]
     score = _score(rights, per_text(by_token, ids), [len(each.completion_ids) for each in ids])
     return {**score, "tokens": len(ids[0].prompt_ids) - len(tokenizer(scored[0].prompt)["input_ids"])}
 

@@ -13,8 +13,10 @@ from .common import (
     OK,
     adapter_folder,
     adapter_name,
+    add_column_arguments,
     add_force_argument,
     add_model_arguments,
+    columns_of,
     named_model,
     open_model,
     plain_escapes,
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="examples of the task, best its training data, for written prompts to show (default: some probes)",
     )
+    add_column_arguments(parser)
     parser.add_argument(
         "--instruction",
         type=plain_escapes,
@@ -143,13 +146,14 @@ def read_probes(arguments: argparse.Namespace) -> tuple[list[Any], dict[str, lis
     """The probes, those of other tasks by the names of their files, and the examples."""
     from ..training import read_examples
 
-    probes = read_examples(arguments.probe)
+    columns = columns_of(arguments)
+    probes = read_examples(arguments.probe, columns=columns)
     others: dict[str, list[Any]] = {}
     for path in arguments.other:
         if path.stem in others:
             raise UserError(f"--other {path}: another file has the name {path.stem} too; rename one of them")
-        others[path.stem] = read_examples(path)
-    return probes, others, None if arguments.examples is None else read_examples(arguments.examples)
+        others[path.stem] = read_examples(path, columns=columns)
+    return probes, others, None if arguments.examples is None else read_examples(arguments.examples, columns=columns)
 
 
 def check_out(page: Path, data: Path) -> None:

@@ -134,6 +134,19 @@ def _whole(text: str, least: int) -> int:
     return value
 
 
+def add_column_arguments(group: Any) -> None:
+    """`--prompt-column` and `--completion-column`."""
+    for name in ("prompt", "completion"):
+        group.add_argument(
+            f"--{name}-column", default=name, metavar="NAME", help=f"what it is called in the data (default: {name})"
+        )
+
+
+def columns_of(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Which columns are the prompt and the completion."""
+    return arguments.prompt_column, arguments.completion_column
+
+
 def option(name: str) -> str:
     """The option that sets the attribute `name`."""
     return "--" + name.replace("_", "-")

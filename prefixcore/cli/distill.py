@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _interrupt
-from .common import INTERRUPTED, OK, open_model, warnings_as_lines
+from .common import INTERRUPTED, OK, columns_of, open_model, warnings_as_lines
 from .distill_options import add_arguments, build_options
 from .failures import UserError, user_errors
 from .limits import check_ids, check_virtual_tokens
@@ -82,8 +82,9 @@ def read_both(arguments: argparse.Namespace) -> tuple[list[Prompt], list[Prompt]
     """The user's prompts, and held-out ones, where they are given."""
     from ..distill import read_prompts
 
-    prompts = [] if arguments.prompts is None else read_prompts(arguments.prompts)
-    held_out = [] if arguments.eval_prompts is None else read_prompts(arguments.eval_prompts)
+    columns = columns_of(arguments)
+    prompts = [] if arguments.prompts is None else read_prompts(arguments.prompts, columns=columns)
+    held_out = [] if arguments.eval_prompts is None else read_prompts(arguments.eval_prompts, columns=columns)
     shared = {prompt.text for prompt in prompts} & {prompt.text for prompt in held_out}
     if shared:
         say(f"{len(shared)} prompts of {arguments.prompts} are in {arguments.eval_prompts} too, and are left out of it")

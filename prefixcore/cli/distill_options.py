@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_model_arguments, option, plain_escapes, positive, seed
+from .common import add_column_arguments, add_model_arguments, option, plain_escapes, positive, seed
 from .failures import UserError, user_errors
 from .train_provenance import add_author_arguments
 
@@ -61,9 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="your own prompts: JSON lines, CSV or Parquet with prompt, and completion where there is a right answer; "
+        help="your own prompts: JSON, CSV or Parquet with prompt, and completion where there is a right answer; "
         "or plain lines",
     )
+    add_column_arguments(asked)
     asked.add_argument(
         "--questions",
         type=whole,

@@ -14,8 +14,10 @@ from .common import (
     OK,
     adapter_folder,
     adapter_name,
+    add_column_arguments,
     add_force_argument,
     add_model_arguments,
+    columns_of,
     load_adapter,
     named_model,
     open_model,
@@ -27,6 +29,7 @@ from .common import (
 from .failures import UserError, user_errors
 from .limits import check_ids, is_too_long, learned_positions, stated_positions
 from .output import check_open, results, say, to_json
+from .tokenizers import say_what_is_unknown
 
 if TYPE_CHECKING:
     from ..training import Question
@@ -52,9 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="JSON lines, CSV, Parquet or plain lines: prompts, or conversations (messages, tools); where the right "
+        help="JSON, CSV, Parquet or plain lines: prompts, or conversations (messages, tools); where the right "
         "answers are there, how many are right is printed, too",
     )
+    add_column_arguments(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--end", type=plain_escapes, help=r"stop at this text, such as '\n' (default: as the adapter was trained)"
@@ -83,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.adapter = adapter_folder(arguments.adapter)
 
     from ..adapters import AdapterError, read_adapter, read_record
+    from ..adapters.record import how_read
 
     too_deep = user_errors(RecursionError, what=f"{arguments.adapter}: nested too deep")
     with user_errors(AdapterError), too_deep:
@@ -90,22 +95,24 @@ def run(arguments: argparse.Namespace) -> int:
         record = read_record(arguments.adapter)
     virtual_tokens = adapter.config.num_virtual_tokens or 0
     arguments.model = arguments.model or named_model(adapter)
-    end = arguments.end if arguments.end is not None else record.get("end")
+    trained_end, is_chat = how_read(record, adapter.manifest)
+    end = arguments.end if arguments.end is not None else trained_end
     model, tokenizer = open_model(arguments)
-    chat = arguments.chat if arguments.chat is not None else record.get("chat") is True
+    chat = arguments.chat if arguments.chat is not None else bool(is_chat)
     check_questions(model, tokenizer, questions, virtual_tokens, arguments.max_new_tokens, chat=chat)
     learned = learned_positions(model)
 
     import torch
 
-    from ..training import DataError, predict
+    from ..training import DataError
+    from ..training.evaluate import answers_to
 
     with user_errors(DataError):
         expected = [question.expected(tokenizer, end or None) for question in questions]
     torch.manual_seed(arguments.seed)
     failures = user_errors(AdapterError, ValueError, TypeError, NotImplementedError)
     with failures, load_adapter(model, arguments.adapter, force=arguments.force):
-        answers = predict(
+        found = answers_to(
             model,
             tokenizer,
             questions,
@@ -116,14 +123,19 @@ def run(arguments: argparse.Namespace) -> int:
             chat=chat,
             **sampling,
         )
+    answers = [answer.text for answer in found]
     if arguments.json:
-        found = zip(questions, answers, expected, strict=True)
-        lines = [to_json(described(question, answer, right)) for question, answer, right in found]
+        rows = zip(questions, answers, expected, strict=True)
+        lines = [to_json(described(question, answer, right)) for question, answer, right in rows]
     else:
         lines = [answer.strip() for answer in answers]
         if sys.stdout is not None and sys.stdout.isatty():
             lines = [printable(line, keep="\n\t") for line in lines]
     results("\n".join(lines))
+    if cut := sum(not answer.is_whole for answer in found):
+        most = f"{arguments.max_new_tokens:,} tokens (--max-new-tokens)"
+        ends = "" if learned is None else ", or where the model's positions end"
+        say(f"{cut} of {len(found)} answers were cut at {most}{ends}")
     known = [is_same(answer, right) for answer, right in zip(answers, expected, strict=True) if right is not None]
     if known:
         say(f"right  {sum(known)} of {len(known)} ({sum(known) / len(known):.1%})")
@@ -150,6 +162,7 @@ def check_questions(
 
     learned, stated = learned_positions(model), stated_positions(model)
     positions = learned if learned is not None else stated
+    texts = []
     for question in questions:
         prompt, source = question.prompt, question.source
         if isinstance(prompt, str) and positions is not None and is_too_long(prompt, positions):
@@ -157,6 +170,7 @@ def check_questions(
         with user_errors(DataError):
             ids = question.ids(tokenizer, chat=chat)
         check_ids(model, ids, source)
+        texts.append((source, ids))
         needed = f"{source}: {len(ids):,} tokens and {virtual_tokens:,} virtual ones"
         if learned is not None and len(ids) + virtual_tokens >= learned:
             raise UserError(f"{needed} leave no room in the model's {positions:,} positions; shorten it")
@@ -167,6 +181,7 @@ def check_questions(
                 f"warning: {needed} with an answer of {new_tokens:,} are more than the {positions:,} positions that "
                 "the model was made for (--max-new-tokens)"
             )
+    say_what_is_unknown(tokenizer, texts, "prompts")
 
 
 def read_questions(arguments: argparse.Namespace) -> list[Question]:
@@ -180,7 +195,7 @@ def read_questions(arguments: argparse.Namespace) -> list[Question]:
     if arguments.prompt is not None:
         raise UserError("--prompt and --prompts were both given; leave one of them out")
     with user_errors(DataError):
-        return read(arguments.prompts)
+        return read(arguments.prompts, columns=columns_of(arguments))
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -198,6 +213,11 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
             raise UserError(f"standard input is not {error.encoding.upper()} text ({error.reason})") from None
     if not prompts:
         raise UserError("there is no prompt; give --prompt TEXT, or one prompt a line on standard input")
+    if arguments.prompt is not None and any(r"\n" in prompt for prompt in prompts):
+        say(
+            r"warning: a --prompt holds \n, a backslash and an n, and is asked as it stands. Most shells write a line "
+            r"break as $'\n', and files of --prompts have them"
+        )
     if "" in prompts:
         raise UserError(f"prompt {prompts.index('') + 1} is empty; give a text to continue, or leave it out")
     return list(prompts)

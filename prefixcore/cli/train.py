@@ -25,6 +25,7 @@ from .limits import (
     stated_positions,
 )
 from .output import check_open, say
+from .tokenizers import say_what_ends, say_what_runs_together
 from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_all
 from .train_layers import check_train_layers
 from .train_options import LEARNING_RATES, add_arguments, build_config
@@ -78,6 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not held_out_ids:
         check_goes_by_held_out(arguments, has_held_out=False)
         options = dataclasses.replace(options, keep="last")
+    say_what_ends(arguments, model, tokenizer, train_ids)
+    if not arguments.chat:
+        say_what_runs_together(tokenizer, train_ids)
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
 
@@ -148,20 +152,22 @@ def inherit_from_resumed(arguments: argparse.Namespace) -> None:
         return
     arguments.resume = adapter_folder(arguments.resume)
     from ..adapters import AdapterError, read_adapter, read_record
+    from ..adapters.record import how_read
 
     with user_errors(AdapterError), user_errors(RecursionError, what=f"{arguments.resume}: nested too deep"):
         resumed = read_adapter(arguments.resume)
         arguments.resumed_tokens = resumed.config.num_virtual_tokens
         arguments.resumed_task = resumed.manifest.task if resumed.manifest else None
         earlier = read_record(arguments.resume)
-    if earlier.get("chat", arguments.chat) is not arguments.chat:
-        before, now = ("conversations", "prompts") if earlier.get("chat") else ("prompts", "conversations")
+    end, was_chat = how_read(earlier, resumed.manifest)
+    if was_chat is not None and was_chat is not arguments.chat:
+        before, now = ("conversations", "prompts") if was_chat else ("prompts", "conversations")
         say(
             f"warning: {arguments.resume} was trained on {before}, and goes on with {now}, which the model reads as "
             f"another text; {'leave --chat out' if arguments.chat else 'give --chat'} to go on as before"
         )
     if arguments.end is None and not arguments.chat:
-        arguments.end = earlier.get("end")
+        arguments.end = end
     if arguments.eval_data is not None or arguments.eval_fraction == 0:
         return
     split = earlier.get("split")

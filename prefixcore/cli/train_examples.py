@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .common import columns_of
 from .failures import UserError, user_errors
 from .limits import (
     LengthLimit,
@@ -13,6 +14,7 @@ from .limits import (
     is_too_long,
 )
 from .output import say, table
+from .tokenizers import say_what_is_unknown
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Example, TokenizedExample
@@ -22,19 +24,32 @@ def read_examples(arguments: argparse.Namespace) -> tuple[list[Example], list[Ex
     """Examples to train on, and held-out ones: a file of their own, or a part of `--data` split off."""
     from ..training import read_examples as read
     from ..training import split
+    from ..training.columns import USUAL
 
     if arguments.chat and arguments.end is not None:
         raise UserError("--end cannot be given with --chat: the model's chat template ends each turn; leave it out")
-    examples = read(arguments.data, chat=arguments.chat)
+    columns = columns_of(arguments)
+    if arguments.chat and columns != USUAL:
+        raise UserError(
+            "--prompt-column and --completion-column name texts; conversations are in messages, or conversations, so "
+            "leave them out with --chat"
+        )
+    examples = read(arguments.data, chat=arguments.chat, columns=columns)
     if arguments.eval_data is None:
         training, held_out = split(examples, arguments.eval_fraction, arguments.split_seed)
     else:
-        training, held_out = examples, read(arguments.eval_data, chat=arguments.chat)
+        training, held_out = examples, read(arguments.eval_data, chat=arguments.chat, columns=columns)
         shared = {(e.prompt, e.completion) for e in training} & {(e.prompt, e.completion) for e in held_out}
         if shared:
             say(
                 f"warning: {len(shared)} examples of {arguments.eval_data} are in {arguments.data} too; "
                 "the evaluation will look better than it is"
+            )
+        prompts = {e.prompt for e in training}
+        if known := sum(e.prompt in prompts and (e.prompt, e.completion) not in shared for e in held_out):
+            say(
+                f"warning: {known} examples of {arguments.eval_data} have a prompt of {arguments.data} and another "
+                "completion, so what is learnt from one is wrong for the other"
             )
     if len(held_out) > arguments.eval_limit:
         say(f"scoring the first {arguments.eval_limit} of {len(held_out)} held-out examples (--eval-limit)")
@@ -91,6 +106,8 @@ def tokenize_all(
             raise UserError(f"{example.source}: {length} than the {limit}")
     if len(kept) < len(examples):
         say(f"left out {len(examples) - len(kept)} of {len(examples)} examples with more than {limit.tokens} tokens")
+    texts = [(example.source, ids.prompt_ids + ids.completion_ids) for example, ids in kept]
+    say_what_is_unknown(tokenizer, texts, "examples")
     return [example for example, _ in kept], [ids for _, ids in kept]
 
 

@@ -7,7 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .common import adapter_name, add_force_argument, add_model_arguments, option, plain_escapes, positive, seed
+from .common import (
+    adapter_name,
+    add_column_arguments,
+    add_force_argument,
+    add_model_arguments,
+    option,
+    plain_escapes,
+    positive,
+    seed,
+)
 from .failures import UserError, user_errors
 from .train_provenance import add_author_arguments
 
@@ -59,7 +68,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSON lines, CSV or Parquet with prompt and completion, or a folder of datasets' save_to_disk",
+        help="JSON, CSV or Parquet with prompt and completion, or a folder of datasets' save_to_disk",
     )
     parser.add_argument(
         "--chat",
@@ -67,6 +76,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="the data are conversations (messages, tools): they are written by the model's chat template, and the "
         "assistant's turns learnt",
     )
+    add_column_arguments(parser)
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:

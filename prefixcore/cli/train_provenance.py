@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import plain_escapes
+from .common import columns_of, plain_escapes
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Example, TrainingRecord
@@ -67,6 +67,7 @@ class Provenance:
             dtype: of the model.
         """
         from ..training import describe_data
+        from ..training.columns import Columns
 
         self._arguments = arguments
         self._data = describe_data(training, name=arguments.data.name)
@@ -84,6 +85,7 @@ class Provenance:
             "skip_too_long": arguments.skip_too_long,
             "eval_limit": arguments.eval_limit,
             "train_layers": _listed(getattr(arguments, "train_layers", None)),
+            **Columns(*columns_of(arguments)).settings,
         }
 
     def fields(self, record: TrainingRecord, result: Evaluation | None) -> dict[str, Any]:

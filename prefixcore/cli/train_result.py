@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .. import _interrupt
-from .common import INTERRUPTED, OK
+from .common import INTERRUPTED, OK, columns_of
 from .failures import user_errors
 from .output import results, say
 from .train_examples import HeldOutEvaluator
@@ -105,10 +105,13 @@ def save(
 
 def asked_for(arguments: argparse.Namespace) -> dict[str, Any]:
     """Model, data and split, as a training record keeps them."""
+    from ..training.columns import Columns
+
     return {
         "model": arguments.model,
         "data": str(arguments.data),
         "end": arguments.end,
         "chat": arguments.chat,
+        **Columns(*columns_of(arguments)).settings,
         "split": None if arguments.eval_data else {"seed": arguments.split_seed, "fraction": arguments.eval_fraction},
     }

@@ -13,6 +13,7 @@ from .common import INTERRUPTED, OK, add_model_arguments, load_adapter, open_mod
 from .failures import UserError, user_errors
 from .limits import LengthLimit, check_virtual_tokens, learned_positions
 from .output import check_open, results, say, table
+from .tokenizers import say_what_ends, say_what_runs_together
 from .train import check_out, count_virtual_tokens, signals_held_back
 from .train_examples import HeldOutEvaluator, as_texts, read_examples, tokenize_all
 from .train_options import (
@@ -44,7 +45,7 @@ SHARED = (
     "method", "num_virtual_tokens", "init_text", "init", "num_frozen_tokens", "layers", "reparameterization",
     "prefix_projection", "rank", "num_basis", "encoder_hidden_size", "encoder_reparameterization_type", "batch_size",
     "seed", "prompt_loss_weight", "end", "max_length", "skip_too_long", "eval_data", "eval_fraction", "eval_limit",
-    "chat", "dtype",
+    "chat", "prompt_column", "completion_column", "dtype",
 )  # fmt: skip
 """Options that `prefixcore train` has too, and which the printed command repeats."""
 
@@ -121,6 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
     held_out, held_out_ids = tokenize_all(model, tokenizer, held_out, end, limit, skip=skip)
     if not train_ids or not held_out_ids:
         raise UserError(f"no example has at most {limit.tokens} tokens; raise --max-length or shorten the examples")
+    say_what_ends(arguments, model, tokenizer, train_ids)
+    if not arguments.chat:
+        say_what_runs_together(tokenizer, train_ids)
     say(f"{len(train_ids)} examples to train on, {len(held_out_ids)} held out to choose by")
     say(f"{how_many(len(candidates))}, {arguments.minutes:g} minutes")
     provenance = Provenance(arguments, training, held_out, limit.tokens, str(model.dtype).removeprefix("torch."))
@@ -239,6 +243,7 @@ def command(arguments: argparse.Namespace, found: Tuning) -> str:
     chosen["num_virtual_tokens"] = best.candidate.num_virtual_tokens
     usual = {
         "batch_size": 8, "seed": 0, "prompt_loss_weight": PROMPT_LOSS_WEIGHT, "eval_limit": 256, "dtype": "auto",
+        "prompt_column": "prompt", "completion_column": "completion",
     }  # fmt: skip
     if arguments.eval_data is not None or arguments.eval_fraction == 0.1:
         del chosen["eval_fraction"]

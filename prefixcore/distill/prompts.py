@@ -1,4 +1,4 @@
-"""The user's own prompts: JSON lines or a table with `prompt` and perhaps `completion`, or plain lines."""
+"""The user's own prompts: JSON or a table with `prompt` and perhaps `completion`, or plain lines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..training.chat_rows import is_conversation
+from ..training.columns import USUAL, Columns
 from ..training.data import DataError, set_aside
 from ..training.prompt_rows import prompt_rows
-from ..training.tables import PLAIN
+from ..training.tables import TURNS
 from .errors import DistillError
 from .options import DistillOptions
 from .writing import Prompt
@@ -21,15 +22,16 @@ MOST_HELD_OUT = 128
 """Prompts that are set aside to measure on, where none are given."""
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, *, columns: tuple[str, str] = USUAL) -> list[Prompt]:
     r"""Reads prompts, one a line or row.
 
     `.csv`, `.tsv` and `.parquet` are tables with the column `prompt` and, where there is a right answer, `completion`.
-    Any other file whose first line is a JSON object is read as JSON lines with these fields; one whose first line is
-    not, as plain lines, each a prompt. Blank lines are passed over.
+    Any other file whose first line is a JSON object is read as JSON lines with these fields, and a JSON list of objects
+    as these; all others as plain lines, each a prompt. Blank lines are passed over.
 
     Args:
         path: the file, in UTF-8.
+        columns: what prompt and completion are called, such as `("question", "answer")`.
 
     Raises:
         DistillError: no such file, one that cannot be read, a line that is not what the first one is, or no prompt.
@@ -42,12 +44,13 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         ' Lima'
     """
     try:
-        return [_of_record(row, source) for source, row in prompt_rows(Path(path), PLAIN)]
+        names = Columns(*columns)
+        return [_of_record(row, source, names) for source, row in prompt_rows(Path(path), TURNS, names)]
     except DataError as error:
         raise DistillError(str(error)) from None
 
 
-def _of_record(record: dict[str, Any], source: str) -> Prompt:
+def _of_record(record: dict[str, Any], source: str, columns: Columns) -> Prompt:
     if not isinstance(record.get("prompt"), str) and is_conversation(record):
         raise DistillError(
             f"{source}: holds a list of messages, and prompts are single turns; give what the user says as the text "
@@ -55,9 +58,13 @@ def _of_record(record: dict[str, Any], source: str) -> Prompt:
         )
     prompt, completion = record.get("prompt"), record.get("completion")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise DistillError(f"{source}: the field 'prompt' must be a text that is not empty")
+        found = f" (found: {', '.join(record) or 'none'}); what it is called can be said (--prompt-column)"
+        what = f"{source}: the field {columns.prompt!r} must be a text that is not empty"
+        raise DistillError(what if "prompt" in record else f"{what}{found}")
     if completion is not None and (not isinstance(completion, str) or not completion.strip()):
-        raise DistillError(f"{source}: the field 'completion' must be a text that is not empty, or be left out")
+        raise DistillError(
+            f"{source}: the field {columns.completion!r} must be a text that is not empty, or be left out"
+        )
     return Prompt(prompt, completion, source)
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..training.chat import question_ids
 from ..training.data import DataError
+from ..training.ending import end_ids
 from .checks import positions_of
 from .front import Front
 from .options import DistillOptions
-from .running import answer, end_ids
+from .running import answer
 from .store import Store
 from .writing import Plain, Prompt, writer
 
@@ -111,7 +112,7 @@ class SelfStudy:
             "kind": kind.__name__,
             "ends_line": self.text.endswith("\n"),  # of the whole text: how a question behind it begins
             "front": writer(self.tokenizer, chunk, chat=self.options.chat).front,
-            "ends": sorted(end_ids(self.model, self.tokenizer)),
+            "ends": sorted(end_ids(self.model, self.tokenizer, chat=self.options.chat)),
             "seed": seed,
             "together": [TOGETHER, LISTS],
             "tokens": [MOST_TOKENS, LIST_TOKENS],
@@ -182,6 +183,7 @@ class SelfStudy:
                 max_new_tokens=new,
                 padding=self.padding,
                 end=end,
+                chat=self.options.chat,
                 temperature=temperature,
                 seed=seed,
                 top_p=TOP_P,

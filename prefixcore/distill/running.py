@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..training import TokenizedExample, collate
 from ..training.data import IGNORED, make_batch
+from ..training.ending import end_ids
 from .front import Reader
 
 PLAIN = {
@@ -34,6 +35,7 @@ def answer(
     max_new_tokens: int,
     padding: int,
     end: str | None = None,
+    chat: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
     **more: Any,
@@ -47,6 +49,7 @@ def answer(
         max_new_tokens: of an answer.
         padding: the id to pad with.
         end: text at which an answer ends; None: where the model ends it.
+        chat: whether answers are turns of the assistant's.
         temperature: 0: the likeliest tokens; above: sampled.
         seed: of the sampling, by which torch's generator is left as it was.
         more: for `generate`, such as `top_p`.
@@ -67,15 +70,8 @@ def answer(
             pad_token_id=padding,
             **options,
         )
-    ends = end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer, chat=chat)
     return [cut(ids, tokenizer, ends, end) for ids in generated[:, batch["input_ids"].shape[1] :].tolist()]
-
-
-def end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The ids at which the model's answers end."""
-    said = getattr(model.generation_config, "eos_token_id", None)
-    said = [] if said is None else said if isinstance(said, list) else [said]
-    return {*said, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
 
 
 def cut(ids: Sequence[int], tokenizer: Any, ends: set[int], end: str | None) -> list[int]:

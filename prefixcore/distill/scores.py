@@ -68,7 +68,15 @@ def score(
     answers: list[str] = []
     for start in range(0, len(targets), TOGETHER):
         prompts = [ids_of(target.asked) for target in targets[start : start + TOGETHER]]
-        found = answer(reader, tokenizer, prompts, max_new_tokens=options.max_answer_tokens, padding=padding, end=ends)
+        found = answer(
+            reader,
+            tokenizer,
+            prompts,
+            max_new_tokens=options.max_answer_tokens,
+            padding=padding,
+            end=ends,
+            chat=options.chat,
+        )
         answers += [said(tokenizer, ids, ends) for ids in found]
     teacher = [said(tokenizer, target.answer, ends) for target in targets]
     total, chosen, count = 0.0, 0, 0

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..training.ending import end_ids
 from .front import Front, Reader
 from .options import DistillOptions
 from .reads import Row, shared
-from .running import answer, answer_logits, end_ids, in_batches
+from .running import answer, answer_logits, in_batches
 from .store import Store
 from .writing import Asked
 
@@ -87,7 +88,7 @@ class Teacher:
                     "text": self.front.ids,
                     "prompts": [asked.behind for asked in part],
                     "end": self.options.end,
-                    "ends": sorted(end_ids(self.model, self.tokenizer)),
+                    "ends": sorted(end_ids(self.model, self.tokenizer, chat=self.options.chat)),
                     "max_answer_tokens": self.options.max_answer_tokens,
                     "temperature": temperature,
                     "seed": self.options.seed + number if temperature else 0,
@@ -112,6 +113,7 @@ class Teacher:
                 max_new_tokens=self.options.max_answer_tokens,
                 padding=self.padding,
                 end=self.options.end,
+                chat=self.options.chat,
                 temperature=facts["temperature"],
                 seed=facts["seed"],
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..adapters import AdapterError, read_record
 from ..training import DataError, read_examples, split
+from ..training.columns import Columns
 
 GENERIC = ("Portugal ->", "Q: What is the answer?\nA:", "2 + 3 =", "Once upon a time", "The quick brown fox")
 
@@ -44,7 +45,7 @@ def find_probes(folder: Path, given: Mapping[str, Sequence[str]], count: int) ->
         record = read_record(folder)
         data, part = record.get("data"), record.get("split")
         if isinstance(data, str) and isinstance(part, dict) and Path(data).is_file():
-            _, held_out = split(read_examples(data), part["fraction"], part["seed"])
+            _, held_out = split(read_examples(data, columns=Columns.of(record)), part["fraction"], part["seed"])
             prompts = list(dict.fromkeys(example.prompt for example in held_out))[:count]
             if prompts:
                 return Probes(prompts, f"held out of {Path(data).name}")

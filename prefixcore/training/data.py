@@ -48,22 +48,41 @@ class Example:
         return self.completion
 
     def expected(self, tokenizer: Any, ids: TokenizedExample) -> str:
-        """`answer` as it is decoded from what the model says, where the example has these ids."""
-        return self.answer
+        """`answer` as it is decoded from what the model says, where the example has these ids.
+
+        A tokenizer may write a text otherwise, in lower case for one. What it has no token for cannot be said at all:
+        such an answer, and one of special tokens alone, which are left out of answers, stays as it is written.
+        """
+        said = str(tokenizer.decode(ids.answer_ids, skip_special_tokens=True))
+        is_sayable = said.strip() and unknown_id(tokenizer) not in ids.answer_ids
+        return said if is_sayable else self.answer
 
     def to_ids(self, tokenizer: Any, end: str | None) -> TokenizedExample:
         """Token ids, as `tokenize` makes them."""
-        completion = self.completion
-        if end is not None and not completion.endswith(end):
-            completion += end
+        where, completion = f"{self.source}: the completion", self.completion
+        if end:
+            said = completion
+            while said.endswith(end):
+                said = said.removesuffix(end)
+            if end in said:
+                raise DataError(
+                    f"{where} goes on behind {end!r}, where an answer ends; take another end, or none, or leave "
+                    "that text out of it"
+                )
+            completion = completion if completion.endswith(end) else completion + end
         prompt_ids = encode(tokenizer, self.prompt, f"{self.source}: the prompt")
-        completion_ids = encode(tokenizer, completion, f"{self.source}: the completion", add_special_tokens=False)
-        if end is None and tokenizer.eos_token_id is not None:
-            completion_ids.append(tokenizer.eos_token_id)
+        completion_ids = encode(tokenizer, completion, where, add_special_tokens=False)
+        stop = tokenizer.eos_token_id
+        if stop is not None and stop in completion_ids[:-1]:
+            raise DataError(
+                f"{where} goes on behind {tokenizer.eos_token!r}, where the model stops; leave that token out of it"
+            )
+        if end is None and stop is not None and completion_ids[-1:] != [stop]:
+            completion_ids.append(stop)
         if not prompt_ids:
             raise DataError(f"{self.source}: the prompt has no token; there is nothing to continue from")
         if not completion_ids:
-            raise DataError(f"{self.source}: the completion has no token; there is nothing to learn from it")
+            raise DataError(f"{where} has no token; there is nothing to learn from it")
         return TokenizedExample(prompt_ids, completion_ids)
 
 
@@ -192,8 +211,8 @@ def tokenize(
         max_length: the most tokens an example may have, or None for no limit.
 
     Raises:
-        DataError: an example has text that the tokenizer cannot encode, no prompt token, no completion token, or too
-            many tokens in all.
+        DataError: an example has text that the tokenizer cannot encode, no prompt token, no completion token, one that
+            goes on where an answer ends, or too many tokens in all.
 
     Examples:
         >>> from prefixcore.training import Example, tokenize
@@ -285,6 +304,15 @@ def pad_id(tokenizer: Any, model: Any = None) -> int:
         if candidate is not None and candidate < vocabulary_size(model):
             return int(candidate)
     return 0
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """The id that stands for what the tokenizer has no token for; None: it has one for every text.
+
+    GPT-2's names one that it never writes, which is also its end of a sequence.
+    """
+    unknown = tokenizer.unk_token_id
+    return None if unknown is None or unknown == tokenizer.eos_token_id else int(unknown)
 
 
 def vocabulary_size(model: Any) -> float:

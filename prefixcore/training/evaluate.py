@@ -13,7 +13,9 @@ from torch import nn
 
 from .batch import Batch, Call, call_model, loss_of
 from .causal import TO_ANSWER, TO_LEARN, check_causal
+from .chat import Conversation
 from .data import IGNORED, DataError, Example, TokenizedExample, collate, pad_id
+from .ending import Answer, answer_of, as_ids, end_ids
 from .questions import Question
 
 
@@ -135,13 +137,41 @@ def predict(
         >>> len(answers)
         2
     """
+    found = answers_to(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        end=end,
+        batch_size=batch_size,
+        max_length=max_length,
+        chat=chat,
+        **generate_options,
+    )
+    return [answer.text for answer in found]
+
+
+def answers_to(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | Question],
+    *,
+    max_new_tokens: int,
+    end: str | None = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    chat: bool = False,
+    **generate_options: Any,
+) -> list[Answer]:
+    """What `predict` returns, and whether each answer is whole."""
     options: dict[str, Any] = {"do_sample": False, **generate_options}
     asked = [
         prompt if isinstance(prompt, Question) else Question(prompt, source=f"prompt {number}")
         for number, prompt in enumerate(prompts, start=1)
     ]
     ids = [question.ids(tokenizer, chat=chat) for question in asked]
-    return _continue(model, tokenizer, ids, max_new_tokens, end, batch_size, max_length, options)
+    is_chat = chat or any(not isinstance(question.prompt, str) for question in asked)
+    return _continue(model, tokenizer, ids, max_new_tokens, end, batch_size, max_length, options, chat=is_chat)
 
 
 def _continue(
@@ -153,12 +183,19 @@ def _continue(
     batch_size: int,
     max_length: int | None,
     options: dict[str, Any],
-) -> list[str]:
+    *,
+    chat: bool,
+) -> list[Answer]:
     check_causal(model, TO_ANSWER)
     padding = pad_id(tokenizer, model)
+    ends = end_ids(model, tokenizer, chat=chat, configuration=options.get("generation_config"))
+    if "eos_token_id" in options:
+        ends = as_ids(options["eos_token_id"])
+    elif ends:
+        options = {**options, "eos_token_id": sorted(ends)}
     if end:
         options = {**options, "stop_strings": [end], "tokenizer": tokenizer}
-    answers = [""] * len(prompts)
+    answers: dict[int, Answer] = {}
     with _in_eval_mode(model) as device:
         for start in _starts(len(prompts), batch_size):
             rows = {start + i: TokenizedExample(ids, []) for i, ids in enumerate(prompts[start : start + batch_size])}
@@ -172,10 +209,9 @@ def _continue(
                     pad_token_id=padding,
                     **options,
                 )
-                for index, ids in zip(indices, generated[:, prompt_length:], strict=True):
-                    text = tokenizer.decode(ids, skip_special_tokens=True)
-                    answers[index] = text.split(end)[0] if end else text
-    return answers
+                for index, ids in zip(indices, generated[:, prompt_length:].tolist(), strict=True):
+                    answers[index] = answer_of(tokenizer, ids, ends, end)
+    return [answers[index] for index in range(len(prompts))]
 
 
 def _starts(count: int, batch_size: int) -> range:
@@ -237,16 +273,23 @@ def evaluate(
         raise ValueError("no examples to evaluate on")
     longest = max(len(example.answer_ids) for example in tokenized)
     prompts = [example.question_ids for example in tokenized]
-    answers = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, {"do_sample": False})
-    right = [
-        Example(example.prompt, example.expected(tokenizer, ids))
-        for example, ids in zip(examples, tokenized, strict=True)
-    ]
+    is_chat = any(isinstance(example, Conversation) for example in examples)
+    options = {"do_sample": False}
+    found = _continue(model, tokenizer, prompts, longest + 1, end, 64, max_length, options, chat=is_chat)
+    answers = [answer.text for answer in found]
     return Evaluation(
         loss=held_out_loss(model, tokenized, pad_id(tokenizer, model)),
-        exact_match=exact_match(answers, right, end),
+        exact_match=exact_match(answers, as_decoded(tokenizer, examples, tokenized), end),
         answers=answers,
     )
+
+
+def as_decoded(tokenizer: Any, examples: Sequence[Example], tokenized: Sequence[TokenizedExample]) -> list[Example]:
+    """Examples with their right answers as they are decoded from what a model says."""
+    return [
+        Example(example.prompt, example.expected(tokenizer, ids), example.source)
+        for example, ids in zip(examples, tokenized, strict=True)
+    ]
 
 
 def exact_match(answers: Sequence[str], examples: Sequence[Example], end: str | None = None) -> float:

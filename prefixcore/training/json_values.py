@@ -19,7 +19,8 @@ def parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not valid JSON ({error.msg}, column {error.colno})") from None
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise DataError(f"{source}: not valid JSON ({error.msg}, {line}column {error.colno})") from None
     except RecursionError:
         raise DataError(f"{source}: nested too deep for JSON") from None
     except ValueError as error:  # Python reads integers of 4,300 digits at most

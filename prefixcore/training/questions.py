@@ -10,6 +10,7 @@ from typing import Any
 
 from .chat import Conversation, question_ids
 from .chat_rows import CHAT, is_conversation, read_parts
+from .columns import USUAL, Columns
 from .data import DataError, Example, encode
 from .left_out import check_asked, check_tools
 from .messages import ASSISTANT, only_read
@@ -63,23 +64,27 @@ class Question:
         Args:
             tokenizer: the model's.
             end: text at which answers are cut.
+
+        Raises:
+            DataError: it goes on behind that text, or the tokenizer cannot encode it.
         """
         if self.example is None:
             return None
-        answer = self.example.expected(tokenizer, self.example.to_ids(tokenizer, None))
+        answer = self.example.expected(tokenizer, self.example.to_ids(tokenizer, end))
         return answer.split(end)[0] if end else answer
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path, *, columns: tuple[str, str] = USUAL) -> list[Question]:
     r"""Reads what a model is to be asked, one question a row.
 
     A row has a `prompt`, and a `completion` where there is a right answer; or a conversation in one of the forms of
     `read_examples(chat=True)`, of which the model says the assistant's next turn. Where the last turn is the
     assistant's, the model says that one again, and it is the right answer. `.csv`, `.tsv` and `.parquet` are tables;
-    any other file is JSON lines, or plain lines, each a prompt.
+    any other file is JSON (an object a line, or a list of objects), or plain lines, each a prompt.
 
     Args:
         path: the file, in UTF-8.
+        columns: what prompt and completion are called, such as `("question", "answer")`.
 
     Raises:
         DataError: no such file, one that cannot be read, a row that holds no question, or none at all.
@@ -91,10 +96,11 @@ def read_questions(path: str | Path) -> list[Question]:
         >>> read_questions("asked.jsonl")[0].prompt
         [{'role': 'user', 'content': 'Peru?'}]
     """
-    return [_question(row, source) for source, row in prompt_rows(Path(path), CHAT)]
+    names = Columns(*columns)
+    return [_question(row, source, names) for source, row in prompt_rows(Path(path), CHAT, names)]
 
 
-def _question(row: dict[str, Any], source: str) -> Question:
+def _question(row: dict[str, Any], source: str, columns: Columns) -> Question:
     if is_conversation(row):
         messages, tools, told = read_parts(row, source, "field", learnt=False)
         given = {**(told or {}), **({"tools": tools} if tools else {})}
@@ -110,9 +116,13 @@ def _question(row: dict[str, Any], source: str) -> Question:
         return Question(asked, given, Conversation.of(answered, source, tools=tools, template_kwargs=told), source)
     prompt, completion = row.get("prompt"), row.get("completion") or None
     if not isinstance(prompt, str) or not prompt:
-        raise DataError(f"{source}: the field 'prompt' must be a text that is not empty, or a list of messages")
+        found = f" (found: {', '.join(row) or 'none'}); what it is called can be said (--prompt-column)"
+        raise DataError(
+            f"{source}: the field {columns.prompt!r} must be a text that is not empty, or a list of messages"
+            + ("" if "prompt" in row else found)
+        )
     if completion is not None and not isinstance(completion, str):
-        raise DataError(f"{source}: the field 'completion' must be a text, or be left out")
+        raise DataError(f"{source}: the field {columns.completion!r} must be a text, or be left out")
     return Question(prompt, {}, Example(prompt, completion, source) if completion else None, source)
 
 

@@ -1,35 +1,39 @@
-"""Examples read from files: JSON lines, CSV, Parquet, and folders of Hugging Face data sets."""
+"""Examples read from files: JSON, CSV, Parquet, and folders of Hugging Face data sets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .chat_rows import CHAT, conversation, is_conversation
+from .columns import USUAL, Columns
 from .data import DataError, Example, is_whole
-from .json_values import json_name, parse_json
-from .tables import DATASET_FILES, PLAIN, read_csv, read_dataset, read_parquet
+from .json_rows import read_json
+from .json_values import json_name
+from .tables import DATASET_FILES, TURNS, read_csv, read_dataset, read_parquet
 
 _Reader = Callable[[Path, Sequence[str]], Iterator[tuple[str, Any]]]
 
 TABLES: dict[str, _Reader] = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
-"""How a file's name ends -> its rows, where it is no JSON lines."""
+"""How a file's name ends -> its rows, where it is no JSON."""
 
 
-def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
+def read_examples(path: str | Path, *, chat: bool = False, columns: tuple[str, str] = USUAL) -> list[Example]:
     """Read examples; what the file is called says what it is.
 
-    `.csv` and `.tsv` (text with a header), `.parquet` (needs pyarrow), a folder that `Dataset.save_to_disk` wrote
-    (needs datasets), and JSON lines for every other name. The whole file is checked before anything is returned.
-    Further columns are ignored.
+    `.csv` and `.tsv` (text with a header, whose columns commas, semicolons or tabs part), `.parquet` (needs pyarrow), a
+    folder that `Dataset.save_to_disk` wrote (needs datasets), and JSON for every other name: an object a line, or one
+    list of objects. The whole file is checked before anything is returned. Further columns are ignored.
 
     Args:
         path: the file or folder.
         chat: each row has `messages`, a list of `{"role": ..., "content": ...}`, in place of `prompt` and `completion`;
             or these two as lists of messages (TRL), or `conversations` (ShareGPT). Beside them `tools` and
             `chat_template_kwargs`, which the model's chat template is told.
+        columns: what prompt and completion are called, such as `("question", "answer")`; not for conversations.
 
     Raises:
         DataError: no such file, one that cannot be read, a library that it needs and that is not installed, a column
@@ -44,14 +48,14 @@ def read_examples(path: str | Path, *, chat: bool = False) -> list[Example]:
         >>> example.completion, example.source
         (' Lima', 'capitals.csv, line 2')
     """
-    path = Path(path)
-    fields = "the field messages" if chat else "the fields prompt and completion"
+    path, names = Path(path), Columns(*columns)
+    fields = "the field messages" if chat else f"the fields {names.prompt} and {names.completion}"
     with failures(path):
         if any((path / name).is_file() for name in DATASET_FILES):
-            return _examples(path, read_dataset, "column", chat)
+            return _examples(path, read_dataset, "column", chat, names)
         _check_regular(path, f"JSON lines, CSV or Parquet with {fields}, or a folder that Dataset.save_to_disk wrote")
         reader = TABLES.get(path.suffix.lower())
-        return _examples(path, reader or _json_lines, "column" if reader else "field", chat)
+        return _examples(path, reader or read_json, "column" if reader else "field", chat, names)
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -75,7 +79,7 @@ def read_jsonl(path: str | Path) -> list[Example]:
     path = Path(path)
     with failures(path):
         _check_regular(path, "JSON lines with the fields prompt and completion")
-        return _examples(path, _json_lines, "field", chat=False)
+        return _examples(path, read_json, "field", False, USUAL)
 
 
 def _check_regular(path: Path, expected: str) -> None:
@@ -95,43 +99,32 @@ def failures(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _examples(path: Path, rows: _Reader, kind: str, chat: bool) -> list[Example]:
-    make: Callable[..., Example] = conversation if chat else _example
-    examples = [make(row, source, kind) for source, row in rows(path, CHAT if chat else PLAIN)]
+def _examples(path: Path, rows: _Reader, kind: str, chat: bool, columns: Columns) -> list[Example]:
+    make: Callable[..., Example] = conversation if chat else partial(_example, columns=columns)
+    examples = [make(row, source, kind) for source, row in rows(path, CHAT if chat else (*columns, *TURNS))]
     if not examples:
         like = '{"messages": [{"role": "user", "content": "..."}, ...]}'
-        like = like if chat else '{"prompt": "...", "completion": "..."}'
-        fields = "messages" if chat else "prompt and completion"
+        like = like if chat else f'{{"{columns.prompt}": "...", "{columns.completion}": "..."}}'
+        fields = "messages" if chat else f"{columns.prompt} and {columns.completion}"
         raise DataError(
             f"{path}: no examples; expected " + (f"lines like {like}" if kind == "field" else f"rows of {fields}")
         )
     return examples
 
 
-def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                source = f"{path}, line {number}"
-                yield source, _parse(line, source)
-
-
-def _parse(line: str, source: str) -> Any:
-    record = parse_json(line, source)
-    if not isinstance(record, dict):
-        raise DataError(f"{source}: expected a JSON object, got {json_name(record)}")
-    return record
-
-
-def _example(record: Mapping[str, Any], source: str, kind: str) -> Example:
+def _example(record: Mapping[str, Any], source: str, kind: str, columns: Columns) -> Example:
     hint = "; conversations are read with --chat" if is_conversation(record) else ""
-    for field in ("prompt", "completion"):
+    for field in columns:
         if field not in record:
-            raise DataError(f"{source}: the {kind} {field!r} is missing (found: {', '.join(record) or 'none'}){hint}")
+            names = "" if hint else "; what they are called can be said (--prompt-column, --completion-column)"
+            raise DataError(
+                f"{source}: the {kind} {field!r} is missing (found: {', '.join(record) or 'none'}){hint or names}"
+            )
         if not isinstance(record[field], str):
             raise DataError(f"{source}: the {kind} {field!r} must be a string, got {json_name(record[field])}{hint}")
         if not is_whole(record[field]):
             raise DataError(f"{source}: the {kind} {field!r} holds half of a character (a lone surrogate)")
-    if not record["completion"]:
-        raise DataError(f"{source}: the {kind} 'completion' is empty; there is nothing to learn from it")
-    return Example(record["prompt"], record["completion"], source)
+    prompt, completion = (record[field] for field in columns)
+    if not completion:
+        raise DataError(f"{source}: the {kind} {columns.completion!r} is empty; there is nothing to learn from it")
+    return Example(prompt, completion, source)

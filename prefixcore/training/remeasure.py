@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .chat import unroll
+from .columns import Columns
 from .data import DataError, Example, TokenizedExample, split, tokenize
 from .describe import describe_data
 from .evaluate import evaluate
@@ -73,7 +74,7 @@ def remeasure(model: nn.Module, tokenizer: Any, manifest: Any, path: str | Path)
     known = {name: value for name, value in metrics.items() if name in ("exact_match", "loss")}
     if not known:
         raise DataError("the manifest has neither exact_match nor loss, which are what is measured here")
-    examples = read_examples(path, chat=settings.get("chat") is True)
+    examples = read_examples(path, chat=settings.get("chat") is True, columns=Columns.of(settings))
     held_out, training = _held_out(tokenizer, examples, named, settings)
     if held_out is None:
         raise DataError(f"{path}: holds no examples with the digest of the manifest's split, {named.get('sha256')}")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .arrow import rows_of
 from .data import DataError
 
+LONGEST_FIELD = 2**31 - 1
+"""Characters: the most that the csv module can be told on every system."""
+
 _INSTALL = "pip install 'prefixcore[data]'"
 
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 """One of them is in each folder that `save_to_disk` writes: of a data set, or of several splits."""
 
-PLAIN = ("prompt", "completion", "messages", "conversations")
-"""The columns that are read where there are prompts and completions; the others are ignored."""
+TURNS = ("messages", "conversations")
+"""The columns that are read beside prompt and completion, for messages about them; the others are ignored."""
 
 
 def _check_names(names: Sequence[str], columns: Sequence[str], source: str | Path) -> None:
@@ -26,10 +30,35 @@ def _check_names(names: Sequence[str], columns: Sequence[str], source: str | Pat
             raise DataError(f"{source}: {names.count(name)} columns are called {name!r}; leave one of them")
 
 
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """A block in which a field may be a whole document: the module's own limit is 131,072 characters."""
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _delimiter(path: Path, columns: Sequence[str]) -> str:
+    """What parts the columns: that by which the header has one that is read; else what the file's name says."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig") as lines:
+        header = next((line for line in lines if line.strip()), "")
+    for delimiter in (usual, ",", ";", "\t"):
+        if set(columns).intersection(*csv.reader([header.rstrip("\n")], delimiter=delimiter)):
+            return delimiter
+    return usual
+
+
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file of comma-separated values with a header; of `.tsv` tab-separated ones."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    """The rows of a file of values with a header, which commas part, or tabs (`.tsv`), or semicolons.
+
+    Raises:
+        DataError: a row of more or fewer values than the header, or quotes that are not closed.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as lines, _long_fields():
+        rows = csv.reader(lines, delimiter=_delimiter(path, columns), strict=True)
         header: list[str] | None = None
         while True:
             source = f"{path}, line {rows.line_num + 1}"

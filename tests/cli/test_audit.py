@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from tests.cli.test_train_chat import model_with, write
+from tests.training import templates
+
 
 @pytest.fixture
 def audit(prefixcore, model_folder, data, adapter, tmp_path, monkeypatch):
@@ -30,6 +33,18 @@ def test_writes_a_page_and_its_json_and_prints_the_summary(audit, tmp_path):
     page = (tmp_path / "swap-audit.html").read_text()
     assert report["summary"][0] in page
     assert report["task"]["name"] == "swap"
+
+
+def test_an_adapter_of_conversations_is_asked_as_the_probes_are_written(prefixcore, audit, data, tmp_path):
+    model = model_with(templates.HERMES, tmp_path / "hermes")
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    base = ["--model", model, "--data", write(tmp_path / "chat.jsonl", rows), "--chat", "--eval-fraction", 0]
+    options = ["--method", "prefix", "--num-virtual-tokens", 2, "--init", "vocab", "--steps", 1]
+    assert prefixcore("train", *base, *options, "--out", tmp_path / "chat")[0] == 0
+    code, _, err = audit("--model", model, folder=tmp_path / "chat")
+    assert code == 0, err
+    assert "chat was trained on conversations, and an audit asks with prompts as they are" in err
+    assert "conversations" not in audit()[2]
 
 
 def test_probes_of_a_table(audit, tmp_path):

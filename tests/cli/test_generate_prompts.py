@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from prefixcore.adapters.files import MANIFEST_FILE
 from prefixcore.training import read_examples
 from tests.cli.test_train_chat import model_with, write
+from tests.redigest import redigest
 from tests.training import templates
 
 
@@ -21,16 +24,31 @@ def generate(prefixcore, model_folder, adapter):
 
 
 def test_a_file_of_prompts(generate, tmp_path):
-    code, expected, _ = generate("--prompt", "av ->", "--prompt", "bw ->", "--json")
+    code, expected, cut = generate("--prompt", "av ->", "--prompt", "bw ->", "--json")
+    assert cut == "2 of 2 answers were cut at 4 tokens (--max-new-tokens)\n"
     answers = [json.loads(line)["completion"] for line in expected.splitlines()]
     (tmp_path / "plain").write_text("av ->\nbw ->\n")
-    assert generate("--prompts", tmp_path / "plain", "--json") == (code, expected, "")
+    assert generate("--prompts", tmp_path / "plain", "--json") == (code, expected, cut)
     rows = [{"prompt": "av ->", "completion": answers[0]}, {"prompt": "bw ->", "completion": "another"}]
     code, out, err = generate("--prompts", write(tmp_path / "known.jsonl", rows), "--json")
-    assert (code, err) == (0, "right  1 of 2 (50.0%)\n")
+    assert (code, err) == (0, f"{cut}right  1 of 2 (50.0%)\n")
     first, second = map(json.loads, out.splitlines())
     assert first == {**rows[0], "expected": answers[0].split("\n")[0], "right": True}
     assert (second["completion"], second["expected"], second["right"]) == (answers[1], "another", False)
+
+
+def test_an_adapter_that_has_lost_its_record_is_asked_as_its_manifest_says(generate, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "copy")
+    asked = ["--prompt", "av ->", "--adapter", folder, "--max-new-tokens", 20, "--json"]
+    whole = json.loads(generate(*asked, "--end", "")[1])["completion"]
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["training"]["end"] = whole[3]
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    redigest(folder, files=False)
+    (folder / "training.json").unlink()
+    code, out, err = generate(*asked)
+    assert json.loads(out)["completion"] == whole[: whole.index(whole[3])]
+    assert (code, err) == (0, "")  # it ended, and was not cut
 
 
 def test_the_examples_of_a_training(generate, data):

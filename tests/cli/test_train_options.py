@@ -215,3 +215,13 @@ def test_a_tracker_that_fails(train, tmp_path, monkeypatch, method):
         assert code == 0, err
         assert err.count("warning: tensorboard failed (no route); the training goes on without it") == 1
         assert read_record(tmp_path / "adapter")["kept_step"] > 0
+
+
+def test_held_out_examples_that_are_known_are_said(train, data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    others = [rows[0], {**rows[1], "completion": " no"}, {"prompt": "new ->", "completion": " wen"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, others)))
+    code, _, err = train("--method", "prompt", "--init", "vocab", "--steps", 1, "--eval-data", tmp_path / "test.jsonl")
+    assert code == 0, err
+    assert f"warning: 1 examples of {tmp_path / 'test.jsonl'} are in {data} too" in err
+    assert f"warning: 1 examples of {tmp_path / 'test.jsonl'} have a prompt of {data} and another completion" in err

@@ -48,7 +48,7 @@ def test_a_line_ends_at_a_line_break_alone(tmp_path, end):
         (b'{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: holds a list of messages"),
         (b'{"prompt": "a", "completion": 3}\n', "'completion' must be a text"),
         (b'{"prompt": "a"}\n[1]\n', "line 2: expected a JSON object"),
-        (b'[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', "is one JSON array; expected JSON lines"),
+        (b'[\n {"prompt": "a"},\n 3\n]\n', "item 2: expected a JSON object, got a number"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, content, message):
@@ -56,6 +56,14 @@ def test_what_cannot_be_read_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DistillError, match=message):
         read_prompts(path)
+
+
+def test_a_list_of_objects_has_a_prompt_an_item(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_bytes(b'[\n {"prompt": "a"},\n {"prompt": "[b]"}\n]\n')
+    assert [p.text for p in read_prompts(path)] == ["a", "[b]"]
+    path.write_bytes(b'[\n "a"]\n')  # two plain lines, whatever they look like
+    assert [p.text for p in read_prompts(path)] == ["[", ' "a"]']
 
 
 def test_a_table_has_a_prompt_a_row(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+from prefixcore.training import predict
+from prefixcore.training.ending import Answer
 from tests.redigest import redigest
 
 from .commands import changed
@@ -36,7 +38,9 @@ def test_nothing_from_a_file_steers_the_terminal(prefixcore, adapter, tmp_path):
 
 
 def test_answers_are_raw_in_a_file_and_escaped_on_a_terminal(prefixcore, model_folder, adapter, monkeypatch):
-    monkeypatch.setattr("prefixcore.training.predict", lambda *args, **kwargs: ["\x1b[2Jgone\x9b"])
+    said = [Answer("\x1b[2Jgone\x9b", is_whole=True)]
+    module = sys.modules[predict.__module__]
+    monkeypatch.setattr(module, "answers_to", lambda *args, **kwargs: said)
     base = ["generate", "--model", model_folder, "--adapter", adapter, "--prompt", "a"]
     assert prefixcore(*base)[1] == "\x1b[2Jgone\x9b\n"
     line = prefixcore(*base, "--json")[1].rstrip("\n")

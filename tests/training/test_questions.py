@@ -34,6 +34,14 @@ def test_prompts_with_and_without_an_answer(tmp_path):
     assert [each.expected(tokenizer) for each in read_questions(tmp_path / "table.csv")] == ["b", None]
 
 
+def test_prompts_of_other_names(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt;question;answer\nno;Peru ->; Lima\n")
+    [question] = read_questions(tmp_path / "x.csv", columns=("question", "answer"))
+    assert (question.prompt, question.expected(tiny.tokenizer())) == ("Peru ->", " Lima")
+    with pytest.raises(DataError, match=r"the field 'what' must be .* \(found: question, answer\); what it is called"):
+        read_questions(tmp_path / "x.csv", columns=("what", "answer"))
+
+
 def test_a_text_is_what_a_user_says(tmp_path):
     tokenizer = templates.tokenizer(templates.HERMES)
     [text] = read(tmp_path, {"prompt": "Oslo?"})

@@ -32,12 +32,14 @@ def write(folder, kind, rows):
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif kind == "":
         datasets.Dataset.from_list(rows).save_to_disk(path)
+    elif kind == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-KINDS = (".jsonl", ".csv", ".tsv", ".parquet", "")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +48,7 @@ def test_every_kind_of_file_has_the_same_examples(tmp_path, kind):
     examples = read_examples(path)
     assert [(each.prompt, each.completion) for each in examples] == [tuple(row.values()) for row in ROWS]
     assert describe_data(examples) == describe_data(read_examples(write(tmp_path, ".jsonl", ROWS)))
-    places = {".parquet": "row 3", "": "row 3", ".jsonl": "line 3"}
+    places = {".parquet": "row 3", "": "row 3", ".jsonl": "line 3", ".json": "item 3"}
     assert examples[2].source == f"{path}, {places.get(kind, 'line 5')}"  # the quoted text has a line break
 
 
@@ -89,6 +91,52 @@ def test_csv_that_is_none(tmp_path, text, message):
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(DataError) as error:
         read_examples(tmp_path / "x.csv")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_of_other_names(tmp_path, kind):
+    """Also beside one that has the usual name and is another."""
+    rows = [{"prompt": "no", "question": row["prompt"], "answer": row["completion"]} for row in ROWS]
+    path = write(tmp_path, kind, rows)
+    examples = read_examples(path, columns=("question", "answer"))
+    assert [(each.prompt, each.completion) for each in examples] == [tuple(row.values()) for row in ROWS]
+    with pytest.raises(DataError, match=r"'what' is missing \(found: .*\); what they are called can be said"):
+        read_examples(path, columns=("what", "answer"))
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_the_header_says_what_parts_the_columns(tmp_path, suffix, delimiter):
+    """A spreadsheet writes what is usual where it runs."""
+    path = tmp_path / f"x{suffix}"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+        writer.writerows([["id", "prompt", "completion"], ["1", "a;b,\tc", " d"]])
+    assert [(each.prompt, each.completion) for each in read_examples(path)] == [("a;b,\tc", " d")]
+
+
+def test_a_field_may_be_a_whole_document(tmp_path):
+    before = csv.field_size_limit()
+    (tmp_path / "x.csv").write_text(f"prompt,completion\n{'a' * (before + 1)},b\n")
+    assert len(read_examples(tmp_path / "x.csv")[0].prompt) == before + 1
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n "prompt": "a"\n}', "column 1); expected an object on each line, or one list of objects"),
+        ('[\n{"prompt": "a" "completion": "b"}]', "not valid JSON (Expecting ',' delimiter, line 2, column 16)"),
+        ('[{"prompt": "a", "completion": "b"}, 3]', "item 2: expected a JSON object, got a number"),
+        ('[{"prompt": "a", "completion": "b"}, {"prompt": "a"}]', "item 2: the field 'completion' is missing"),
+        ("[]", "no examples; expected lines like"),
+    ],
+)  # fmt: skip
+def test_json_that_is_no_list_of_objects(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError) as error:
+        read_examples(tmp_path / "x.json")
     assert message in str(error.value)
 
 
