@@ -60,6 +60,7 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
         tags=["prefixcore", _TAGS[method]],
         **fields,
     )
+    auto_class = _auto_class(str(manifest.base_model.get("class")) if manifest else "")
     kind = "prefix" if isinstance(adapter.config, PrefixTuningConfig) else "soft prompt"
     lines = [
         "---",
@@ -76,9 +77,9 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
         "",
         "```python",
         "import prefixcore",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class}",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(_line(base or '...'))})",
+        f"model = {auto_class}.from_pretrained({json.dumps(_line(base or '...'))})",
         f'prefixcore.load(model, "{name}")',
         "```",
         "",
@@ -100,6 +101,18 @@ def model_card(adapter: Adapter, name: str, title: str) -> str:
 def is_written_here(page: str | Path) -> bool:
     """Whether a page is one that `model_card` has written, and nobody has made their own."""
     return _MARK in Path(page).read_text(encoding="utf-8", errors="replace")
+
+
+def _auto_class(model_class: str) -> str:
+    """By which of transformers' auto classes a model of this class is opened."""
+    from transformers.models.auto import modeling_auto as names
+
+    def is_among(classes: Any) -> bool:
+        return any(model_class in ((each,) if isinstance(each, str) else each) for each in classes.values())
+
+    reads_images = is_among(names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    is_causal = is_among(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return "AutoModelForImageTextToText" if reads_images and not is_causal else "AutoModelForCausalLM"
 
 
 def _is_on_hub(base: str) -> bool:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 import prefixcore
 from prefixcore.adapters import AdapterError, adapter_digest, upload
+from tests.hf.tiny_models import make
 
 
 def test_the_page_says_what_the_manifest_says(hub, saved, model):
@@ -29,6 +30,14 @@ def test_the_page_says_what_the_manifest_says(hub, saved, model):
     hub.repositories["somebody/capitals"].commit({"README.md": b"mine"})
     upload(saved, "somebody/capitals")
     assert hub.repositories["somebody/capitals"].files()["README.md"] == b"mine"
+
+
+def test_a_base_model_that_reads_images_is_opened_by_the_class_that_it_has(hub):
+    with prefixcore.attach(make("LlavaForConditionalGeneration", "llava"), prefixcore.PrefixTuningConfig(2)) as handle:
+        handle.push_to_hub("somebody/captions")
+    page = hub.repositories["somebody/captions"].files()["README.md"].decode()
+    assert "from transformers import AutoModelForImageTextToText\n" in page
+    assert "model = AutoModelForImageTextToText.from_pretrained(" in page
 
 
 def test_a_license_that_the_hub_does_not_know_and_a_base_model_that_it_may(hub, model):

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 import prefixcore
 from prefixcore.adapters import AdapterError, adapter_digest
 from prefixcore.serving import catalog as catalog_module
+from prefixcore.serving.before_start import describe_model
 from prefixcore.serving.catalog import Catalog
 from prefixcore.serving.served_model import ServedModel
 from tests import tiny
+from tests.hf import tiny_models
 
 from . import registry as helper
 from . import shelf
@@ -161,6 +163,23 @@ def test_names_that_differ_by_the_decoder(tmp_path: Path) -> None:
     assert not compared.differences
     assert not compared.unchecked
     assert Catalog(registry, served).look_up("capitals", digest).num_virtual_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma3", "Idefics3", "InternVL", "LlavaNext", "Llava", "Mistral3", "Qwen2_5_VL", "Qwen3VL", "SmolVLM"]
+)
+def test_a_model_that_reads_images_is_known_by_its_whole_class_and_by_its_weights(name: str, tmp_path: Path) -> None:
+    class_name = f"{name}ForConditionalGeneration"
+    for seed in (0, 1):
+        model = tiny_models.make(class_name, tiny_models.every_class()[class_name], seed=seed)
+        with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=5, init="random")) as handle:
+            handle.save(tmp_path / "adapters" / f"of-{seed}")
+        model.save_pretrained(tmp_path / f"model-{seed}")
+    served = describe_model(str(tmp_path / "model-0"))
+    assert not served.compare(_manifest(tmp_path / "adapters" / "of-0")).unchecked
+    catalog = Catalog(tmp_path / "adapters", served)
+    assert [each.name for each in catalog.served()] == ["of-0"]
+    assert "weights" in catalog.problems()["of-1"]
 
 
 def test_without_a_checkpoint_the_architecture_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -188,6 +188,17 @@ def test_a_family_that_was_not_compared_is_served_if_somebody_insists(tmp_path: 
     assert "some of its layers" not in str(why_not_served(model, ["--max-model-len", "64"], unverified_model=True))
 
 
+def test_keys_of_several_sizes_are_refused_before_vllm_is_started(tmp_path: Path) -> None:
+    """As Gemma 4's are; the layers that see all of the text have the larger heads."""
+    config = AutoConfig.for_model("gemma4_text", num_hidden_layers=6, head_dim=32, global_head_dim=64)
+    if not getattr(config, "is_heterogeneous", False):
+        pytest.skip("this transformers has one size for all layers")
+    config.save_pretrained(tmp_path)
+    why = why_not_served(str(tmp_path), ["--max-model-len", "64"], unverified_model=True)
+    assert re.search("keys of several sizes .*heads of 32, .*heads of 64.* blocks of one kind", str(why))
+    assert describe_model(str(tmp_path)).layers[0] != describe_model(str(tmp_path)).layers[5]
+
+
 def test_a_model_that_cannot_be_served_is_not_started(
     prefixcore: Any, place: Path, fake_python: str, tmp_path: Path
 ) -> None:
