@@ -39,8 +39,8 @@ TOKENS = {
     "global_image_token": "<global-img>",
     "end_of_utterance_token": "<end_of_utterance>",
     "pixtral_token": "[IMG]",
-    "pixtral_break_token": "[IMG_BREAK]",
-    "pixtral_end_token": "[IMG_END]",
+    "image_break_token": "[IMG_BREAK]",
+    "image_end_token": "[IMG_END]",
 }
 """What processors look for in a tokenizer, under the names by which some ask for it."""
 
