@@ -104,12 +104,17 @@ def task_table(kept: Sequence[Record], task: str, names: Sequence[str]) -> str:
                 str(record.num_virtual_tokens or "-"),
                 f"{record.rate:g} (of {tried(kept, task, name)})" if trained else "-",
                 percent(rows_of(mine)),
-                f"{statistics.mean(each.loss for each in mine):.2f}",
+                f"{mean_loss(mine):.2f}",
                 "any" if METHODS[name].is_fixed else str(len(mine)),
             ]
         )
     header = ("", "numbers trained", "tokens", "learning rate (of how many)", "% right (95 %)", "loss", "seeds")
     return markdown(header, rows)
+
+
+def mean_loss(records: Sequence[Record]) -> float:
+    """Over the seeds, as the share of right answers is."""
+    return statistics.mean(each.loss for each in records)
 
 
 def tried(kept: Sequence[Record], task: str, method: str) -> int:
@@ -146,7 +151,7 @@ def levers(kept: Sequence[Record]) -> str:
         rows = []
         for name in (base, *(each for each in plan.LEVERS if each.startswith(f"{base}@"))):
             found = [chosen(kept, task, name) for task in tasks]
-            cells = [f"{percent(rows_of(mine))}, loss {mine[0].loss:.2f}" if mine else "-" for mine in found]
+            cells = [f"{percent(rows_of(mine))}, loss {mean_loss(mine):.2f}" if mine else "-" for mine in found]
             if first := next((mine[0] for mine in found if mine), None):
                 named = f"{title} as it is" if name == base else METHODS[name].title
                 rows.append([named, f"{first.numbers:,}", *cells])
@@ -170,9 +175,11 @@ def equal_seconds() -> str:
             cells = []
             for task in tasks:
                 mine = chosen(kept, task, name)
-                cells.append(
-                    f"{percent(rows_of(mine))}, loss {mine[0].loss:.2f}, {mine[0].steps} steps" if mine else "-"
-                )
+                if not mine:
+                    cells.append("-")
+                    continue
+                steps = statistics.mean(each.steps for each in mine)
+                cells.append(f"{percent(rows_of(mine))}, loss {mean_loss(mine):.2f}, {steps:.0f} steps")
             if any(cell != "-" for cell in cells):
                 base, _, lever = name.partition("@")
                 rows.append([f"{base}, {METHODS[name].title}" if lever else METHODS[name].title, *cells])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
 import time
 
 import pytest
@@ -140,6 +141,16 @@ def test_a_budget_of_seconds_has_records_and_methods_of_its_own(tmp_path, monkey
     monkeypatch.setattr(records, "TIMED", tmp_path)
     assert "| prefix | 75 (25..100), loss 1.00, 80 steps |" in tables.equal_seconds()
     assert "4 times as many seconds" in tables.equal_seconds()
+
+
+def test_a_table_of_several_seeds_has_means_of_losses_and_steps_too(tmp_path, monkeypatch):
+    for seed, (right, loss, steps) in enumerate([("0111", 1.0, 80), ("0011", 1.5, 61), ("0001", 2.3, 60)]):
+        found = dataclasses.replace(record("prefix", seed, 0.002, 0.5, right), loss=loss, steps=steps)
+        records.write(found, tmp_path / "x1")
+    monkeypatch.setattr(records, "TIMED", tmp_path)
+    assert re.search(r"\| prefix \| 50 \([^)]*\), loss 1\.60, 67 steps \|", tables.equal_seconds())
+    lever = record("prefix@mlp", 0, 0.002, 0.5, "0111")
+    assert re.search(r"\| 50 \([^)]*\), loss 1\.60 \|", tables.levers([*records.read(tmp_path / "x1"), lever]))
 
 
 def record(method: str, seed: int, rate: float, validation: float, right: str, task: str = "dates") -> Record:
