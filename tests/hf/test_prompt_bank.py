@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import prefixcore
 from prefixcore import PackedCollator, PrefixTuningConfig, PromptBank, PromptTuningConfig
 
 from .models import FAMILIES, assert_same, close, make, padded, state, tokens, window_of
 from .test_cached_attention import make as make_cached
+from .tiny_models import tiny_config
 
 CONFIGS = {
     "long": PrefixTuningConfig(5, init="random", seed=1),
@@ -401,3 +402,20 @@ def test_gradient_checkpointing(names: Any) -> None:
     for name in bank:
         for parameter, reference in zip(bank[name].parameters(), expected[name], strict=True):
             close(parameter.grad, reference)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "phi", "granitemoehybrid"])
+@pytest.mark.parametrize("first", ["prefix", "prompt"])
+def test_a_family_that_is_not_known_is_reached_from_a_bank(family: str, first: str, tmp_path: Path) -> None:
+    """Whatever the bank holds when its first prefix comes, from a file here."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    ids = torch.arange(5, 12)[None]
+    with prefixcore.attach(model, prefixcore.PrefixTuningConfig(num_virtual_tokens=3, seed=1)) as handle:
+        handle.save(tmp_path / "saved")
+        expected = model(ids).logits
+    bank = prefixcore.PromptBank(model)
+    if first == "prompt":
+        bank.attach("prompt", prefixcore.PromptTuningConfig(num_virtual_tokens=2))
+    bank.load("prefix", tmp_path / "saved")
+    torch.testing.assert_close(model(ids, task_ids=["prefix"]).logits, expected)
+    assert (model(ids, task_ids=[None]).logits - expected).abs().max() > 1e-3

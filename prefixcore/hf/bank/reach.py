@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...ops import which_backend
+from ..attention.disabled import disable
 from ..attention.discover import check_reached
 from ..attention.discover_cached import cache_name
 from ..attention.interface import ATTENTION, PREFIXES, NoArgumentsError
@@ -69,7 +70,8 @@ def _find_handed_on(bank: Bank, decoder: PreTrainedModel) -> bool:
         return False
     recorded: dict[int, KeyValue] = {}
     inputs = sample_inputs(decoder, plain_ids(bank.model, 1) if reads_tokens(decoder) else torch.empty(0))
-    with frozen_run(bank.model), suppress(NoArgumentsError):
+    # Disabled: what is attached before a first prefix is none of this call's, nor are the rows that it would name.
+    with frozen_run(bank.model), disable(bank.patch), suppress(NoArgumentsError):
         decoder(**inputs, **{PREFIXES: PrefixCall([], recorded=recorded)})
     return len(recorded) == len(bank.layers)
 
