@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +29,14 @@ class Load:
         request_id: the request's.
         adapter: whose it is.
         start, stop: which of its virtual tokens; those before are in blocks that were cached.
-        blocks: the blocks of the request, from its first token to `stop`.
+        blocks: the blocks of the request, from its first token on, in each group of layers.
     """
 
     request_id: str
     adapter: Served
     start: int
     stop: int
-    blocks: list[int]
+    blocks: list[list[int]]
 
 
 @dataclass
@@ -68,11 +69,10 @@ class Admission:
     Args:
         catalog: the adapters that there are.
         placeholder: the token that stands for a virtual one.
-        block_size: tokens of a block.
     """
 
-    def __init__(self, catalog: Catalog, placeholder: int, block_size: int) -> None:
-        self.catalog, self.placeholder, self.block_size = catalog, placeholder, block_size
+    def __init__(self, catalog: Catalog, placeholder: int) -> None:
+        self.catalog, self.placeholder = catalog, placeholder
         self._verdicts: dict[str, _Verdict] = {}
         self._step = Step()
         self._leaking: set[str] = set()
@@ -92,12 +92,12 @@ class Admission:
             return 0
         return 1 if verdict.served is None else max(0, verdict.served.num_virtual_tokens - computed)
 
-    def allocated(self, request: Any, blocks: list[int], external: int) -> None:
-        """A request has its blocks, and `external` of its tokens are expected in them."""
+    def allocated(self, request: Any, blocks: Sequence[Sequence[int]], external: int) -> None:
+        """A request has its blocks, in each group of layers, and `external` of its tokens are expected in them."""
         verdict = self._verdict(request)
         if verdict is None:
             return
-        verdict.first_block = blocks[0] if blocks else None
+        verdict.first_block = blocks[0][0] if blocks[0] else None
         if external == 0:
             return
         served = verdict.served
@@ -105,8 +105,8 @@ class Admission:
             self._step.refused.append(request.request_id)
             return
         stop = served.num_virtual_tokens
-        needed = -(-stop // self.block_size)
-        self._step.loads.append(Load(request.request_id, served, stop - external, stop, list(blocks[:needed])))
+        of_each_group = [list(each) for each in blocks]
+        self._step.loads.append(Load(request.request_id, served, stop - external, stop, of_each_group))
 
     def scheduled(self, request_id: str, computed: int) -> None:
         """A request computes its next tokens after `computed` that it has: a second look at what was declared."""

@@ -11,7 +11,6 @@ from .families import why_unverified
 from .model_config import WITHOUT_WINDOWS, layer_shapes, lossy_window, read_config, window
 from .salt import PLACEHOLDER
 from .served_model import ServedModel
-from .vllm_options import values_of
 
 
 def describe_model(name: str) -> ServedModel:
@@ -43,22 +42,17 @@ def why_not_served(name: str, arguments: Sequence[str], *, unverified_model: boo
     shapes = set(layer_shapes(config.get_text_config()))
     if len(shapes) > 1:
         kinds = ", ".join(sorted(f"{shape.num_kv_heads} heads of {shape.key_dim}" for shape in shapes))
-        return (
-            f"its layers have keys of several sizes ({kinds}), for each of which vLLM has blocks of its own, and a "
-            "prefix is written into blocks of one kind"
-        )
+        return f"its layers have keys of several sizes ({kinds}); a prefix is served where all are of one size"
     why = why_unverified(config.model_type)
     if why and not unverified_model:
         return f"{why}; give --unverified-model, then run `prefixcore validate-serving`"
     size, everywhere = window(config.get_text_config())
-    if size is None or values_of(WITHOUT_WINDOWS, arguments) is not None:
+    length = context_length(name, arguments)
+    if size is None or (length is not None and length <= size):
         return None
     if everywhere:
         return f"all its layers attend to {lossy_window(size)}; give -- {WITHOUT_WINDOWS}"
-    length = context_length(name, arguments)
-    if length is None or length > size:
-        return f"some of its layers attend to {lossy_window(size)}; give -- {OPTION} {size}, or less"
-    return None
+    return f"some of its layers attend to {lossy_window(size)}; give -- {OPTION} {size}, or less"
 
 
 def choose_placeholder(tokenizer: Any) -> int:

@@ -10,7 +10,7 @@ This module imports vLLM; of the others `metrics` and `offline` alone do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    SupportsHMA,
 )
 
 from ..nn import LayerShape
 from .admission import Admission, Step
 from .catalog import Catalog
-from .engine import check_engine, checkpoint_folder, model_layers
+from .engine import CachePlace, attention_places, check_engine, checkpoint_folder, model_layers, state_places
 from .heads import local_heads
 from .loading import Loader
 from .metrics import UsageMetrics, UsageStats
@@ -45,8 +46,8 @@ class PrefixMetadata(KVConnectorMetadata):
 class _AttentionCache:
     """One layer of vLLM's, whose backend alone knows how its cache is laid out."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any, place: CachePlace) -> None:
+        self.layer, self.place = layer, place
         self.shape = LayerShape(layer.num_kv_heads, layer.head_size, getattr(layer, "head_size_v", layer.head_size))
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
@@ -55,22 +56,32 @@ class _AttentionCache:
         self.layer.impl.do_kv_cache_update(self.layer, key, value, cache, slots)
 
 
-class PrefixConnector(KVConnectorBase_V1):
-    """vLLM's connector: see the module."""
+class _StateCache:
+    """One layer of vLLM's with states, such as a convolution's and a state space's, each a tensor [blocks, ...]."""
+
+    def __init__(self, layer: Any, place: CachePlace) -> None:
+        self.layer, self.place = layer, place
+
+    def clear(self, block: int) -> None:
+        for state in self.layer.kv_cache:
+            state[block].zero_()
+
+
+class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM's connector: see the module. The second base says that layers may keep blocks of several kinds."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._settings = Settings.parse(self._kv_transfer_config.kv_connector_extra_config)
         check_engine(vllm_config, kv_cache_config, self._settings)
         self._config = vllm_config
-        self._block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._loader: Loader | None = None
         self._admission: Admission | None = None
         if role == KVConnectorRole.SCHEDULER:
             model = vllm_config.model_config
             served = ServedModel.describe(model.hf_config, model_layers(model), checkpoint_folder(vllm_config))
             catalog = Catalog(self._settings.adapters, served, self._settings.baked)
-            self._admission = Admission(catalog, self._settings.placeholder, self._block_size)
+            self._admission = Admission(catalog, self._settings.placeholder)
 
     # The scheduler's side.
 
@@ -85,7 +96,7 @@ class PrefixConnector(KVConnectorBase_V1):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._admission is not None
-        self._admission.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._admission.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
         return ()  # blocks are zeroed as ever: a prefix fills its last one only in part
@@ -99,7 +110,9 @@ class PrefixConnector(KVConnectorBase_V1):
             self._admission.scheduled(request_id, computed)
         return PrefixMetadata(self._admission.take_step())
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         assert self._admission is not None
         self._admission.finished(request)
         return False, None
@@ -121,35 +134,33 @@ class PrefixConnector(KVConnectorBase_V1):
     # The workers' side.
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        layers = self._attention_layers(list(kv_caches))
+        layers = self._config.compilation_config.static_forward_context
         parallel = self._config.parallel_config.tensor_parallel_size
         heads = self._config.model_config.get_total_num_kv_heads()
         self._loader = Loader(
-            layers,
+            self._attention_layers(layers),
             local_heads(heads, parallel, get_tensor_model_parallel_rank() if parallel > 1 else 0),
-            self._block_size,
             self._config.model_config.dtype,
             self._settings.host_cache_bytes,
+            [_StateCache(layers[place.layer], place) for place in state_places(self._kv_cache_config)],
         )
 
-    def _attention_layers(self, names: Sequence[str]) -> list[_AttentionCache]:
-        from vllm.model_executor.models.utils import extract_layer_index
-
-        found = {}
-        for name in names:
-            layer = self._config.compilation_config.static_forward_context[name]
-            found[extract_layer_index(name)] = _AttentionCache(layer)
-        wanted = len(model_layers(self._config.model_config))
-        missing = [number for number in range(wanted) if number not in found]
-        if missing:
-            raise NotImplementedError(f"prefixcore: the model's layers {missing} have no cache of their own")
-        for number in range(wanted):
-            if not hasattr(found[number].layer.impl, "do_kv_cache_update"):
-                backend = type(found[number].layer.impl).__name__
+    def _attention_layers(self, layers: Mapping[str, Any]) -> list[_AttentionCache]:
+        model = self._config.model_config
+        places = attention_places(self._kv_cache_config, model.hf_text_config.num_hidden_layers)
+        wanted = len(model_layers(model))
+        if len(places) != wanted:
+            raise NotImplementedError(
+                f"prefixcore: expected {wanted} layers with keys and values of their own, got {len(places)}: "
+                f"{', '.join(place.layer for place in places)}"
+            )
+        for place in places:
+            if not hasattr(layers[place.layer].impl, "do_kv_cache_update"):
+                backend = type(layers[place.layer].impl).__name__
                 raise NotImplementedError(
                     f"prefixcore: the attention backend {backend} writes its cache in another way"
                 )
-        return [found[number] for number in range(wanted)]
+        return [_AttentionCache(layers[place.layer], place) for place in places]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()

@@ -5,14 +5,19 @@ Everything here reads attributes of vLLM's configuration and imports nothing of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..nn import LayerShape
 from .checkpoint import local_folder
 from .families import why_unverified
-from .model_config import WITHOUT_WINDOWS, lossy_window
+from .model_config import WITHOUT_WINDOWS, lossy_window, num_attention_layers
 from .settings import Settings
+
+_ATTENTION = {"FullAttentionSpec", "SlidingWindowSpec"}
+_STATE = "MambaSpec"
+"""vLLM's names of what a group of layers keeps; the last is that of every layer with a state, of whatever kind."""
 
 
 def check_engine(config: Any, kv_cache_config: Any, settings: Settings) -> None:
@@ -47,28 +52,70 @@ def check_engine(config: Any, kv_cache_config: Any, settings: Settings) -> None:
 
 def _check_layers(kv_cache_config: Any, max_model_len: int) -> None:
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    kinds = sorted({type(spec).__name__ for spec in specs})
-    if len(specs) == 1 and kinds == ["SlidingWindowSpec"]:
+    kinds = {type(spec).__name__ for spec in specs}
+    attention = [spec for spec in specs if type(spec).__name__ in _ATTENTION]
+    if not attention or kinds - _ATTENTION - {_STATE}:
         raise NotImplementedError(
-            f"prefixcore: all layers of the model attend to {lossy_window(specs[0].sliding_window)}; serve it with "
-            f"{WITHOUT_WINDOWS}"
+            "prefixcore: expected a model with layers of attention, and none but those and layers with a state, got "
+            f"{', '.join(sorted(kinds)) or 'none'}"
         )
-    if len(specs) != 1 or kinds != ["FullAttentionSpec"]:
+    windows = [spec.sliding_window or getattr(spec, "attention_chunk_size", None) for spec in attention]
+    shortest = min((window for window in windows if window is not None), default=max_model_len)
+    if shortest >= max_model_len:
+        return
+    if None not in windows and kinds == {"SlidingWindowSpec"}:
         raise NotImplementedError(
-            "prefixcore: expected a model whose layers all have one kind of full attention, got "
-            f"{', '.join(kinds) or 'none'}"
+            f"prefixcore: all layers of the model attend to {lossy_window(shortest)}; serve it with {WITHOUT_WINDOWS}"
         )
-    window = specs[0].sliding_window or specs[0].attention_chunk_size
-    if window is not None and window < max_model_len:
-        raise NotImplementedError(
-            f"prefixcore: the model attends to {lossy_window(window)}; serve it with --max-model-len {window} at most"
-        )
+    raise NotImplementedError(
+        f"prefixcore: the model attends to {lossy_window(shortest)}; serve it with --max-model-len {shortest} at most"
+    )
+
+
+@dataclass(frozen=True)
+class CachePlace:
+    """Where vLLM keeps what a layer has of a request.
+
+    Attributes:
+        layer: vLLM's name of the layer.
+        group: which of its block tables the layer reads; those of a request hold other blocks in each group.
+        block_size: tokens of a block.
+    """
+
+    layer: str
+    group: int
+    block_size: int
+
+
+def attention_places(kv_cache_config: Any, num_hidden_layers: int) -> list[CachePlace]:
+    """Those of keys and values, in the layers' order, without those of a draft model, which follow the model's."""
+    places = {_number(place.layer): place for place in _places(kv_cache_config, _ATTENTION)}
+    return [places[number] for number in sorted(places) if number < num_hidden_layers]
+
+
+def state_places(kv_cache_config: Any) -> list[CachePlace]:
+    """Those of the states of state spaces, linear attention and convolutions."""
+    return _places(kv_cache_config, {_STATE})
+
+
+def _places(kv_cache_config: Any, kinds: set[str]) -> list[CachePlace]:
+    return [
+        CachePlace(layer, number, group.kv_cache_spec.block_size)
+        for number, group in enumerate(kv_cache_config.kv_cache_groups)
+        if type(group.kv_cache_spec).__name__ in kinds
+        for layer in group.layer_names
+    ]
+
+
+def _number(layer: str) -> int:
+    """That of `model.layers.3.self_attn.attn`."""
+    return next(int(part) for part in layer.split(".") if part.isdigit())
 
 
 def model_layers(model: Any) -> list[LayerShape]:
-    """The shape of the keys and values of each layer of vLLM's `ModelConfig`, of the whole model."""
+    """The shape of the keys and values of each layer of vLLM's `ModelConfig` that has any, of the whole model."""
     shape = LayerShape(model.get_total_num_kv_heads(), model.get_head_size(), model.get_head_size())
-    return [shape] * model.hf_text_config.num_hidden_layers
+    return [shape] * num_attention_layers(model.hf_text_config)
 
 
 def checkpoint_folder(config: Any) -> Path | None:

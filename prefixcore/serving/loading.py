@@ -21,6 +21,7 @@ from ..adapters.header import AdapterHeader
 from ..adapters.reading import read
 from ..nn import LayerShape
 from .admission import Load, Step
+from .engine import CachePlace
 from .host_cache import HostCache, HostPrefix
 
 logger = logging.getLogger("vllm.prefixcore")
@@ -31,9 +32,19 @@ class CacheLayer(Protocol):
 
     shape: LayerShape
     """Of this worker's heads."""
+    place: CachePlace
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write `key` [N, Hkv, D] and `value` [N, Hkv, Dv] into the N `slots`."""
+
+
+class StateLayer(Protocol):
+    """The states of a layer without keys and values, one a block."""
+
+    place: CachePlace
+
+    def clear(self, block: int) -> None:
+        """Puts the state of a block to where a text begins."""
 
 
 def read_prefix(folder: Path, digest: str, layers: int, heads: slice, dtype: torch.dtype) -> HostPrefix:
@@ -70,23 +81,23 @@ class Loader:
     """Writes prefixes into a worker's cache.
 
     Args:
-        layers: the model's layers, by their number.
+        layers: the model's layers with keys and values, in their order.
         heads: those of a prefix that this worker holds.
-        block_size: tokens of a block.
         dtype: the model's.
         limit: bytes of prefixes that are kept in memory.
+        states: the model's layers with a state.
     """
 
     def __init__(
         self,
         layers: Sequence[CacheLayer],
         heads: slice,
-        block_size: int,
         dtype: torch.dtype,
         limit: int,
+        states: Sequence[StateLayer] = (),
     ) -> None:
-        self.layers, self.heads = layers, heads
-        self.block_size, self.dtype = block_size, dtype
+        self.layers, self.heads, self.states = layers, heads, states
+        self.dtype = dtype
         self.kept = HostCache(limit)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefixcore")
         self._reading: dict[str, Future[HostPrefix]] = {}
@@ -165,8 +176,16 @@ class Loader:
         return prefix
 
     def _write(self, load: Load, prefix: HostPrefix) -> None:
-        positions = torch.arange(load.start, load.stop)
-        blocks = torch.tensor(load.blocks)
-        slots = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        block_sizes = {layer.place.group: layer.place.block_size for layer in self.layers}
+        slots = {group: _slots(load, group, block_size) for group, block_size in block_sizes.items()}
         for (key, value), layer in zip(prefix.pairs, self.layers, strict=True):
-            layer.write(key[load.start : load.stop], value[load.start : load.stop], slots)
+            layer.write(key[load.start : load.stop], value[load.start : load.stop], slots[layer.place.group])
+        for state in self.states:
+            # vLLM goes on from the state after `stop` tokens. A prefix is none of the text that a state has read.
+            state.clear(load.blocks[state.place.group][(load.stop - 1) // state.place.block_size])
+
+
+def _slots(load: Load, group: int, block_size: int) -> Tensor:
+    """Where the tokens of a load lie in the caches of a group."""
+    positions = torch.arange(load.start, load.stop)
+    return torch.tensor(load.blocks[group])[positions // block_size] * block_size + positions % block_size

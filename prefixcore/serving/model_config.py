@@ -26,8 +26,25 @@ def read_config(name: str) -> Any:
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
+def num_attention_layers(config: Any) -> int:
+    """How many layers have keys and values: all but state spaces, linear attention and convolutions.
+
+    Args:
+        config: of the text model.
+
+    Examples:
+        >>> from transformers import Qwen2Config, Qwen3_5TextConfig
+        >>> from prefixcore.serving.model_config import num_attention_layers
+        >>> [num_attention_layers(config(num_hidden_layers=8)) for config in (Qwen2Config, Qwen3_5TextConfig)]
+        [8, 2]
+    """
+    from ..hf.attention.discover import expected_layers
+
+    return expected_layers(config)
+
+
 def layer_shapes(config: Any) -> list[LayerShape]:
-    """The shape of the keys and values of each layer.
+    """The shape of the keys and values of each layer that has any.
 
     Args:
         config: of the text model.
@@ -38,7 +55,7 @@ def layer_shapes(config: Any) -> list[LayerShape]:
         >>> layer_shapes(Qwen2Config(num_hidden_layers=1, num_key_value_heads=2, hidden_size=64, num_attention_heads=4))
         [LayerShape(num_kv_heads=2, key_dim=16, value_dim=16)]
     """
-    count = config.num_hidden_layers
+    count = num_attention_layers(config)
     differ = getattr(config, "is_heterogeneous", False)  # as those of Gemma 4, whose every third layer has larger heads
     return [_layer_shape(layer) for layer in (config.per_layer_config if differ else [config] * count)]
 

@@ -32,7 +32,7 @@ class Shelf:
 
 def admission() -> Admission:
     shelf: Any = Shelf()
-    return Admission(shelf, placeholder=9, block_size=4)
+    return Admission(shelf, placeholder=9)
 
 
 def request(name: str | None = "known", ids: list[int] | None = None, **other: Any) -> Any:
@@ -56,22 +56,23 @@ def request(name: str | None = "known", ids: list[int] | None = None, **other: A
 
 
 def test_a_prefix_is_loaded_into_the_first_blocks() -> None:
+    """Of two groups of layers, which need not have blocks of one size."""
     ours, asked = admission(), request()
     ours.arrived(asked)
     assert ours.external_tokens(asked, 0) == 5
-    ours.allocated(asked, [7, 3, 5], 5)
+    ours.allocated(asked, [[7, 3], [4]], 5)
     step = ours.take_step()
-    assert step.loads == [Load("r", KNOWN, 0, 5, [7, 3])]
+    assert step.loads == [Load("r", KNOWN, 0, 5, [[7, 3], [4]])]
     assert ours.take_step().loads == []
 
 
 def test_what_is_cached_is_not_loaded_again() -> None:
     ours, asked = admission(), request()
     assert ours.external_tokens(asked, 4) == 1
-    ours.allocated(asked, [7, 3], 1)
-    assert ours.take_step().loads == [Load("r", KNOWN, 4, 5, [7, 3])]
+    ours.allocated(asked, [[7, 3]], 1)
+    assert ours.take_step().loads == [Load("r", KNOWN, 4, 5, [[7, 3]])]
     assert ours.external_tokens(asked, 8) == 0
-    ours.allocated(asked, [7, 3], 0)
+    ours.allocated(asked, [[7, 3]], 0)
     assert ours.take_step().loads == []
 
 
@@ -81,7 +82,7 @@ def test_requests_that_name_no_adapter_are_left_alone(salt: str | None) -> None:
     ours.arrived(asked)
     assert asked.skip_reading_prefix_cache
     assert ours.external_tokens(asked, 0) == 0
-    ours.allocated(asked, [1], 0)
+    ours.allocated(asked, [[1]], 0)
     ours.scheduled("r", 0)
     step = ours.take_step()
     assert not step.loads + step.refused + step.leaked
@@ -119,7 +120,7 @@ def test_refusals(reason: str, asked: Any, caplog: pytest.LogCaptureFixture) -> 
     assert reason in caplog.text
     assert not asked.skip_reading_prefix_cache
     assert ours.external_tokens(asked, 0) == 1
-    ours.allocated(asked, [7], 1)
+    ours.allocated(asked, [[7]], 1)
     step = ours.take_step()
     assert (step.loads, step.refused) == ([], ["r"])
     ours.finished(asked)
@@ -132,7 +133,7 @@ def test_a_request_that_runs_without_its_prefix_is_ended(computed: int, caplog: 
     """No way to it is known; if vLLM had one, its blocks would be reported as broken, step by step until it is gone."""
     ours, asked = admission(), request()
     ours.arrived(asked)
-    ours.allocated(asked, [7, 3], 0)
+    ours.allocated(asked, [[7, 3]], 0)
     ours.scheduled("r", computed)
     assert "scheduled without its prefix" in caplog.text
     assert ours.take_step().leaked == [7]
@@ -166,7 +167,7 @@ def test_usage_is_counted_beside_what_others_read() -> None:
 def test_a_request_that_has_its_prefix_runs(caplog: pytest.LogCaptureFixture) -> None:
     ours, asked = admission(), request()
     ours.arrived(asked)
-    ours.allocated(asked, [7, 3], 5)
+    ours.allocated(asked, [[7, 3]], 5)
     ours.scheduled("r", 5)
     assert ours.take_step().leaked == []
     assert not caplog.text

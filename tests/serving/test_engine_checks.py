@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefixcore.serving.engine import check_engine
+from prefixcore.serving.engine import CachePlace, attention_places, check_engine, state_places
 from prefixcore.serving.settings import Settings
 
 
@@ -21,6 +21,10 @@ class SlidingWindowSpec(SimpleNamespace):
 
 
 class MambaSpec(SimpleNamespace):
+    """Of layers with a state."""
+
+
+class MLAAttentionSpec(SimpleNamespace):
     """Another kind."""
 
 
@@ -39,12 +43,26 @@ def configurations(**changes: Any) -> tuple[Any, Any]:
             max_model_len=fields["longest"], hf_config=SimpleNamespace(model_type=fields["kind"])
         ),
     )
-    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=each) for each in specs])
+    return config, cache(*((each, []) for each in specs))
+
+
+def cache(*groups: tuple[Any, list[str]]) -> Any:
+    """vLLM's configuration of a cache: what each group keeps, and the names of its layers."""
+    return SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=names) for spec, names in groups]
+    )
+
+
+def full(block_size: int = 16, window: int | None = None) -> Any:
+    return FullAttentionSpec(sliding_window=window, attention_chunk_size=None, block_size=block_size)
 
 
 def test_a_plain_decoder_is_served(tmp_path: Path) -> None:
     check_engine(*configurations(), Settings(tmp_path))
     check_engine(*configurations(window=512), Settings(tmp_path))
+    check_engine(*configurations(specs=[full(), SlidingWindowSpec(sliding_window=512)]), Settings(tmp_path))
+    check_engine(*configurations(specs=[SlidingWindowSpec(sliding_window=4096)]), Settings(tmp_path))
+    check_engine(*configurations(specs=[MambaSpec(), full(), MambaSpec()]), Settings(tmp_path))
     check_engine(*configurations(kind="unheard-of"), Settings(tmp_path, unverified_models=True))
 
 
@@ -54,9 +72,11 @@ def test_a_plain_decoder_is_served(tmp_path: Path) -> None:
         ({"policy": "recompute"}, "kv_load_failure_policy has to be 'fail'"),
         ({"pipeline": 2}, "pipeline_parallel_size above 1"),
         ({"context": 2}, "decode_context_parallel_size above 1"),
-        ({"specs": [MambaSpec()]}, "one kind of full attention, got MambaSpec"),
-        ({"specs": [SlidingWindowSpec(sliding_window=4096)]}, "window of 4,096 tokens.*--disable-sliding-window"),
-        ({"specs": []}, "one kind of full attention, got none"),
+        ({"specs": [MambaSpec()]}, "expected a model with layers of attention.*got MambaSpec"),
+        ({"specs": [full(), MLAAttentionSpec()]}, "got FullAttentionSpec, MLAAttentionSpec"),
+        ({"specs": [full(), SlidingWindowSpec(sliding_window=128)]}, "--max-model-len 128 at most"),
+        ({"specs": [SlidingWindowSpec(sliding_window=256)]}, "window of 256 tokens.*--disable-sliding-window"),
+        ({"specs": []}, "got none"),
         ({"window": 128}, "--max-model-len 128 at most"),
         ({"kind": "unheard-of"}, "have not been compared with transformers"),
     ],
@@ -64,6 +84,22 @@ def test_a_plain_decoder_is_served(tmp_path: Path) -> None:
 def test_what_a_prefix_cannot_be_served_with(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises((NotImplementedError, ValueError), match=message):
         check_engine(*configurations(**changes), Settings(tmp_path))
+
+
+def test_where_layers_keep_what_they_have() -> None:
+    """In the order of the layers, whatever that of the groups is; a draft model's are none of the model's."""
+    drafted = ["model.layers.2.self_attn.attn", "model.layers.12.self_attn.attn"]
+    places = cache(
+        (MambaSpec(block_size=512), ["model.layers.0.mamba", "model.layers.3.mamba"]),
+        (full(32), drafted),
+        (full(64), ["model.layers.1.self_attn.attn", "model.layers.10.self_attn.attn"]),
+    )
+    assert [(place.layer, place.group, place.block_size) for place in attention_places(places, 12)] == [
+        ("model.layers.1.self_attn.attn", 2, 64),
+        ("model.layers.2.self_attn.attn", 1, 32),
+        ("model.layers.10.self_attn.attn", 2, 64),
+    ]
+    assert state_places(places) == [CachePlace(f"model.layers.{layer}.mamba", 0, 512) for layer in (0, 3)]
 
 
 @pytest.mark.parametrize(

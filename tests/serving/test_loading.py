@@ -15,6 +15,7 @@ from prefixcore.adapters import read_adapter
 from prefixcore.nn import LayerShape
 from prefixcore.serving.admission import Load, Step
 from prefixcore.serving.catalog import Served
+from prefixcore.serving.engine import CachePlace
 from prefixcore.serving.heads import local_heads
 from prefixcore.serving.host_cache import HostCache, HostPrefix
 from prefixcore.serving.loading import Loader
@@ -27,8 +28,8 @@ BLOCKS, BLOCK = 6, 4
 class Layer:
     """A layer's cache as plain tensors [slots, heads, D]."""
 
-    def __init__(self, heads: int = 2) -> None:
-        self.shape = LayerShape(heads, 16, 16)
+    def __init__(self, heads: int = 2, group: int = 0, block_size: int = BLOCK) -> None:
+        self.shape, self.place = LayerShape(heads, 16, 16), CachePlace("layer", group, block_size)
         self.key = torch.full((BLOCKS * BLOCK, heads, 16), float("nan"))
         self.value = self.key.clone()
 
@@ -36,12 +37,23 @@ class Layer:
         self.key[slots], self.value[slots] = key.float(), value.float()
 
 
+class States:
+    """A layer's states as a plain tensor [blocks, 2]."""
+
+    def __init__(self, group: int, block_size: int) -> None:
+        self.place = CachePlace("states", group, block_size)
+        self.state = torch.ones(BLOCKS, 2)
+
+    def clear(self, block: int) -> None:
+        self.state[block] = 0
+
+
 def loader(layers: list[Any], heads: slice = slice(0, 2), **options: Any) -> Loader:
-    return Loader(layers, heads, BLOCK, **{"dtype": torch.float32, "limit": 2**20, **options})
+    return Loader(layers, heads, **{"dtype": torch.float32, "limit": 2**20, **options})
 
 
-def load(request_id: str, folder: Path, digest: str, start: int, stop: int, blocks: list[int]) -> Load:
-    return Load(request_id, Served(folder.name, digest, stop, folder=folder), start, stop, blocks)
+def load(request_id: str, folder: Path, digest: str, start: int, stop: int, *blocks: list[int]) -> Load:
+    return Load(request_id, Served(folder.name, digest, stop, folder=folder), start, stop, list(blocks))
 
 
 def run(subject: Loader, step: Step) -> tuple[set[str], set[str]]:
@@ -71,6 +83,20 @@ def test_the_numbers_are_in_their_slots(tmp_path: Path) -> None:
         assert torch.equal(layer.key[slots], key.transpose(0, 1))
         assert torch.equal(layer.value[slots], value.transpose(0, 1))
         assert layer.key.isnan().all(-1).all(-1).sum() == BLOCKS * BLOCK - 5
+    subject.close()
+
+
+def test_groups_of_layers_have_blocks_of_their_own(tmp_path: Path) -> None:
+    """The second layer reads another table and other blocks; states of a request begin anew, and no other's do."""
+    model, registry, _ = helper.make(tmp_path)
+    digest = helper.add(registry, "capitals", model, 5)
+    layers, states = [Layer(), Layer(group=2, block_size=8)], [States(1, 4), States(3, 512)]
+    subject = loader(layers, states=states)
+    asked = load("r", registry / "capitals", digest, 4, 5, [4, 2], [0, 3], [1], [5])
+    assert run(subject, Step([asked])) == ({"r"}, set())
+    for layer, slot in zip(layers, (8, 12), strict=True):
+        assert layer.key.isfinite().all(-1).all(-1).nonzero().tolist() == [[slot]]
+    assert [(each.state == 0).all(-1).nonzero().tolist() for each in states] == [[[3]], [[5]]]
     subject.close()
 
 

@@ -20,8 +20,8 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 from tests import tiny
 from tests.hf.tiny_models import tiny_config
 
-from .compared import compare
-from .world import SIZES, World
+from .compared import compare, compare_in_bfloat16
+from .world import GATED_DELTA, SIZES, World
 
 HIDDEN, HEAD_DIM = SIZES["hidden_size"], SIZES["head_dim"]
 
@@ -56,10 +56,32 @@ IDS = {
 }
 """The fields of configurations that name tokens."""
 
+ALL_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+"""Each token has all experts: rounding would change which of them it has, and with that its numbers as a whole."""
+
 CHANGES: dict[str, dict[str, Any]] = {
+    "qwen3_5": GATED_DELTA,
+    "qwen3_5_moe": {**GATED_DELTA, **ALL_EXPERTS},
+    "qwen3_5_moe_text": {**GATED_DELTA, **ALL_EXPERTS},
+    "qwen3_5_text": GATED_DELTA,
     "gemma3": {"initializer_range": 0.05, "query_pre_attn_scalar": 1, "sliding_window": 1024},
 }
 """What a text model's configuration has beside the sizes."""
+
+
+def compare_family(path: Path, family: str) -> None:
+    """Compares one in an empty folder, also a model of text whose code is beside that of one that reads images."""
+    if family.endswith("_text"):
+        world, options = World(path, family, **CHANGES[family]), {}
+    else:
+        world, options = ImageWorld(path, family), {"skip_tokenizer_init": False, "language_model_only": True}
+    method = compare_in_bfloat16 if "linear_key_head_dim" in CHANGES.get(family, {}) else compare
+    method(world, **options)
 
 
 class ImageWorld(World):
@@ -117,4 +139,4 @@ def _set_rope(family: str, text: Any) -> None:
 
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
-        compare(ImageWorld(Path(folder), sys.argv[1]), skip_tokenizer_init=False, language_model_only=True)
+        compare_family(Path(folder), sys.argv[1])

@@ -1,6 +1,6 @@
 """Each family that reads images, too: its text with a prefix and without, beside transformers.
 
-One is tried with every change; all of them by `make serve-test ARGS="-m slow"`. Each in a process of its own, since
+Two are tried with every change; all of them by `make serve-test ARGS="-m slow"`. Each in a process of its own, since
 torchvision lies where these alone look (`.ci/serve_env.sh`).
 """
 
@@ -16,12 +16,15 @@ import pytest
 from prefixcore.serving.families import WITH_IMAGES
 
 TORCHVISION = Path(sys.prefix, "images")
-OFTEN = "qwen2_5_vl"
-"""Positions of three axes."""
+OFTEN = ("qwen2_5_vl", "qwen3_5_text")
+"""Positions of three axes; linear attention."""
+OF_TEXT = ("qwen3_5_text", "qwen3_5_moe_text")
+"""They read none, and vLLM loads them with the code of those that do."""
 
 
 @pytest.mark.parametrize(
-    "family", [OFTEN, *(pytest.param(each, marks=pytest.mark.slow) for each in WITH_IMAGES if each != OFTEN)]
+    "family",
+    [*OFTEN, *(pytest.param(each, marks=pytest.mark.slow) for each in (*WITH_IMAGES, *OF_TEXT) if each not in OFTEN)],
 )
 def test_a_family(family: str) -> None:
     paths = [str(TORCHVISION), *(path for path in sys.path if path)]

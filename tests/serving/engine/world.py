@@ -31,6 +31,16 @@ SIZES = {
 }
 
 
+GATED_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+"""Linear attention of the sizes that vLLM has on the CPU (in bfloat16 alone) in place of some layers."""
+
+
 class World:
     """A folder `model` and a registry `adapters` in `path`.
 
