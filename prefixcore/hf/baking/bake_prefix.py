@@ -43,8 +43,8 @@ def check_can_be_exact(model: PreTrainedModel, calls: Sequence[AttentionCall]) -
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION)
     if others:
         raise NotImplementedError(
-            f"{name} has layers of {', '.join(others)}, which keys and values in attention do not reach: serve the "
-            "soft prompt or the text itself"
+            f"{name} has layers of {', '.join(others)}, which keys and values in attention do not reach: train a "
+            "prefix (PrefixTuningConfig), or serve the soft prompt or the text itself"
         )
     windows = _windows(config, calls)
     longest = getattr(config, "max_position_embeddings", None)
