@@ -1,7 +1,7 @@
-"""Each family that reads images, too: its text with a prefix and without, beside transformers.
+"""Each family that reads images, too: its text and its images with a prefix and without, beside transformers.
 
-One is tried with every change; all of them by `make serve-test ARGS="-m slow"`. Each in a process of its own, since
-torchvision lies where these alone look (`.ci/serve_env.sh`).
+One is tried with every change, and the server with it; all of them by `make serve-test ARGS="-m slow"`. Each in a
+process of its own, since torchvision lies where these alone look (`.ci/serve_env.sh`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ OFTEN = "qwen2_5_vl"
     "family", [OFTEN, *(pytest.param(each, marks=pytest.mark.slow) for each in WITH_IMAGES if each != OFTEN)]
 )
 def test_a_family(family: str) -> None:
+    run("image_world", family)
+
+
+def test_the_server() -> None:
+    run("image_front")
+
+
+def run(module: str, *arguments: str) -> None:
     paths = [str(TORCHVISION), *(path for path in sys.path if path)]
     environment = {
         **os.environ,
@@ -31,6 +39,6 @@ def test_a_family(family: str) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "tests.serving.engine.image_world", family]
+    command = [sys.executable, "-m", f"tests.serving.engine.{module}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
