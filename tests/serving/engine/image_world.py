@@ -1,6 +1,6 @@
-"""A tiny model that reads images, with its processor: prefixes are for its text.
+"""A tiny model that reads images, with its processor, in vLLM beside transformers: its text and its images.
 
-    python -m tests.serving.engine.image_world FAMILY
+    python -m tests.serving.engine.image_world FAMILY [compiled]
 
 compares one family; `test_image_families` runs it where torchvision can be imported.
 """
@@ -156,7 +156,8 @@ def make_processor(family: str, config: Any, tokenizer: Any) -> Any:
         own = {"patch_size": patch, "img_size": IMAGE_SIZE, "downsample_factor": config.downsample_factor}
     parts = [getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[family]["torchvision"])(**images), tokenizer]
     if family in VIDEO_PROCESSOR_MAPPING_NAMES:
-        own["video_processor"] = getattr(transformers, VIDEO_PROCESSOR_MAPPING_NAMES[family]["torchvision"])()
+        made = getattr(transformers, VIDEO_PROCESSOR_MAPPING_NAMES[family]["torchvision"])
+        own["video_processor"] = made(**images) if family.startswith("qwen") else made()
     return getattr(transformers, PROCESSOR_MAPPING_NAMES[family])(*parts, **own)
 
 
@@ -221,7 +222,7 @@ BEFORE = "the quick brown fox jumps over the dog: "
 """More than a block of the cache, so that what is in a request's later blocks is found by what came before."""
 
 
-def compare_images(world: ImageWorld) -> None:
+def compare_images(world: ImageWorld, *, compiled: bool = False) -> None:
     """Asserts that greedy tokens are equal, of texts and of texts with images, with prefixes and without.
 
     The same text has two images, and each of these is read with two adapters: none may be answered from cached blocks
@@ -238,7 +239,12 @@ def compare_images(world: ImageWorld) -> None:
     assert len(set(map(tuple, expected))) == len(expected)
     requests: list[Any] = [{"prompt_token_ids": ids} for _, ids in plain]
     requests += [{"prompt": text, "multi_modal_data": {"image": image}} for _, text, image in about]
-    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "block_size": 32}
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "enforce_eager": not compiled,
+        "block_size": 32,
+    }
     # So few tokens a step that prompts are computed in pieces, which end before images and behind them.
     llm = PrefixLLM(world.folder, world.registry, max_num_batched_tokens=64, max_num_seqs=32, **options)
     greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
@@ -263,4 +269,4 @@ if __name__ == "__main__":
         world = ImageWorld(Path(folder), sys.argv[1])
         if world.family in TEXT_ALONE:
             compare(world, skip_tokenizer_init=False, language_model_only=True)
-        compare_images(world)
+        compare_images(world, compiled="compiled" in sys.argv)

@@ -27,6 +27,11 @@ def test_a_family(family: str) -> None:
     run("image_world", family)
 
 
+@pytest.mark.slow
+def test_compiled() -> None:
+    run("image_world", OFTEN, "compiled")
+
+
 def test_the_server() -> None:
     run("image_front")
 
