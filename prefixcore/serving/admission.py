@@ -15,6 +15,7 @@ from typing import Any
 
 from ..adapters import AdapterError
 from .catalog import Catalog, Served
+from .engine_prompt import IMAGES
 from .salt import SCHEME, parse_salt
 from .usage import AdapterUsage, Usage
 
@@ -180,17 +181,18 @@ class Admission:
         except Exception as error:  # whatever it is, it is this request's alone: raised here it would end the server
             logger.exception("prefixcore: request %s", request.request_id)
             return _Verdict(reason=f"{type(error).__name__}: {error}")
-        reason = refusal(request, served.num_virtual_tokens, self.placeholder)
+        reason = refusal(request, served.num_virtual_tokens, self.placeholder, self.catalog.no_images)
         return _Verdict(reason=f"adapter {salt.name!r}: {reason}") if reason else _Verdict(served)
 
 
-def refusal(request: Any, num_virtual_tokens: int, placeholder: int) -> str:
+def refusal(request: Any, num_virtual_tokens: int, placeholder: int, no_images: str | None = None) -> str:
     """Why a request cannot have a prefix of P virtual tokens; empty: it can.
 
     Args:
         request: vLLM's `Request`.
         num_virtual_tokens: P.
         placeholder: the token that has to stand in front, P times.
+        no_images: why the prompt may hold no images; None: it may.
     """
     sampling = request.sampling_params
     if request.pooling_params is not None or sampling is None:
@@ -205,8 +207,13 @@ def refusal(request: Any, num_virtual_tokens: int, placeholder: int) -> str:
     ids = request.prompt_token_ids
     if ids is None or request.prompt_embeds is not None or getattr(request, "prompt_is_token_ids", None) is not None:
         return "the prompt has to be token ids, and this one holds embeddings"
-    if request.mm_features:
-        return "the prompt holds images, audio or video, whose positions a prefix would move"
+    media = request.mm_features or ()
+    if media and no_images is not None:
+        return f"the prompt holds images: {no_images}"
+    if any(each.modality != IMAGES for each in media):
+        return "the prompt holds audio or video, which was not compared with transformers behind a prefix"
+    if any(each.mm_position.offset < num_virtual_tokens for each in media):
+        return "images have to stand behind the placeholders: their places are counted without them"
     if request.lora_request is not None:
         return "the adapter was trained for the bare model, and this request also asks for a LoRA"
     if getattr(request, "resumable", False):

@@ -66,6 +66,9 @@ class Catalog:
         model: the model that is served; None: whether an adapter fits it is not asked here.
         baked: a folder of prefixes that were baked from what the registry holds; None: there is none.
 
+    Attributes:
+        no_images: why requests for these adapters may hold no images; None: they may, where the model reads any.
+
     Raises:
         AdapterError: a directory is a file, or itself an adapter.
 
@@ -79,6 +82,7 @@ class Catalog:
 
     def __init__(self, directory: str | Path, model: BaseModel | None = None, baked: str | Path | None = None) -> None:
         self.registry, self.model = Registry(directory), model
+        self.no_images: str | None = getattr(model, "no_images", None)
         self.baked = None if baked is None else Registry(baked)
         self._checked: dict[str, _Checked] = {}
         self._lock = threading.Lock()

@@ -93,7 +93,26 @@ WITH_IMAGES = (
     "qwen3_vl",
     "smolvlm",
 )
-"""Model types that read images too, of whose text the same was found (`test_image_families.py` there)."""
+"""Model types that read images too, of whose text and images the same was found (`test_image_families.py` there)."""
+
+TEXT_ALONE = ("gemma3", "qwen3_5", "qwen3_5_moe")
+"""Those of them of whose text alone it was found: on the CPU, where all were compared, vLLM answers otherwise of images.
+
+Of Gemma 3's, since their tokens see each other both ways, which its attention there cannot do.
+"""
+
+
+def why_no_images(model_type: str | None) -> str | None:
+    """Why a model that reads images is served with prefixes for its text alone; None: it is not.
+
+    Examples:
+        >>> from prefixcore.serving.families import why_no_images
+        >>> why_no_images("qwen3_vl"), why_no_images("gemma3")
+        (None, "answers about images behind a prefix have not been compared with transformers for 'gemma3'")
+    """
+    if model_type not in TEXT_ALONE:
+        return None
+    return f"answers about images behind a prefix have not been compared with transformers for {model_type!r}"
 
 
 def why_unverified(model_type: str | None) -> str | None:

@@ -3,8 +3,8 @@
 `vllm ... --middleware prefixcore.serving.front.Front` puts it there; `prefixcore serve` does. It runs in vLLM's
 process, so that no request takes another hop. A request whose model is an adapter's name goes on to the base model,
 with P placeholders before its tokens and the adapter in its `cache_salt`; vLLM itself says which tokens those are (by
-its `render` endpoints), so text, token ids and chat templates are read as ever, and tools, streaming and counting are
-vLLM's own.
+its `render` endpoints, or with images where it renders them), so text, token ids, images and chat templates are read as
+ever, and tools, streaming and counting are vLLM's own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from . import asgi
 from .asgi import Answer, App, Receive, Scope, Send
 from .catalog import Catalog, Served
 from .front_answers import Answered, to_json
+from .front_images import rendered_behind, teach_renderer
 from .front_listing import base_name, listing, model_names, unknown_model
 from .front_requests import (
     MESSAGES,
     OFFERED,
     check_request,
     check_salts,
+    holds_images,
     render_request,
     rendered_ids,
     to_base,
@@ -204,21 +206,29 @@ class Front:
         self, scope: Scope, receive: Receive, send: Send, path: str, body: dict[str, Any], adapter: Served
     ) -> None:
         base = base_name(scope)
-        rendered = await asgi.ask(self.app, scope, "POST", f"{path}/render", to_json(render_request(body, base)))
-        if rendered.status != 200:
-            _check_rendered(rendered)
-            await _as_of(path, rendered).send(send)
-            return
-        prompts = rendered_ids(json.loads(rendered.body))
+        prompts = None
+        if holds_images(body, path):
+            if self.adapters.no_images is not None:
+                raise Refusal(f"images: {self.adapters.no_images}; send text alone", code="unsupported_with_adapter")
+            teach_renderer(scope)
+        else:
+            rendered = await asgi.ask(self.app, scope, "POST", f"{path}/render", to_json(render_request(body, base)))
+            if rendered.status != 200:
+                _check_rendered(rendered)
+                await _as_of(path, rendered).send(send)
+                return
+            prompts = rendered_ids(json.loads(rendered.body))
         placeholder = PLACEHOLDER if self._placeholder is None else self._placeholder
         is_last = False
         while True:
-            request = to_json(with_adapter(body, path, adapter, prompts, placeholder, base))
-            inner, again = asgi.with_body(scope, receive, request)
-            answered = Answered(adapter, len(prompts), streamed=bool(body.get("stream")))
+            request = with_adapter(body, path, adapter, prompts, placeholder, base)
+            inner, again = asgi.with_body(scope, receive, to_json(request))
+            answered = Answered(adapter, 1 if prompts is None else len(prompts), streamed=bool(body.get("stream")))
             answers = AdapterSend(send, answered, self._explain, path, hold_failure=not is_last)
             try:
-                await self.app(inner, again, answers)
+                behind = 0 if prompts else adapter.num_virtual_tokens
+                with rendered_behind(request["cache_salt"], behind, placeholder):
+                    await self.app(inner, again, answers)
             except Exception:  # vLLM 0.32 breaks off a stream of Responses whose request fails
                 if not await answers.break_off():
                     raise

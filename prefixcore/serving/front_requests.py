@@ -35,6 +35,12 @@ _TEXT_PARTS = (
     "text", "input_text", "output_text", "refusal", "thinking", "redacted_thinking", "reasoning_text", "summary_text",
     "tool_use", "tool_result",
 )  # fmt: skip
+_IMAGE_PARTS = {CHAT: "image_url", RESPONSES: "input_image", MESSAGES: "image"}
+_MEDIA = (
+    "image_url", "input_image", "image_pil", "image_embeds", "audio_url", "input_audio", "audio_embeds", "video_url",
+    "video_embeds", "prompt_embeds",
+)  # fmt: skip
+"""Names by which vLLM finds media in a part of whatever type."""
 
 
 def check_salts(body: Any) -> None:
@@ -71,21 +77,33 @@ def check_request(body: Mapping[str, Any], path: str) -> None:
     if own is not None and not isinstance(own, str):
         raise Refusal(f"cache_salt: expected a text, got {type(own).__name__}", param="cache_salt")
     field = "input" if path == RESPONSES else "messages"
-    for kind in _kinds(body.get(field)) if path != COMPLETIONS else ():
-        if kind not in _TEXT_PARTS:
+    for kind in _kinds(body, path):
+        if kind not in _TEXT_PARTS and kind != _IMAGE_PARTS[path]:
             raise Refusal(
-                f"{field}: a part of type {kind!r} cannot be read together with an adapter; send text alone",
+                f"{field}: a part of type {kind!r} cannot be read together with an adapter; send text, and images as "
+                f"{_IMAGE_PARTS[path]!r}",
                 param=field,
                 code="unsupported_with_adapter",
             )
 
 
-def _kinds(messages: Any) -> Iterator[Any]:
-    """The types of the parts that the contents of messages consist of."""
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            yield part.get("type", "text") if isinstance(part, dict) else "text"
+def holds_images(body: Mapping[str, Any], path: str) -> bool:
+    """Whether the messages of a request that `check_request` has passed hold images."""
+    return any(kind not in _TEXT_PARTS for kind in _kinds(body, path))
+
+
+def _kinds(body: Mapping[str, Any], path: str) -> Iterator[Any]:
+    """The types of the parts that the contents of messages consist of, and those of tools' results in these."""
+    waiting = [] if path == COMPLETIONS else [body.get("input" if path == RESPONSES else "messages")]
+    while waiting:
+        found = waiting.pop()
+        for each in found if isinstance(found, list) else ():
+            content = each.get("content") if isinstance(each, dict) else None
+            for part in content if isinstance(content, list) else ():
+                kind = part.get("type", "text") if isinstance(part, dict) else "text"
+                yield next((name for name in _MEDIA if name in part), kind) if kind in _TEXT_PARTS else kind
+                if kind == "tool_result":
+                    waiting.append([part])
 
 
 def to_base(body: Mapping[str, Any], base: str | None) -> dict[str, Any]:
@@ -112,9 +130,10 @@ def rendered_ids(rendered: Any) -> list[list[int]]:
         raise Refusal(
             "vLLM did not say which tokens the prompt has; this front is made for vLLM 0.32", status=500, code="render"
         )
-    if any(prompt.get("features") for prompt in prompts):
+    if any(prompt.get("features") for prompt in prompts):  # in a part that is not known to hold any
         raise Refusal(
-            "images, audio and video cannot be read together with an adapter; send text alone",
+            "the prompt holds images, audio or video where none can be read together with an adapter; send text, and "
+            "images as parts of messages",
             code="unsupported_with_adapter",
         )
     return [ids for ids in found if ids]
@@ -124,7 +143,7 @@ def with_adapter(
     body: Mapping[str, Any],
     path: str,
     adapter: Served,
-    prompts: list[list[int]],
+    prompts: list[list[int]] | None,
     placeholder: int,
     base: str | None = None,
 ) -> dict[str, Any]:
@@ -134,7 +153,7 @@ def with_adapter(
         body: the caller's.
         path: one of `OFFERED`.
         adapter: the one that its model names.
-        prompts: the token ids of each prompt, as vLLM renders them.
+        prompts: the token ids of each prompt, as vLLM renders them; None: messages with images, which it reads itself.
         placeholder: the token id that stands P times before each.
         base: the base model's name, if it is known.
 
@@ -145,12 +164,15 @@ def with_adapter(
         >>> with_adapter({"model": "capitals", "prompt": "Peru ->"}, COMPLETIONS, capitals, [[7, 8]], 0)["prompt"]
         [[0, 0, 7, 8]]
     """
-    result = to_base({name: value for name, value in body.items() if name not in _RENDERED}, base)
-    ids = [[placeholder] * adapter.num_virtual_tokens + prompt for prompt in prompts]
-    if path == COMPLETIONS:
-        result["prompt"] = ids
-    else:  # what vLLM's decode stage is handed by its prefill stage: the tokens of these messages
-        result["kv_transfer_params"] = {"prompt_token_ids": ids[0]}
+    if prompts is None:
+        result = to_base(body, base)
+    else:
+        result = to_base({name: value for name, value in body.items() if name not in _RENDERED}, base)
+        ids = [[placeholder] * adapter.num_virtual_tokens + prompt for prompt in prompts]
+        if path == COMPLETIONS:
+            result["prompt"] = ids
+        else:  # what vLLM's decode stage is handed by its prefill stage: the tokens of these messages
+            result["kv_transfer_params"] = {"prompt_token_ids": ids[0]}
     try:
         result["cache_salt"] = make_salt(adapter.name, adapter.digest, body.get("cache_salt"))
     except ValueError as error:

@@ -13,6 +13,8 @@ from .front_answers import Answered, Lines, to_json
 from .front_requests import COMPLETIONS
 from .openai_errors import Refusal, error_body, error_event
 
+_TOO_LONG = "maximum context length"
+
 
 class AdapterSend:
     """An ASGI `send` that corrects what passes through it.
@@ -105,7 +107,10 @@ class AdapterSend:
     def _tell_of_virtual_tokens(self, answer: Any) -> None:
         """A prompt that is too long by vLLM's count is longer than what the client has sent."""
         error = answer.get("error") if isinstance(answer, dict) else None
-        if isinstance(error, dict) and error.get("param") in ("input_tokens", "input_text"):
+        if not isinstance(error, dict):
+            return
+        # Of a prompt with images, which is counted later, vLLM says it in words alone.
+        if error.get("param") in ("input_tokens", "input_text") or _TOO_LONG in str(error.get("message")):
             adapter = self._answered.adapter
             virtual = f"{adapter.num_virtual_tokens} of these tokens are the virtual ones of {adapter.name!r}"
             error["message"] = f"{error.get('message')} {virtual}."

@@ -25,6 +25,7 @@ from .baked import bake_registry, baked_folder
 from .before_start import choose_placeholder, describe_model, why_not_served
 from .catalog import Catalog, Served
 from .context_length import OPTION
+from .engine_prompt import behind_placeholders
 from .model_config import WITHOUT_WINDOWS
 from .salt import make_salt
 from .vllm_command import transfer_config
@@ -101,7 +102,7 @@ class PrefixLLM(LLM):
         """The completions of prompts: vLLM's `LLM.generate`.
 
         Args:
-            prompts: a text, token ids, or a list of them.
+            prompts: a text, token ids, a dictionary of vLLM's with them and images, or a list of these.
             sampling_params: vLLM's, one for all or one for each; None: the model's own.
             adapter: the adapter's name, one for all or one for each; None: the bare model.
             options: of `LLM.generate`.
@@ -170,14 +171,10 @@ class PrefixLLM(LLM):
         served = next(self._asked)
         if served is None:
             return prompt
-        ids = prompt.get("prompt_token_ids")
-        if prompt.get("type", "token") != "token" or ids is None:
-            raise ValueError(
-                "images, audio, video and embeddings cannot be read together with an adapter; give text alone"
-            )
-        placeholders = [self._placeholder] * served.num_virtual_tokens
+        if prompt.get("mm_placeholders") and self.catalog.no_images is not None:
+            raise ValueError(f"images: {self.catalog.no_images}; give text alone")
         salt = make_salt(served.name, served.digest, prompt.get("cache_salt"))
-        return {**prompt, "prompt_token_ids": placeholders + list(ids), "cache_salt": salt}
+        return {**behind_placeholders(prompt, served.num_virtual_tokens, self._placeholder), "cache_salt": salt}
 
     def _checked(self, outputs: list[RequestOutput], served: list[Served | None]) -> list[RequestOutput]:
         """The outputs as of the prompts that were given."""

@@ -124,7 +124,7 @@ class ServedRollouts:
 
         Args:
             prompts: token ids of this process's prompts, each as often as it has answers.
-            images: None; a server reads no images with an adapter.
+            images: None; the server is asked by token ids, among which there are none.
             num_generations: how often TRL repeats a prompt, over all processes.
             profiler: a block that is timed.
 
@@ -132,7 +132,9 @@ class ServedRollouts:
             Of each answer the prompt's ids, its own, the log-probability of each of these, and the id that it is of.
         """
         if images is not None and any(images):
-            raise NotImplementedError("images cannot be read together with an adapter by a server: leave use_vllm off")
+            raise NotImplementedError(
+                "images cannot be handed to a server that is asked by token ids: leave ServedRollouts out"
+            )
         runs = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
         answers: dict[int, list[dict[str, Any]]] = {}
         with profiler or nullcontext():

@@ -15,6 +15,7 @@ from ..adapters.same_model import Comparison, find_differences
 from ..adapters.samples import Sample
 from ..nn import LayerShape
 from .checkpoint import Checkpoint
+from .families import why_no_images
 
 logger = logging.getLogger("vllm.prefixcore")
 
@@ -30,12 +31,14 @@ class ServedModel:
         facts: the fields of a fingerprint that its configuration states.
         checkpoint: where its weights lie; None: in no safetensors files here, so that they are not compared.
         left_out: the fields that its configuration cannot say, and why.
+        no_images: why images are not read behind a prefix; None: they are, where the model reads any.
     """
 
     layers: list[LayerShape]
     facts: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     left_out: Sequence[str] = ()
+    no_images: str | None = None
 
     @classmethod
     def describe(cls, config: Any, layers: list[LayerShape], folder: Path | None) -> ServedModel:
@@ -59,7 +62,8 @@ class ServedModel:
                 "prefixcore: the model's weights are in no safetensors files here: that an adapter was trained for "
                 "this model is checked by its architecture alone"
             )
-        return cls(layers, {"class": architectures[0], **facts}, checkpoint or None, left_out)
+        no_images = why_no_images(getattr(config, "model_type", None))
+        return cls(layers, {"class": architectures[0], **facts}, checkpoint or None, left_out, no_images)
 
     def check(self, header: AdapterHeader) -> None:
         """Raises AdapterError unless the adapter, a prefix, is for every layer of this model."""

@@ -121,6 +121,7 @@ def test_without_labels_every_logit_is_computed() -> None:
         ([{"input_ids": "1"}], "feature 0: expected input_ids as whole numbers, got '1'"),
         ([{"input_ids": [1, None]}], "feature 0: expected input_ids as whole numbers"),
         ([{"input_ids": [2**63]}], "feature 0: expected input_ids as whole numbers"),
+        ([{"input_ids": [1]}, {"input_ids": [1, 2], "pixel_values": [[0.5]]}], "feature 1 has pixel_values"),
         ([{"input_ids": [[1, 2]]}], r"feature 0: expected input_ids as one sequence \[T\], got \[1, 2\]"),
     ],
 )

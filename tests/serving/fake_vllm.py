@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 BASE = "tiny-base"
@@ -19,6 +20,28 @@ def ids_of(text: str) -> list[int]:
     return [FIRST_ID + ord(character) for character in text]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an image stands, vLLM's `PlaceholderRange`."""
+
+    offset: int
+    length: int
+
+
+class Renderer:
+    """vLLM's renderer as far as prompts with media go: what it makes of each of them, and how it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.media = "image"
+
+    async def process_for_engine_async(self, prompt: Any, arrival_time: float, **options: Any) -> dict[str, Any]:
+        self.asked.append((prompt, arrival_time, options))
+        places = {self.media: [Place(2, 3), Place(6, 1)]}
+        made = {"type": "multimodal", "prompt_token_ids": ids_of("a IMG I b"), "mm_placeholders": places}
+        return {**made, "cache_salt": prompt["cache_salt"]} if prompt.get("cache_salt") else made
+
+
 @dataclass
 class FakeVllm:
     """An ASGI application.
@@ -28,12 +51,16 @@ class FakeVllm:
         failures: how many requests with a salt fail, as those that a connector refuses do.
         on_failure: called when one fails.
         asked: path and body of every POST request that came through.
+        rendered: prompts of messages with images, as the engine gets them.
+        state: of vLLM's server.
     """
 
     key: str | None = None
     failures: int = 0
     on_failure: Any = None
     asked: list[tuple[str, Any]] = field(default_factory=list)
+    rendered: list[dict[str, Any]] = field(default_factory=list)
+    state: Any = field(default_factory=lambda: SimpleNamespace(engine_client=SimpleNamespace(renderer=Renderer())))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if self.key and dict(scope["headers"]).get(b"authorization") != f"Bearer {self.key}".encode():
@@ -97,7 +124,7 @@ class FakeVllm:
                 await answer(send, 500, error)
             return
         if is_chat:
-            prompts = [(body.get("kv_transfer_params") or {}).get("prompt_token_ids") or ids_of("chat")]
+            prompts = [await self._ids_of_messages(body)]
         else:
             prompt = body["prompt"]
             prompts = prompt if isinstance(prompt, list) and isinstance(prompt[0], (str, list)) else [prompt]
@@ -124,9 +151,18 @@ class FakeVllm:
             events.append({**shared, "choices": [delta], "usage": so_far})
         await stream(send, [*events, {**shared, "choices": [], "usage": usage}])
 
+    async def _ids_of_messages(self, body: Any) -> list[int]:
+        """Those that are handed over; else, in a task of its own as vLLM's, what the renderer makes of the messages."""
+        handed = body.get("kv_transfer_params")
+        if handed is not None:
+            return handed["prompt_token_ids"]
+        render = self.state.engine_client.renderer.process_for_engine_async
+        self.rendered.append(await asyncio.create_task(render(body, 1.5, skip_mm_cache=False)))
+        return self.rendered[-1]["prompt_token_ids"]
+
     async def _respond(self, body: Any, path: str, send: Any) -> None:
         """OpenAI's Responses and Anthropic's Messages; all but ten tokens are in cached blocks."""
-        total, cached = len(body["kv_transfer_params"]["prompt_token_ids"]), 0
+        total = len(await self._ids_of_messages(body))
         cached = max(0, total - 10)
         failed = self.failures > 0
         self.failures -= failed
@@ -199,13 +235,16 @@ class Reply:
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
-def call(app: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-    """One request to an ASGI application, as a web server makes it."""
+def call(
+    app: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, application: Any = None
+) -> Reply:
+    """One request to an ASGI application, as a web server makes it; `application`: the one with vLLM's state."""
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     sent: list[Any] = []
     named = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
     scope = {
         "type": "http",
+        "app": application,
         "method": method,
         "path": path,
         "raw_path": path.encode(),

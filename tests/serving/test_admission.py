@@ -22,6 +22,8 @@ KNOWN = Served("known", DIGEST, 5)
 class Shelf:
     """A catalog with one adapter, "known", of five virtual tokens."""
 
+    no_images: str | None = None
+
     def look_up(self, name: str, digest: str) -> Served:
         if name == "broken":
             raise OSError("no such device")
@@ -88,6 +90,22 @@ def test_requests_that_name_no_adapter_are_left_alone(salt: str | None) -> None:
     assert not step.loads + step.refused + step.leaked
 
 
+def image(offset: int, modality: str = "image") -> Any:
+    """One of vLLM's `mm_features`."""
+    return SimpleNamespace(modality=modality, mm_position=SimpleNamespace(offset=offset, length=1))
+
+
+def test_images_behind_the_placeholders_are_admitted(caplog: pytest.LogCaptureFixture) -> None:
+    """Unless the family's were not compared."""
+    ours, asked = admission(), request(mm_features=[image(5), image(6)])
+    assert ours.external_tokens(asked, 0) == 5
+    ours = admission()
+    ours.catalog.no_images = "not compared"
+    assert ours.external_tokens(asked, 0) == 1
+    assert "the prompt holds images: not compared" in caplog.text
+    assert ours.external_tokens(request(request_id="text"), 0) == 5
+
+
 REFUSED = {
     "there is no adapter 'other'": request("other"),
     "OSError: no such device": request("broken"),
@@ -105,7 +123,8 @@ REFUSED = {
     "pooling task": request(sampling_params=None, pooling_params=object()),
     "holds embeddings": request(prompt_embeds=object()),
     "has to be token ids": request(prompt_token_ids=None, prompt_embeds=object()),
-    "images, audio or video": request(mm_features=[object()]),
+    "holds audio or video": request(mm_features=[image(5), image(6, "video")]),
+    "images have to stand behind the placeholders": request(mm_features=[image(5), image(4)]),
     "a LoRA": request(lora_request=object()),
     "arrives in pieces": request(resumable=True),
 }

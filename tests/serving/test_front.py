@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Server:
         self.app = Front(self.vllm, self.adapters, PLACEHOLDER)
 
     def post(self, path: str, headers: dict[str, str] | None = None, **body: Any) -> Reply:
-        return call(self.app, "POST", path, body, headers)
+        return call(self.app, "POST", path, body, headers, self.vllm)
 
     def get(self, path: str, **headers: str) -> Reply:
         return call(self.app, "GET", path, headers=headers)
@@ -232,17 +233,14 @@ def test_what_responses_and_messages_cannot_have_is_refused_in_their_words(serve
     for field in ("previous_response_id", "background"):
         reply = server.post(RESPONSES, model="sums", input="x", **{field: "yes"})
         assert (reply.status, reply.error["param"]) == (400, field)
-    picture = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]
-    assert server.post(RESPONSES, model="sums", input=picture).error["param"] == "input"
-    picture[0]["content"] = [{"type": "image", "source": {}}]
-    reply = server.post(MESSAGES_PATH, model="sums", messages=picture, max_tokens=4)
+    sound = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]
+    assert server.post(RESPONSES, model="sums", input=sound).error["param"] == "input"
+    reply = server.post(MESSAGES_PATH, model="sums", messages=sound, max_tokens=4)
     assert reply.status == 400
+    words = "messages: a part of type 'input_audio' cannot be read together with an adapter; send text, and images as"
     assert reply.json == {
         "type": "error",
-        "error": {
-            "type": "invalid_request_error",
-            "message": "messages: a part of type 'image' cannot be read together with an adapter; send text alone",
-        },
+        "error": {"type": "invalid_request_error", "message": f"{words} 'image'"},
     }
     reply = server.post(MESSAGES_PATH, model="sums", messages=MESSAGES, max_tokens=2000)
     error = {"type": "invalid_request_error", "message": "max_tokens: too many"}
@@ -253,11 +251,111 @@ def test_what_responses_and_messages_cannot_have_is_refused_in_their_words(serve
     assert server.vllm.asked == [(MESSAGES_PATH, {"model": "rivers", "messages": MESSAGES, "max_tokens": 4})]
 
 
-def test_a_picture_is_refused(server: Server) -> None:
-    content = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
-    reply = server.post(CHAT, model="capitals", messages=[{"role": "user", "content": content}])
+IMAGE_PARTS: dict[str, Any] = {
+    CHAT: {"type": "image_url", "image_url": {"url": "data:,"}},
+    RESPONSES: {"type": "input_image", "image_url": "data:,"},
+    MESSAGES_PATH: {"type": "image", "source": {}},
+}
+"""A picture, as each interface words it."""
+
+
+def about_a_picture(path: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "what?"}, IMAGE_PARTS[path]]}]
+    return {"input": messages} if path == RESPONSES else {"messages": messages, "max_tokens": 4}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", IMAGE_PARTS)
+def test_vllm_renders_pictures_behind_placeholders(server: Server, path: str, stream: bool) -> None:
+    asked = about_a_picture(path)
+    ids = ids_of("a IMG I b")
+    for name, count in (("capitals", 3), ("sums", 5), ("capitals", 3)):
+        reply = server.post(path, model=name, **asked, stream=stream, cache_salt="mine")
+        assert reply.status == 200
+        salt = parse_salt(server.last.pop("cache_salt"))
+        assert salt is not None
+        assert (salt.name, salt.own) == (name, "mine")
+        assert server.last == {**asked, "stream": stream}
+        made = server.vllm.rendered[-1]
+        assert made["prompt_token_ids"] == [PLACEHOLDER] * count + ids
+        assert [(each.offset, each.length) for each in made["mm_placeholders"]["image"]] == [
+            (count + 2, 3),
+            (count + 6, 1),
+        ]
+        whole = reply.events[-1] if stream else reply.json
+        usage = (whole.get("response") or whole)["usage"]
+        counted = usage.get("prompt_tokens", usage.get("input_tokens")) + usage.get("cache_read_input_tokens", 0)
+        assert counted == len(ids)
+    server.post(path, model=BASE, **asked)  # and without an adapter as they are
+    assert server.vllm.rendered[-1]["prompt_token_ids"] == ids
+    assert server.vllm.rendered[-1]["mm_placeholders"]["image"][0].offset == 2
+    assert [options for *_, options in server.vllm.state.engine_client.renderer.asked] == [{"skip_mm_cache": False}] * 4
+
+
+def test_a_request_that_starts_in_the_context_of_another_is_none_of_its(server: Server) -> None:
+    """As a web server starts one that a client has sent ahead, when the answer before it is complete."""
+    asked = about_a_picture(CHAT)
+
+    def ask_more() -> None:
+        for name in (BASE, "sums"):
+            server.post(CHAT, model=name, **asked)
+        server.post(CHAT, model="capitals", messages=MESSAGES)
+
+    async def ahead(*connection: Any) -> None:
+        server.app.app = server.vllm
+        await server.vllm(*connection)
+        await asyncio.to_thread(ask_more)
+
+    server.app.app = ahead
+    server.post(CHAT, model="capitals", **asked)
+    ids = ids_of("a IMG I b")
+    expected = [[PLACEHOLDER] * 3 + ids, ids, [PLACEHOLDER] * 5 + ids]
+    assert [each["prompt_token_ids"] for each in server.vllm.rendered] == expected
+    text = [body for _, body in server.vllm.asked if "kv_transfer_params" in body]
+    assert [each["kv_transfer_params"]["prompt_token_ids"][:4] for each in text] == [[PLACEHOLDER] * 3 + ids_of("<")]
+
+
+def test_a_picture_of_a_tools_result(server: Server) -> None:
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "see"}]}
+    messages = [{"role": "user", "content": [result]}]
+    server.post(MESSAGES_PATH, model="capitals", messages=messages, max_tokens=4)
+    assert server.vllm.rendered == []
+    result["content"] = [IMAGE_PARTS[MESSAGES_PATH]]
+    server.post(MESSAGES_PATH, model="capitals", messages=messages, max_tokens=4)
+    assert server.vllm.rendered[-1]["prompt_token_ids"][:3] == [PLACEHOLDER] * 3
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": "data:,"}},
+        {"type": "image_embeds", "image_embeds": "AAAA"},
+        {"type": "text", "text": "x", "audio_url": {"url": "data:,"}},
+        {"input_image": "data:,"},
+    ],
+)
+def test_other_media_are_refused(server: Server, part: dict[str, Any]) -> None:
+    """Also where they hide in a part of text, for whose sake vLLM drops the token ids that it is handed."""
+    reply = server.post(CHAT, model="capitals", messages=[{"role": "user", "content": [part]}])
     assert (reply.status, reply.error["param"]) == (400, "messages")
-    assert "image_url" in reply.error["message"]
+    assert "send text, and images as 'image_url'" in reply.error["message"]
+    assert server.vllm.asked == []
+
+
+def test_pictures_of_a_family_that_was_not_compared_are_refused(server: Server) -> None:
+    server.adapters.no_images = "not compared"
+    reply = server.post(CHAT, model="capitals", **about_a_picture(CHAT))
+    assert (reply.status, reply.error["message"]) == (400, "images: not compared; send text alone")
+    assert server.vllm.asked == []
+    assert server.post(CHAT, model="capitals", messages=MESSAGES).status == 200
+
+
+def test_a_vllm_that_renders_in_another_way_is_refused(server: Server) -> None:
+    server.vllm.state.engine_client.renderer = object()
+    reply = server.post(CHAT, model="capitals", **about_a_picture(CHAT))
+    assert (reply.status, reply.error["code"]) == (500, "render")
+    assert "vLLM 0.32" in reply.error["message"]
+    assert server.vllm.asked == []
 
 
 @pytest.mark.parametrize("name", ["rivers", "../registry/capitals", "capitals/", ".hidden", ""])
@@ -330,6 +428,13 @@ def test_an_adapter_replaced_meanwhile_is_asked_for_again(registry: Path, stream
     assert "error" not in reply.text
     assert server.last["prompt"] == [[PLACEHOLDER] * 2 + ids_of("1+1")]
     assert reply.headers["x-prefixcore-digest"] == server.adapters.find("sums").digest
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_adapter_replaced_meanwhile_is_asked_about_a_picture_again(registry: Path, stream: bool) -> None:
+    server = Server(registry, failures=1, on_failure=lambda: shelf.replace(registry / "sums", seed=9, tokens=2))
+    assert server.post(CHAT, model="sums", **about_a_picture(CHAT), stream=stream).status == 200
+    assert server.vllm.rendered[-1]["prompt_token_ids"][:3] == [PLACEHOLDER] * 2 + ids_of("a")
 
 
 @pytest.mark.parametrize("stream", [False, True])

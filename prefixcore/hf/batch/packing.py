@@ -18,6 +18,9 @@ from .tasks import TASK_IDS
 IGNORED = -100
 """The label that transformers' losses leave out."""
 
+_MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
+"""What a processor makes of images, videos and sounds."""
+
 
 class PackedCollator:
     """A data collator that packs: `Trainer(model, args, data_collator=PackedCollator(), ...)`.
@@ -42,8 +45,8 @@ class PackedCollator:
     * where some feature has `task_ids` (a name or a number, for a `PromptBank`), `task_ids`, a list of each one's.
 
     Raises:
-        ValueError: no features, a sequence without a token, lengths that differ within a feature, or labels in some
-            of the features only; the message names the feature.
+        ValueError: no features, a sequence without a token, lengths that differ within a feature, labels in some of
+            the features only, or images or sounds; the message names the feature.
 
     Examples:
         >>> batch = prefixcore.PackedCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
@@ -89,6 +92,12 @@ class PackedCollator:
 
 def _sequence(feature: Mapping[str, Any], index: int) -> tuple[Tensor, Tensor]:
     """The ids and the labels of a feature without its padding, int64 [T] each."""
+    media = [name for name in _MEDIA if feature.get(name) is not None]
+    if media:
+        raise ValueError(
+            f"feature {index} has {', '.join(media)}, and a packed batch holds text alone: take a collator that pads, "
+            "such as the model's processor"
+        )
     ids = _numbers(feature, "input_ids", index)
     labels = _numbers(feature, "labels", index) if feature.get("labels") is not None else ids
     if len(labels) != len(ids):

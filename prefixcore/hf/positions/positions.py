@@ -67,16 +67,25 @@ def shift_positions(kwargs: dict[str, Any], counts: int | Tensor, limit: int | N
 
 def _count_positions(kwargs: dict[str, Any], past: int | Tensor, length: int) -> Tensor:
     """Positions [1, T] or [B, T] as transformers' `generate` gives them."""
-    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    ids, mask = kwargs.get("input_ids"), _padding_mask(kwargs.get("attention_mask"))
     device = (ids if ids is not None else kwargs["inputs_embeds"]).device
     places = torch.arange(length, device=device) + past
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if mask is None:
         return places.unsqueeze(0)
     if isinstance(past, int) and past + length > mask.shape[1]:
         return places.unsqueeze(0)  # a mask that is too short is refused where masks are made
     visible = mask.to(device).bool().long()
     after_text = (visible.flip(1).cumsum(1).flip(1) == 0).long()  # padding on the right is counted on
     return (visible.cumsum(1) - 1 + after_text.cumsum(1)).clamp(min=0)[:, places]
+
+
+def _padding_mask(mask: Any) -> Tensor | None:
+    """The padding mask [B, S] that a decoder is given, itself or in the masks that were made of it; None: neither."""
+    if isinstance(mask, dict):  # by kind of layer: Gemma 3 makes them before its decoder is called
+        mask = mask.get("full_attention")
+        if isinstance(mask, Tensor) and mask.dim() == 4:
+            return mask[:, 0, -1]  # what the last query sees, which is all but padding
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def check_limit(needed: int, num_virtual_tokens: int, limit: int) -> None:

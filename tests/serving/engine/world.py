@@ -78,8 +78,12 @@ class World:
         """Of the adapter that the registry has now."""
         return adapter_digest(self.registry / name)
 
+    def config_of(self, name: str, digest: str | None = None) -> Any:
+        """What `attach` makes an adapter of."""
+        return self._handles[name, digest or self.digest(name)]
+
     def num_virtual_tokens(self, name: str, digest: str | None = None) -> int:
-        return self._handles[name, digest or self.digest(name)].num_virtual_tokens
+        return self.config_of(name, digest).num_virtual_tokens
 
     def answer(self, name: str | None, prompt: list[int], tokens: int = 16, digest: str | None = None) -> list[int]:
         """What transformers generates, greedily, with an adapter as it is, or was, in the registry."""
@@ -89,7 +93,7 @@ class World:
             if name is None:
                 self._answers[key] = self._generate(prompt, tokens)
             else:
-                with prefixcore.attach(self.model, self._handles[name, digest]):
+                with prefixcore.attach(self.model, self.config_of(name, digest)):
                     self._answers[key] = self._generate(prompt, tokens)
         return self._answers[key][:tokens]
 
@@ -118,9 +122,9 @@ def sizes_of(family: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def stir(model: Any) -> None:
-    """Norms of ones and biases of zeros hide where they are applied, and in which order: here no two are equal."""
+    """Norms of ones and weights of zeros hide where they are applied, and in which order: here no two are equal."""
     for parameter in model.parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 or not parameter.any():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
