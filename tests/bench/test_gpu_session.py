@@ -125,6 +125,35 @@ def test_it_goes_on_where_pip_cannot_fetch_what_only_models_need(
     environment.with_everything(None)
 
 
+def test_the_rules_are_tested_whatever_is_switched_on() -> None:
+    """Its tests are among those of the device, which run once more with all switches on."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "tests/backends/triton/test_choose.py",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **parts.BOTH})
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+def test_what_is_watched_is_watched_where_plans_are_replayed() -> None:
+    """Some of the problems come twice, and the second time there is a plan for them."""
+    plugin = ["-p", "tests.backends.triton.always_replayed", "-p", "no:cacheprovider"]
+    watching = ("test_grad_once.py::test_forward_in_one_launch_backward_in_two_and_the_same_bits",
+                "test_merged.py::test_options", "test_folded.py::test_options")  # fmt: skip
+    tests = [f"tests/backends/triton/{name}" for name in watching]
+    settings = {**os.environ, "PREFIXCORE_TEST_DEVICE": "interpreter"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", *plugin, *tests]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=settings)
+    assert result.returncode == 0, result.stdout
+
+
 def test_each_state_of_a_part_and_the_exit_status(
     tmp_path: Path, commands: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
