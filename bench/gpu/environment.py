@@ -6,7 +6,6 @@ Only Python's own library is imported here.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,30 +13,8 @@ import sysconfig
 from pathlib import Path
 from typing import NoReturn
 
+from .packages import GIVEN, NEEDED, OF_MODELS, missing
 from .parts import ROOT
-
-GIVEN = {"torch": "torch>=2.10", "triton": "triton>=3.6", "transformers": "transformers>=5.13"}
-NEEDED = {"setuptools": "setuptools>=77", "ninja": "ninja", "pybind11": "pybind11>=2.13", "pytest": "pytest>=8",
-          "hypothesis": "hypothesis>=6.100", "peft": "peft>=0.21", "accelerate": "accelerate>=1.1",
-          "safetensors": "safetensors>=0.8"}  # fmt: skip
-
-
-def missing(packages: dict[str, str]) -> list[str]:
-    """What is asked for of the packages that are not there, or too old: `{module: requirement}`."""
-    absent = [asked for module, asked in packages.items() if importlib.util.find_spec(module) is None]
-    if importlib.util.find_spec("packaging") is None:  # transformers and pytest depend on it
-        return absent
-    from packaging.requirements import Requirement
-
-    for asked in packages.values():
-        requirement = Requirement(asked)
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # installed under another name, or not at all: that stands in `absent` already
-        if asked not in absent and not requirement.specifier.contains(version, prereleases=True):
-            absent.append(asked)
-    return absent
 
 
 def lacking_to_interpret() -> list[str]:
@@ -69,6 +46,7 @@ def not_installed(wheels: Path | None) -> list[Path]:
 def with_everything(wheels: Path | None, *, interpreted: bool = False) -> None:
     """Goes on in an environment that has all that is NEEDED, and the wheels, if this one has not.
 
+    What only parts with models need is fetched too; where it cannot be, those parts are left out.
     `interpreted`: Triton's kernels are to run in its interpreter.
     """
     if absent := missing(GIVEN):
@@ -76,19 +54,34 @@ def with_everything(wheels: Path | None, *, interpreted: bool = False) -> None:
     packages, files = missing(NEEDED), not_installed(wheels)
     if interpreted:
         packages += lacking_to_interpret()
-    if not packages and not files:
+    anew = not os.environ.get("PREFIXCORE_GPU_ENVIRONMENT")
+    of_models = missing(OF_MODELS) if anew and not wheels else []
+    if not packages and not files and not of_models:
         return
-    if os.environ.get("PREFIXCORE_GPU_ENVIRONMENT"):
+    if not anew:
         named = ", ".join([*packages, *(file.name for file in files)])
         stop(f"{named} could not be installed{f' from {wheels}' if wheels else ''}; see the messages of pip above")
     python = environment()
     # A folder of wheels is what somebody chose for this machine: all of them, and nothing that they ask for beyond.
-    asked = [str(file) for file in files] if wheels else packages
-    alone = ["--no-index", "--no-deps"] if wheels else []
-    if asked and subprocess.run([str(python), "-m", "pip", "install", "--quiet", *alone, *asked]).returncode:
-        stop(f"{', '.join(Path(name).name for name in asked)} could not be installed; pip says why above")
+    if wheels:
+        _install(python, ["--no-index", "--no-deps"], [str(file) for file in files])
+    else:
+        _install(python, [], packages)
+        if of_models and not _installed(python, [], of_models):
+            print(f"make gpu: without {', '.join(of_models)}, so without the parts that need it", flush=True)
     settings = {**os.environ, "PREFIXCORE_GPU_ENVIRONMENT": "1"}
     raise SystemExit(subprocess.run([python, *sys.argv], env=settings).returncode)
+
+
+def _installed(python: Path, options: list[str], what: list[str]) -> bool:
+    """Whether pip could install it; nothing needs no pip."""
+    quick = ["--quiet", "--disable-pip-version-check", "--retries", "1", *options]
+    return not what or not subprocess.run([str(python), "-m", "pip", "install", *quick, *what]).returncode
+
+
+def _install(python: Path, options: list[str], what: list[str]) -> None:
+    if not _installed(python, options, what):
+        stop(f"{', '.join(Path(name).name for name in what)} could not be installed; pip says why above")
 
 
 def environment() -> Path:

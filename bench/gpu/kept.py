@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,16 +93,34 @@ def of(name: str, folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem.removeprefix(f"{name}-"): figures.read(path) for path in paths}
 
 
+@contextmanager
+def unpacked(out: Path) -> Iterator[Path]:
+    """The folder of results that `out` is; or that `PACK=` has put into one file, which is `out` or lies there."""
+    packed = out if out.is_file() else out / "gpu.tar.gz"
+    if not packed.exists():
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with tarfile.open(packed) as archive:
+                archive.extractall(folder, filter="data")
+        except tarfile.TarError as error:
+            raise ValueError(f"{packed}: expected the gpu.tar.gz that 'make gpu PACK=' leaves, got {error}") from None
+        yield Path(folder) / "gpu"
+
+
 def keep(out: Path, name: str, folder: Path = FOLDER) -> Sequence[Path]:
-    """Write what `make gpu OUT=out` left into `folder`: parts that are kept by that name and were not run stay.
+    """Write what `make gpu OUT=out` left, or `PACK=out`, into `folder`: parts that are kept by that name and were not
+    run stay.
 
     Raises:
         ValueError: it was a rehearsal, there are no figures, or they are of another GPU than what is kept by the name.
     """
-    report = read(out / "gpu.json")
+    with unpacked(out) as files:
+        report = read(files / "gpu.json")
+        found = {path.stem: figures.read(path) for path in sorted(files.glob("*.json")) if path.name != "gpu.json"}
     if report["rehearsal"]:
         raise ValueError(f"{out} holds a rehearsal, whose times mean nothing: run 'make gpu' on a machine with a GPU")
-    found = {path.stem: figures.read(path) for path in sorted(out.glob("*.json")) if path.name != "gpu.json"}
     found = {part: content for part, content in found.items() if content["rows"]}
     if not found:
         raise ValueError(f"expected a part's figures (*.json) in {out}, found none")

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .packages import OF_MODELS, missing
+
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHES = {"PREFIXCORE_REPLAY": "plans replayed", "PREFIXCORE_FEWER_LAUNCHES": "fewer launches",
             "PREFIXCORE_STREAMED_EMBEDDING": "streamed embedding"}  # fmt: skip
@@ -67,6 +69,7 @@ class Part:
         limit: seconds after which a run is stopped; what it has measured is kept.
         kind: tests, benchmark or sanitizer.
         runs: one after the other.
+        models: whether it runs whole models, PEFT's beside ours.
     """
 
     name: str
@@ -75,9 +78,12 @@ class Part:
     limit: int
     kind: str
     runs: tuple[Run, ...]
+    models: bool = False
 
 
-def benchmark(name: str, what: str, seconds: int, limit: int, **switched: Sequence[str]) -> Part:
+def benchmark(
+    name: str, what: str, seconds: int, limit: int, *, models: bool = False, **switched: Sequence[str]
+) -> Part:
     """A part that measures by bench/gpu/test_NAME.py, with all switches off.
 
     `switched`: once more each, `both` with all switches on or `replay` with plans replayed, with these options.
@@ -85,7 +91,7 @@ def benchmark(name: str, what: str, seconds: int, limit: int, **switched: Sequen
     file = f"bench/gpu/test_{name.replace('-', '_')}.py"
     settings = {"both": BOTH, "replay": REPLAY}
     more = (Run(how, (file, *options), settings[how]) for how, options in switched.items())
-    return Part(name, what, seconds, limit, "benchmark", (Run("", (file,), OFF), *more))
+    return Part(name, what, seconds, limit, "benchmark", (Run("", (file,), OFF), *more), models)
 
 
 PATHS = ("merged", "single", "short", "decode", "decode_once", "folded", "fa4")
@@ -96,17 +102,18 @@ PARTS = (
     benchmark("launching", "what a call costs the CPU, beside SDPA's", 90, 120, both=[], replay=[]),
     Part("tests-switched", "the same with fewer launches and replayed plans, off until a GPU has passed it", 120,
          200, "tests", (Run("both", DEVICE_TESTS, BOTH), Run("replay", DEVICE_TESTS, REPLAY))),
-    benchmark("small-steps", "whole steps of SmolLM2-135M's shape, beside bare, PEFT and LoRA", 80, 150, both=[]),
+    benchmark("small-steps", "whole steps of SmolLM2-135M's shape, beside bare, PEFT and LoRA", 80, 150,
+              models=True, both=[]),
     benchmark("attention", "attention over P and T beside cuDNN without a prefix, each path forced", 130, 280),
     benchmark("decode", "decoding over a shared prefix, as a share of a copy's rate", 30, 60, both=[]),
     benchmark("soft-embedding", "the lookup, as a share of a copy's rate", 20, 40, both=[]),
     benchmark("compiled", "steps under torch.compile, recompiles over ten lengths, CUDA graphs", 140, 240,
-              both=["-k", "compiled_step"]),
+              models=True, both=["-k", "compiled_step"]),
     benchmark("generation", "a token's time, eager and with a static cache compiled", 160, 300,
-              both=["-k", "dynamic"]),
+              models=True, both=["-k", "dynamic"]),
     Part("tests-paths", "the tests of correctness with each path forced", 140, 150, "tests",
          tuple(Run(name, FORCED_TESTS, path=name) for name in PATHS)),
-    benchmark("steps", "whole steps of one and eight billion parameters, time and memory", 140, 400),
+    benchmark("steps", "whole steps of one and eight billion parameters, time and memory", 140, 400, models=True),
     Part("sanitizer", "accesses out of bounds, races", 25, 90, "sanitizer", (Run("", SANITIZED),)),
 )  # fmt: skip
 
@@ -123,8 +130,10 @@ def chosen(names: Sequence[str]) -> list[Part]:
     return [part for part in PARTS if not names or part.name in names]
 
 
-def lacking(run: Run) -> str | None:
-    """Why this tree cannot do `run`, in words, or None if it can."""
+def lacking(part: Part, run: Run) -> str | None:
+    """Why this tree, or this Python, cannot do a part's `run`, in words, or None if it can."""
+    if part.models and (absent := missing(OF_MODELS)):
+        return f"{', '.join(absent)} is not here"
     for switch, what in SWITCHES.items():
         if run.settings.get(switch) == "1" and not reads(switch):
             return f"this tree knows no {what!r} (nothing reads {switch})"

@@ -92,7 +92,7 @@ class Session:
         about = part.seconds / len(part.runs)
         for run in part.runs:
             name, limit = f"{part.name} {run.name}".strip(), part.limit * (PATIENCE if self.rehearsal else 1)
-            if why := lacking(run):
+            if why := lacking(part, run):
                 self.note(name, LEFT_OUT, why=why)
             elif name in self.before:
                 self.steps.append(self.before[name])

@@ -12,6 +12,7 @@ import pytest
 from bench import front, pictures
 from bench.gpu import figures, kept, page
 from bench.gpu.goals import GOALS
+from bench.gpu.outcomes import packed
 from bench.gpu.parts import PARTS
 from bench.gpu.tables import PARTS as MEASURED_BY
 from bench.gpu.tables import TABLES
@@ -109,6 +110,21 @@ def test_what_is_kept_is_rendered_with_its_goals(tmp_path: Path) -> None:
     assert "(Llama 1B's shape) runs **1.2 times** as fast as PEFT's, in 1.02 of the time without" in front.claim(
         [], found
     )
+
+
+def test_a_pack_is_kept_as_the_folder_that_is_in_it(tmp_path: Path) -> None:
+    made = out(tmp_path / "made", attention=content(ATTENTION))
+    packed(made, tmp_path / "pack")
+    wanted = kept.keep(made, "h", tmp_path / "folder")
+    for which in (tmp_path / "pack", tmp_path / "pack" / "gpu.tar.gz"):
+        got = kept.keep(which, "h", tmp_path / "of the pack")
+        assert [path.name for path in got] == [path.name for path in wanted]
+        assert all(a.read_text() == b.read_text() for a, b in zip(got, wanted, strict=True))
+    with pytest.raises(ValueError, match="gpu.json: expected the gpu.tar.gz that 'make gpu PACK=' leaves"):
+        kept.keep(made / "gpu.json", "h", tmp_path / "folder")
+    packed(out(tmp_path / "other", rehearsal=True), tmp_path / "pack")
+    with pytest.raises(ValueError, match="pack holds a rehearsal"):
+        kept.keep(tmp_path / "pack", "h", tmp_path / "folder")
 
 
 def test_a_goal_is_met_by_the_quickest_path_that_it_is_for(tmp_path: Path) -> None:

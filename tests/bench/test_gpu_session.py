@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,10 +40,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 def test_a_switch_that_the_tree_does_not_know_is_left_out_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "reads", lambda variable: variable == "PREFIXCORE_REPLAY")
-    assert parts.lacking(Run("", ("x.py",), parts.OFF)) is None
-    assert parts.lacking(Run("", ("x.py",), parts.REPLAY)) is None
+    assert parts.lacking(part(), Run("", ("x.py",), parts.OFF)) is None
+    assert parts.lacking(part(), Run("", ("x.py",), parts.REPLAY)) is None
     said = "this tree knows no 'fewer launches' (nothing reads PREFIXCORE_FEWER_LAUNCHES)"
-    assert parts.lacking(Run("", ("x.py",), parts.BOTH)) == said
+    assert parts.lacking(part(), Run("", ("x.py",), parts.BOTH)) == said
     assert parts.switched(parts.BOTH) == "plans replayed, fewer launches, streamed embedding"
 
 
@@ -81,6 +83,75 @@ def test_its_parts_are_files_that_are_there() -> None:
     assert set(PATHS) <= set(parts.PATHS), "each path of the backend is forced"
     measured = {run.what[0] for each in parts.PARTS if each.kind == "benchmark" for run in each.runs}
     assert measured == {str(file.relative_to(ROOT)) for file in (ROOT / "bench" / "gpu").glob("test_*.py")}
+
+
+def test_what_only_models_need_leaves_out_their_parts_alone(
+    tmp_path: Path, commands: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "missing", lambda packages: ["peft>=0.21"])
+    session = Session(tmp_path, False, MACHINE)
+    session.part(part("ops"))
+    session.part(replace(part("steps"), models=True))
+    assert states(session) == {"ops": "passed", "steps": "left out"}
+    assert session.steps[1]["why"] == "peft>=0.21 is not here"
+    assert {each.name for each in parts.PARTS if each.models} == {"small-steps", "compiled", "generation", "steps"}
+
+
+def test_it_goes_on_where_pip_cannot_fetch_what_only_models_need(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine without a network may have an older PEFT: its tests and all else are not lost for that."""
+    lacking = {"peft": environment.OF_MODELS}
+    asked: list[list[str]] = []
+
+    def without_network(command: list[str], **options: object) -> SimpleNamespace:
+        asked.append([str(word) for word in command])
+        return SimpleNamespace(returncode=int("pip" in command))
+
+    monkeypatch.delenv("PREFIXCORE_GPU_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(environment, "missing", lambda of: [name for name, where in lacking.items() if of is where])
+    monkeypatch.setattr(environment, "environment", lambda: Path(sys.executable))
+    monkeypatch.setattr(environment.subprocess, "run", without_network)
+    with pytest.raises(SystemExit) as ended:
+        environment.with_everything(None)
+    assert ended.value.code == 0
+    assert "without peft, so without the parts that need it" in capsys.readouterr().out
+    assert [command[-1] for command in asked] == ["peft", sys.argv[-1]]  # pip, and then itself again
+    lacking["ninja"] = environment.NEEDED
+    with pytest.raises(SystemExit, match="ninja could not be installed"):
+        environment.with_everything(None)
+    monkeypatch.setenv("PREFIXCORE_GPU_ENVIRONMENT", "1")
+    del lacking["ninja"]
+    environment.with_everything(None)
+
+
+def test_the_rules_are_tested_whatever_is_switched_on() -> None:
+    """Its tests are among those of the device, which run once more with all switches on."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "tests/backends/triton/test_choose.py",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **parts.BOTH})
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+def test_what_is_watched_is_watched_where_plans_are_replayed() -> None:
+    """Some of the problems come twice, and the second time there is a plan for them."""
+    plugin = ["-p", "tests.backends.triton.always_replayed", "-p", "no:cacheprovider"]
+    watching = ("test_grad_once.py::test_forward_in_one_launch_backward_in_two_and_the_same_bits",
+                "test_merged.py::test_options", "test_folded.py::test_options")  # fmt: skip
+    tests = [f"tests/backends/triton/{name}" for name in watching]
+    settings = {**os.environ, "PREFIXCORE_TEST_DEVICE": "interpreter"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", *plugin, *tests]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=settings)
+    assert result.returncode == 0, result.stdout
 
 
 def test_each_state_of_a_part_and_the_exit_status(

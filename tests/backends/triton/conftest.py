@@ -29,6 +29,15 @@ def plans() -> Iterator[stand_in.Interpreted]:
 
 
 @pytest.fixture
+def ordinary_way() -> Iterator[None]:
+    """No call is replayed, also where all others are: what a test watches in Python happens each time."""
+    from prefixcore.backends.triton import use_replay
+
+    with use_replay(False):
+        yield
+
+
+@pytest.fixture
 def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are launched and do nothing: for tests of what is kept alone."""
     from triton.runtime.interpreter import InterpretedFunction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from prefixcore.backends import triton
 from prefixcore.backends.problem import AttentionProblem, attention_problem
-from prefixcore.backends.triton import choose, flash4, fused_attention, use_path, vendors
+from prefixcore.backends.triton import choose, flash4, fused_attention, thresholds, use_path, vendors
 from prefixcore.cli import doctor
 
 
@@ -22,6 +23,12 @@ from prefixcore.cli import doctor
 def fake_tensors(without_flash4: None) -> Iterator[None]:
     with FakeTensorMode():
         yield
+
+
+@pytest.fixture(autouse=True)
+def by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the environment asks for fewer launches, as `make gpu` does once."""
+    monkeypatch.setattr(choose, "FEWER_LAUNCHES", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -364,6 +371,7 @@ def test_unknown_paths(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fewer_launches_are_off_until_a_gpu_has_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     few, short = problem(T=1, S=4096), problem(T=64)
     what: dict[str, Any] = {"all_three": False, "grad_lse": True}
+    assert os.environ.get("PREFIXCORE_FEWER_LAUNCHES", "0") == thresholds.FEWER_LAUNCHES
     assert not choose.fewer_launches()
     assert (choose.forward(few).name, choose.backward(short, **what).name) == ("decode", "single")
     monkeypatch.setattr(choose, "FEWER_LAUNCHES", "1")

@@ -44,7 +44,7 @@ def fewer(cases: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def taken(monkeypatch: pytest.MonkeyPatch, ordinary_way: None) -> list[Path]:
     """The paths that have been chosen, of forwards and backwards."""
     seen: list[Path] = []
     for name in ("forward", "backward"):

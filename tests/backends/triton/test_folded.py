@@ -31,7 +31,7 @@ def folded_path(monkeypatch: pytest.MonkeyPatch, without_flash4: None) -> Iterat
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+def taken(monkeypatch: pytest.MonkeyPatch, ordinary_way: None) -> list[tuple[str, bool]]:
     """The paths of the backwards that have run, and whether a vendor did the sequence, too."""
     seen: list[tuple[str, bool]] = []
     choice = choose.backward

@@ -28,7 +28,7 @@ def short_path() -> Iterator[None]:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(monkeypatch: pytest.MonkeyPatch, ordinary_way: None) -> list[str]:
     """The kernels that were launched."""
     seen: list[str] = []
     real = launch.launch
@@ -112,7 +112,7 @@ def test_of_few_queries_one_split_is_enough(launched: list[str]) -> None:
     assert launched == ["forward_kernel", "grad_once_kernel"]
 
 
-def test_of_what_nobody_wants_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_what_nobody_wants_nothing_is_computed(monkeypatch: pytest.MonkeyPatch, ordinary_way: None) -> None:
     """The first layer of a frozen model wants the prefix's gradient alone, a frozen prefix none."""
     asked: list[tuple[bool, ...]] = []
     real = grad_once.launch_grad_once

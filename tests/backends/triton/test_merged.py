@@ -28,7 +28,7 @@ def merged_path(without_flash4: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def backwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def backwards(monkeypatch: pytest.MonkeyPatch, ordinary_way: None) -> list[str]:
     """The paths of the backwards that have run."""
     seen: list[str] = []
     choice = choose.backward
@@ -113,7 +113,7 @@ def test_what_is_written_is_laid_out_as_promised() -> None:
 
 
 @pytest.mark.parametrize("P", [20, 70])
-def test_of_what_nobody_wants_nothing_is_computed(monkeypatch: pytest.MonkeyPatch, P: int) -> None:
+def test_of_what_nobody_wants_nothing_is_computed(monkeypatch: pytest.MonkeyPatch, ordinary_way: None, P: int) -> None:
     """The first layer of a frozen model wants the prefix's gradient alone."""
     problem = Problem(T=33, P=P, dtype=DTYPES[0])
     whole = run(problem, output_alone)

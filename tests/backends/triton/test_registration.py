@@ -99,6 +99,7 @@ def test_shapes_of_fake_cuda_tensors(monkeypatch: pytest.MonkeyPatch, heads_last
         assert grad.stride() == tensors[0].stride()
 
 
+@pytest.mark.usefixtures("ordinary_way")
 @pytest.mark.parametrize("path", choose.PATHS)
 def test_the_path_that_was_chosen_runs(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, path: str

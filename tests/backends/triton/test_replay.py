@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefixcore
 from prefixcore.backends import library
-from prefixcore.backends.triton import recording, replay, use_path
+from prefixcore.backends.triton import PATHS, recording, replay, use_path
 from tests.backends.triton import stand_in
 from tests.backends.triton.replaying import LEAST, SMALL, WITHOUT_GPU, run_recorded, small_tensors
 from tests.ops.problems import check, output_alone, run
@@ -53,8 +53,8 @@ def test_a_replay_gives_the_same_bits_as_the_ordinary_way(plans: stand_in.Interp
     assert [plan.replays for plan in replay.kept()] == [1, 1]
 
 
-@pytest.mark.parametrize("path", ["merged", "decode", "single"])
-def test_every_path_is_replayed_with_new_values(plans: stand_in.Interpreted, path: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_is_replayed_with_new_values(plans: stand_in.Interpreted, with_flash4: None, path: str) -> None:
     with use_path(path):
         for seed in range(3):  # other numbers each time, at other addresses
             check(replace(LEAST, seed=seed), attention=output_alone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import prefixcore
-from prefixcore.backends.triton import replay, use_path
+from prefixcore.backends.triton import PATHS, replay, use_path
 from tests.backends.triton.stand_in.cost import calls_of, measured
 from tests.backends.triton.test_on_device import LONG, WORK, step
 from tests.device import DEVICE, NAME
@@ -67,8 +68,10 @@ def test_the_same_bits_as_the_ordinary_way(option: str) -> None:
         assert torch.equal(got[name], x), name
 
 
-@pytest.mark.parametrize("path", ["merged", "single", "decode"])
-def test_every_path(path: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path(request: pytest.FixtureRequest, path: str) -> None:
+    if path == "fa4":
+        request.getfixturevalue("with_flash4")
     want = None
     with use_path(path):
         for on in (False, True, True, True):
@@ -159,17 +162,21 @@ def test_memory_is_freed_as_the_ordinary_way_frees_it() -> None:
 
 
 def test_without_memory_it_fails_as_the_ordinary_way_and_goes_on() -> None:
-    problem = replace(LONG, B=8)  # whose output does not fit into what is left over
-    tensors = inputs(problem)
+    tensors = inputs(LONG)
     want = prefixcore.prefix_attention(**tensors)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    room = (torch.cuda.memory_reserved() + 2**20) / torch.cuda.get_device_properties(DEVICE).total_memory
+    room = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(room)
+    taken: list[Tensor] = []
     try:
+        with suppress(torch.OutOfMemoryError):  # of memory that others hold a part of, the rest is free
+            while True:
+                taken.append(torch.empty_like(want))
         with pytest.raises(torch.OutOfMemoryError):
             prefixcore.prefix_attention(**tensors)
     finally:
+        taken.clear()
         torch.cuda.set_per_process_memory_fraction(1.0)
     before = replays()
     assert torch.equal(prefixcore.prefix_attention(**tensors), want)
