@@ -25,7 +25,6 @@ _OURS = {
     "--host": "it is given before the --",
     "--port": "it is given before the --",
     "--kv-transfer-config": "it is what puts the adapters' connector into vLLM",
-    "--no-enable-prefix-caching": "cached blocks are told apart by adapter, so caching is safe",
     "--uds": "the server is reached by host and port",
     "--headless": "the front needs vLLM's HTTP server",
 }
@@ -105,7 +104,9 @@ def vllm_command(
     if "--served-model-name" not in given and Path(model).is_dir():
         command += ["--served-model-name", served_name(model)]
     command += ["--kv-transfer-config", json.dumps(connector), "--middleware", FRONT]
-    return [*command, "--enable-prefix-caching", "--enable-scale-out", "--enable-prompt-tokens-details", *arguments]
+    if "--no-enable-prefix-caching" not in given:  # cached blocks are told apart by adapter
+        command.append("--enable-prefix-caching")
+    return [*command, "--enable-scale-out", "--enable-prompt-tokens-details", *arguments]
 
 
 def transfer_config(

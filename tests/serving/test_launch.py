@@ -276,7 +276,15 @@ def test_a_file_of_options(place: Path, config: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("line", ["port: 81", "kv_transfer_config: {}", "enable-prefix-caching: false", "uds: socket"])
+def test_cached_blocks_are_reused_unless_somebody_says_no(place: Path, config: Path) -> None:
+    no = "--no-enable-prefix-caching"
+    assert "--enable-prefix-caching" in vllm_command("an/id", place)
+    assert "--enable-prefix-caching" not in vllm_command("an/id", place, arguments=[no])
+    config.write_text("enable-prefix-caching: false")
+    assert "--enable-prefix-caching" not in vllm_command("an/id", place, arguments=["--config", str(config)])
+
+
+@pytest.mark.parametrize("line", ["port: 81", "kv_transfer_config: {}", "uds: socket"])
 def test_what_is_ours_to_give_is_refused_in_a_file(place: Path, config: Path, line: str) -> None:
     config.write_text(line)
     with pytest.raises(LaunchError, match="cannot be given to vLLM here, nor in a file of --config"):
