@@ -188,7 +188,7 @@ def test_positions_that_are_not_given_restart_too() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_that_restart_say_where_sequences_meet(family: str) -> None:
-    """As `DataCollatorWithFlattening` gives them; transformers' masks heed them without a cache, and gpt-oss's never."""
+    """As `DataCollatorWithFlattening` gives them; transformers' masks heed them without a cache, gpt-oss's never."""
     model, _ = attach(family)
     batch = PackedCollator()(features())
     expected = model(**batch).logits

@@ -97,6 +97,14 @@ def has_other_layers(model: PreTrainedModel, calls: Sequence[Any]) -> bool:
     return len(calls) < config.num_hidden_layers or bool(kinds & BOTH)
 
 
+def remembering_layers(config: Any) -> list[str]:
+    """The kinds of layers that keep something else of what they have read than keys and values, by a configuration.
+
+    A prefix does not reach them; a text, or a soft prompt, passes them.
+    """
+    return sorted(set(getattr(config, "layer_types", None) or ()) & (OTHER_LAYERS - {"moe", "mlp"} | BOTH))
+
+
 def is_encoder(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> bool:
     """Whether each token of the model sees all others, in every layer.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 
-from ..attention.discover import BOTH, OTHER_LAYERS
+from ..attention.discover import remembering_layers
 from ..batch.tasks import Task
 from ..families import text_config
 from ..positions.rotary import why_fixed
@@ -36,7 +36,7 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
         reason = "the attention of the model is not one that reads them"
     elif any(task.adapter.virtual_token_ids is not None for task in tasks):
         reason = "a soft prompt stands within the text (virtual_token_ids)"
-    elif _has_other_layers(bank):
+    elif bank.is_hybrid or remembering_layers(text_config(bank.model)):
         reason = "the model has other layers than attention, whose states no page holds"
     elif not bank.moves_positions:
         reason = "the model reads no positions"
@@ -49,12 +49,6 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
             f"continuous batching (generate_batch) keeps virtual tokens in its pages as tokens before the text, but "
             f"{reason}: call generate on padded batches (with task_ids for different adapters), or detach first"
         )
-
-
-def _has_other_layers(bank: Bank) -> bool:
-    """Whether some layers are no attention; with a soft prompt alone nobody has looked at them."""
-    kinds = set(getattr(text_config(bank.model), "layer_types", None) or ())
-    return bank.is_hybrid or not kinds.isdisjoint(OTHER_LAYERS | BOTH)
 
 
 def _why_fixed(bank: Bank) -> str | None:

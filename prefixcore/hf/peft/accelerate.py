@@ -177,9 +177,9 @@ def _outputs(peft_model: Any) -> tuple[Tensor, Tensor]:
         except Exception as error:
             raise NotImplementedError(
                 f"PEFT's own {method(peft_model)} fails on {type(peft_model.base_model).__name__}, so there is nothing "
-                f"to compare with: {type(error).__name__}: {str(error).rstrip('.')}. prefixcore.attach (a new "
-                "prefix, PrefixTuningConfig) and prefixcore.load (a saved PeftModel's folder) compare with the model "
-                "itself, and may take it"
+                f"to compare with: {type(error).__name__}: {str(error).rstrip('.')}. prefixcore.attach and "
+                "prefixcore.load compare with the model itself and may take a prefix: give PrefixTuningConfig to the "
+                "one; or save the PeftModel, and give its folder to the other"
             ) from error
         return expected, peft_model.base_model(**given)[0]
 

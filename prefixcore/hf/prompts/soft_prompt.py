@@ -159,8 +159,8 @@ def continue_after(
     if expected is not None and expected + virtual != seen and counts_tokens(cache_argument(kwargs)):
         raise ValueError(
             f"the mask or the positions speak of {expected} tokens, but cache and input hold {seen - virtual} "
-            f"besides the {virtual} virtual ones: give the mask of all of them. generate with prefill_chunk_size cannot "
-            "go on from a cache that holds a soft prompt (it cuts the input by the length of the cache): leave "
+            f"besides the {virtual} virtual ones: give the mask of all of them. With prefill_chunk_size generate "
+            "cannot go on from a cache that holds a soft prompt (it cuts the input by the length of the cache): leave "
             "prefill_chunk_size out, or pass the whole text without the cache"
         )
     if positions is not None:
