@@ -32,7 +32,7 @@ from .train_options import LEARNING_RATES, add_arguments, build_config
 from .train_provenance import Provenance
 from .train_report import Report
 from .train_result import conclude
-from .train_start import SAID, Start, most_start_tokens
+from .train_start import SAID, Start, most_start_tokens, say_what_a_prefix_leaves_out
 
 if TYPE_CHECKING:
     from ..training import TrainingOptions
@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = start.best(model, training, train_ids)
     if start.is_made:
         say(SAID)
+    say_what_a_prefix_leaves_out(model, config)
     handle = attach(arguments, model, tokenizer, config)
     say(f"{handle.num_trainable:,} numbers to train in {handle.num_virtual_tokens} virtual tokens")
     with Report(arguments, handle, options, held_out_ids) as report:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .limits import is_too_long, learned_positions, stated_positions
+from .output import say
 
 if TYPE_CHECKING:
     from ..training import Example, TokenizedExample
@@ -124,6 +125,20 @@ class Start:
         outside = [each for each in order if not any(begins[id(each)] in config.init_text for config in self.configs)]
         probes = outside if len(outside) >= FEWEST_PROBES else order
         return best_start(model, self.tokenizer, self.configs, [known[id(each)] for each in probes])
+
+
+def say_what_a_prefix_leaves_out(model: Any, config: Any) -> None:
+    """Says that a prefix which starts from a text is not all that the text is to this model."""
+    from ..hf.attention.discover import remembering_layers
+    from ..hf.families import text_config
+
+    if config is None or config.method != "prefix" or config.init not in ("text", "vocab"):
+        return
+    if kinds := remembering_layers(text_config(model)):
+        say(
+            f"the model has layers of {', '.join(kinds)}, which no prefix reaches: what they remember of the text that "
+            "it starts from is not in it. A soft prompt (--method prompt) passes all layers and starts as its text acts"
+        )
 
 
 def _is_to_be_made(arguments: argparse.Namespace) -> bool:

@@ -30,7 +30,7 @@ from .train_options import (
 )
 from .train_provenance import Provenance, add_author_arguments
 from .train_result import AFTER, CURVE, asked_for
-from .train_start import SAID, Start
+from .train_start import SAID, Start, say_what_a_prefix_leaves_out
 
 if TYPE_CHECKING:
     from ..training.tuning import Candidate, Rung, Trial, Tuning
@@ -133,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         candidates = [each for length in best for each in grid(best[length], [length], rates_of(arguments))]
     if any(start.is_made for start in starts.values()):
         say(SAID)
+    say_what_a_prefix_leaves_out(model, candidates[0].config)
 
     with user_errors(ValueError, TypeError, NotImplementedError), PromptBank(model) as bank:
         found = tune(

@@ -222,7 +222,7 @@ def choose_layers(calls: list[AttentionCall], config: PrefixTuningConfig) -> lis
     if max(config.layers) >= len(calls):
         raise ValueError(
             f"layers asks for layer {max(config.layers)}, but the model has {len(calls)} attention layers "
-            f"(0 to {len(calls) - 1})"
+            f"(0 to {len(calls) - 1}), which are counted without any others"
         )
     return list(config.layers)
 

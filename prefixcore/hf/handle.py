@@ -108,7 +108,7 @@ class Handle(UndoneAfterBlock):
         is_prefix = self._adapter.is_prefix
         if isinstance(self.module, CPTPrompt) or not (is_prefix or has_kernel(self._bank)):
             return False
-        if is_prefix and self._bank.cache_layers:  # reached through its cache, where nothing keeps texts apart
+        if is_prefix and (self._bank.cache_layers or self._bank.is_hybrid):  # where nothing keeps texts apart
             return False
         packs = is_known(self.model) or (is_prefix and type(self.model).__name__ in TESTED[PACKED])
         return packs and "logits_to_keep" in argument_names(self.model)

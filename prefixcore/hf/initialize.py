@@ -49,8 +49,9 @@ def initial_prefix(
     """One (key [Hkv, P, D], value [Hkv, P, Dv]) for each of `layers`, or None where `Prefix` draws it itself.
 
     The keys and values of a text are those that the frozen model computes for it at positions 0 to P-1, so that the
-    untrained prefix has the effect of the text before the input. With `position_offset=False` they are turned back by
-    P, to the same effect, where positions are rotary; else they stay as computed.
+    untrained prefix has the effect of the text before the input; on a model with layers that are no attention, without
+    what those remember of the text. With `position_offset=False` they are turned back by P, to the same effect, where
+    positions are rotary; else they stay as computed.
 
     Args:
         model: the frozen model.

@@ -18,7 +18,7 @@ from .bank.bank import Bank
 from .model.devices import device_of
 from .model.own_words import own_words
 from .positions.model_inputs import plain_ids
-from .verify import CONTINUATION, NEW, PADDING, TEXT, first, generate, generate_after_text, tolerance
+from .verify import CONTINUATION, NEW, PADDING, TEXT, first, generate_after_text, generate_tokens, tolerance
 from .verify_encoder import verify_encoder
 
 
@@ -46,9 +46,9 @@ def _compare_with_cache(model: PreTrainedModel, ids: torch.Tensor, pads: bool) -
     rows = ids.repeat(2, 1)
     mask = torch.ones_like(rows)
     rows[1, :PADDING] = mask[1, :PADDING] = 0
-    logits = generate(model, rows, mask)  # [new, 2, V]
+    logits, tokens = generate_tokens(model, rows, mask)  # [new, 2, V], [2, new]
     for row in range(2 if pads else 1):
-        whole = torch.cat((rows[row, PADDING * row :], logits[:-1, row].argmax(-1)))[None]
+        whole = torch.cat((rows[row, PADDING * row :], tokens[row, :-1]))[None]
         with frozen_run(model):
             expected = first(model(input_ids=whole, use_cache=False))[0, -NEW:]
         missing, size = (expected - logits[:, row]).float().norm(), expected.float().norm()

@@ -159,15 +159,18 @@ def test_a_soft_prompt_before_no_text_is_refused() -> None:
         model.generate(torch.zeros(1, 0, dtype=torch.long), **options())
 
 
-def test_a_soft_prompt_in_a_window_does_not_go_on_from_a_cache_in_silence() -> None:
-    """generate would cut the new text by P tokens too many."""
+@pytest.mark.parametrize("length", [1, len(TEXT) - 1, len(TEXT), len(TEXT) + 1, 12])
+def test_a_soft_prompt_that_a_window_may_leave_goes_on_from_a_cache(length: int) -> None:
+    """Its cache holds the virtual tokens, too, by which generate cuts too much of the new text."""
     model, ids, more = make("mistral", sliding_window=64), tokens(1, 7), tokens(1, 12, seed=2)
     prefixcore.attach(model, BOTH[1], tokenizer=Tokenizer())
     first = model.generate(ids, return_dict_in_generate=True, **options())
-    for length in (1, len(TEXT) - 1, len(TEXT), len(TEXT) + 1, 12):
-        question = torch.cat((first.sequences, more[:, :length]), 1)
-        with pytest.raises(ValueError, match="cannot go on from a cache"):
-            model.generate(question, past_key_values=first.past_key_values, **options())
+    question = torch.cat((first.sequences, more[:, :length]), 1)
+    expected = model.generate(question, **options())
+    cache = copy.deepcopy(first.past_key_values)
+    with pytest.raises(ValueError, match="leave prefill_chunk_size out"):  # cut before we see it
+        model.generate(question, past_key_values=cache, prefill_chunk_size=3, **options())
+    assert torch.equal(model.generate(question, past_key_values=first.past_key_values, **options()), expected)
 
 
 @pytest.mark.parametrize("config", BOTH)

@@ -105,6 +105,14 @@ def test_an_unknown_family_that_fails_the_check_is_refused(monkeypatch: pytest.M
     assert_same(before, state(model))
 
 
+@pytest.mark.parametrize("seed", [3, 5])
+def test_a_penalty_for_what_was_read_is_no_reason_to_refuse_a_model(seed: int) -> None:
+    """Virtual tokens are no ids that the check's generate could give one to, so it may write another token."""
+    model = tiny_models.make("SmolLM3ForCausalLM", "smollm3", seed)
+    model.generation_config.repetition_penalty = 0.1
+    prefixcore.attach(model, PromptTuningConfig(num_virtual_tokens=3))
+
+
 def _classifier() -> Any:
     return transformers.LlamaForSequenceClassification(make("llama").config)
 

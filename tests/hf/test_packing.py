@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 import prefixcore
 from prefixcore import PackedCollator, PrefixTuningConfig
 
+from . import tiny_models
 from .models import FAMILIES, VOCABULARY, make, tokens, window_of
 
 LENGTHS = (5, 9, 1, 2, 7)
@@ -184,6 +185,24 @@ def test_positions_that_are_not_given_restart_too() -> None:
     expected = model(**batch).logits
     del batch["position_ids"]
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_that_restart_say_where_sequences_meet(family: str) -> None:
+    """As `DataCollatorWithFlattening` gives them; transformers' masks heed them without a cache, gpt-oss's never."""
+    model, _ = attach(family)
+    batch = PackedCollator()(features())
+    expected = model(**batch).logits
+    alone = {name: batch[name] for name in ("input_ids", "position_ids", "logits_to_keep")}
+    torch.testing.assert_close(model(**alone).logits, expected, **close)
+
+
+def test_positions_that_restart_in_another_family() -> None:
+    model = tiny_models.make("SmolLM3ForCausalLM", "smollm3")
+    prefixcore.attach(model, PrefixTuningConfig(num_virtual_tokens=3, init="random", seed=0))
+    batch = PackedCollator()(features())
+    alone = {name: batch[name] for name in ("input_ids", "position_ids", "logits_to_keep")}
+    torch.testing.assert_close(model(**alone).logits, model(**batch).logits, **close)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

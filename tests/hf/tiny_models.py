@@ -214,7 +214,7 @@ _ALSO: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 93, "vision_end_token_id": 94},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 93, "vision_end_token_id": 94},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    **dict.fromkeys(("lfm2", "lfm2_moe"), {"layer_types": ["conv", "full_attention"]}),
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,

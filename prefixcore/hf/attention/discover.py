@@ -21,8 +21,11 @@ from ..model.signature import argument_names
 from .interface import ATTENTION
 from .recording import AttentionCall, record
 
-_OTHER_LAYERS = {"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"}
+OTHER_LAYERS = {"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"}
 """Values of `config.layer_types` that mean no attention: linear attention, state spaces, convolutions."""
+
+BOTH = {"hybrid", "hybrid_sliding"}
+"""Values that mean attention and one of these beside it."""
 
 _KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cu_seq_lens_q",
@@ -84,14 +87,22 @@ def expected_layers(config: Any) -> int:
     layer_types = getattr(config, "layer_types", None)
     layer_types = layer_types or getattr(config, "layers_block_type", None)  # of RecurrentGemma before 5.23
     layer_types = layer_types or ["full_attention"] * config.num_hidden_layers
-    return sum(layer_type not in _OTHER_LAYERS for layer_type in layer_types)
+    return sum(layer_type not in OTHER_LAYERS for layer_type in layer_types)
 
 
 def has_other_layers(model: PreTrainedModel, calls: Sequence[Any]) -> bool:
     """Whether some layers of the decoder with these attention calls are no attention, or run more beside it."""
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or ())
-    return len(calls) < config.num_hidden_layers or bool(kinds & {"hybrid", "hybrid_sliding"})
+    return len(calls) < config.num_hidden_layers or bool(kinds & BOTH)
+
+
+def remembering_layers(config: Any) -> list[str]:
+    """The kinds of layers that keep something else of what they have read than keys and values, by a configuration.
+
+    A prefix does not reach them; a text, or a soft prompt, passes them.
+    """
+    return sorted(set(getattr(config, "layer_types", None) or ()) & (OTHER_LAYERS - {"moe", "mlp"} | BOTH))
 
 
 def is_encoder(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> bool:
@@ -215,7 +226,7 @@ def _check_windows(config: Any, windows: list[int | None]) -> None:
     arguments.
     """
     window = getattr(config, "sliding_window", None)
-    layer_types = [each for each in getattr(config, "layer_types", None) or () if each not in _OTHER_LAYERS]
+    layer_types = [each for each in getattr(config, "layer_types", None) or () if each not in OTHER_LAYERS]
     layer_types = layer_types or ["sliding_attention"] * len(windows)
     for layer, (layer_type, found) in enumerate(zip(layer_types, windows, strict=True)):
         expected = window if "sliding" in layer_type else None

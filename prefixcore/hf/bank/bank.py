@@ -39,7 +39,13 @@ from .paged_calls import PagedBatching, generate_batch
 from .paged_calls import end as end_batching
 from .paged_calls import start as start_batching
 from .prefix_calls import decode
-from .prompt_calls import call_with_prompts, place_prompts, place_prompts_in_text, reach_before_masks
+from .prompt_calls import (
+    call_with_prompts,
+    keep_new_text,
+    place_prompts,
+    place_prompts_in_text,
+    reach_before_masks,
+)
 from .reach import check_concatenated, reach
 from .residency import Residency
 from .rows import pop_rows
@@ -263,9 +269,13 @@ class Bank:
             return generate(*args, **kwargs)
 
     def prepare_inputs(self, prepare: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a step of generate calls the model with: it makes the masks of a static cache, for whoever attends."""
+        """What a step of generate calls the model with: it makes the masks of a static cache, for whoever attends.
+
+        Of a text that goes on from a cache it cuts what the cache holds, where virtual tokens are no part of the text.
+        """
         if not self.is_disabled:
             reach_before_masks(self, kwargs)
+            keep_new_text(args, kwargs)
         return prepare(*args, **kwargs)
 
     def get_logits_processor(self, get: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,8 +15,7 @@ from ..families import CACHED, text_config
 from ..model.sample_inputs import CACHES
 from ..positions.cache import cache_argument
 from ..positions.decoder_positions import moved
-from ..positions.model_inputs import restarts
-from ..positions.positions import batch_rows, check_limit, past_length, query_length
+from ..positions.positions import batch_rows, check_limit, is_packed, past_length, query_length
 
 if TYPE_CHECKING:
     from .bank import Bank
@@ -108,11 +107,7 @@ def _counts(bank: Bank, call: PrefixCall, virtual: int) -> list[int]:
 
 def refuse_packed(kwargs: dict[str, Any]) -> None:
     """Raises NotImplementedError where sequences are packed: nothing would keep one from seeing those before it."""
-    packed, positions = kwargs.get("cu_seq_lens_q") is not None, kwargs.get("position_ids")
-    is_start = kwargs.get("attention_mask") is None and cache_argument(kwargs) is None
-    if not packed and isinstance(positions, Tensor) and is_start and not torch.compiler.is_compiling():
-        packed = restarts(positions)
-    if packed:
+    if is_packed(kwargs):
         raise NotImplementedError(
             "the model has attention of its own, to which a prefix is concatenated, so sequences cannot be packed: pad "
             "them into rows of their own"

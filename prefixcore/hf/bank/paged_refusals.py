@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 from transformers.integrations.eager_paged import eager_paged_attention_forward
 
+from ..attention.discover import remembering_layers
 from ..batch.tasks import Task
 from ..families import text_config
 from ..positions.rotary import why_fixed
@@ -35,8 +36,10 @@ def check_paged(bank: Bank, tasks: Sequence[Task]) -> None:
         reason = "the attention of the model is not one that reads them"
     elif any(task.adapter.virtual_token_ids is not None for task in tasks):
         reason = "a soft prompt stands within the text (virtual_token_ids)"
-    elif bank.is_hybrid or not bank.moves_positions:
-        reason = "the model has other layers than attention, or reads no positions"
+    elif bank.is_hybrid or remembering_layers(text_config(bank.model)):
+        reason = "the model has other layers than attention, whose states no page holds"
+    elif not bank.moves_positions:
+        reason = "the model reads no positions"
     elif any(adapter.shift == 0 for adapter in prefixes) and (why := _why_fixed(bank)) is not None:
         reason = f"a prefix takes no positions (position_offset=False), and each token in a page has one: {why}"
     elif any(set(adapter.layers or ()) != set(range(len(bank.layers))) for adapter in prefixes):

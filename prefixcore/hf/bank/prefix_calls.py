@@ -12,8 +12,9 @@ from transformers import Cache, PreTrainedModel
 from ..attention.interface import PREFIXES
 from ..attention.prefix import KeyValue, LayerPrefixes, PrefixCall, running, stack
 from ..attention.refusals import refuse_attention_weights, refuse_other_attention, refuse_reentrant_checkpointing
-from ..batch.packing import is_empty_mask, set_empty_mask
+from ..batch.packing import is_empty_mask, lengths_of, set_empty_mask
 from ..batch.tasks import Task
+from ..families import is_known
 from ..model.devices import device_of
 from ..model.sample_inputs import model_input, reads_tokens
 from ..model.tensor_parallel import own_heads
@@ -27,7 +28,7 @@ from ..positions.cache import (
     set_label,
 )
 from ..positions.decoder_positions import moved
-from ..positions.positions import batch_rows, check_limit, past_length, query_length, shift_positions
+from ..positions.positions import batch_rows, check_limit, is_packed, past_length, query_length, shift_positions
 from ..prompts.prompt_arguments import tokens
 from .cached_calls import compute_once_cached, forward_cached
 from .evaluate import evaluate
@@ -72,12 +73,9 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
                 f"the layers of {type(decoder).__name__} share a module, so gradient checkpointing, which repeats them "
                 "in the backward in another order, would give them the prefixes of others: turn it off"
             )
+    if is_packed(kwargs):
+        _keep_sequences_apart(bank, kwargs)
     num_rows, cache = batch_rows(kwargs), cache_argument(kwargs)
-    if bank.is_hybrid and kwargs.get("cu_seq_lens_q") is not None:
-        raise NotImplementedError(
-            f"{type(decoder).__name__} has other layers than attention, which would remember the sequences before, so "
-            "sequences cannot be packed: pad them into rows of their own"
-        )
     if given.rows.index is not None and len(given.rows.index) != num_rows:
         raise NotImplementedError(
             f"{type(bank.model).__name__} makes {num_rows} rows of a batch with task_ids for {len(given.rows.index)}: "
@@ -108,6 +106,21 @@ def decode(bank: Bank, forward: Callable[..., Any], **kwargs: Any) -> Any:
         set_label(cache, CacheLabel(keys, given.rows, shifts, call.detached(), [0] * num_rows))
         close_cache(cache)
     return output
+
+
+def _keep_sequences_apart(bank: Bank, kwargs: dict[str, Any]) -> None:
+    """Sees to it that packed sequences are known by more than positions that restart, which only some masks heed."""
+    if bank.is_hybrid:
+        raise NotImplementedError(
+            f"{type(bank.decoder).__name__} has other layers than attention, which would remember the sequences "
+            "before, so sequences cannot be packed: pad them into rows of their own"
+        )
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return
+    if is_known(bank.model) and tokens(kwargs).shape[0] == 1:
+        kwargs.update(lengths_of(kwargs["position_ids"]))
+    elif bank.model.can_generate():
+        kwargs["use_cache"] = False  # with a cache transformers looks for no positions that restart
 
 
 def _forward(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], call: PrefixCall) -> Any:

@@ -17,8 +17,10 @@ from ..families import has_windows, is_known, text_config
 from ..positions.cache import (
     CacheLabel,
     cache_argument,
+    cache_length,
     cache_output,
     close_cache,
+    counts_tokens,
     get_label,
     label_to_continue,
     open_cache,
@@ -94,6 +96,21 @@ def reach_before_masks(bank: Bank, kwargs: dict[str, Any]) -> None:
     before_text = (a for a in list(bank.adapters.values()) if not a.is_prefix and a.virtual_token_ids is None)
     if _can_compute_once(bank) and any(before_text):
         reach(bank)
+
+
+def keep_new_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Has generate keep all of a text that its cache does not hold, in place: it takes virtual tokens for some of it.
+
+    Where it goes on from a cache it keeps as many tokens as the text has more than the cache; in its later steps, one.
+    """
+    cache, kept = cache_argument(kwargs), kwargs.get("next_sequence_length")
+    label = get_label(cache)
+    if label is None or not label.slots or kept is None or not counts_tokens(cache):
+        return
+    embeds = kwargs.get("inputs_embeds")
+    text = (*args, kwargs.get("input_ids"))[0] if embeds is None else embeds
+    if text is not None and kept == text.shape[1] - cache_length(cache):
+        kwargs["next_sequence_length"] = kept + label.slots
 
 
 def place_prompts_in_text(bank: Bank, forward: Callable[..., Any], kwargs: dict[str, Any], rows: Rows) -> Any:

@@ -138,6 +138,13 @@ def packed_positions(cu_seqlens: Tensor) -> Tensor:
     return torch.arange(len(starts), device=cu_seqlens.device) - starts
 
 
+def lengths_of(positions: Tensor) -> dict[str, Any]:
+    """What a packed batch says besides `positions` [1, T], which restart where each sequence begins."""
+    starts = torch.nn.functional.pad(positions[0].diff() != 1, (1, 1), value=True).nonzero()[:, 0].int()
+    longest = int(starts.diff().max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
 def set_empty_mask(kwargs: dict[str, Any], num_shared: int = 0) -> None:
     """Keeps transformers from building a mask [T, T] for a call that has `cu_seq_lens_q`, in place.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attaching import check_model
-from ..attention.discover import NotOnInterfaceError, discover, find_backbone
+from ..attention.discover import NotOnInterfaceError, discover, find_backbone, has_other_layers, is_encoder
 from ..attention.discover_cached import discover_cached
 from ..attention.patch import frozen_run
 from ..attention.recording import AttentionCall
@@ -131,8 +131,12 @@ def _attach(peft_model: Any) -> PeftBank:
         raise ValueError("config.output_attentions is on, but prefix attention never forms weights: set it to False")
     calls = _find_calls(base)
     backbone = find_backbone(base, calls)
+    expected = None
+    if not is_encoder(base, calls) and not is_seq2seq(peft_model) and has_other_layers(base, calls):
+        expected = _outputs(peft_model)  # before anything is said of layers, as PEFT's prefix has none for these
     module = PeftPrefix(peft_model, prefix_shapes(peft_model, calls))
-    expected = None if is_tested(base) or is_known_encoder_decoder(base) else _outputs(peft_model)
+    if expected is None and not is_tested(base) and not is_known_encoder_decoder(base):
+        expected = _outputs(peft_model)
     if any(parameter.requires_grad for parameter in peft_model.prompt_encoder.parameters()):
         warn_of_dropout(base)
     bank = PeftBank(base, backbone, module, calls)
@@ -173,8 +177,9 @@ def _outputs(peft_model: Any) -> tuple[Tensor, Tensor]:
         except Exception as error:
             raise NotImplementedError(
                 f"PEFT's own {method(peft_model)} fails on {type(peft_model.base_model).__name__}, so there is nothing "
-                f"to compare with: {type(error).__name__}: {error}. prefixcore.load, which compares with the model "
-                "itself, may take it: save the PeftModel, and give its folder to it"
+                f"to compare with: {type(error).__name__}: {str(error).rstrip('.')}. prefixcore.attach and "
+                "prefixcore.load compare with the model itself and may take a prefix: give PrefixTuningConfig to the "
+                "one; or save the PeftModel, and give its folder to the other"
             ) from error
         return expected, peft_model.base_model(**given)[0]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..model.sample_inputs import model_input
 from .cache import cache_argument, cache_length
+from .model_inputs import restarts
 
 
 def batch_rows(kwargs: dict[str, Any]) -> int:
@@ -27,6 +28,15 @@ def query_length(kwargs: dict[str, Any]) -> int:
         got = f", got {list(tokens.shape)}" if isinstance(tokens, Tensor) else ""
         raise ValueError(f"the model needs input_ids [B, T] or inputs_embeds [B, T, E]{got}")
     return tokens.shape[1]
+
+
+def is_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether a call that starts sequences has several in a row: `cu_seq_lens_q` says so, or positions that restart."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return True
+    positions = kwargs.get("position_ids")
+    is_start = kwargs.get("attention_mask") is None and cache_argument(kwargs) is None
+    return isinstance(positions, Tensor) and is_start and not torch.compiler.is_compiling() and restarts(positions)
 
 
 def past_length(kwargs: dict[str, Any]) -> int | Tensor:

@@ -155,12 +155,13 @@ def continue_after(
         kwargs["attention_mask"] = insert_mask(mask, layout, missing)
     elif positions is not None and is_own_cache:
         counted = text_positions(model, positions)
-        expected = None if counted is None else int(counted.max()) + 1 - first_position
+        expected = None if counted is None else int(counted.max()) + 1 - first_position if counted.numel() else 0
     if expected is not None and expected + virtual != seen and counts_tokens(cache_argument(kwargs)):
         raise ValueError(
             f"the mask or the positions speak of {expected} tokens, but cache and input hold {seen - virtual} "
-            f"besides the {virtual} virtual ones; generate cannot go on from a cache that holds a soft prompt (it "
-            "cuts the input by the length of the cache): pass the whole text without the cache, or attach a prefix"
+            f"besides the {virtual} virtual ones: give the mask of all of them. With prefill_chunk_size generate "
+            "cannot go on from a cache that holds a soft prompt (it cuts the input by the length of the cache): leave "
+            "prefill_chunk_size out, or pass the whole text without the cache"
         )
     if positions is not None:
         kwargs["position_ids"] = positions + virtual if missing is None else positions + virtual - missing
