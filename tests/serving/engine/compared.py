@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-import prefixcore
 from prefixcore.serving.before_start import describe_model
 from prefixcore.serving.catalog import Catalog
 
@@ -14,7 +14,8 @@ from .engines import Engine
 from .world import World, prompts
 
 NAMES = (None, "family-17", "family-64")
-Pairs = list[tuple[str | None, list[int]]]
+Asked = tuple[str | None, Any]
+Score = Callable[[str | None, Any, list[int]], torch.Tensor]
 
 
 def compare(world: World, **options: Any) -> None:
@@ -41,33 +42,31 @@ def compare_in_bfloat16(world: World, **options: Any) -> None:
         outputs = [output.outputs[0] for output in engine.run([world.request(*pair) for pair in pairs], logprobs=0)]
     finally:
         engine.close()
+    check_closeness(pairs, outputs, lambda name, prompt, answer: world.score(name, torch.tensor([prompt]), answer))
+
+
+def check_closeness(asked: list[Asked], outputs: list[Any], score: Score) -> None:
+    """Asserts that log-probabilities are those of the adapter that was asked, on average over its requests.
+
+    Args:
+        asked: an adapter's name and a prompt, of each request.
+        outputs: vLLM's, with log-probabilities.
+        score: the reference's log-probabilities of an answer, of a name, a prompt and the answer's tokens.
+    """
     difference = {(name, other): 0.0 for name in NAMES for other in NAMES}
-    for (name, prompt), output in zip(pairs, outputs, strict=True):
+    for (name, prompt), output in zip(asked, outputs, strict=True):
         scores = zip(output.token_ids, output.logprobs, strict=True)
         found = torch.tensor([entry[token].logprob for token, entry in scores])
         for other in NAMES:
-            expected = _log_probabilities(world, other, prompt, list(output.token_ids))
-            difference[name, other] += (expected - found).abs().mean().item() * len(NAMES) / len(pairs)
+            expected = score(other, prompt, list(output.token_ids))
+            difference[name, other] += (expected - found).abs().mean().item() * len(NAMES) / len(asked)
     for name, other in difference:
         own = difference[name, name]
         assert own < 0.1 if other == name else difference[name, other] > 3 * own, difference
 
 
-def _pairs(world: World) -> Pairs:
+def _pairs(world: World) -> list[Asked]:
     for size in (17, 64):
         world.add(f"family-{size}", size, seed=size)
     assert Catalog(world.registry, describe_model(str(world.folder))).problems() == {}
     return [(name, prompt) for name in NAMES for prompt in prompts(3, seed=8)]
-
-
-@torch.no_grad()
-def _log_probabilities(world: World, name: str | None, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """Of an answer's tokens, by transformers in float32."""
-    ids = torch.tensor([prompt + answer])
-    if name is None:
-        logits = world.model(ids).logits
-    else:
-        with prefixcore.load(world.model, world.registry / name):
-            logits = world.model(ids).logits
-    scores = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    return scores.gather(-1, torch.tensor(answer)[:, None])[:, 0]

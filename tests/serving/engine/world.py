@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ class World:
                 with prefixcore.attach(self.model, self.config_of(name, digest)):
                     self._answers[key] = self._generate(prompt, tokens)
         return self._answers[key][:tokens]
+
+    @torch.no_grad()
+    def score(self, name: str | None, ids: torch.Tensor, answer: list[int], **inputs: Any) -> torch.Tensor:
+        """The log-probabilities that transformers gives an answer's tokens behind `ids` [1, T]; images: `inputs`."""
+        both = torch.cat([ids, torch.tensor([answer])], 1)
+        with nullcontext() if name is None else prefixcore.attach(self.model, self.config_of(name)):
+            logits = self.model(both, **inputs).logits[0, ids.shape[1] - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
 
     def _generate(self, prompt: list[int], tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
