@@ -63,7 +63,7 @@ def _check_layers(kv_cache_config: Any, max_model_len: int) -> None:
     shortest = min((window for window in windows if window is not None), default=max_model_len)
     if shortest >= max_model_len:
         return
-    if None not in windows and kinds == {"SlidingWindowSpec"}:
+    if kinds == {"SlidingWindowSpec"}:
         raise NotImplementedError(
             f"prefixcore: all layers of the model attend to {lossy_window(shortest)}; serve it with {WITHOUT_WINDOWS}"
         )

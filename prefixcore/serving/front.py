@@ -226,7 +226,7 @@ class Front:
             answered = Answered(adapter, 1 if prompts is None else len(prompts), streamed=bool(body.get("stream")))
             answers = AdapterSend(send, answered, self._explain, path, hold_failure=not is_last)
             try:
-                behind = 0 if prompts else adapter.num_virtual_tokens
+                behind = adapter.num_virtual_tokens if prompts is None else 0
                 with rendered_behind(request["cache_salt"], behind, placeholder):
                     await self.app(inner, again, answers)
             except Exception:  # vLLM 0.32 breaks off a stream of Responses whose request fails
